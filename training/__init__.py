@@ -1,0 +1,1 @@
+"""Model, data, losses and trainer of DMPT. Importing the package imports nothing heavy."""
