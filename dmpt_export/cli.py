@@ -1,0 +1,119 @@
+"""The `dmpt-export` command: a group whose verbs are loaded when they are used, and the meaning of exit codes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+import click
+
+from dmpt_export import __version__
+
+# In the order of the work; each is dmpt_export/commands/<verb>.py. The help lists them in this order.
+VERBS = ("init", "train", "quantize", "onnx", "run", "eval", "bench", "compare", "inspect", "demo", "convert")
+
+OK, BUG, USAGE, BAD_INPUT, NO_RESOURCES, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 5, 130, 141
+
+# What the system says when a path given by the user cannot be used, and when something ran out.
+PATH_ERRORS = {
+    errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
+    errno.ENOENT, errno.ENOTDIR, errno.ENOTEMPTY, errno.EPERM, errno.EROFS,
+}  # fmt: skip
+RESOURCE_ERRORS = {errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC}
+# torch and ONNX Runtime report memory through plain RuntimeErrors (or subclasses we must not import here).
+MEMORY_MESSAGES = ("can't allocate memory", "failed to allocate memory", "out of memory", "bad_alloc", "bad allocation")
+
+
+class LazyGroup(click.Group):
+    """A group that imports a verb's module only when the verb is named, or listed in the help."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        command: click.Command = import_module(f"dmpt_export.commands.{cmd_name}").command
+        return command
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, message="%(prog)s %(version)s")
+def cli() -> None:
+    """Train, quantize, export and run multi-path GPT-2 models.
+
+    A Dynamic Multiple Path Transformer (DMPT) is a GPT-2 whose upper blocks fork into paths; a small gate
+    sends each token down one of them, and every path mixes several vocabulary heads. Plain GPT-2 goes
+    through the same commands.
+
+    \b
+    See it all at once, without network, in a few minutes:
+      dmpt-export demo
+    Or step by step, from a GPT-2 folder or hub id:
+      dmpt-export init gpt2 dmpt --splits 6 --heads 8 --fast-k 256
+      dmpt-export train dmpt tuned --data text.txt
+      dmpt-export quantize tuned small --scheme int8
+      dmpt-export onnx small device
+      dmpt-export run device "Once upon a time"
+
+    Exit codes: 0 done, 2 wrong usage, 3 bad input, 4 a result failed its check, 5 out of memory or disk,
+    130 interrupted.
+    """
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code. A bug (an error not meant for people) keeps its traceback."""
+    try:
+        with cli.make_context("dmpt-export", list(sys.argv[1:] if args is None else args)) as context:
+            cli.invoke(context)
+        sys.stdout.flush()
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.UsageError as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("Interrupted", err=True)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`| head`) has what it wanted. Flushing at exit must not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except Exception as error:
+        told = explain(error)
+        if told is None:
+            raise
+        code, message = told
+        click.echo(f"Error: {' '.join(message.split())}", err=True)
+        return code
+    return OK
+
+
+def explain(error: Exception) -> tuple[int, str] | None:
+    """(exit code, message) of an error that is meant for people, or None for a bug."""
+    code = getattr(error, "exit_code", None)
+    if isinstance(error, click.ClickException):
+        return BAD_INPUT, error.format_message()
+    if type(code) is int:
+        return code, str(error)
+    if isinstance(error, OSError) and error.errno in RESOURCE_ERRORS:
+        return NO_RESOURCES, f"{error.strerror}{path_of(error)}: free some, or choose another place"
+    if isinstance(error, OSError) and error.errno in PATH_ERRORS and error.filename is not None:
+        return BAD_INPUT, f"{error.strerror}{path_of(error)}"
+    if is_out_of_memory(error):
+        return NO_RESOURCES, f"out of memory: use a shorter context, a smaller batch or a smaller model ({error})"
+    return None
+
+
+def path_of(error: OSError) -> str:
+    return "" if error.filename is None else f": {os.fsdecode(error.filename)!r}"
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    native = isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime")
+    return native and any(text in str(error).lower() for text in MEMORY_MESSAGES)
