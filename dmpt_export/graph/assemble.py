@@ -1,0 +1,113 @@
+"""The whole graph: inputs, trunk, routing, heads, outputs."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from dmpt_export.graph.blocks import Past, Timeline, block_prefixes, embed, layer_norm, segment
+from dmpt_export.graph.builder import MSFT, Builder, Spec
+from dmpt_export.graph.heads import leaf_log_probs
+from dmpt_export.graph.linear import Weights
+from dmpt_export.graph.routing import Router, cache_specs
+from training.config import ROOT, DMPTConfig
+
+OPSET = 21
+IR_VERSION = 10
+INT64, INT32, FLOAT = ir.DataType.INT64, ir.DataType.INT32, ir.DataType.FLOAT
+
+
+def input_specs(config: DMPTConfig, dtype: ir.DataType) -> list[Spec]:
+    """Graph inputs in order; `pending` and caches as in the design contract, sections 5 and 6."""
+    nodes = list(config.tree.values())
+    return [
+        Spec("input_ids", INT64, ("batch", "tokens")),
+        Spec("position_ids", INT64, ("batch", "tokens")),
+        Spec("seqlens_k", INT32, ("batch",)),
+        Spec("total_length", INT32, ()),
+        Spec("last", INT64, ()),
+        *(Spec(f"pending.{n.name}", dtype, ("batch", f"pending_{n.name}", config.n_embd)) for n in nodes[1:]),
+        *cache_specs(config, dtype, [p for n in nodes for p in block_prefixes(n)], "past"),
+    ]
+
+
+def output_specs(config: DMPTConfig, dtype: ir.DataType) -> list[Spec]:
+    """Graph outputs in order."""
+    nodes = list(config.tree.values())
+    rows = [
+        Spec(f"rows.{n.name}", dtype, ("batch", "tokens" if n.parent is None else f"rows_{n.name}", config.n_embd))
+        for n in nodes
+        if n.children
+    ]
+    return [
+        Spec("log_probs", FLOAT, ("batch", "last", config.vocab_size)),
+        Spec("routes", INT64, ("batch", "last")),
+        *rows,
+        *cache_specs(config, dtype, [p for n in nodes for p in block_prefixes(n)], "present"),
+    ]
+
+
+def build(config: DMPTConfig, weights: Weights, dtype: ir.DataType = FLOAT) -> ir.Model:
+    """The graph of one model.
+
+    `weights` maps the checkpoint's tensor names to float arrays or QuantizedTensors; `dtype` is the type of
+    activations and caches (FLOAT or FLOAT16). `config.fast_k` and `config.head_topk` are baked in.
+    """
+    b = Builder(dtype)
+    inputs = {spec.name: spec.value() for spec in input_specs(config, dtype)}
+    time = Timeline(inputs["position_ids"], inputs["seqlens_k"], inputs["total_length"])
+    past = {
+        p: Past(inputs[f"past.{p}.key"], inputs[f"past.{p}.value"])
+        for node in config.tree.values()
+        for p in block_prefixes(node)
+    }
+    pending = {name: inputs[f"pending.{name}"] for name in config.tree if name != ROOT}
+    router = Router(config, weights, time, inputs["last"], pending, past)
+
+    trunk, *branches = config.tree.values()
+    stream = embed(b, weights, inputs["input_ids"], inputs["position_ids"])
+    rows, present = segment(b, config, weights, trunk, stream, time, past)
+    router.present |= present
+    if trunk.children is None:
+        log_probs, routes = _single_leaf(b, config, weights, router, rows)
+    else:
+        router.rows[ROOT] = rows
+        router.fork(b, trunk, router.choose(b, trunk, rows))
+        for node in branches:
+            router.run_if_needed(b, node)
+        log_probs, routes = router.in_order(b)
+
+    results = {"log_probs": log_probs, "routes": routes}
+    results |= {f"rows.{name}": value for name, value in router.rows.items()}
+    for prefix, caches in router.present.items():
+        results |= {f"present.{prefix}.key": caches.key, f"present.{prefix}.value": caches.value}
+    outputs = [_named(b, results[spec.name], spec) for spec in output_specs(config, dtype)]
+    graph = ir.Graph(
+        list(inputs.values()),
+        outputs,
+        nodes=b.nodes,
+        initializers=list(b.initializers.values()),
+        opset_imports={"": OPSET, MSFT: 1},
+        name="dmpt",
+    )
+    return ir.Model(graph, ir_version=IR_VERSION, producer_name="dmpt-export")
+
+
+def _single_leaf(
+    b: Builder, config: DMPTConfig, weights: Weights, router: Router, rows: ir.Value
+) -> tuple[ir.Value, ir.Value]:
+    """Without splits there is nothing to route: norm and heads on the last N rows."""
+    tail = b.op("Reshape", router.last_rows(b, rows, ROOT), router.row_shape(b), name=f"{ROOT}.tail")
+    h = layer_norm(b, weights, tail, "transformer.ln_f", config.layer_norm_epsilon)
+    flat = leaf_log_probs(b, config, weights, ROOT, h)  # (B * N, V)
+    shape = b.op("Concat", b.ints(-1), router.n_last(b), b.ints(config.vocab_size), name="log_probs.shape", axis=0)
+    log_probs = b.op("Reshape", flat, shape, name="log_probs.by_batch")
+    batch = b.op("Shape", router.time.position_ids, name="routes.batch", start=0, end=1)
+    routes_shape = b.op("Concat", batch, router.n_last(b), name="routes.shape", axis=0)
+    zero = ir.tensor([0], dtype=INT64)
+    return log_probs, b.op("ConstantOfShape", routes_shape, name="routes.zero", value=zero)
+
+
+def _named(b: Builder, value: ir.Value, spec: Spec) -> ir.Value:
+    """Give a result the name, type and shape of the graph output it becomes."""
+    value.name, value.dtype, value.shape = spec.name, spec.dtype, ir.Shape(spec.shape)
+    return value

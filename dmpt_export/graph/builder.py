@@ -1,0 +1,103 @@
+"""A thin layer over onnx_ir: append a node, refer to a weight, open an If.
+
+Every weight is an initializer of the MAIN graph, also when only a branch uses it: subgraphs see it through
+outer scope, so it is stored and prepacked once, and external-data and quantization tools find it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+MSFT = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Name, type and shape of a graph or branch output."""
+
+    name: str
+    dtype: ir.DataType
+    shape: tuple[int | str, ...]
+
+    def value(self, name: str | None = None) -> ir.Value:
+        return ir.val(name or self.name, self.dtype, list(self.shape))
+
+
+class Builder:
+    """Collects the nodes of one graph; `branch` opens a builder of a subgraph that shares the initializers."""
+
+    def __init__(self, dtype: ir.DataType = ir.DataType.FLOAT, parent: Builder | None = None) -> None:
+        self.dtype = dtype  # of activations
+        self.nodes: list[ir.Node] = []
+        self.initializers: dict[str, ir.Value] = parent.initializers if parent else {}
+        self._names: dict[str, int] = parent._names if parent else {}
+
+    # --- nodes ----------------------------------------------------------------------------------
+
+    def op(self, op_type: str, *inputs: ir.Value | None, name: str, domain: str = "", **attributes: object) -> ir.Value:
+        """Append a node with one output and return that output, named after the node."""
+        return self.ops(op_type, *inputs, name=name, outputs=1, domain=domain, **attributes)[0]
+
+    def ops(
+        self,
+        op_type: str,
+        *inputs: ir.Value | None,
+        name: str,
+        outputs: int,
+        unused: tuple[int, ...] = (),
+        domain: str = "",
+        **attributes: object,
+    ) -> Sequence[ir.Value]:
+        """Append a node with several outputs; those `unused` get no name, which tells the kernel to skip them."""
+        name = self._unique(name)
+        values = [ir.val("" if i in unused else name if i == 0 else f"{name}:{i}") for i in range(outputs)]
+        self.nodes.append(ir.node(op_type, list(inputs), attributes or None, domain=domain, outputs=values, name=name))  # type: ignore[arg-type]
+        return values
+
+    def _unique(self, name: str) -> str:
+        """Node names mirror tensor names; a second node of the same name gets a number."""
+        seen = self._names.get(name, 0)
+        self._names[name] = seen + 1
+        return name if seen == 0 else f"{name}#{seen}"
+
+    # --- weights and constants --------------------------------------------------------------------
+
+    def weight(self, name: str, array: np.ndarray) -> ir.Value:
+        """The main-graph initializer `name`; the first caller brings it in, later ones share it."""
+        if name not in self.initializers:
+            tensor = ir.Tensor(np.ascontiguousarray(array), name=name)
+            self.initializers[name] = ir.val(name, tensor.dtype, list(tensor.shape), const_value=tensor)
+        return self.initializers[name]
+
+    def ints(self, *values: int, scalar: bool = False) -> ir.Value:
+        """A constant int64 vector, or with `scalar` a single number; equal constants are shared."""
+        label = "_".join(str(v) for v in values) or "none"
+        array = np.array(values[0] if scalar else values, dtype=np.int64)
+        return self.weight(f"const.{'scalar' if scalar else 'ints'}.{label}", array)
+
+    # --- branches ---------------------------------------------------------------------------------
+
+    def branch(
+        self,
+        condition: ir.Value,
+        then: Callable[[Builder], Sequence[ir.Value]],
+        otherwise: Callable[[Builder], Sequence[ir.Value]],
+        outputs: Sequence[Spec],
+        name: str,
+    ) -> list[ir.Value]:
+        """An If whose branches both yield `outputs`, with their types and shapes written out."""
+        graphs = {}
+        for label, fill in (("then", then), ("else", otherwise)):
+            inner = Builder(self.dtype, parent=self)
+            results = list(fill(inner))
+            for value, spec in zip(results, outputs, strict=True):
+                value.dtype, value.shape = spec.dtype, ir.Shape(spec.shape)
+            graphs[f"{label}_branch"] = ir.Graph([], results, nodes=inner.nodes, name=f"{name}.{label}")
+        values = [spec.value() for spec in outputs]
+        attributes = [ir.AttrGraph(key, graph) for key, graph in graphs.items()]
+        self.nodes.append(ir.Node("", "If", [condition], attributes, outputs=values, name=self._unique(name)))
+        return values

@@ -1,0 +1,100 @@
+"""Vocabulary heads of a leaf: the gate that weighs them, the full mixture, and fast-k.
+
+    h --- anchor (all V logits) --- log-softmax --- TopK ----+---- candidates C, mass M
+     \\                                                       |
+      +-- rows C of every other head . h -- log-softmax --+   |
+      +-- head gate -- log pi ----------------------------+-> logsumexp + log M -> scatter into the anchor's log-probs
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from dmpt_export.graph.builder import Builder
+from dmpt_export.graph.linear import Weights, float_weight, gather_rows, project
+from training.config import DMPTConfig
+
+
+def leaf_log_probs(b: Builder, config: DMPTConfig, weights: Weights, leaf: str, h: ir.Value) -> ir.Value:
+    """log P_leaf: normalised hidden rows [n, E] -> [n, V], fp32."""
+    anchor, *others = config.head_allocation[leaf]
+    name = f"mixture.{leaf}"
+    if not others:
+        return _log_softmax(b, project(b, weights, head(config, anchor), h), head(config, anchor))
+    log_pi = _head_log_weights(b, config, weights, leaf, h)  # (n, H)
+    weight_of = [_column(b, log_pi, i, f"{name}.log_pi.{i}") for i in range(1 + len(others))]  # each (n, 1)
+    log_anchor = _log_softmax(b, project(b, weights, head(config, anchor), h), head(config, anchor))
+    if config.fast_k is None:
+        parts = [b.op("Add", log_anchor, weight_of[0], name=f"{name}.part")]
+        for log_w, j in zip(weight_of[1:], others, strict=True):
+            full = _log_softmax(b, project(b, weights, head(config, j), h), head(config, j))
+            parts.append(b.op("Add", full, log_w, name=f"{name}.part"))
+        return _log_sum_exp(b, parts, name)
+    k = b.ints(config.fast_k)
+    log_c, candidates = b.ops("TopK", log_anchor, k, name=f"{name}.candidates", outputs=2, axis=-1, sorted=0)
+    mass = b.op("ReduceLogSumExp", log_c, b.ints(1), name=f"{name}.mass", keepdims=1)
+    within = b.op("Sub", log_c, mass, name=f"{name}.anchor_within")
+    parts = [b.op("Add", within, weight_of[0], name=f"{name}.part")]
+    column = b.op("Unsqueeze", h, b.ints(-1), name=f"{name}.column")  # (n, E, 1)
+    for log_w, j in zip(weight_of[1:], others, strict=True):
+        label = f"{head(config, j)}.rows"
+        rows = gather_rows(b, weights, f"{head(config, j)}.weight", candidates, label)  # (n, K, E)
+        logits = b.op("MatMul", rows, column, name=f"{label}.dot")
+        logits = b.op("Squeeze", logits, b.ints(-1), name=f"{label}.logits")
+        parts.append(b.op("Add", _log_softmax(b, logits, label), log_w, name=f"{name}.part"))
+    mixed = b.op("Add", mass, _log_sum_exp(b, parts, f"{name}.within"), name=f"{name}.log_c")
+    return b.op("ScatterElements", log_anchor, candidates, mixed, name=name, axis=1)
+
+
+def head(config: DMPTConfig, j: int) -> str:
+    """Name of head j's matrix without `.weight`; a tied head 0 is the embedding."""
+    return "transformer.wte" if j == 0 and config.tie_word_embeddings else f"heads.{j}"
+
+
+def _head_log_weights(b: Builder, config: DMPTConfig, weights: Weights, leaf: str, h: ir.Value) -> ir.Value:
+    """log pi over the leaf's heads: [n, E] -> [n, H], fp32; -inf for heads that head_topk leaves out."""
+    prefix = f"head_gates.{leaf}"
+    logits = gate_mlp(b, weights, prefix, h, "Gelu")  # exact GELU here, the tanh form in blocks
+    temperature = b.weight("const.head_gate_temp", np.array(config.head_gate_temp, np.float32))
+    logits = b.op("Div", logits, temperature, name=f"{prefix}.tempered")
+    n_heads = len(config.head_allocation[leaf])
+    if config.head_topk and config.head_topk < n_heads:
+        kept, which = b.ops("TopK", logits, b.ints(config.head_topk), name=f"{prefix}.topk", outputs=2, axis=-1)
+        lowest = b.weight("const.minus_inf", np.array([-np.inf], np.float32))
+        shape = b.op("Shape", logits, name=f"{prefix}.shape")
+        dropped = b.op("Expand", lowest, shape, name=f"{prefix}.dropped")
+        logits = b.op("ScatterElements", dropped, which, kept, name=f"{prefix}.kept", axis=1)
+    return _log_softmax(b, logits, prefix)
+
+
+def gate_mlp(b: Builder, weights: Weights, prefix: str, x: ir.Value, activation: str) -> ir.Value:
+    """Linear, activation, Linear: the form of gates (Tanh) and head gates (Gelu); weights are [out, in]. fp32 out."""
+
+    def dense(i: int, y: ir.Value) -> ir.Value:
+        weight, bias = (float_weight(b, weights, f"{prefix}.{i}.{part}") for part in ("weight", "bias"))
+        return b.op("Gemm", y, weight, bias, name=f"{prefix}.{i}", transB=1)
+
+    return to_float(b, dense(2, b.op(activation, dense(0, x), name=f"{prefix}.1")), prefix)
+
+
+def to_float(b: Builder, x: ir.Value, name: str) -> ir.Value:
+    """Choices and log-probs are fp32 whatever the activations are."""
+    if b.dtype == ir.DataType.FLOAT:
+        return x
+    return b.op("Cast", x, name=f"{name}.float", to=int(ir.DataType.FLOAT))
+
+
+def _log_softmax(b: Builder, logits: ir.Value, name: str) -> ir.Value:
+    return b.op("LogSoftmax", to_float(b, logits, name), name=f"{name}.log_softmax", axis=-1)
+
+
+def _column(b: Builder, x: ir.Value, i: int, name: str) -> ir.Value:
+    return b.op("Gather", x, b.ints(i), name=name, axis=1)
+
+
+def _log_sum_exp(b: Builder, parts: list[ir.Value], name: str) -> ir.Value:
+    """log of the sum of exponentials of equally shaped [n, m] tensors, safe where one of them is -inf."""
+    stacked = [b.op("Unsqueeze", part, b.ints(0), name=f"{name}.stack") for part in parts]
+    together = b.op("Concat", *stacked, name=f"{name}.parts", axis=0)
+    return b.op("ReduceLogSumExp", together, b.ints(0), name=f"{name}.logsumexp", keepdims=0)

@@ -1,0 +1,126 @@
+"""One weight, three uses, for every storage scheme.
+
+    linear          y = x W + b of a block          (float: MatMul, n-bit: MatMulNBits, W8A8: DynamicQuantizeMatMul)
+    project         all logits of a head            (float: Gemm with the rows as they are stored)
+    gather_rows     some rows of a head or embedding (float: Gather, n-bit: GatherBlockQuantized)
+
+A matrix used both ways (a tied embedding, a head that is one leaf's anchor and another's candidate) is
+stored once: the n-bit tensor [N, blocks, bytes] serves MatMulNBits as it is and GatherBlockQuantized along
+its last axis; only the scales need a second shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from dmpt_export.graph.builder import MSFT, Builder
+from quant.tensor import QuantizedTensor
+
+Weights = Mapping[str, "np.ndarray | QuantizedTensor"]
+# Level 4 lets the kernel quantize activations to int8 block by block: 0.4-0.9 % of the largest output in error,
+# a hundred times faster than level 0 for 8-bit weights.
+ACCURACY_LEVEL = 4
+
+
+def float_weight(b: Builder, weights: Weights, name: str) -> ir.Value:
+    """An initializer that is float in every scheme, in the graph's activation type."""
+    array = weights[name]
+    if isinstance(array, QuantizedTensor):
+        raise TypeError(f"{name} is quantized as {array.scheme} but no quantized operator reads it")
+    return b.weight(name, array.astype(b.dtype.numpy(), copy=False))
+
+
+def linear(b: Builder, weights: Weights, name: str, x: ir.Value) -> ir.Value:
+    """x W + bias for a block's layer `name`: [..., in] -> [..., out]."""
+    weight = weights[f"{name}.weight"]
+    bias = float_weight(b, weights, f"{name}.bias")
+    if isinstance(weight, QuantizedTensor):
+        if weight.scheme == "int8-dynamic":
+            return _dynamic_matmul(b, name, weight, x, bias)
+        return _nbits_matmul(b, name, weight, x, bias)
+    y = b.op("MatMul", x, float_weight(b, weights, f"{name}.weight"), name=name)
+    return b.op("Add", y, bias, name=f"{name}.bias_add")
+
+
+def project(b: Builder, weights: Weights, name: str, x: ir.Value) -> ir.Value:
+    """Logits over the whole vocabulary: [n, E] -> [n, V], for a matrix stored [V, E]."""
+    weight = weights[f"{name}.weight"]
+    if isinstance(weight, QuantizedTensor):
+        return _nbits_matmul(b, name, weight, x, None)
+    # transB keeps the rows contiguous, so that the same initializer can be gathered from.
+    return b.op("Gemm", x, float_weight(b, weights, f"{name}.weight"), name=name, transB=1)
+
+
+def gather_rows(b: Builder, weights: Weights, weight_name: str, ids: ir.Value, name: str) -> ir.Value:
+    """Rows of a matrix stored [V, E]: ids [...] -> [..., E]. Ids must be valid: the kernel does not check."""
+    weight = weights[weight_name]
+    if not isinstance(weight, QuantizedTensor):
+        return b.op("Gather", float_weight(b, weights, weight_name), ids, name=name)
+    rows = b.op(
+        "GatherBlockQuantized",
+        b.weight(f"{weight_name}.packed", weight.packed),
+        ids,
+        _scales(b, weight_name, weight, ".rows"),
+        _zero_points_for_rows(b, weight_name, weight),
+        name=name,
+        domain=MSFT,
+        bits=weight.bits,
+        block_size=weight.block,
+        gather_axis=0,
+        quantize_axis=2,
+    )  # (..., blocks, block)
+    rank = "const.rows"  # 0 copies a leading dimension; ids of the graph are always [n, K] or [B, S]
+    flat = b.op("Reshape", rows, b.weight(rank, np.array([0, 0, -1], dtype=np.int64)), name=f"{name}.flat")
+    if weight.packed.shape[1] * weight.block == weight.shape[1]:
+        return flat
+    return b.op("Slice", flat, b.ints(0), b.ints(weight.shape[1]), b.ints(2), name=f"{name}.unpad")
+
+
+def _nbits_matmul(b: Builder, name: str, weight: QuantizedTensor, x: ir.Value, bias: ir.Value | None) -> ir.Value:
+    zero_points = None
+    if weight.zero_points is not None:
+        zero_points = b.weight(f"{name}.weight.zero_points", weight.zero_points)
+    return b.op(
+        "MatMulNBits",
+        x,
+        b.weight(f"{name}.weight.packed", weight.packed),
+        _scales(b, f"{name}.weight", weight, ""),
+        zero_points,
+        None,
+        bias,
+        name=name,
+        domain=MSFT,
+        N=weight.shape[0],
+        K=weight.shape[1],
+        bits=weight.bits,
+        block_size=weight.block,
+        accuracy_level=ACCURACY_LEVEL,
+    )
+
+
+def _scales(b: Builder, weight_name: str, weight: QuantizedTensor, suffix: str) -> ir.Value:
+    """Scales as MatMulNBits reads them [N, blocks], or for gathering [N, blocks, 1]."""
+    scales = weight.scales.astype(b.dtype.numpy(), copy=False)
+    return b.weight(f"{weight_name}.scales{suffix}", scales[..., None] if suffix else scales)
+
+
+def _zero_points_for_rows(b: Builder, weight_name: str, weight: QuantizedTensor) -> ir.Value | None:
+    if weight.zero_points is None:
+        return None
+    raise NotImplementedError(f"{weight_name}: gathering rows of an asymmetric tensor")
+
+
+def _dynamic_matmul(b: Builder, name: str, weight: QuantizedTensor, x: ir.Value, bias: ir.Value) -> ir.Value:
+    return b.op(
+        "DynamicQuantizeMatMul",
+        x,
+        b.weight(f"{name}.weight.int8", weight.packed.T),
+        b.weight(f"{name}.weight.scales", weight.scales),
+        None,
+        bias,
+        name=name,
+        domain=MSFT,
+    )
