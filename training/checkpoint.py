@@ -1,0 +1,268 @@
+"""Checkpoint folders: reading a DMPT or GPT-2, writing a DMPT. The public door to everything on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from training.config import DMPTConfig
+from training.data import load_tokenizer
+from training.errors import InputError
+from training.files import atomic_file, atomic_folder, check_replaceable, read_json, resolve
+from training.gpt2 import config_from_gpt2, dmpt_name
+from training.model import DMPTForCausalLM
+from training.tensors import SINGLE, read_tensors
+
+__all__ = [
+    "Checkpoint",
+    "atomic_file",
+    "atomic_folder",
+    "check_replaceable",
+    "check_tensors",
+    "copy_tokenizer",
+    "expected_shapes",
+    "load_model",
+    "load_state",
+    "model_from_tensors",
+    "read_checkpoint",
+    "read_config",
+    "resolve",
+    "save_model",
+    "write_model",
+]
+
+Source = str | os.PathLike[str]  # a DMPT or GPT-2 folder, or a hub id
+TIED_HEAD = "heads.0.weight"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "gate_hidden")
+MOST_NAMED = 40  # tensor names in one error line
+
+
+@dataclass
+class Checkpoint:
+    """A float checkpoint in memory."""
+
+    config: DMPTConfig
+    tensors: dict[str, Tensor]  # float32, by the contract's names; a tied heads.0 is absent
+    folder: Path  # where it was read from; the tokenizer lies there
+
+
+# --- reading ----------------------------------------------------------------------------------------
+
+
+def read_config(source: Source) -> DMPTConfig:
+    """The configuration of a DMPT folder, a quantized folder, a GPT-2 folder or a hub id.
+
+    Plain GPT-2 becomes `splits=[]` with one head. Raises InputError naming the folder and the field.
+    """
+    folder = resolve(source)
+    if not (folder / "config.json").is_file():
+        known = "an exported model (run it with `dmpt-export run`)" if (folder / "dmpt_manifest.json").is_file() else ""
+        raise InputError(f"{folder} is {known or 'no model folder: it has no config.json'}")
+    path = folder / "config.json"
+    fields = read_json(path)
+    kind = fields.get("model_type")
+    if kind not in ("dmpt", "gpt2"):
+        raise InputError(f"{path}: model_type {kind!r} is not supported, only 'dmpt' and 'gpt2' are")
+    for name in SIZES:
+        if name in fields and (type(fields[name]) is not int or fields[name] < 1):
+            raise InputError(f"{path}: {name} must be a whole number above 0, not {fields[name]!r}")
+    try:
+        return config_from_gpt2(fields) if kind == "gpt2" else DMPTConfig.from_dict(fields)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise InputError(f"{path} cannot be used ({error}): restore or replace it") from error
+
+
+def read_checkpoint(source: Source) -> Checkpoint:
+    """Configuration and checked float32 tensors of a DMPT or GPT-2 folder, or a hub id.
+
+    Raises InputError for a missing folder, a quantized one, damaged files, and for missing, unexpected or
+    misshapen tensors (all named at once).
+    """
+    folder = resolve(source)
+    config = read_config(folder)
+    if hasattr(config, "quantization"):
+        raise InputError(
+            f"{folder} is quantized, float weights are needed here: give the checkpoint it was made from, "
+            "or read it with quant.checkpoint.dequantized_model"
+        )
+    tied = config.tie_word_embeddings
+    if read_json(folder / "config.json")["model_type"] == "gpt2":
+        tensors = read_tensors(folder, lambda name: dmpt_name(name, tied=tied))
+    else:
+        tensors = read_tensors(folder)
+    check_tensors(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, folder)
+    return Checkpoint(config, tensors, folder)
+
+
+def load_state(source: Source) -> tuple[DMPTConfig, dict[str, np.ndarray]]:
+    """Configuration and float32 arrays by the contract's tensor names; a tied heads.0 is absent."""
+    checkpoint = read_checkpoint(source)
+    return checkpoint.config, {name: tensor.numpy() for name, tensor in checkpoint.tensors.items()}
+
+
+def load_model(source: Source) -> DMPTForCausalLM:
+    """The float32 model of a DMPT or GPT-2 folder, or a hub id, in eval mode. Raises as read_checkpoint."""
+    checkpoint = read_checkpoint(source)
+    return model_from_tensors(checkpoint.config, checkpoint.tensors)
+
+
+def model_from_tensors(config: DMPTConfig, tensors: Mapping[str, Tensor]) -> DMPTForCausalLM:
+    """A model around given tensors (not copied), in eval mode. Raises InputError when they do not fit `config`."""
+    check_tensors(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, "the model")
+    model = _skeleton(config)
+    given = dict(tensors)
+    if config.tie_word_embeddings:
+        given[TIED_HEAD] = given["transformer.wte.weight"]
+    model.load_state_dict(given, strict=True, assign=True)
+    model.tie_weights()
+    return model.eval()
+
+
+def expected_shapes(config: DMPTConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor a checkpoint of `config` holds, with its shape, in the model's order."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in _skeleton(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        shapes.pop(TIED_HEAD)
+    return shapes
+
+
+def _skeleton(config: DMPTConfig) -> DMPTForCausalLM:
+    with torch.device("meta"):  # no memory, whatever sizes config claims
+        return DMPTForCausalLM(config)
+
+
+def check_tensors(config: DMPTConfig, shapes: Mapping[str, tuple[int, ...]], where: object) -> None:
+    """Raise InputError naming every missing, unexpected and misshapen tensor. `where` names the source."""
+    if config.n_layer > len(shapes):
+        raise InputError(f"{where}: config says {config.n_layer} blocks, but there are only {len(shapes)} tensors")
+    expected = expected_shapes(config)
+    extra = set(shapes) - set(expected) - ({TIED_HEAD} if config.tie_word_embeddings else set())
+    wrong = [
+        f"{name} {list(shapes[name])} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in shapes and tuple(shapes[name]) != shape
+    ]
+    parts = [
+        f"{what}: {_listed(names)}"
+        for what, names in (
+            ("missing", [name for name in expected if name not in shapes]),
+            ("unexpected", sorted(extra)),
+            ("wrong shape", wrong),
+        )
+        if names
+    ]
+    if parts:
+        raise InputError(f"the tensors of {where} do not fit its config.json; {'; '.join(parts)}")
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
+
+
+# --- writing ----------------------------------------------------------------------------------------
+
+
+def save_model(
+    model: DMPTForCausalLM, out: Source, tokenizer_from: Source | None = None, card: str | None = None
+) -> None:
+    """Write a checkpoint folder atomically: config, weights, tokenizer, generation config, model card.
+
+    `card`: Markdown that says how the model came about, put into README.md. Raises InputError when `out`
+    holds something else than a checkpoint of ours.
+    """
+    with atomic_folder(out, "checkpoint") as tmp:
+        write_model(model, tmp, tokenizer_from, card, name=Path(out).resolve().name)
+
+
+def write_model(
+    model: DMPTForCausalLM,
+    folder: Path,
+    tokenizer_from: Source | None = None,
+    card: str | None = None,
+    name: str = "DMPT",
+) -> None:
+    """What save_model writes, into an existing folder (one that atomic_folder gave), to be followed by more files."""
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        if model.heads[0].weight is not model.transformer.wte.weight:
+            raise ValueError("config ties heads.0 to transformer.wte, but the model holds two tensors: tie_weights()")
+        tensors.pop(TIED_HEAD)
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+    _write_json(folder / "config.json", config_fields(model.config))
+    ids = {key: getattr(model.config, key) for key in ("bos_token_id", "eos_token_id")}
+    _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+    if tokenizer_from is not None:
+        copy_tokenizer(tokenizer_from, folder)
+    (folder / "README.md").write_text(model_card(model.config, name, card), encoding="utf-8")
+
+
+def config_fields(config: DMPTConfig) -> dict[str, Any]:
+    """config.json of a float checkpoint: the fields that differ from transformers' defaults, and all of ours."""
+    fields = config.to_diff_dict()
+    own = ("splits", "head_allocation", "gate_hidden", "gate_temp", "head_gate_temp", "head_topk", "fast_k")
+    fields |= {name: getattr(config, name) for name in own}
+    fields |= {name: getattr(config, name) for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")}
+    fields |= {"architectures": ["DMPTForCausalLM"], "tie_word_embeddings": config.tie_word_embeddings}
+    fields.pop("quantization", None)
+    return fields
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def copy_tokenizer(src: Source, dst: Source) -> bool:
+    """Copy the tokenizer files of a model folder; False when it has none.
+
+    `dst` always ends up with a tokenizer.json, built from vocab.json and merges.txt when `src` has only those.
+    """
+    source, target = resolve(src), Path(dst)
+    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= set(names):
+        return False
+    tokenizer = load_tokenizer(source)  # also a damaged tokenizer.json is refused here, not later
+    for name in names:
+        shutil.copyfile(source / name, target / name)
+    if "tokenizer.json" not in names:
+        tokenizer.save(str(target / "tokenizer.json"))
+    return True
+
+
+def model_card(config: DMPTConfig, name: str, note: str | None) -> str:
+    """README.md of a checkpoint folder."""
+    leaves = ", ".join(f"`{leaf}` {heads}" for leaf, heads in config.head_allocation.items())
+    kind = "Dynamic Multiple Path Transformer (DMPT)" if config.splits else "transformer without splits"
+    return f"""---
+library_name: dmpt-export
+pipeline_tag: text-generation
+---
+# {name}
+
+A {kind} built on GPT-2: {config.n_layer} blocks of width {config.n_embd}, context {config.n_positions},
+vocabulary {config.vocab_size}, splits {config.splits}, vocabulary heads by leaf: {leaves}.
+
+{note or "Made with dmpt-export."}
+
+Quantize it with `dmpt-export quantize`, export it with `dmpt-export onnx`, look inside with `dmpt-export inspect`.
+"""

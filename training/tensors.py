@@ -1,0 +1,86 @@
+"""Safetensors files in: one file or shards, checked for damage; every error names the file and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from training.errors import InputError
+from training.files import read_json
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def read_tensors(folder: Path, rename: Callable[[str], str | None] = lambda name: name) -> dict[str, Tensor]:
+    """Float tensors of a model folder as float32, by `rename`d name (None: left unread); memory-mapped where possible.
+
+    Raises InputError for a missing, damaged or short file, a tensor that is no float, NaN and infinity.
+    """
+    out: dict[str, Tensor] = {}
+    for path, wanted in tensor_files(folder):
+        for name, tensor in _tensors_of(path, wanted):
+            new = rename(name)
+            if new is None:
+                continue
+            if new in out:
+                raise InputError(f"{path} holds tensor '{new}' twice (as '{name}' too): export the model again")
+            out[new] = _float32(path, name, tensor)
+    return out
+
+
+def tensor_files(folder: Path) -> list[tuple[Path, list[str] | None]]:
+    """The safetensors files of a folder, each with the names to take from it (None: all)."""
+    if (folder / SINGLE).is_file():
+        return [(folder / SINGLE, None)]
+    index = folder / INDEX
+    if not index.is_file():
+        if list(folder.glob("pytorch_model*.bin")):
+            raise InputError(
+                f"{folder} has only pickled weights (pytorch_model.bin), which are not read because they can run code: "
+                "convert it once with transformers, AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)"
+            )
+        raise InputError(f"{folder} has no {SINGLE}: give a folder with a trained model")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index} has no weight_map: fetch the model again")
+    by_file: dict[str, list[str]] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or "\\" in file:
+            raise InputError(f"{index} points outside its folder for '{name}' ({file!r}): do not use this model")
+        by_file.setdefault(file, []).append(name)
+    for file in by_file:
+        if not (folder / file).is_file():
+            raise InputError(f"{folder / file} is missing, though {INDEX} names it: fetch the model again")
+    return [(folder / file, names) for file, names in sorted(by_file.items())]
+
+
+def _tensors_of(path: Path, wanted: list[str] | None) -> Iterator[tuple[str, Tensor]]:
+    try:
+        # The library checks the header: its size, that tensors fill the file without overlap or hole, and
+        # that each one's bytes fit its shape and type.
+        with safe_open(path, framework="pt") as file:
+            there = set(file.keys())
+            absent = sorted(set(wanted or ()) - there)
+            if absent:
+                raise InputError(f"{path} lacks {', '.join(absent)}, which {INDEX} places there: fetch the model again")
+            for name in sorted(there if wanted is None else wanted):
+                yield name, file.get_tensor(name)
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged or cut short ({error}): copy or fetch it again") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _float32(path: Path, name: str, tensor: Tensor) -> Tensor:
+    if tensor.dtype not in FLOATS:
+        raise InputError(f"{path}: tensor '{name}' is {str(tensor.dtype).removeprefix('torch.')}, floats are expected")
+    tensor = tensor.to(torch.float32)
+    if not torch.isfinite(tensor).all():
+        count = int((~torch.isfinite(tensor)).sum())
+        raise InputError(f"{path}: tensor '{name}' holds {count} NaN or infinite values: use an undamaged checkpoint")
+    return tensor
