@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,8 +12,30 @@ from dmpt_export.tolerances import TOLERANCES, Tolerance
 from training.config import DMPTConfig
 from training.errors import ValidationError
 
+if TYPE_CHECKING:
+    from runtime.model import Model
+
 CHECKED_TOKENS = 96  # enough for switches, catch-up and a cache that grew, yet under a second on small models
 SEED = 20250
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a model says about consecutive positions, the first of which is `first`."""
+
+    log_probs: np.ndarray  # float32 [S, V]
+    routes: np.ndarray  # int64 [S], leaf indices
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class Reference(Outcome):
+    """torch's outcome, with how close each position came to another route."""
+
+    margins: np.ndarray = field(default_factory=lambda: np.empty(0))  # [S], smallest gate logit difference
+
+    def since(self, first: int) -> Reference:
+        return Reference(self.log_probs[first:], self.routes[first:], first, self.margins[first:])
 
 
 def verify_folder(folder: Path, source: Path, config: DMPTConfig, scheme: str) -> dict[str, Any]:
@@ -23,21 +46,23 @@ def verify_folder(folder: Path, source: Path, config: DMPTConfig, scheme: str) -
     import runtime
 
     ids = np.random.default_rng(SEED).integers(0, config.vocab_size, min(CHECKED_TOKENS, config.n_positions))
-    want, routes, margins = torch_reference(source, config, ids)
+    want = torch_reference(source, config, ids)
     with runtime.load(folder) as model:
-        tolerance = TOLERANCES[(model.manifest.raw["activation_dtype"], scheme)]
-        whole = model.score(ids.tolist())
+        tolerance = TOLERANCES[(model.manifest.activation_dtype, scheme)]
+        log_probs, routes = model.score(ids.tolist())
+        whole = Outcome(log_probs, routes)
         stepped = decode_stepwise(model, ids.tolist())
-    first = len(ids) - len(stepped[0])
-    results = {
-        "whole": compare(want, routes, margins, *whole, tolerance, 0, "scored as a whole"),
-        "stepwise": compare(want[first:], routes[first:], margins[first:], *stepped, tolerance, first, "decoded stepwise"),
+    return {
+        "tokens": len(ids),
+        "seed": SEED,
+        "tolerance": vars(tolerance),
+        "whole": compare(want, whole, tolerance, "scored as a whole"),
+        "stepwise": compare(want.since(stepped.first), stepped, tolerance, "decoded stepwise"),
     }
-    return {"tokens": len(ids), "seed": SEED, "tolerance": vars(tolerance), **results}
 
 
-def torch_reference(source: Path, config: DMPTConfig, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One-shot torch evaluation with dequantized weights: log-probs [S, V], leaf indices [S], gate margins [S]."""
+def torch_reference(source: Path, config: DMPTConfig, ids: np.ndarray) -> Reference:
+    """One-shot torch evaluation with dequantized weights, under the configuration that is exported."""
     import torch
 
     from quant.checkpoint import dequantized_model
@@ -49,62 +74,55 @@ def torch_reference(source: Path, config: DMPTConfig, ids: np.ndarray) -> tuple[
         gates = model.hidden(batch).gates
         log_probs = model.log_probs(batch, fast_k=config.fast_k)[0].numpy()
         if not gates:
-            return log_probs, np.zeros(len(ids), np.int64), np.full(len(ids), np.inf)
+            return Reference(log_probs, np.zeros(len(ids), np.int64), margins=np.full(len(ids), np.inf))
         routes = model.routes(gates)[0].numpy()
         margins = torch.stack([(g[..., 1] - g[..., 0]).abs()[0] for g in gates.values()]).amin(0).numpy()
-    return log_probs, routes, margins
+    return Reference(log_probs, routes, margins=margins)
 
 
-def decode_stepwise(model: Any, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """A prompt of a third, then single tokens: (log-probs, routes) from the prompt's last position on."""
+def decode_stepwise(model: Model, ids: list[int]) -> Outcome:
+    """A prompt of a third, then single tokens: the outcome from the prompt's last position on."""
     sequence, prompt = model.sequence(), max(1, len(ids) // 3)
     rows = [sequence.feed(ids[:prompt], last=1)] + [sequence.feed([token], last=1) for token in ids[prompt:]]
-    return np.concatenate([row[0] for row in rows]), np.concatenate([row[1] for row in rows])
+    return Outcome(np.concatenate([row[0] for row in rows]), np.concatenate([row[1] for row in rows]), prompt - 1)
 
 
-def compare(
-    want: np.ndarray,
-    want_routes: np.ndarray,
-    margins: np.ndarray,
-    got: np.ndarray,
-    got_routes: np.ndarray,
-    tolerance: Tolerance,
-    first: int,
-    how: str,
-) -> dict[str, Any]:
-    """Routes exactly first, then log-probs [S, V]; `first` is the position of row 0, for messages."""
-    if not np.isfinite(got).all():
-        t, v = np.argwhere(~np.isfinite(got))[0]
-        raise ValidationError(f"{how}: log-prob of token {v} at position {first + t} is {got[t, v]}")
-    differs = want_routes != got_routes
-    if (differs & (margins >= tolerance.gate_margin)).any():
-        t = int(np.argmax(differs & (margins >= tolerance.gate_margin)))
+def compare(want: Reference, got: Outcome, tolerance: Tolerance, how: str) -> dict[str, Any]:
+    """Hold `got` against torch, routes first; what was measured, or ValidationError."""
+    if not np.isfinite(got.log_probs).all():
+        t, v = np.argwhere(~np.isfinite(got.log_probs))[0]
+        raise ValidationError(f"{how}: log-prob of token {v} at position {got.first + t} is {got.log_probs[t, v]}")
+    differs = want.routes != got.routes
+    wrong = differs & (want.margins >= tolerance.gate_margin)
+    if wrong.any():
+        t = int(wrong.argmax())
         raise ValidationError(
-            f"{how}: position {first + t} takes path {got_routes[t]} where torch takes {want_routes[t]} "
-            f"(gate margin {margins[t]:.3g}, allowed to differ under {tolerance.gate_margin:g})"
+            f"{how}: position {got.first + t} takes path {got.routes[t]} where torch takes {want.routes[t]} "
+            f"(gate margin {want.margins[t]:.3g}, allowed to differ under {tolerance.gate_margin:g})"
         )
     same = ~differs  # a near-tie that went the other way is another distribution, not an error
-    difference = np.abs(want - got).max(-1, where=same[:, None], initial=0.0)
-    kl = (np.exp(want) * (want - got)).sum(-1)[same]
-    top1 = float((want.argmax(-1) == got.argmax(-1))[same].mean())
-    worst = int(difference.argmax())
-    measured = {
-        "max_abs_diff": float(difference[worst]),
-        "kl_mean": float(kl.mean()),
-        "kl_max": float(kl.max()),
-        "top1_agreement": top1,
-        "routes_equal": bool(same.all()),
-        "near_ties": int(differs.sum()),
-    }
+    measured = {**distances(want.log_probs[same], got.log_probs[same]), "near_ties": int(differs.sum())}
     limits = [
         ("largest log-prob difference", measured["max_abs_diff"], tolerance.max_abs),
         ("mean KL", measured["kl_mean"], tolerance.kl_mean),
-        ("share of other top tokens", 1 - top1, 1 - tolerance.top1),
+        ("share of other top tokens", 1 - measured["top1_agreement"], 1 - tolerance.top1),
     ]
     for what, value, limit in limits:
         if limit is not None and value > limit:
+            worst = got.first + int(np.flatnonzero(same)[np.abs(want.log_probs - got.log_probs)[same].max(-1).argmax()])
             raise ValidationError(
-                f"{how}: {what} against torch is {value:.3g}, allowed {limit:.3g}; "
-                f"worst at position {first + worst} on path {want_routes[worst]}"
+                f"{how}: {what} against torch is {value:.3g}, allowed {limit:.3g}; worst at position {worst}, "
+                f"path {want.routes[worst - got.first]}"
             )
-    return measured
+    return {**measured, "routes_equal": bool(same.all())}
+
+
+def distances(want: np.ndarray, got: np.ndarray) -> dict[str, Any]:
+    """How far two sets of log-probs [S, V] are apart; KL(want || got) in nats per position."""
+    kl = (np.exp(want) * (want - got)).sum(-1)
+    return {
+        "max_abs_diff": float(np.abs(want - got).max()),
+        "kl_mean": float(kl.mean()),
+        "kl_max": float(kl.max()),
+        "top1_agreement": float((want.argmax(-1) == got.argmax(-1)).mean()),
+    }

@@ -120,7 +120,7 @@ class DMPTForCausalLM(PreTrainedModel):
 
     config_class = DMPTConfig
     base_model_prefix = "transformer"
-    _tied_weights_keys = {"heads.0.weight": "transformer.wte.weight"}
+    _tied_weights_keys = {"heads.0.weight": "transformer.wte.weight"}  # type: ignore[assignment]  # 5.x form
 
     def __init__(self, config: DMPTConfig) -> None:
         super().__init__(config)
@@ -147,6 +147,7 @@ class DMPTForCausalLM(PreTrainedModel):
         return self.transformer.wte
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        assert isinstance(value, nn.Embedding)
         self.transformer.wte = value
 
     def get_output_embeddings(self) -> nn.Module:
@@ -172,7 +173,9 @@ class DMPTForCausalLM(PreTrainedModel):
     # --- blocks and gates ---------------------------------------------------------------------
 
     def segment(self, node: Node) -> Segment:
-        return self.transformer if node.parent is None else self.paths[node.name]
+        segment = self.transformer if node.parent is None else self.paths[node.name]
+        assert isinstance(segment, Segment)
+        return segment
 
     def embed(self, ids: Tensor) -> Tensor:  # (B, S) -> (B, S, E)
         if ids.shape[1] > self.config.n_positions:

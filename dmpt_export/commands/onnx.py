@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from dmpt_export.extras import require
@@ -16,9 +18,7 @@ from dmpt_export.extras import require
               "Default: the checkpoint's.")  # fmt: skip
 @click.option("--head-topk", type=click.IntRange(min=0), help="Heads mixed per token; 0 mixes all of the path.")
 @click.option("--no-verify", is_flag=True, help="Publish without running the model against torch.")
-def command(
-    checkpoint: str, out: str, target: str, fast_k: int | None, head_topk: int | None, no_verify: bool
-) -> None:
+def command(checkpoint: str, out: str, target: str, fast_k: int | None, head_topk: int | None, no_verify: bool) -> None:
     """Export CHECKPOINT to the folder OUT: one graph for prefill, decoding and scoring.
 
     CHECKPOINT is a DMPT folder, a quantized folder, or a GPT-2 folder or hub id. Routing becomes one If per
@@ -42,13 +42,13 @@ def command(
     click.echo(report(manifest, out), err=True)
 
 
-def report(manifest: dict, out: str) -> str:
+def report(manifest: dict[str, Any], out: str) -> str:
     """What was written and how closely it follows torch, in a few lines."""
     size = sum(file["size"] for file in manifest["files"].values())
     parameters = manifest["parameters"]
     lines = [
-        f"{out}: {size / 1e6:.1f} MB, weights {manifest['quantization']['scheme']}, {parameters['total']:,} parameters, "
-        f"{parameters['touched_per_token']:,} touched per token"
+        f"{out}: {size / 1e6:.1f} MB, weights {manifest['quantization']['scheme']}, "
+        f"{parameters['total']:,} parameters, {parameters['touched_per_token']:,} touched per token"
     ]
     if manifest["parity"] is None:
         lines.append("not verified against torch")

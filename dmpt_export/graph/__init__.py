@@ -1,9 +1,9 @@
 """The ONNX graph of a DMPT, built node by node with onnx_ir; mirrors training/model.py.
 
-    builder.py   nodes, weights and If subgraphs
-    linear.py    one weight, three uses (project, project a head, gather rows), per storage scheme
-    blocks.py    embedding, attention, MLP, segments
-    heads.py     head gate, full mixture, fast-k
-    routing.py   gates, one If per node, putting the rows back in order
-    assemble.py  the whole graph
+builder.py   nodes, weights and If subgraphs
+linear.py    one weight, three uses (project, project a head, gather rows), per storage scheme
+blocks.py    embedding, attention, MLP, segments
+heads.py     head gate, full mixture, fast-k
+routing.py   gates, one If per node, putting the rows back in order
+assemble.py  the whole graph
 """

@@ -118,5 +118,3 @@ def segment(
         normed, stream = norm_stream(b, weights, Stream(stream.x, delta), f"{prefix}.ln_2", epsilon)
         stream = Stream(stream.x, mlp(b, weights, prefix, normed))
     return stream.total(b, f"{node.prefix}.output"), present
-
-

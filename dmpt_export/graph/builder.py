@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -38,9 +39,9 @@ class Builder:
 
     # --- nodes ----------------------------------------------------------------------------------
 
-    def op(self, op_type: str, *inputs: ir.Value | None, name: str, domain: str = "", **attributes: object) -> ir.Value:
+    def op(self, op_type: str, *inputs: ir.Value | None, name: str, domain: str = "", **attributes: Any) -> ir.Value:
         """Append a node with one output and return that output, named after the node."""
-        return self.ops(op_type, *inputs, name=name, outputs=1, domain=domain, **attributes)[0]
+        return self.ops(op_type, *inputs, name=name, outputs=1, unused=(), domain=domain, **attributes)[0]
 
     def ops(
         self,
@@ -50,12 +51,12 @@ class Builder:
         outputs: int,
         unused: tuple[int, ...] = (),
         domain: str = "",
-        **attributes: object,
+        **attributes: Any,
     ) -> Sequence[ir.Value]:
         """Append a node with several outputs; those `unused` get no name, which tells the kernel to skip them."""
         name = self._unique(name)
         values = [ir.val("" if i in unused else name if i == 0 else f"{name}:{i}") for i in range(outputs)]
-        self.nodes.append(ir.node(op_type, list(inputs), attributes or None, domain=domain, outputs=values, name=name))  # type: ignore[arg-type]
+        self.nodes.append(ir.node(op_type, list(inputs), attributes or None, domain=domain, outputs=values, name=name))
         return values
 
     def _unique(self, name: str) -> str:
@@ -70,7 +71,7 @@ class Builder:
         """The main-graph initializer `name`; the first caller brings it in, later ones share it."""
         if name not in self.initializers:
             tensor = ir.Tensor(np.ascontiguousarray(array), name=name)
-            self.initializers[name] = ir.val(name, tensor.dtype, list(tensor.shape), const_value=tensor)
+            self.initializers[name] = ir.val(name, tensor.dtype, tensor.shape, const_value=tensor)
         return self.initializers[name]
 
     def ints(self, *values: int, scalar: bool = False) -> ir.Value:

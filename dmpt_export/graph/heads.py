@@ -1,9 +1,9 @@
 """Vocabulary heads of a leaf: the gate that weighs them, the full mixture, and fast-k.
 
-    h --- anchor (all V logits) --- log-softmax --- TopK ----+---- candidates C, mass M
-     \\                                                       |
-      +-- rows C of every other head . h -- log-softmax --+   |
-      +-- head gate -- log pi ----------------------------+-> logsumexp + log M -> scatter into the anchor's log-probs
+h --- anchor (all V logits) --- log-softmax --- TopK ----+---- candidates C, mass M
+ \\                                                       |
+  +-- rows C of every other head . h -- log-softmax --+   |
+  +-- head gate -- log pi ----------------------------+-> logsumexp + log M -> scatter into the anchor's log-probs
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Hard routing: a flat row of Ifs in topological order (design contract, section 5).
 
-    trunk rows -- gate -- choice [B, N] --+-> any for `left`?  If: run left  over pending + new rows | pass caches through
-                                          +-> any for `right`? If: run right over pending + new rows | pass caches through
+    trunk rows -- gate -- choice [B, N] --+-- any for `left`?  If: run left  over pending + new rows
+                                          |                        else pass its caches through
+                                          +-- any for `right`? If: run right ...
 
 A node runs when some of the last N positions is routed to a leaf under it; it then catches up on every row it
 has not seen (`pending`), so its keys and values cover the full context and the result is exact. An inner node's
@@ -77,7 +78,9 @@ class Router:
 
         def then(inner: Builder) -> list[ir.Value]:
             new, present = self._run(inner, node)
-            results = self._leaf_results(inner, node, new) if node.children is None else self._fork_results(inner, node, new)
+            results = (
+                self._leaf_results(inner, node, new) if node.children is None else self._fork_results(inner, node, new)
+            )
             return [*results, *(t for p in prefixes for t in (present[p].key, present[p].value))]
 
         def otherwise(inner: Builder) -> list[ir.Value]:
@@ -112,8 +115,12 @@ class Router:
 
     def _leaf_results(self, b: Builder, node: Node, rows: ir.Value) -> list[ir.Value]:
         """Only the rows routed here meet the final norm and the heads: [(routed, V)]."""
-        flat = b.op("Reshape", self.last_rows(b, rows, f"{node.prefix}.tail"), self.row_shape(b), name=f"{node.prefix}.tail")
-        routed = b.op("Gather", flat, positions_of(b, self.on[node.name], node.name), name=f"{node.prefix}.routed", axis=0)
+        flat = b.op(
+            "Reshape", self.last_rows(b, rows, f"{node.prefix}.tail"), self.row_shape(b), name=f"{node.prefix}.tail"
+        )
+        routed = b.op(
+            "Gather", flat, positions_of(b, self.on[node.name], node.name), name=f"{node.prefix}.routed", axis=0
+        )
         h = layer_norm(b, self.weights, routed, f"{node.prefix}.ln_f", self.config.layer_norm_epsilon)
         return [leaf_log_probs(b, self.config, self.weights, node.name, h)]
 
@@ -124,7 +131,9 @@ class Router:
         """What a node that did not run yields: no rows, and for an inner node a choice nobody reads."""
         if node.children is None:
             return [empty(b, (0, self.config.vocab_size), ir.DataType.FLOAT, node.name)]
-        nothing = b.op("Slice", self.rows[node.parent or ""], b.ints(0), b.ints(0), b.ints(1), name=f"{node.prefix}.no_rows")
+        nothing = b.op(
+            "Slice", self.rows[node.parent or ""], b.ints(0), b.ints(0), b.ints(1), name=f"{node.prefix}.no_rows"
+        )
         here = self.on[node.name]
         return [nothing, b.op("Cast", here, name=f"{node.prefix}.no_choice", to=int(ir.DataType.INT64))]
 
@@ -134,11 +143,19 @@ class Router:
         positions = [positions_of(b, self.on[leaf], leaf) for leaf in leaves]
         order = b.op("Concat", *positions, name="order", axis=0)  # (B * N), flat position of each computed row
         count = b.op("Shape", order, name="order.count")
-        numbers = b.op("Range", b.ints(0, scalar=True), b.op("Squeeze", count, name="order.n"), b.ints(1, scalar=True), name="order.numbers")
+        numbers = b.op(
+            "Range",
+            b.ints(0, scalar=True),
+            b.op("Squeeze", count, name="order.n"),
+            b.ints(1, scalar=True),
+            name="order.numbers",
+        )
         inverse = b.op("ScatterElements", order, order, numbers, name="order.inverse", axis=0)
         rows = b.op("Concat", *(self.log_probs[leaf] for leaf in leaves), name="log_probs.by_leaf", axis=0)
         flat = b.op("Gather", rows, inverse, name="log_probs.flat", axis=0)
-        shape = b.op("Concat", b.ints(-1), self.n_last(b), b.ints(self.config.vocab_size), name="log_probs.shape", axis=0)
+        shape = b.op(
+            "Concat", b.ints(-1), self.n_last(b), b.ints(self.config.vocab_size), name="log_probs.shape", axis=0
+        )
         routes: ir.Value | None = None
         for i, leaf in enumerate(leaves[1:], start=1):
             here = b.op("Cast", self.on[leaf], name=f"routes.{leaf}.int", to=int(ir.DataType.INT64))
