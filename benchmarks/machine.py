@@ -1,0 +1,51 @@
+"""Where and with what a measurement was made: recorded beside every number."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+PACKAGES = ("dmpt-export", "onnxruntime", "numpy", "tokenizers", "torch", "transformers")
+
+
+def machine() -> dict[str, Any]:
+    """CPU model, cores this process may use, memory, system."""
+    try:
+        usable = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS and Windows
+        usable = os.cpu_count() or 1
+    return {"cpu": cpu_model(), "cores": usable, "memory_bytes": memory_bytes(), "system": platform.platform()}
+
+
+def cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as info:
+            return next(line.split(":", 1)[1].strip() for line in info if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and the packages that matter, without importing them; absent ones are left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def command_line() -> list[str]:
+    """The arguments as given, after a program name that says nothing about this machine's folders."""
+    return ["dmpt-export", *sys.argv[1:]]

@@ -1,0 +1,251 @@
+"""One door to every kind of model: token ids in, the deployed distribution of the next tokens out.
+
+    ONNX folder (dmpt_manifest.json)               -> OnnxScorer: runtime, no torch imported
+    DMPT checkpoint, GPT-2 folder or hub id        -> TorchScorer: training.checkpoint.load_model
+    quantized folder (config.json, "quantization") -> TorchScorer, when the caller says how to dequantize it
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from training.errors import InputError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from training.model import DMPTForCausalLM
+
+MANIFEST = "dmpt_manifest.json"
+GATE_HARD = "gate_hard"  # training.model's name; repeated because that module imports torch
+ROWS_AT_ONCE = 128  # rows whose candidates' head rows are gathered together: K * E floats each
+
+Float = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+
+class Scorer(Protocol):
+    """A model that can be asked for log-probabilities."""
+
+    name: str
+    folder: Path  # where the tokenizer lives
+    context: int  # longest sequence, in tokens
+    vocab_size: int
+    leaves: list[str]
+    family: str  # "DMPT" or "GPT-2"
+    scheme: str  # how the weights are stored: "fp32", "int8", ...
+    parameters: int
+    parameters_touched_per_token: int
+    size_bytes: int  # graph and weights, without tokenizer
+    mode: str  # path mode: "gate_hard" as deployed, or another of training.model's
+    end_of_text: int
+    tokenizer: Tokenizer
+
+    def score(self, ids: NDArray[np.integer], last: int) -> tuple[Float, Ints | None]:
+        """Log-probs [last, V] of the tokens after the last `last` of `ids` [S], and the leaf index of each row.
+
+        Routes are None for path modes that do not choose one leaf per token.
+        """
+        ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def close(self) -> None: ...
+
+
+def kind_of(source: str | Path) -> str:
+    """ "onnx", "quantized" or "float" (which includes hub ids and whatever is no model), without importing torch."""
+    folder = Path(source)
+    if (folder / MANIFEST).is_file():
+        return "onnx"
+    return "quantized" if "quantization" in config_json(folder) else "float"
+
+
+def config_json(folder: Path) -> dict[str, Any]:
+    """config.json as it stands; {} when absent or unreadable, which the loaders report better."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def open_scorer(
+    source: str | Path,
+    threads: int | None = None,
+    device: str = "cpu",
+    mode: str = GATE_HARD,
+    name: str | None = None,
+    dequantize: Callable[[str | Path], DMPTForCausalLM] | None = None,
+) -> Scorer:
+    """Load `source`, whatever kind of model it is.
+
+    dequantize: loads a quantized folder as a torch model. This package does not know the quantized format;
+    the command line passes quant.checkpoint.dequantized_model. Raises InputError (or the runtime's own
+    errors, same exit code) for what cannot be loaded, and for a quantized folder without `dequantize`.
+    """
+    name = name or Path(source).name or str(source)
+    kind = kind_of(source)
+    if kind == "onnx":
+        return OnnxScorer(Path(source), threads, device, mode, name)
+    if kind == "quantized" and dequantize is None:
+        raise InputError(f"{source} is a quantized checkpoint: export it first: dmpt-export onnx {source} OUT")
+    from training import checkpoint
+
+    model = dequantize(source) if kind == "quantized" and dequantize else checkpoint.load_model(source)
+    folder = checkpoint.resolve(source)
+    scheme = "fp32" if kind == "float" else config_json(folder)["quantization"]["scheme"]
+    return TorchScorer(model, folder, threads, device, mode, name, scheme)
+
+
+class OnnxScorer:
+    """An exported folder through ONNX Runtime."""
+
+    def __init__(self, folder: Path, threads: int | None, device: str, mode: str, name: str) -> None:
+        if mode != GATE_HARD:
+            raise InputError(
+                f"{folder} is exported for {GATE_HARD} alone, not '{mode}': evaluate its checkpoint instead"
+            )
+        import runtime
+
+        self.model = runtime.load(folder, device=device, threads=threads)
+        manifest = self.model.manifest
+        self.name, self.folder, self.mode = name, folder, mode
+        self.context, self.vocab_size = manifest.config.n_positions, manifest.config.vocab_size
+        self.leaves = list(manifest.leaves)
+        n_heads = len({j for heads in manifest.head_allocation.values() for j in heads})
+        self.family = family_of(len(self.leaves), n_heads)
+        self.scheme = scheme_of(manifest.raw)
+        self.parameters = manifest.raw["parameters"]["total"]
+        self.parameters_touched_per_token = manifest.raw["parameters"]["touched_per_token"]
+        self.size_bytes = onnx_size(folder)
+        self.tokenizer, self.end_of_text = tokenizer_of(folder, manifest.raw["config"])
+
+    def score(self, ids: NDArray[np.integer], last: int) -> tuple[Float, Ints | None]:
+        return self.model.score(ids, last)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text).ids
+
+    def close(self) -> None:
+        self.model.close()
+
+
+class TorchScorer:
+    """A checkpoint through training.model, in fp32."""
+
+    def __init__(
+        self,
+        model: DMPTForCausalLM,
+        folder: Path,
+        threads: int | None,
+        device: str,
+        mode: str,
+        name: str,
+        scheme: str = "fp32",
+    ) -> None:
+        import torch
+
+        model.leaves_of_mode(mode)  # an unknown mode is refused before anything else
+        if threads:
+            torch.set_num_threads(threads)
+        self.model = model.to(device).eval()  # type: ignore[arg-type]  # transformers' stub of `to`
+        config = model.config
+        self.mode, self.name, self.folder, self.scheme = mode, name, folder, scheme
+        self.context, self.vocab_size, self.leaves = config.n_positions, config.vocab_size, config.leaves
+        self.family = family_of(len(config.leaves), config.n_vocab_heads)
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self.parameters_touched_per_token = touched_per_token(model)
+        self.size_bytes = sum(f.stat().st_size for f in weight_files(folder))
+        self.tokenizer, self.end_of_text = tokenizer_of(folder, config.to_dict())
+
+    def score(self, ids: NDArray[np.integer], last: int) -> tuple[Float, Ints | None]:
+        import torch
+
+        with torch.inference_mode():
+            batch = torch.as_tensor(np.asarray(ids, dtype=np.int64), device=self.model.device)[None]
+            if self.mode == GATE_HARD:
+                return self.score_hard(batch, last)
+            out = self.model.log_probs(batch, self.mode, self.model.config.fast_k, last)
+            return out[0].cpu().numpy(), None
+
+    def score_hard(self, batch: Any, last: int) -> tuple[Float, Ints]:
+        """Routes and log-probs from one pass over the blocks: (1, S) -> [last, V], [last]."""
+        import torch
+
+        model, fast_k = self.model, self.model.config.fast_k
+        hidden = model.hidden(batch)
+        h = {leaf: x[:, -last:] for leaf, x in hidden.leaves.items()}
+        gates = {node: g[:, -last:] for node, g in hidden.gates.items()}
+        routes = model.routes(gates) if gates else torch.zeros((1, last), dtype=torch.long, device=batch.device)
+        parts = [
+            model.pick({leaf: x[:, i : i + ROWS_AT_ONCE] for leaf, x in h.items()}, routes[:, i : i + ROWS_AT_ONCE], fast_k)
+            for i in range(0, last, ROWS_AT_ONCE)
+        ]
+        return torch.cat(parts, dim=1)[0].cpu().numpy(), routes[0].cpu().numpy()
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text).ids
+
+    def close(self) -> None:
+        del self.model
+
+
+def family_of(n_leaves: int, n_heads: int) -> str:
+    return "DMPT" if n_leaves > 1 or n_heads > 1 else "GPT-2"
+
+
+def scheme_of(manifest: dict[str, Any]) -> str:
+    """How an exported model stores its weights; float weights are named by their width."""
+    scheme = (manifest.get("quantization") or {}).get("scheme", "float")
+    return {"float32": "fp32", "float16": "fp16"}[manifest["activation_dtype"]] if scheme == "float" else scheme
+
+
+def tokenizer_of(folder: Path, config: dict[str, Any]) -> tuple[Tokenizer, int]:
+    from training import data
+
+    tokenizer = data.load_tokenizer(folder)
+    return tokenizer, data.end_of_text_id(tokenizer, config)
+
+
+def onnx_size(folder: str | Path) -> int:
+    """Bytes of the graph and its external weights: model.onnx, model.onnx.data."""
+    folder = Path(folder)
+    model = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["model"]
+    return sum(file.stat().st_size for file in folder.glob(f"{model}*"))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The checkpoint's weight files: safetensors, or else PyTorch's own format as old GPT-2 folders have it."""
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+
+
+def touched_per_token(model: DMPTForCausalLM) -> int:
+    """Parameters read to produce one token, on the leaf where that is most.
+
+    The blocks, gates and head gate on the leaf's way; the anchor head in full; of every other head mixed,
+    fast_k rows (all rows without fast-k); one row each of the token and position embeddings. The same count
+    as an exported folder's manifest gives.
+    """
+    config = model.config
+
+    def size(module: Any) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    def of_leaf(leaf: str) -> int:
+        turns = [node for node, _ in config.ways()[leaf]]
+        way = sum(size(model.segment(model.tree[node]).h) for node in {*turns, leaf})
+        ln_f = size(model.segment(model.tree[leaf]).ln_f)
+        gates = sum(size(model.gates[node]) for node in turns)
+        head_gate = size(model.head_gates[leaf]) if leaf in model.head_gates else 0
+        others = len(config.head_allocation[leaf]) - 1
+        head_rows = config.vocab_size + others * (config.fast_k or config.vocab_size)
+        return way + ln_f + gates + head_gate + (head_rows + 2) * config.n_embd
+
+    return max(of_leaf(leaf) for leaf in config.leaves)

@@ -1,0 +1,96 @@
+"""One model in one process, taking turns with others: `python -m benchmarks.worker`.
+
+Requests and replies are JSON objects, one a line, over standard input and output:
+
+    {"do": "load", "adapter": MODULE, "path": P, "threads": T, "device": D}
+                                                 -> {"load_s", "context", "vocab_size", "threads"}
+    {"do": "prefill", "ids": [...]}              -> {"seconds"}
+    {"do": "decode", "ids": [...], "n": N}       -> {"seconds", "ids", "routes"}
+    {"do": "finish"}                             -> {"peak_rss_bytes", "idle_cpu_s"}
+
+A failure that is the user's to mend comes back as {"error": message, "exit_code": n}. A process of its own
+gives peak memory and load time a meaning; while another worker has its turn this one blocks on its input,
+and `idle_cpu_s` proves that it did not spin meanwhile.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from time import perf_counter, process_time
+from typing import Any, TextIO
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process ever held resident, in bytes."""
+    try:
+        # Not getrusage: on Linux its maximum survives exec, so a child would report its parent's peak.
+        with open("/proc/self/status", encoding="ascii") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Desk:
+    """Answers requests about the one model it has loaded."""
+
+    def __init__(self) -> None:
+        self.model: Any = None
+        self.idle_cpu_s = 0.0
+
+    def load(self, adapter: str, path: str, threads: int, device: str) -> dict[str, Any]:
+        module = importlib.import_module(adapter)
+        start = perf_counter()
+        self.model = module.load(path, threads, device)
+        seconds = perf_counter() - start
+        facts = {name: int(getattr(self.model, name)) for name in ("context", "vocab_size", "threads")}
+        return {"load_s": seconds, **facts}
+
+    def prefill(self, ids: list[int]) -> dict[str, Any]:
+        return {"seconds": self.model.prefill(ids)}
+
+    def decode(self, ids: list[int], n: int) -> dict[str, Any]:
+        seconds, fed, routes = self.model.decode(ids, n)
+        return {"seconds": seconds, "ids": fed, "routes": routes}
+
+    def finish(self) -> dict[str, Any]:
+        return {"peak_rss_bytes": peak_rss_bytes(), "idle_cpu_s": self.idle_cpu_s}
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return getattr(self, request.pop("do"))(**request)
+        except MemoryError:
+            return {"error": "out of memory", "exit_code": 5}
+        except Exception as error:
+            code = getattr(error, "exit_code", None)
+            if not isinstance(code, int):
+                raise  # a bug: its traceback goes to standard error
+            return {"error": str(error), "exit_code": code}
+
+
+def serve(requests: TextIO, replies: TextIO) -> None:
+    """Answer until the requests end (the parent closed the pipe, or died)."""
+    desk = Desk()
+    mark = process_time()
+    for line in requests:
+        desk.idle_cpu_s += process_time() - mark
+        replies.write(json.dumps(desk.answer(json.loads(line))) + "\n")
+        replies.flush()
+        mark = process_time()
+
+
+def main() -> None:
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever a library prints must not end up between the replies
+    try:
+        serve(sys.stdin, replies)
+    except KeyboardInterrupt:
+        sys.exit(130)  # the parent got the same signal and reports it
+
+
+if __name__ == "__main__":
+    main()
