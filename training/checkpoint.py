@@ -203,18 +203,20 @@ def write_model(
     name: str = "DMPT",
 ) -> None:
     """What save_model writes, into an existing folder (one that atomic_folder gave), to be followed by more files."""
+    config = model.config
+    assert isinstance(config, DMPTConfig)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
+    if config.tie_word_embeddings:
         if model.heads[0].weight is not model.transformer.wte.weight:
             raise ValueError("config ties heads.0 to transformer.wte, but the model holds two tensors: tie_weights()")
         tensors.pop(TIED_HEAD)
     save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
-    _write_json(folder / "config.json", config_fields(model.config))
-    ids = {key: getattr(model.config, key) for key in ("bos_token_id", "eos_token_id")}
+    _write_json(folder / "config.json", config_fields(config))
+    ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id")}
     _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
     if tokenizer_from is not None:
         copy_tokenizer(tokenizer_from, folder)
-    (folder / "README.md").write_text(model_card(model.config, name, card), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(config, name, card), encoding="utf-8")
 
 
 def config_fields(config: DMPTConfig) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from tqdm import tqdm
 
 from training.errors import InputError
-from training.files import atomic_file, read_json
+from training.files import atomic_file, first_line, read_json
 
 END_OF_TEXT = "<|endoftext|>"
 LINES_PER_BATCH = 2000  # tokenised at once: enough for the tokenizer's threads, little in memory
@@ -51,7 +51,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     except InputError:
         raise
     except Exception as error:  # the tokenizers library raises bare Exception for damaged files
-        raise InputError(f"the tokenizer in {folder} cannot be read ({_first_line(error)}): replace it") from error
+        raise InputError(f"the tokenizer in {folder} cannot be read ({first_line(error)}): replace it") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -96,9 +96,9 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     except FileNotFoundError:
         raise InputError(f"data file {path} does not exist: check the path") from None
     except (lzma.LZMAError, zlib.error, EOFError) as error:
-        raise InputError(f"data file {path} is damaged ({_first_line(error)}): unpack or fetch it again") from error
+        raise InputError(f"data file {path} is damaged ({first_line(error)}): unpack or fetch it again") from error
     except OSError as error:
-        raise InputError(f"data file {path} cannot be read: {error.strerror or _first_line(error)}") from error
+        raise InputError(f"data file {path} cannot be read: {error.strerror or first_line(error)}") from error
 
 
 def read_lines(path: str | os.PathLike[str], progress: tqdm[Any] | None = None) -> Iterator[str]:
@@ -226,7 +226,3 @@ def windows(n_tokens: int, max_length: int, stride: int) -> Iterator[tuple[int, 
         if n_scored > 0:
             yield start, stop, n_scored
         start, done = start + stride, stop
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import importlib
 import json
 import os
 import re
@@ -19,10 +20,8 @@ from typing import Any
 
 from training.errors import InputError
 
-try:
-    import fcntl
-except ImportError:  # no file locks on this system: leftovers of a killed run then stay until removed by hand
-    fcntl = None  # type: ignore[assignment]
+# Without POSIX file locks, what a killed run left stays until it is removed by hand.
+fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 HUB_FILES = [  # what a model folder needs; hubs also hold TensorFlow, ONNX and pickled copies
@@ -69,14 +68,21 @@ def _hub_snapshot(name: str) -> Path:
         ) from None
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except HfHubHTTPError as error:
-        why = str(error).strip().splitlines()[0]
-        raise InputError(f"there is no folder '{name}', and the hub has no such model for you: {why}") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise InputError(
-            f"there is no folder '{name}', and the Hugging Face hub could not be reached: "
-            "check the path, or the network when you meant a hub id"
+            f"there is no folder '{name}', and the Hugging Face hub cannot be reached to look for a model of that "
+            "name: check the path, or the network when you meant a hub id"
         ) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise InputError(
+            f"there is no folder '{name}', and the Hugging Face hub does not give out a model of that name "
+            f"({first_line(error)}): check the spelling, and your login for a private one"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, short enough for a one-line message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -86,9 +92,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"{path} is not readable JSON ({str(error).splitlines()[0]}): restore or replace it"
-        ) from error
+        raise InputError(f"{path} is not readable JSON ({first_line(error)}): restore or replace it") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} must hold a JSON object, not {type(value).__name__}")
     return value
@@ -197,36 +201,38 @@ def _beside(target: Path, what: str) -> Path:
 def _swap(tmp: Path, target: Path) -> None:
     """Put `tmp` where `target` is. Folders cannot be exchanged portably in one call, so the old one steps
     aside first; a kill between the two renames leaves it as `.{name}.old-*`, which _recover puts back."""
-    old = None
-    if target.exists() and os.listdir(target):
-        old = _beside(target, "old")
-        os.rename(target, old)
+    old = _beside(target, "old")
     try:
+        if target.exists() and os.listdir(target):
+            os.rename(target, old)
         os.replace(tmp, target)
     except BaseException:
-        if old is not None:
+        if old.exists() and not target.exists():
             os.rename(old, target)
         raise
     _sync(target.parent)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _recover(target: Path) -> None:
     """Undo what a killed run left: put an old folder back when nothing took its place, remove the rest."""
+    if not _remove_leftovers(target):
+        return  # another run is writing this target right now
     for old in target.parent.glob(f".{glob_escape(target.name)}.old-*"):
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.rename(old, target)
-    _remove_leftovers(target)
 
 
-def _remove_leftovers(target: Path) -> None:
-    for path in target.parent.glob(f".{glob_escape(target.name)}.tmp-*"):
+def _remove_leftovers(target: Path) -> bool:
+    """Delete what killed runs were writing for `target`. False when another run still writes there."""
+    leftovers = list(target.parent.glob(f".{glob_escape(target.name)}.tmp-*"))
+    for path in leftovers:
         # an OSError means that a running writer holds the lock, or that it is not ours to delete
         with contextlib.suppress(OSError), _locked(path, insist=True):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return not any(path.exists() for path in leftovers)
 
 
 def glob_escape(name: str) -> str:
@@ -282,6 +288,8 @@ def sync_tree(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
+    if os.name != "posix":  # elsewhere folders cannot be opened, nor files synced through a reading handle
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
