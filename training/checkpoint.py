@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from training.atomic import atomic_file, atomic_folder, check_replaceable
 from training.config import DMPTConfig
 from training.data import load_tokenizer
 from training.errors import InputError
-from training.files import atomic_file, atomic_folder, check_replaceable, read_json, resolve
+from training.files import read_json, resolve
 from training.gpt2 import config_from_gpt2, dmpt_name
 from training.model import DMPTForCausalLM
 from training.tensors import SINGLE, read_tensors

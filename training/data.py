@@ -20,8 +20,9 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from tqdm import tqdm
 
+from training.atomic import atomic_file
 from training.errors import InputError
-from training.files import atomic_file, first_line, read_json
+from training.files import first_line, read_json
 
 END_OF_TEXT = "<|endoftext|>"
 LINES_PER_BATCH = 2000  # tokenised at once: enough for the tokenizer's threads, little in memory

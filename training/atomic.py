@@ -1,0 +1,226 @@
+"""Writing results so that a kill at any moment leaves the old state or the new one, never something between.
+
+    with atomic_folder(out, "checkpoint") as tmp:
+        (tmp / "config.json").write_text(...)
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import importlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from training.errors import InputError
+from training.files import read_json
+
+# Without POSIX file locks, what a killed run left stays until it is removed by hand.
+fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
+
+# What a folder of ours may hold. Anything else in a folder that is about to be replaced is somebody's work.
+OWN_FILES = ["*.json", "*.jsonl", "*.safetensors", "*.onnx", "*.onnx.data", "*.md", "*.png", "*.csv", "merges.txt"]
+OWN_FOLDERS = ["trainer_state"]
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        return read_json(folder / "config.json")
+    except InputError:
+        return {}
+
+
+def _is_dmpt(folder: Path, *, quantized: bool) -> bool:
+    config = _config(folder)
+    return config.get("model_type") == "dmpt" and ("quantization" in config) == quantized
+
+
+# kind of product -> how a folder of that kind is recognised
+KINDS: dict[str, Callable[[Path], bool]] = {
+    "checkpoint": lambda folder: _is_dmpt(folder, quantized=False),
+    "quantized": lambda folder: _is_dmpt(folder, quantized=True),
+    "onnx": lambda folder: (folder / "dmpt_manifest.json").is_file(),
+    "comparison": lambda folder: (folder / "comparison.json").is_file(),
+}
+
+
+def check_replaceable(out: Path, kind: str) -> None:
+    """Raise InputError unless `out` is absent, an empty folder, or a product of the same kind and nothing else.
+
+    Commands call it before long work, so that a wrong OUT is refused in the first second.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of folder '{kind}': add it to KINDS")
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise InputError(f"{out} is a file: give a folder that does not exist yet")
+    names = sorted(os.listdir(out))
+    if not names:
+        return
+    if not KINDS[kind](out):
+        raise InputError(f"{out} is not empty and is no {kind} folder of dmpt-export: give another one")
+    foreign = [name for name in names if not _own(out / name)]
+    if foreign:
+        raise InputError(
+            f"{out} also holds {', '.join(foreign)}, which replacing it would delete: "
+            "move that away or give another folder"
+        )
+
+
+def _own(path: Path) -> bool:
+    patterns = OWN_FOLDERS if path.is_dir() else OWN_FILES
+    return any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns)
+
+
+@contextlib.contextmanager
+def atomic_folder(out: str | os.PathLike[str], kind: str) -> Iterator[Path]:
+    """Yield a temporary folder beside `out`; on success it becomes `out` in one step, on any error it goes.
+
+    An older product of the same `kind` (a key of KINDS) is replaced; anything else at `out` is refused
+    (InputError, see check_replaceable). After a kill, `out` is absent, old or complete; what the
+    killed run left beside it (`.{name}.tmp-*`) is removed by the next run.
+    """
+    target = Path(out).resolve()
+    _recover(target)
+    check_replaceable(target, kind)
+    with _made_parents(target.parent):
+        tmp = _beside(target, "tmp")
+        tmp.mkdir()
+        with _locked(tmp):
+            try:
+                yield tmp
+                sync_tree(tmp)
+                _swap(tmp, target)
+            except BaseException:  # also Ctrl-C: nothing half-written stays
+                shutil.rmtree(tmp, ignore_errors=True)
+                raise
+
+
+@contextlib.contextmanager
+def atomic_file(out: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `out` to be written; on success it replaces `out`, on any error it goes."""
+    target = Path(out).resolve()
+    _remove_leftovers(target)
+    with _made_parents(target.parent):
+        tmp = _beside(target, "tmp")
+        tmp.touch()
+        with _locked(tmp):
+            try:
+                yield tmp
+                _sync(tmp)
+                os.replace(tmp, target)
+                _sync(target.parent)
+            except BaseException:
+                tmp.unlink(missing_ok=True)
+                raise
+
+
+def _beside(target: Path, what: str) -> Path:
+    return target.with_name(f".{target.name}.{what}-{secrets.token_hex(4)}")
+
+
+def _swap(tmp: Path, target: Path) -> None:
+    """Put `tmp` where `target` is. Folders cannot be exchanged portably in one call, so the old one steps
+    aside first; a kill between the two renames leaves it as `.{name}.old-*`, which _recover puts back."""
+    old = _beside(target, "old")
+    try:
+        if target.exists() and os.listdir(target):
+            os.rename(target, old)
+        os.replace(tmp, target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            os.rename(old, target)
+        raise
+    _sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _recover(target: Path) -> None:
+    """Undo what a killed run left: put an old folder back when nothing took its place, remove the rest."""
+    if not _remove_leftovers(target):
+        return  # another run is writing this target right now
+    for old in target.parent.glob(f".{glob_escape(target.name)}.old-*"):
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(old, target)
+
+
+def _remove_leftovers(target: Path) -> bool:
+    """Delete what killed runs were writing for `target`. False when another run still writes there."""
+    leftovers = list(target.parent.glob(f".{glob_escape(target.name)}.tmp-*"))
+    for path in leftovers:
+        # an OSError means that a running writer holds the lock, or that it is not ours to delete
+        with contextlib.suppress(OSError), _locked(path, insist=True):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return not any(path.exists() for path in leftovers)
+
+
+def glob_escape(name: str) -> str:
+    return re.sub(r"([*?[])", r"[\1]", name)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, insist: bool = False) -> Iterator[None]:
+    """Hold an advisory lock on a file or folder, so that another run knows it is in use.
+
+    The system drops it when the process dies, however it dies. `insist`: raise OSError when it cannot be had.
+    """
+    if fcntl is None:
+        if insist:
+            raise OSError("no file locks on this system")
+        yield
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # some network file systems lock no folders
+            if insist:
+                raise
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _made_parents(folder: Path) -> Iterator[None]:
+    """Make `folder` and what is above it; take back what was made when the body fails."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {folder}: {error.strerror}") from error
+    try:
+        yield
+    except BaseException:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def sync_tree(folder: Path) -> None:
+    """Force every file and folder under `folder` to disk, so that a rename never publishes empty files."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            _sync(Path(parent) / name)
+        _sync(Path(parent))
+
+
+def _sync(path: Path) -> None:
+    if os.name != "posix":  # elsewhere folders cannot be opened, nor files synced through a reading handle
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
