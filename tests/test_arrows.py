@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 # Inside functions, these may import every package: they are what ties the packages together.
 TIES = ("dmpt_export.commands.", "dmpt_export.demo.")
-LAZY = {"dmpt_export": {"runtime", "benchmarks"}}  # inside functions only: checking an export runs it
+LAZY = {"dmpt_export": {"runtime"}}  # inside functions only: checking an export runs it
 
 DEVICE_ONLY = {"numpy", "onnxruntime", "tokenizers"}  # all that may be installed where runtime runs
 WITHOUT_TORCH = ("training/data.py", "training/errors.py", "training/files.py")  # evaluating an exported model
@@ -35,7 +35,7 @@ WITHOUT_TORCH = ("training/data.py", "training/errors.py", "training/files.py") 
 class Import:
     importer: str  # dotted module
     target: str  # dotted module
-    nested: bool  # inside a function
+    nested: bool  # inside a function, or for type checkers only
     line: int
 
     def __str__(self) -> str:
@@ -52,11 +52,13 @@ def is_module(name: str, root: Path) -> bool:
 
 
 def imports(file: Path, root: Path = ROOT) -> Iterator[Import]:
-    """All imports of a file, typing-only ones included; relative ones are resolved."""
+    """All imports of a file; relative ones are resolved."""
     importer = module_name(file, root)
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)]
-    nested = {id(inner) for function in functions for inner in ast.walk(function)}
+    late = [
+        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or typing_only(node)
+    ]
+    nested = {id(inner) for node in late for inner in ast.walk(node)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             targets = [alias.name for alias in node.names]
@@ -71,6 +73,10 @@ def imports(file: Path, root: Path = ROOT) -> Iterator[Import]:
             continue
         for target in targets:
             yield Import(importer, target, id(node) in nested, node.lineno)
+
+
+def typing_only(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 def covers(allowed: set[str], target: str) -> bool:
