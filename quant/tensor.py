@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,7 +94,7 @@ class QuantizedTensor:
             self._expect("zero_points", self.zero_points, np.uint8, (rows, -(-self.n_blocks * self.bits // 8)))
 
     @staticmethod
-    def _expect(part: str, array: NDArray, dtype: type, shape: tuple[int, ...]) -> None:
+    def _expect(part: str, array: NDArray[Any], dtype: type[np.generic], shape: tuple[int, ...]) -> None:
         if array.dtype != dtype or array.shape != shape:
             raise InputError(
                 f"{part} is {array.dtype} {list(array.shape)} where {np.dtype(dtype)} {list(shape)} is needed"
@@ -124,16 +125,16 @@ class QuantizedTensor:
             return np.full((self.shape[0], self.n_blocks), 2 ** (self.bits - 1), np.uint8)
         return unpack(self.zero_points, self.bits, self.n_blocks)
 
-    def parts(self) -> dict[str, NDArray]:
+    def parts(self) -> dict[str, NDArray[Any]]:
         """The stored arrays by the suffix they are filed under."""
-        parts: dict[str, NDArray] = {"packed": self.packed, "scales": self.scales}
+        parts: dict[str, NDArray[Any]] = {"packed": self.packed, "scales": self.scales}
         return parts if self.zero_points is None else parts | {"zero_points": self.zero_points}
 
     def rows(self, index: slice | NDArray[np.integer]) -> NDArray[np.float32]:
         """Dequantized output rows: float32 [len(index), K], whatever the checkpoint's layout."""
         if self.per_row:
             return self.packed[index].astype(np.float32) * self.scales[index, None]
-        codes = unpack(self.packed[index], self.bits, self.block).astype(np.float32)
+        codes = unpack(self.packed[index].view(np.uint8), self.bits, self.block).astype(np.float32)
         codes -= self.offsets[index, :, None]
         codes *= self.scales[index, :, None]
         return codes.reshape(len(codes), -1)[:, : self.shape[1]]

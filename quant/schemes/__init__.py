@@ -16,3 +16,6 @@ SCHEMES: dict[str, Callable[..., QuantizedTensor]] = {
     "int8-dynamic": int8_dynamic,
     "int4": int4,
 }
+
+# One scale per row and no operator that looks rows up: not for the embedding and the heads.
+NO_ROWS = ("int8-dynamic",)

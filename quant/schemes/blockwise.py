@@ -8,6 +8,8 @@ codes c (zero point taken off) and values x, the best scale is <x,c>/<c,c> and i
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -63,7 +65,7 @@ def quantize(
     return QuantizedTensor(packed, scales, None if symmetric else pack(zeros, bits), bits, block, (n, k), scheme)
 
 
-def check_matrix(array: NDArray) -> None:
+def check_matrix(array: NDArray[Any]) -> None:
     """Raise InputError unless `array` is a finite, non-empty matrix."""
     if array.ndim != 2 or not array.size:
         raise InputError(f"only a matrix can be quantized, not an array of shape {list(array.shape)}")

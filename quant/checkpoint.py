@@ -1,0 +1,187 @@
+"""The quantized checkpoint folder: config.json says how each tensor is stored, model.safetensors holds the bytes.
+
+`<name>.packed`, `<name>.scales` and, where there are any, `<name>.zero_points` stand for a quantized
+tensor; every other tensor is float32 under its own name. Exporting reads these bytes as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from quant.tensor import QuantizedTensor
+from training.checkpoint import (
+    Source,
+    atomic_folder,
+    check_tensors,
+    config_fields,
+    copy_tokenizer,
+    load_state,
+    model_card,
+    model_from_tensors,
+    read_config,
+    resolve,
+)
+from training.config import DMPTConfig
+from training.errors import InputError
+from training.model import DMPTForCausalLM
+
+FORMAT_VERSION = 1
+WEIGHTS = "model.safetensors"
+PARTS = ("packed", "scales", "zero_points")
+
+Weight = NDArray[np.float32] | QuantizedTensor
+
+
+def load_weights(source: Source) -> tuple[DMPTConfig, dict[str, Weight]]:
+    """Configuration and weights by the contract's names, of a quantized or a float checkpoint.
+
+    A tied heads.0 is absent. Raises InputError for what training.checkpoint.read_checkpoint raises it, and
+    for a quantized folder whose parts do not fit together.
+    """
+    folder = resolve(source)
+    config = read_config(folder)
+    if not is_quantized(config):
+        _, arrays = load_state(folder)
+        return config, dict(arrays)
+    stored = _read_arrays(folder / WEIGHTS)
+    weights: dict[str, Weight] = {}
+    for name, entry in _entries(config.quantization, folder).items():
+        weights[name] = _assemble(stored, name, entry, folder)
+    weights |= stored  # what is left is float
+    del config.quantization  # each tensor carries its own record; the configuration is the model's again
+    wrong = [name for name, array in stored.items() if array.dtype != np.float32]
+    if wrong:
+        raise InputError(f"{folder / WEIGHTS} holds {', '.join(wrong)}, neither float32 nor quantized in config.json")
+    check_tensors(config, {name: checkpoint_shape(weight) for name, weight in weights.items()}, folder)
+    return config, weights
+
+
+def dequantized_model(source: Source) -> DMPTForCausalLM:
+    """The torch reference: the model with dequantized float32 weights, in eval mode (float checkpoints as they are)."""
+    config, weights = load_weights(source)
+    tensors = {}
+    for name, weight in weights.items():
+        tensors[name] = torch.from_numpy(weight.dequantize() if isinstance(weight, QuantizedTensor) else weight)
+    return model_from_tensors(config, tensors)
+
+
+def save_quantized(
+    out: Source,
+    config: DMPTConfig,
+    weights: Mapping[str, Weight],
+    scheme: str,
+    rules: list[dict[str, Any]],
+    tokenizer_from: Source | None = None,
+    note: str | None = None,
+) -> None:
+    """Write a quantized folder atomically; `load_weights` gives back the same bits.
+
+    `scheme` and `rules` are recorded as what was asked for; `note` goes into the model card. Raises InputError
+    when `out` holds something else than a quantized checkpoint.
+    """
+    quantization = {
+        "scheme": scheme,
+        "format_version": FORMAT_VERSION,
+        "rules": rules,
+        "tensors": {
+            name: {
+                "scheme": weight.scheme,
+                "bits": weight.bits,
+                "block": weight.block,
+                "shape": list(weight.shape),
+                "transposed": weight.transposed,
+            }
+            for name, weight in weights.items()
+            if isinstance(weight, QuantizedTensor)
+        },
+    }
+    with atomic_folder(out, "quantized") as tmp:
+        save_file(_stored_arrays(weights), tmp / WEIGHTS, metadata={"format": "np"})
+        fields = config_fields(config) | {"quantization": quantization}
+        text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+        (tmp / "config.json").write_text(text, encoding="utf-8")
+        if tokenizer_from is not None:
+            copy_tokenizer(tokenizer_from, tmp)
+        (tmp / "README.md").write_text(model_card(config, Path(out).resolve().name, note), encoding="utf-8")
+
+
+def is_quantized(config: DMPTConfig) -> bool:
+    """Whether a configuration read from disk is that of a quantized folder."""
+    return getattr(config, "quantization", None) is not None
+
+
+def checkpoint_shape(weight: Weight) -> tuple[int, ...]:
+    """A weight's shape in the float checkpoint."""
+    if not isinstance(weight, QuantizedTensor):
+        return weight.shape
+    return weight.shape[::-1] if weight.transposed else weight.shape
+
+
+def _stored_arrays(weights: Mapping[str, Weight]) -> dict[str, NDArray[Any]]:
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, weight in weights.items():
+        if isinstance(weight, QuantizedTensor):
+            arrays |= {f"{name}.{part}": array for part, array in weight.parts().items()}
+        else:
+            arrays[name] = weight
+    # safetensors writes memory as it lies: a view with other strides would be stored scrambled
+    return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+
+
+def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Every array of a safetensors file. Raises InputError when it is missing, damaged or not finite."""
+    arrays: dict[str, NDArray[Any]] = {}
+    try:
+        with safe_open(path, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118 (the file is no mapping)
+                arrays[name] = file.get_tensor(name)
+                if not np.isfinite(arrays[name]).all():
+                    raise InputError(f"{path}: '{name}' holds NaN or infinite values: quantize the checkpoint again")
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: quantize the checkpoint again") from None
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged or cut short ({error}): copy or quantize it again") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    return arrays
+
+
+def _entries(quantization: Any, folder: Path) -> dict[str, dict[str, Any]]:
+    """The record of every quantized tensor in config.json, checked for form."""
+    where = f"{folder / 'config.json'}: quantization"
+    if not isinstance(quantization, dict) or not isinstance(quantization.get("tensors"), dict):
+        raise InputError(f"{where} has no table of tensors: quantize the checkpoint again")
+    version = quantization.get("format_version")
+    if version != FORMAT_VERSION:
+        raise InputError(f"{where} is of format {version}, this program reads {FORMAT_VERSION}: update one of them")
+    entries: dict[str, dict[str, Any]] = quantization["tensors"]
+    for name, entry in entries.items():
+        form = {"scheme": str, "bits": int, "block": int, "shape": list, "transposed": bool}
+        if not isinstance(entry, dict) or any(type(entry.get(key)) is not kind for key, kind in form.items()):
+            raise InputError(f"{where} of {name} must give {', '.join(form)}: quantize the checkpoint again")
+        if len(entry["shape"]) != 2 or any(type(size) is not int or size < 1 for size in entry["shape"]):
+            raise InputError(f"{where} of {name} has shape {entry['shape']}, not two sizes above 0")
+    return entries
+
+
+def _assemble(stored: dict[str, NDArray[Any]], name: str, entry: dict[str, Any], folder: Path) -> QuantizedTensor:
+    """Take a tensor's parts out of `stored` and put them together."""
+    packed, scales, zero_points = (stored.pop(f"{name}.{part}", None) for part in PARTS)
+    if packed is None or scales is None:
+        raise InputError(f"{folder / WEIGHTS} lacks {name}.packed or {name}.scales: copy or quantize it again")
+    shape = (entry["shape"][0], entry["shape"][1])
+    try:
+        return QuantizedTensor(
+            packed, scales, zero_points, entry["bits"], entry["block"], shape, entry["scheme"], entry["transposed"]
+        )
+    except InputError as error:
+        raise InputError(f"{folder / WEIGHTS}: {name}: {error}") from error

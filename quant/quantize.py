@@ -1,0 +1,122 @@
+"""A float checkpoint in, a quantized folder and an account of it out, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from quant.checkpoint import Weight, is_quantized, save_quantized
+from quant.rules import FLOAT, Rule, assign, default_rules, is_transposed
+from quant.schemes import SCHEMES
+from quant.tensor import QuantizedTensor
+from training.checkpoint import Source, check_replaceable, load_state, read_config, resolve
+from training.errors import InputError
+
+ERROR_ROWS = 4096  # output rows compared at a time, so that a large embedding is never whole in float twice
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """What quantizing did to one tensor."""
+
+    name: str
+    scheme: str
+    block: int | None  # None for float32
+    weights: int
+    bytes_before: int
+    bytes_after: int
+    relative_error: float  # ||W - dequantized|| / ||W||, Frobenius; 0 for an all-zero tensor
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.bytes_after / self.weights
+
+
+def quantize_checkpoint(
+    source: Source, out: Source, scheme: str, block: int | None = None, rules: Sequence[Rule] = ()
+) -> list[TensorReport]:
+    """Quantize a DMPT or GPT-2 folder (or hub id) into the folder `out`; returns one report per tensor.
+
+    `rules` come before the scheme's own (quant.rules); `block` replaces the scheme's default block. Raises
+    InputError for an unusable or already quantized source, an impossible rule, or an `out` that is no
+    quantized folder; nothing is left behind then.
+    """
+    check_replaceable(Path(out), "quantized")
+    defaults = default_rules(scheme, block)
+    folder = resolve(source)
+    if is_quantized(read_config(folder)):
+        raise InputError(f"{folder} is already quantized: give the float checkpoint it was made from")
+    config, arrays = load_state(folder)
+    shapes = {name: array.shape for name, array in arrays.items()}
+    plan = assign(shapes, rules, defaults, config.tie_word_embeddings)
+    if not plan:
+        raise InputError(f"no tensor of {folder} would be quantized: drop the rules that keep all of them {FLOAT}")
+    weights, reports = quantize_tensors(arrays, plan)
+    recorded = [rule.as_dict() for rule in [*rules, *defaults]]
+    save_quantized(out, config, weights, scheme, recorded, tokenizer_from=folder, note=_note(source, scheme, reports))
+    return reports
+
+
+def quantize_tensors(
+    arrays: dict[str, NDArray[np.float32]], plan: Mapping[str, Rule]
+) -> tuple[dict[str, Weight], list[TensorReport]]:
+    """Quantize what `plan` names and pass the rest through, with a progress bar on a terminal.
+
+    Empties `arrays` as it goes, so that float and quantized weights are never both whole in memory.
+    """
+    weights: dict[str, Weight] = {}
+    reports: list[TensorReport] = []
+    total = sum(arrays[name].size for name in plan)
+    with tqdm(total=total, unit=" weights", unit_scale=True, desc="quantize", leave=False, disable=None) as bar:
+        for name in list(arrays):
+            array = arrays.pop(name)
+            if name not in plan:
+                weights[name] = array
+                reports.append(TensorReport(name, FLOAT, None, array.size, array.nbytes, array.nbytes, 0.0))
+                continue
+            bar.set_postfix_str(name)
+            weights[name], report = quantize_tensor(name, array, plan[name])
+            reports.append(report)
+            bar.update(array.size)
+    return weights, reports
+
+
+def quantize_tensor(name: str, array: NDArray[np.float32], rule: Rule) -> tuple[QuantizedTensor, TensorReport]:
+    """One tensor in the checkpoint's layout -> quantized, with its report. Raises InputError naming the tensor."""
+    transposed = is_transposed(name)
+    matrix = np.ascontiguousarray(array.T if transposed else array)  # (N, K)
+    options: dict[str, Any] = {} if rule.block is None else {"block": rule.block}
+    scheme: Callable[..., QuantizedTensor] = SCHEMES[rule.scheme]
+    try:
+        tensor = replace(scheme(matrix, **options), transposed=transposed)
+    except InputError as error:
+        raise InputError(f"tensor '{name}': {error}") from error
+    damage = relative_error(tensor, matrix)
+    return tensor, TensorReport(name, tensor.scheme, tensor.block, array.size, array.nbytes, tensor.nbytes, damage)
+
+
+def relative_error(tensor: QuantizedTensor, matrix: NDArray[np.float32]) -> float:
+    """||matrix - dequantized|| / ||matrix|| (Frobenius) for a matrix [N, K]; 0 for an all-zero one."""
+    damage = norm = 0.0
+    for start in range(0, len(matrix), ERROR_ROWS):
+        rows = slice(start, start + ERROR_ROWS)
+        damage += float(np.square(tensor.rows(rows) - matrix[rows], dtype=np.float64).sum())
+        norm += float(np.square(matrix[rows], dtype=np.float64).sum())
+    return float(np.sqrt(damage / norm)) if norm else 0.0
+
+
+def _note(source: Source, scheme: str, reports: Sequence[TensorReport]) -> str:
+    """What the model card says about where the weights come from."""
+    name = Path(source).resolve().name if Path(source).is_dir() else str(source)  # a hub id as it was given
+    quantized = [report for report in reports if report.scheme != FLOAT]
+    before, after = (sum(getattr(r, f"bytes_{when}") for r in reports) / 1e6 for when in ("before", "after"))
+    return (
+        f"Quantized with `dmpt-export quantize --scheme {scheme}` from `{name}`: {len(quantized)} of {len(reports)} "
+        f"tensors, {before:.1f} MB to {after:.1f} MB. config.json records the scheme, bits and block of each."
+    )

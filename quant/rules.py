@@ -1,0 +1,142 @@
+"""Which tensors are quantized, and how: an ordered list of rules, the first that matches a tensor wins.
+
+A rule is PATTERN=SCHEME[:BLOCK]. The pattern (shell wildcards; `*` also crosses dots) is held against the
+checkpoint's tensor names with and without their `.weight`; a tied head answers to its own name and to
+transformer.wte.weight. Layer norms, biases, positions, gates and head gates always stay float32.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from quant.schemes import NO_ROWS, SCHEMES
+from quant.tensor import fit_block
+from training.errors import InputError
+
+FLOAT = "float32"  # the scheme of a rule that keeps tensors as they are
+LINEAR = re.compile(r"(transformer|paths\.\w+)\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
+ROWS = re.compile(r"transformer\.wte\.weight|heads\.\d+\.weight")  # looked up by row, too
+EMBEDDING, TIED_HEAD = "transformer.wte.weight", "heads.0.weight"
+MOST_NAMED = 5  # names in one error line
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Tensors matching `pattern` get `scheme`; block None is the scheme's own default."""
+
+    pattern: str
+    scheme: str
+    block: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.pattern}={self.scheme}" + (f":{self.block}" if self.block else "")
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def parse_rule(text: str) -> Rule:
+    """'heads.*=int4:64' -> Rule. Raises InputError naming what is wrong with it.
+
+    >>> parse_rule("heads.*=int4:64")
+    Rule(pattern='heads.*', scheme='int4', block=64)
+    """
+    pattern, _, what = text.partition("=")
+    scheme, colon, number = what.partition(":")
+    if not pattern or not scheme or (colon and not number.isdecimal()):
+        raise InputError(f"rule '{text}' has not the form PATTERN=SCHEME or PATTERN=SCHEME:BLOCK")
+    if scheme != FLOAT and scheme not in SCHEMES:
+        raise InputError(f"rule '{text}': unknown scheme '{scheme}', choose one of {', '.join([*SCHEMES, FLOAT])}")
+    if colon and (scheme == FLOAT or scheme in NO_ROWS):
+        raise InputError(f"rule '{text}': {scheme} has no blocks, leave out ':{number}'")
+    if colon:
+        fit_block(int(number), int(number))
+    return Rule(pattern, scheme, int(number) if colon else None)
+
+
+def default_rules(scheme: str, block: int | None = None) -> list[Rule]:
+    """The rules of one scheme for the whole model: all block layers, the embedding and the heads.
+
+    A scheme whose rows cannot be looked up (int8-dynamic) leaves the embedding and the heads to int8.
+    """
+    if scheme not in SCHEMES:
+        raise InputError(f"unknown scheme '{scheme}': choose one of {', '.join(SCHEMES)}")
+    if block is not None:
+        fit_block(block, block)
+    rows = "int8" if scheme in NO_ROWS else scheme
+    layers = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    rules = [Rule(f"*.h.*.{layer}.weight", scheme, None if scheme in NO_ROWS else block) for layer in layers]
+    return [*rules, Rule("heads.*.weight", rows, block), Rule(EMBEDDING, rows, block)]
+
+
+def is_quantizable(name: str) -> bool:
+    return bool(LINEAR.fullmatch(name) or ROWS.fullmatch(name))
+
+
+def is_transposed(name: str) -> bool:
+    """Whether the checkpoint holds the matrix as [in, out]."""
+    return LINEAR.fullmatch(name) is not None
+
+
+def assign(
+    shapes: Mapping[str, Sequence[int]], rules: Iterable[Rule], defaults: Iterable[Rule], tied: bool
+) -> dict[str, Rule]:
+    """The rule of every tensor to be quantized, by name, in the order of `shapes`.
+
+    `rules` are the user's and come first; each must match something and must not ask for a matrix that stays
+    float32, else InputError. Wildcards may sweep over vectors (biases, norms), which are never quantized.
+    """
+    taken: dict[str, Rule] = {}
+    for rule in rules:
+        matched = [name for name in shapes if _matches(rule.pattern, name, tied)]
+        won = [name for name in matched if name not in taken]
+        _check_rule(rule, shapes, matched, won)
+        taken |= dict.fromkeys(won, rule)
+    for rule in defaults:
+        matched = [name for name in shapes if _matches(rule.pattern, name, tied)]
+        taken |= dict.fromkeys([name for name in matched if name not in taken], rule)
+    chosen = {name: taken[name] for name in shapes if name in taken and is_quantizable(name)}
+    return {name: rule for name, rule in chosen.items() if rule.scheme != FLOAT}
+
+
+def _matches(pattern: str, name: str, tied: bool) -> bool:
+    names = [name, TIED_HEAD] if tied and name == EMBEDDING else [name]
+    return any(fnmatchcase(n, pattern) or fnmatchcase(n.removesuffix(".weight"), pattern) for n in names)
+
+
+def _check_rule(rule: Rule, shapes: Mapping[str, Sequence[int]], matched: list[str], won: list[str]) -> None:
+    """Raise InputError when the rule cannot do what it says."""
+    if not matched:
+        raise InputError(f"rule '{rule}' matches no tensor{_near(rule.pattern, shapes)}")
+    if not won:
+        raise InputError(f"rule '{rule}' does nothing, earlier rules take all it matches: put it first or drop it")
+    if rule.scheme == FLOAT:
+        return
+    stay = [name for name in won if not is_quantizable(name)]
+    matrices = [name for name in stay if len(shapes[name]) > 1]
+    if matrices or len(stay) == len(won):
+        raise InputError(
+            f"rule '{rule}' names {_listed(matrices or stay)}, which always stays float32: narrow the pattern, "
+            f"or put a rule PATTERN={FLOAT} for it first"
+        )
+    rows = [name for name in won if ROWS.fullmatch(name)]
+    if rows and rule.scheme in NO_ROWS:
+        raise InputError(
+            f"rule '{rule}' names {_listed(rows)}, whose rows are looked up one by one, which {rule.scheme} "
+            f"cannot do: use {' or '.join(scheme for scheme in SCHEMES if scheme not in NO_ROWS)} for it"
+        )
+
+
+def _near(pattern: str, shapes: Mapping[str, Sequence[int]]) -> str:
+    names = [name for name in shapes if is_quantizable(name)]
+    near = difflib.get_close_matches(pattern, [*names, *(name.removesuffix(".weight") for name in names)], 3, 0.5)
+    return f": did you mean {' or '.join(near)}?" if near else f": names look like {', '.join(names[:3])}"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:MOST_NAMED]) + (f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
