@@ -7,7 +7,7 @@ tensor; every other tensor is float32 under its own name. Exporting reads these 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from quant.tensor import QuantizedTensor
+from quant.quantize import TensorReport, quantize_tensors
+from quant.rules import FLOAT, Rule, assign, default_rules
+from quant.tensor import QuantizedTensor, Weight
 from training.checkpoint import (
     Source,
     atomic_folder,
+    check_replaceable,
     check_tensors,
     config_fields,
     copy_tokenizer,
@@ -38,8 +41,6 @@ FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
 PARTS = ("packed", "scales", "zero_points")
 
-Weight = NDArray[np.float32] | QuantizedTensor
-
 
 def load_weights(source: Source) -> tuple[DMPTConfig, dict[str, Weight]]:
     """Configuration and weights by the contract's names, of a quantized or a float checkpoint.
@@ -56,6 +57,9 @@ def load_weights(source: Source) -> tuple[DMPTConfig, dict[str, Weight]]:
     weights: dict[str, Weight] = {}
     for name, entry in _entries(config.quantization, folder).items():
         weights[name] = _assemble(stored, name, entry, folder)
+    twice = sorted(weights.keys() & stored.keys())
+    if twice:
+        raise InputError(f"{folder / WEIGHTS} holds {', '.join(twice)} both quantized and float: quantize it again")
     weights |= stored  # what is left is float
     del config.quantization  # each tensor carries its own record; the configuration is the model's again
     wrong = [name for name, array in stored.items() if array.dtype != np.float32]
@@ -75,6 +79,31 @@ def dequantized_model(source: Source) -> DMPTForCausalLM:
 
 
 def save_quantized(
+    source: Source, out: Source, scheme: str, block: int | None = None, rules: Sequence[Rule] = ()
+) -> list[TensorReport]:
+    """Quantize a DMPT or GPT-2 folder (or hub id) into the folder `out`, atomically; returns a report per tensor.
+
+    `rules` come before the scheme's own (quant.rules); `block` replaces the scheme's default block. Raises
+    InputError for an unusable or already quantized source, an impossible rule, or an `out` that is no
+    quantized folder; nothing is left behind then.
+    """
+    check_replaceable(Path(out), "quantized")
+    defaults = default_rules(scheme, block)
+    folder = resolve(source)
+    if is_quantized(read_config(folder)):
+        raise InputError(f"{folder} is already quantized: give the float checkpoint it was made from")
+    config, arrays = load_state(folder)
+    shapes = {name: array.shape for name, array in arrays.items()}
+    plan = assign(shapes, rules, defaults, config.tie_word_embeddings)
+    if not plan:
+        raise InputError(f"no tensor of {folder} would be quantized: drop the rules that keep all of them {FLOAT}")
+    weights, reports = quantize_tensors(arrays, plan)
+    recorded = [rule.as_dict() for rule in [*rules, *defaults]]
+    write_quantized(out, config, weights, scheme, recorded, tokenizer_from=folder, note=_note(source, scheme, reports))
+    return reports
+
+
+def write_quantized(
     out: Source,
     config: DMPTConfig,
     weights: Mapping[str, Weight],
@@ -112,6 +141,17 @@ def save_quantized(
         if tokenizer_from is not None:
             copy_tokenizer(tokenizer_from, tmp)
         (tmp / "README.md").write_text(model_card(config, Path(out).resolve().name, note), encoding="utf-8")
+
+
+def _note(source: Source, scheme: str, reports: Sequence[TensorReport]) -> str:
+    """What the model card says about where the weights come from."""
+    name = Path(source).resolve().name if Path(source).is_dir() else str(source)  # a hub id as it was given
+    quantized = [report for report in reports if report.scheme != FLOAT]
+    before, after = (sum(getattr(r, f"bytes_{when}") for r in reports) / 1e6 for when in ("before", "after"))
+    return (
+        f"Quantized with `dmpt-export quantize --scheme {scheme}` from `{name}`: {len(quantized)} of {len(reports)} "
+        f"tensors, {before:.1f} MB to {after:.1f} MB. config.json records the scheme, bits and block of each."
+    )
 
 
 def is_quantized(config: DMPTConfig) -> bool:

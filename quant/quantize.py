@@ -1,21 +1,18 @@
-"""A float checkpoint in, a quantized folder and an account of it out, one tensor at a time."""
+"""Float tensors in, quantized tensors and an account of the damage out, one tensor at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from quant.checkpoint import Weight, is_quantized, save_quantized
-from quant.rules import FLOAT, Rule, assign, default_rules, is_transposed
+from quant.rules import FLOAT, Rule, is_transposed
 from quant.schemes import SCHEMES
-from quant.tensor import QuantizedTensor
-from training.checkpoint import Source, check_replaceable, load_state, read_config, resolve
+from quant.tensor import QuantizedTensor, Weight
 from training.errors import InputError
 
 ERROR_ROWS = 4096  # output rows compared at a time, so that a large embedding is never whole in float twice
@@ -36,31 +33,6 @@ class TensorReport:
     @property
     def bits_per_weight(self) -> float:
         return 8 * self.bytes_after / self.weights
-
-
-def quantize_checkpoint(
-    source: Source, out: Source, scheme: str, block: int | None = None, rules: Sequence[Rule] = ()
-) -> list[TensorReport]:
-    """Quantize a DMPT or GPT-2 folder (or hub id) into the folder `out`; returns one report per tensor.
-
-    `rules` come before the scheme's own (quant.rules); `block` replaces the scheme's default block. Raises
-    InputError for an unusable or already quantized source, an impossible rule, or an `out` that is no
-    quantized folder; nothing is left behind then.
-    """
-    check_replaceable(Path(out), "quantized")
-    defaults = default_rules(scheme, block)
-    folder = resolve(source)
-    if is_quantized(read_config(folder)):
-        raise InputError(f"{folder} is already quantized: give the float checkpoint it was made from")
-    config, arrays = load_state(folder)
-    shapes = {name: array.shape for name, array in arrays.items()}
-    plan = assign(shapes, rules, defaults, config.tie_word_embeddings)
-    if not plan:
-        raise InputError(f"no tensor of {folder} would be quantized: drop the rules that keep all of them {FLOAT}")
-    weights, reports = quantize_tensors(arrays, plan)
-    recorded = [rule.as_dict() for rule in [*rules, *defaults]]
-    save_quantized(out, config, weights, scheme, recorded, tokenizer_from=folder, note=_note(source, scheme, reports))
-    return reports
 
 
 def quantize_tensors(
@@ -109,14 +81,3 @@ def relative_error(tensor: QuantizedTensor, matrix: NDArray[np.float32]) -> floa
         damage += float(np.square(tensor.rows(rows) - matrix[rows], dtype=np.float64).sum())
         norm += float(np.square(matrix[rows], dtype=np.float64).sum())
     return float(np.sqrt(damage / norm)) if norm else 0.0
-
-
-def _note(source: Source, scheme: str, reports: Sequence[TensorReport]) -> str:
-    """What the model card says about where the weights come from."""
-    name = Path(source).resolve().name if Path(source).is_dir() else str(source)  # a hub id as it was given
-    quantized = [report for report in reports if report.scheme != FLOAT]
-    before, after = (sum(getattr(r, f"bytes_{when}") for r in reports) / 1e6 for when in ("before", "after"))
-    return (
-        f"Quantized with `dmpt-export quantize --scheme {scheme}` from `{name}`: {len(quantized)} of {len(reports)} "
-        f"tensors, {before:.1f} MB to {after:.1f} MB. config.json records the scheme, bits and block of each."
-    )

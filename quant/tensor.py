@@ -143,3 +143,6 @@ class QuantizedTensor:
         """The whole matrix in the checkpoint's layout: float32 [N, K], or [K, N] when transposed."""
         values = self.rows(slice(None))
         return np.ascontiguousarray(values.T if self.transposed else values)
+
+
+Weight = NDArray[np.float32] | QuantizedTensor  # one tensor of a checkpoint, float or quantized
