@@ -1,0 +1,172 @@
+"""An exported model, ready to score and to write text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Many
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from runtime.errors import RequestError
+from runtime.files import check_files
+from runtime.generate import Generation
+from runtime.manifest import TOKENIZER_NAME, Manifest, read_manifest
+from runtime.request import check_count, check_ids
+from runtime.sampling import Sampling
+from runtime.sequence import Sequence
+from runtime.session import Engine
+from runtime.text import TextCodec, utf8
+from runtime.threads import resolve_threads
+
+# Scoring returns a row of the vocabulary per position and gathers fast_k head rows for it: rows * fast_k * n_embd
+# floats at once for each further head. 64 rows keep that near 50 MB at GPT-2 small's shape with fast_k 256.
+SCORED_AT_ONCE = 64
+DEFAULT_NEW_TOKENS = 128
+MOST_BYTES_PER_TOKEN = 256  # GPT-2's longest token has 128: more text than this per position cannot fit
+
+
+class Model:
+    """What `runtime.load` returns. Its methods may be called one after the other from one thread.
+
+    Attributes: manifest (`.raw` is the JSON), folder, device, threads, context (tokens), vocab_size,
+    end_of_text (token id or None), codec (None when the folder has no tokenizer).
+    """
+
+    def __init__(
+        self, folder: str | PathLike[str], device: str = "cpu", threads: int | None = None, *, verify: bool = True
+    ) -> None:
+        """See `runtime.load`."""
+        self.folder = Path(folder)
+        self.device = device
+        self.threads = resolve_threads(threads)
+        self.manifest: Manifest = read_manifest(self.folder)
+        check_files(self.folder, self.manifest, verify)
+        listed = {entry.name for entry in self.manifest.files}
+        self.codec = TextCodec(self.folder / TOKENIZER_NAME) if TOKENIZER_NAME in listed else None
+        self.context: int = self.manifest.config.n_positions
+        self.vocab_size: int = self.manifest.config.vocab_size
+        self.end_of_text: int | None = self.manifest.config.eos_token_id
+        self.engine = Engine(self.folder, self.manifest, device, self.threads)
+
+    # --- text ---------------------------------------------------------------------------------
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text. Raises RequestError without a tokenizer or for text that is not valid UTF-8."""
+        return self._codec().encode(text)
+
+    def decode(self, ids: ArrayLike) -> str:
+        """The text of token ids, special tokens left out. Raises RequestError without a tokenizer."""
+        return self._codec().decode(check_ids(ids, self.vocab_size, np.size(ids)).tolist() if np.size(ids) else [])
+
+    def _codec(self) -> TextCodec:
+        if self.codec is None:
+            raise RequestError(f"{self.folder} has no tokenizer: give token ids instead of text")
+        return self.codec
+
+    def prompt_ids(self, prompt: str | ArrayLike) -> NDArray[np.int64]:
+        """Ids of a prompt that fits the context; a text that cannot is refused before it is tokenised."""
+        if isinstance(prompt, str):
+            size, most = len(utf8(prompt)), self.context * MOST_BYTES_PER_TOKEN
+            if size > most:
+                raise RequestError(
+                    f"the prompt has {size} bytes, the context of {self.context} tokens at most {most}: shorten it"
+                )
+            prompt = self.encode(prompt)
+        return check_ids(prompt, self.vocab_size, self.context)
+
+    # --- scoring ------------------------------------------------------------------------------
+
+    def sequence(self, capacity: int = 0) -> Sequence:
+        """A new, empty text to feed tokens to; `capacity` tokens are made room for at once."""
+        return Sequence(self.engine, capacity)
+
+    def score(self, ids: ArrayLike, last: int | None = None) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """What the deployed model says after each of the last `last` tokens (all by default).
+
+        Returns log-probs of the next token, float32 [last, vocab], and leaf indices, int64 [last]. Row t of
+        `score(ids)` belongs to token t + 1. Runs in chunks of 64 positions. Raises RequestError.
+        """
+        tokens = check_ids(ids, self.vocab_size, self.context)
+        last = check_count("last", len(tokens) if last is None else last, len(tokens))
+        log_probs = np.empty((last, self.vocab_size), np.float32)
+        return log_probs, self._score(tokens, log_probs)
+
+    def log_probs(self, ids: ArrayLike) -> NDArray[np.float32]:
+        """Log of the deployed distribution, float32 [len(ids), vocab]: row t is that of token t + 1."""
+        return self.score(ids)[0]
+
+    def routes(self, ids: ArrayLike) -> list[str]:
+        """Name of the path (leaf) that each token takes."""
+        return [self.manifest.leaves[leaf] for leaf in self.score(ids)[1]]
+
+    def _score(self, tokens: NDArray[np.int64], log_probs: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Fill `log_probs` [last, vocab] chunk by chunk; returns routes [last]."""
+        routes = np.empty(len(log_probs), np.int64)
+        sequence = self.sequence(len(tokens))
+        skipped = len(tokens) - len(routes)  # the tokens before the first wanted one ride along in the first chunk
+        for row in range(0, len(routes), SCORED_AT_ONCE):
+            until = min(row + SCORED_AT_ONCE, len(routes))
+            routes[row:until] = sequence.run(tokens[sequence.length : skipped + until], log_probs[row:until])
+        return routes
+
+    # --- writing ------------------------------------------------------------------------------
+
+    def stream(
+        self,
+        prompt: str | ArrayLike,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Many[str] = (),
+    ) -> Generation:
+        """A text that is made while you iterate over it, one `Token(id, text, path)` at a time.
+
+        prompt: text, or token ids. The sampling values are explained in `runtime.sampling.Sampling`: greedy
+        unless temperature, top_k, top_p or seed is given. stop: text or texts that end it. Afterwards the
+        result's `ids`, `text` and `stop_reason` ("end_of_text", "stop_string", "max_new_tokens" or
+        "context_full") are complete. Raises RequestError before anything is computed.
+        """
+        sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
+        return Generation(self, self.prompt_ids(prompt), sampling, max_new_tokens, stop)
+
+    def generate(
+        self,
+        prompt: str | ArrayLike,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        on_token: Callable[[int, str], object] | None = None,
+        stop: str | Many[str] = (),
+    ) -> str | list[int]:
+        """Continue a prompt; returns the new text for a text, the list of new token ids for token ids.
+
+        on_token: called as on_token(token_id, piece) for every new token as soon as it is chosen; the pieces,
+        joined, are the new text, and none splits a character. The end-of-text token is the last of the ids when
+        it was chosen, and has no text. The other arguments, limits and errors are those of stream().
+        """
+        text = self.stream(prompt, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, stop)
+        for token in text:
+            if on_token is not None:
+                on_token(token.id, token.text)
+        return text.text if isinstance(prompt, str) else text.ids
+
+    # --- end ----------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Free the graph and its weights now. Also done at the end of a `with` block."""
+        self.engine.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()

@@ -1,0 +1,39 @@
+"""Checks of what a caller asks for: token ids and counts. What fails is a RequestError that says both numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from runtime.errors import RequestError
+from runtime.sampling import is_whole
+
+
+def check_ids(ids: ArrayLike, vocab_size: int, context: int, used: int = 0) -> NDArray[np.int64]:
+    """Token ids as int64 [n], n >= 1. The graph itself would read zeros for ids outside the vocabulary."""
+    try:
+        tokens = np.asarray(ids)
+    except ValueError as error:  # ragged lists
+        raise RequestError("token ids must be one flat list of whole numbers") from error
+    if tokens.ndim == 1 and len(tokens) == 0:
+        raise RequestError("there are no tokens: give at least one")
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise RequestError(f"token ids must be one flat list of whole numbers, not {tokens.dtype} {list(tokens.shape)}")
+    wrong = np.flatnonzero((tokens < 0) | (tokens >= vocab_size))
+    if len(wrong):
+        at = int(wrong[0])
+        raise RequestError(
+            f"unknown token id {tokens[at]} at position {used + at}: the vocabulary has ids 0 to {vocab_size - 1}"
+        )
+    if used + len(tokens) > context:
+        after = f" after {used} that are already there" if used else ""
+        raise RequestError(f"{len(tokens)} tokens{after} do not fit the context of {context}: give fewer")
+    return tokens.astype(np.int64, copy=False)
+
+
+def check_count(name: str, value: object, most: int | None = None) -> int:
+    """A whole number from 1 to `most`."""
+    if not is_whole(value) or int(value) < 1 or (most is not None and int(value) > most):  # type: ignore[call-overload]
+        limit = "1 or above" if most is None else f"from 1 to {most}"
+        raise RequestError(f"{name} {value!r} must be a whole number, {limit}")
+    return int(value)  # type: ignore[call-overload]

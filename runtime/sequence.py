@@ -1,0 +1,211 @@
+"""One text being read or written: its caches, and exact hard routing by lazy catch-up.
+
+Every node of the tree has its own keys and values and may lag behind its parent: `done[node]` tokens are in
+its caches. A run hands each node the rows of its parent that it has not seen (pending); the graph runs only
+the nodes that the wanted positions are routed through, and those catch up on all of them (design contract,
+section 5).
+
+    tokens      0 ......................... length
+    root        ==============================      done: all, always; its output rows are kept
+    left        ==================------------      pending rows of the root: done[left] to done[root]
+    right       ==============================
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from runtime.errors import ModelError
+from runtime.manifest import ROOT, Node
+from runtime.request import check_count, check_ids
+from runtime.session import Engine
+
+FIRST_CAPACITY = 128  # tokens
+
+
+class Cache:
+    """Keys or values of one block, [1, n_head, capacity, head_dim], where the device can write them in place."""
+
+    def __init__(self, array: NDArray[Any], engine: Engine) -> None:
+        self.engine = engine
+        self.shape = array.shape
+        if engine.device == "cpu":
+            self.array: NDArray[Any] | None = array
+            self.address: int = array.ctypes.data
+        else:
+            self.array, self.value = None, engine.on_device(array)
+            self.address = self.value.data_ptr()
+
+    def grown(self, capacity: int, filled: int) -> Cache:
+        """A larger cache with the same first `filled` tokens."""
+        old = self.value.numpy() if self.array is None else self.array
+        new = np.zeros((*self.shape[:2], capacity, self.shape[3]), old.dtype)
+        new[:, :, :filled] = old[:, :, :filled]
+        return Cache(new, self.engine)
+
+
+class Sequence:
+    """Feeds tokens to a model and keeps what it has to remember. Not for use from two threads at once."""
+
+    def __init__(self, engine: Engine, capacity: int = FIRST_CAPACITY) -> None:
+        """capacity: tokens to make room for at once; it doubles when needed, up to the context."""
+        self.engine = engine
+        manifest = engine.manifest
+        self.config, self.leaves = manifest.config, manifest.leaves
+        self.nodes: list[Node] = list(manifest.tree)
+        self.children = [(f"pending.{node.name}", node.name, node.parent) for node in self.nodes if node.parent]
+        self.splits = [node.name for node in self.nodes if node.children]
+        self.ways = [manifest.way(leaf) for leaf in manifest.leaves]
+        self.done = dict.fromkeys(manifest.nodes, 0)
+        self.dtype = np.dtype(manifest.activation_dtype)
+        self.stride = self.config.n_embd * self.dtype.itemsize  # bytes of one row
+
+        self.binding = engine.binding()
+        self.output_index = {name: i for i, name in enumerate(manifest.outputs)}
+        self.ids = np.zeros(self.config.n_positions, np.int64)
+        self.positions = np.zeros(self.config.n_positions, np.int64)
+        self.seqlens = np.zeros(1, np.int32)
+        self.total = np.zeros((), np.int32)
+        self.last = np.zeros((), np.int64)
+        self.routes = np.zeros(0, np.int64)
+        self.capacity = 0
+        self.caches: dict[str, Cache] = {}
+        self.rows: dict[str, NDArray[Any]] = {}  # split node -> its output rows for tokens [0, done)
+        self.reserve(min(capacity, self.config.n_positions))
+
+    @property
+    def length(self) -> int:
+        """Tokens fed so far."""
+        return self.done[ROOT]
+
+    def reset(self) -> None:
+        """Forget all tokens; the memory is kept for the next text."""
+        self.done = dict.fromkeys(self.done, 0)
+
+    def feed(self, ids: ArrayLike, last: int = 1) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Append tokens and get what the model says after each of the last `last` of them.
+
+        Returns log-probs of the next token, float32 [last, vocab], and the leaf each position was routed to,
+        int64 [last], as indices into `manifest.leaves`. Both are the caller's. Raises RequestError for bad ids,
+        a full context, or `last` outside 1..len(ids).
+        """
+        tokens = check_ids(ids, self.config.vocab_size, self.config.n_positions, self.length)
+        log_probs = np.empty((check_count("last", last, len(tokens)), self.config.vocab_size), np.float32)
+        return log_probs, self.run(tokens, log_probs)
+
+    def run(self, ids: NDArray[np.int64] | list[int], log_probs: NDArray[np.float32]) -> NDArray[np.int64]:
+        """feed() without checks, for callers in a hurry: fills `log_probs` [last, vocab] (C order), returns routes."""
+        size, start = len(ids), self.length
+        total = start + size
+        self.reserve(total)
+        self.ids[:size] = ids
+        self.positions[:size] = self.every_position[start:total]
+        self.seqlens[0] = total - 1
+        self.total[()] = total
+        self.bind_call(size, log_probs)
+        self.bind_pending()
+        self.bind_rows(start, size)
+        self.engine.run(self.binding)
+        self.advance(total)
+        return self.routes.copy()
+
+    # --- memory -------------------------------------------------------------------------------
+
+    def reserve(self, total: int) -> None:
+        """Make room for `total` tokens: caches and row buffers double, up to the context, and keep what they hold."""
+        if total <= self.capacity:
+            return
+        capacity = max(self.capacity, FIRST_CAPACITY)
+        while capacity < total:
+            capacity *= 2
+        self.capacity = min(capacity, self.config.n_positions)
+        self.every_position = np.arange(self.capacity)
+        for node in self.nodes:
+            for name in node.caches:
+                self.caches[name] = self.grown_cache(name, self.done[node.name])
+        for split in self.splits:
+            rows = np.zeros((self.capacity, self.config.n_embd), self.dtype)
+            if split in self.rows:
+                rows[: self.done[split]] = self.rows[split][: self.done[split]]
+            self.rows[split] = rows
+        self.rows_at = {split: rows.ctypes.data for split, rows in self.rows.items()}
+        self.bind_all()
+
+    def grown_cache(self, name: str, filled: int) -> Cache:
+        if name in self.caches:
+            return self.caches[name].grown(self.capacity, filled)
+        shape = (1, self.config.n_head, self.capacity, self.config.head_dim)
+        return Cache(np.zeros(shape, self.dtype), self.engine)
+
+    # --- binding: only what changed since the last run ----------------------------------------
+
+    def bind_all(self) -> None:
+        """Bind the caches and forget what else was bound. The order of outputs is that of the manifest from here on."""
+        self.bound: tuple[int, int, int] | None = None  # tokens, last, address of log_probs
+        self.nothing_pending: set[str] = set()
+        for name in self.engine.manifest.outputs:
+            self.binding.bind_output(name)
+        for name, cache in self.caches.items():
+            place = (self.engine.device, 0, self.dtype.type, cache.shape, cache.address)
+            self.binding.bind_input(f"past.{name}", *place)
+            self.binding.bind_output(f"present.{name}", *place)
+
+    def bind_call(self, size: int, log_probs: NDArray[np.float32]) -> None:
+        """Bind what every call has. On the CPU the graph reads these arrays in place; a GPU copies when binding."""
+        call = (size, len(log_probs), log_probs.ctypes.data)
+        if call == self.bound and self.engine.device == "cpu":
+            return
+        self.bound = call
+        self.last[()] = len(log_probs)
+        if len(self.routes) != len(log_probs):
+            self.routes = np.empty(len(log_probs), np.int64)
+        for name, value in (("input_ids", self.ids[:size]), ("position_ids", self.positions[:size])):
+            self.binding.bind_input(name, "cpu", 0, np.int64, (1, size), value.ctypes.data)
+        for name, scalar in (("seqlens_k", self.seqlens), ("total_length", self.total), ("last", self.last)):
+            self.binding.bind_input(name, "cpu", 0, scalar.dtype.type, scalar.shape, scalar.ctypes.data)
+        self.binding.bind_output("log_probs", "cpu", 0, np.float32, (1, *log_probs.shape), log_probs.ctypes.data)
+        self.binding.bind_output("routes", "cpu", 0, np.int64, (1, len(self.routes)), self.routes.ctypes.data)
+
+    def bind_pending(self) -> None:
+        """Bind each node's pending rows: a slice of its parent's row buffer, nothing is copied."""
+        for name, child, parent in self.children:
+            first, count = self.done[child], self.done[parent] - self.done[child]
+            if count == 0 and child in self.nothing_pending:
+                continue
+            (self.nothing_pending.discard if count else self.nothing_pending.add)(child)
+            address = self.rows_at[parent] + (first * self.stride if count else 0)
+            self.binding.bind_input(name, "cpu", 0, self.dtype.type, (1, count, self.config.n_embd), address)
+
+    def bind_rows(self, start: int, size: int) -> None:
+        """Bind the split nodes' output rows: the root's straight into its buffer, the others' wherever they fall.
+
+        Whether an inner node runs, and so how many rows it yields, is known only after the run.
+        """
+        for split in self.splits:
+            if split == ROOT:
+                place = ((1, size, self.config.n_embd), self.rows_at[ROOT] + start * self.stride)
+                self.binding.bind_output(f"rows.{ROOT}", "cpu", 0, self.dtype.type, *place)
+            else:
+                self.binding.bind_output(f"rows.{split}")
+
+    # --- afterwards ---------------------------------------------------------------------------
+
+    def advance(self, total: int) -> None:
+        """Note which nodes ran: those on the way to a leaf that was taken. Keep the rows of the split nodes."""
+        taken = self.routes.tolist() if len(self.routes) == 1 else np.unique(self.routes).tolist()
+        for name in dict.fromkeys(name for leaf in taken for name in self.ways[leaf]):
+            if name in self.rows and name != ROOT:
+                self.keep_rows(name, total)
+            self.done[name] = total
+
+    def keep_rows(self, split: str, total: int) -> None:
+        """Copy the rows an inner node yielded, for tokens [done, total), into its buffer."""
+        values = self.binding.get_outputs_as_ortvaluevector()
+        rows = values[self.output_index[f"rows.{split}"]].numpy()
+        room = self.rows[split][self.done[split] : total]
+        if rows.shape != (1, *room.shape):
+            raise ModelError(f"rows.{split} has shape {list(rows.shape)}, expected {[1, *room.shape]}: export it again")
+        room[:] = rows[0]

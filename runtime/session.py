@@ -1,0 +1,142 @@
+"""ONNX Runtime for one model folder: its options and providers, and its errors turned into ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import ModelError, OutOfMemory, RequestError, SetupError
+from runtime.manifest import Manifest
+
+DEVICES = ("cpu", "cuda")
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+QUIET = 3  # log errors only; ours reach the user as exceptions
+MEMORY_MESSAGES = ("failed to allocate memory", "bad allocation", "bad_alloc", "out of memory")
+TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64", "tensor(int32)": "int32"}
+
+
+class Engine:
+    """A loaded graph. Several sequences may share it, also from several threads."""
+
+    def __init__(self, folder: Path, manifest: Manifest, device: str, threads: int) -> None:
+        """Raises SetupError (package or GPU), ModelError (graph), RequestError (device), OutOfMemory."""
+        if device not in DEVICES:
+            raise RequestError(f"unknown device {device!r}: choose one of {', '.join(DEVICES)}")
+        self.manifest = manifest
+        self.device = device
+        self._ort = import_onnxruntime(device)
+        self._errors = ort_errors(self._ort)
+        self._session: Any = self._open(folder, threads)
+        check_graph(self._session, manifest, folder)
+
+    def _open(self, folder: Path, threads: int) -> Any:
+        if self.device == "cuda":
+            check_cuda(self._ort, self.manifest, folder)
+        path = folder / self.manifest.model
+        options = session_options(self._ort, self.device, threads)
+        try:
+            session = self._ort.InferenceSession(str(path), options, providers=[PROVIDERS[self.device]])
+        except self._errors as error:
+            raise explained(error, f"ONNX Runtime cannot load {path}") from error
+        if session.get_providers()[0] != PROVIDERS[self.device]:
+            raise SetupError(f"ONNX Runtime has fallen back to the CPU: its {self.device} libraries do not load here")
+        return session
+
+    def binding(self) -> Any:
+        """A fresh onnxruntime.IOBinding."""
+        return self._ort.IOBinding(self._alive())
+
+    def run(self, binding: Any) -> None:
+        """One run over what is bound. Raises OutOfMemory, or ModelError for any other failure inside the graph."""
+        try:
+            self._alive().run_with_iobinding(binding)
+        except self._errors as error:
+            raise explained(error, "ONNX Runtime failed to run the model") from error
+
+    def on_device(self, array: Any) -> Any:
+        """An onnxruntime.OrtValue on the device with a copy of a numpy array."""
+        try:
+            return self._ort.OrtValue.ortvalue_from_numpy(array, self.device, 0)
+        except self._errors as error:
+            raise explained(error, "ONNX Runtime cannot place a cache on the GPU") from error
+
+    def close(self) -> None:
+        """Let go of the graph and its weights; sequences that still exist can no longer run."""
+        self._session = None
+
+    def _alive(self) -> Any:
+        if self._session is None:
+            raise RequestError("the model is closed: load it again")
+        return self._session
+
+
+def import_onnxruntime(device: str) -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        extra = "cuda" if device == "cuda" else "cpu"
+        raise SetupError(f"onnxruntime cannot be imported ({error}): pip install 'dmpt-export[{extra}]'") from error
+    return onnxruntime
+
+
+def ort_errors(ort: Any) -> tuple[type[Exception], ...]:
+    """All that ONNX Runtime raises: its own status exceptions (which share no base class) and RuntimeError."""
+    state = ort.capi.onnxruntime_pybind11_state
+    own = [kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    return (*own, RuntimeError)
+
+
+def explained(error: Exception, what: str) -> Exception:
+    text = " ".join(str(error).split())
+    if any(message in text.lower() for message in MEMORY_MESSAGES):
+        return OutOfMemory(f"{what}: not enough memory ({text})")
+    return ModelError(f"{what}: {text}")
+
+
+def session_options(ort: Any, device: str, threads: int) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = QUIET
+    # Patterns are kept per input shape, and pending rows and prompts come in any: they would pile up.
+    options.enable_mem_pattern = False
+    # Weights are read once and stay: an arena that grows in powers of two would hold up to twice their size.
+    options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+    if device == "cuda":
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    return options
+
+
+def check_cuda(ort: Any, manifest: Manifest, folder: Path) -> None:
+    if manifest.target != "cuda":
+        raise ModelError(f"{folder} was exported for {manifest.target}: use `dmpt-export onnx --target cuda`")
+    if PROVIDERS["cuda"] not in ort.get_available_providers():
+        raise SetupError(
+            f"this onnxruntime {ort.__version__} has no CUDA: "
+            "pip uninstall onnxruntime, then pip install 'dmpt-export[cuda]'"
+        )
+    if hasattr(ort, "preload_dlls"):  # finds the CUDA libraries that pip installed
+        ort.preload_dlls()
+
+
+def check_graph(session: Any, manifest: Manifest, folder: Path) -> None:
+    """Whether the graph's own inputs and outputs are those of the manifest, by name, type and fixed sizes."""
+    problems = []
+    for specs, values in ((manifest.inputs, session.get_inputs()), (manifest.outputs, session.get_outputs())):
+        found = {value.name: value for value in values}
+        problems += [f"{name} is not in the graph" for name in specs if name not in found]
+        problems += [f"{name} is not in the manifest" for name in found if name not in specs]
+        for name in specs.keys() & found.keys():
+            dtype, shape = TYPES.get(found[name].type, found[name].type), tuple(found[name].shape)
+            if dtype != specs[name].dtype or not same_shape(shape, specs[name].shape):
+                problems.append(f"{name} is {dtype} {list(shape)}, the manifest says {list(specs[name].shape)}")
+    if problems:
+        raise ModelError(f"{folder / manifest.model} does not fit its manifest: {'; '.join(sorted(problems))}")
+
+
+def same_shape(found: tuple[Any, ...], wanted: tuple[int | str, ...]) -> bool:
+    """Whether all sizes that are fixed in both are equal."""
+    pairs = list(zip(found, wanted, strict=False))
+    return len(found) == len(wanted) and all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
