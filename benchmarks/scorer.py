@@ -1,14 +1,14 @@
 """One door to every kind of model: token ids in, the deployed distribution of the next tokens out.
 
-    ONNX folder (dmpt_manifest.json)               -> OnnxScorer: runtime, no torch imported
-    DMPT checkpoint, GPT-2 folder or hub id        -> TorchScorer: training.checkpoint.load_model
-    quantized folder (config.json, "quantization") -> TorchScorer, when the caller says how to dequantize it
+ONNX folder (dmpt_manifest.json)               -> OnnxScorer: runtime, no torch imported
+DMPT checkpoint, GPT-2 folder or hub id        -> TorchScorer: training.checkpoint.load_model
+quantized folder (config.json, "quantization") -> TorchScorer, when the caller says how to dequantize it
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -65,6 +65,34 @@ def kind_of(source: str | Path) -> str:
     if (folder / MANIFEST).is_file():
         return "onnx"
     return "quantized" if "quantization" in config_json(folder) else "float"
+
+
+def named(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """(name, path) of models given as PATH or NAME=PATH; a path's name is its last part, or all of it where
+    several models would have the same name.
+
+    >>> named(["base=out/gpt2", "out/dmpt", "a/int8", "b/int8"])
+    [('base', 'out/gpt2'), ('dmpt', 'out/dmpt'), ('a/int8', 'a/int8'), ('b/int8', 'b/int8')]
+    """
+    pairs = []
+    for argument in arguments:
+        name, equals, path = argument.partition("=")
+        given = bool(equals and name and path) and not Path(argument).exists()
+        pairs.append((name, path) if given else (Path(argument).name or argument, argument))
+    names = [name for name, _ in pairs]
+    return [(path if names.count(name) > 1 and Path(path).name == name else name, path) for name, path in pairs]
+
+
+def context_of(source: str | Path) -> int:
+    """The longest sequence, in tokens, from the model's description alone. Raises as open_scorer for no model."""
+    if kind_of(source) == "onnx":
+        from runtime.manifest import read_manifest
+
+        return read_manifest(Path(source)).config.n_positions
+    from training import checkpoint
+
+    context: int = checkpoint.read_config(source).n_positions
+    return context
 
 
 def config_json(folder: Path) -> dict[str, Any]:
@@ -185,7 +213,9 @@ class TorchScorer:
         gates = {node: g[:, -last:] for node, g in hidden.gates.items()}
         routes = model.routes(gates) if gates else torch.zeros((1, last), dtype=torch.long, device=batch.device)
         parts = [
-            model.pick({leaf: x[:, i : i + ROWS_AT_ONCE] for leaf, x in h.items()}, routes[:, i : i + ROWS_AT_ONCE], fast_k)
+            model.pick(
+                {leaf: x[:, i : i + ROWS_AT_ONCE] for leaf, x in h.items()}, routes[:, i : i + ROWS_AT_ONCE], fast_k
+            )
             for i in range(0, last, ROWS_AT_ONCE)
         ]
         return torch.cat(parts, dim=1)[0].cpu().numpy(), routes[0].cpu().numpy()

@@ -89,7 +89,9 @@ def target(name: str, path: str | Path) -> Target:
     if kind_of(path) != "onnx":
         if not Path(path).exists():
             raise InputError(f"{path} does not exist: give a folder that `dmpt-export onnx` made")
-        raise InputError(f"{path} is no ONNX folder, so it has no speed yet: export it first: dmpt-export onnx {path} OUT")
+        raise InputError(
+            f"{path} is no ONNX folder, so it has no speed yet: export it first: dmpt-export onnx {path} OUT"
+        )
     return Target(name, str(path), size_bytes=onnx_size(path))
 
 
@@ -102,12 +104,13 @@ def measure(
     device: str = "cpu",
     text: Sequence[int] | None = None,
     loads: int = 1,
-    shrink: bool = True,
+    fixed_prompt: bool = False,
+    fixed_gen: bool = False,
 ) -> list[Speed]:
     """Time all targets in one interleaved schedule.
 
-    prompt, gen: tokens fed at once, tokens decoded one by one after them; both shrink to the smallest
-    context among the targets, or, without `shrink`, must fit it (InputError).
+    prompt, gen: tokens fed at once, tokens decoded one by one after them. Together they shrink to the smallest
+    context among the targets; one that is `fixed` does not, and must fit it (InputError).
     text: token ids to take the prompt from (the first `prompt`); default: random ids.
     loads: fresh processes whose load time is taken, the one that is measured included.
     Raises WorkerFailed with the exit code of the failing process.
@@ -121,28 +124,39 @@ def measure(
             facts.append(w.ask(do="load", adapter=t.adapter, path=t.path, threads=threads, device=device))
             seconds.append(facts[-1]["load_s"])
         context = min(fact["context"] for fact in facts)
-        if not shrink and prompt + gen > context:
-            raise InputError(f"--prompt {prompt} and --gen {gen} do not fit the context of {context} tokens together")
-        prompt, gen = fit(prompt, gen, context)
+        prompt, gen = fit(prompt, gen, context, fixed_prompt, fixed_gen)
         ids = prompt_ids(prompt, min(fact["vocab_size"] for fact in facts), text)
         rounds = play(workers, ids, gen, repetitions)
         ends = [w.ask(do="finish") for w in workers]
     return [
-        Speed(
-            name=t.name,
-            decode=[gen / turn["decode_s"] for turn in turns],
-            prefill=[prompt / turn["prefill_s"] for turn in turns],
-            load_s=seconds,
-            peak_rss_bytes=end["peak_rss_bytes"],
-            size_bytes=t.size_bytes,
-            threads=fact["threads"],
-            prompt_tokens=prompt,
-            generated_tokens=gen,
-            switches=turns[-1]["switches"],
-            idle_cpu_s=end["idle_cpu_s"],
-        )
+        result(t, fact, turns, seconds, end, prompt, gen)
         for t, fact, turns, seconds, end in zip(targets, facts, rounds, load_s, ends, strict=True)
     ]
+
+
+def result(
+    t: Target,
+    fact: dict[str, Any],
+    turns: list[dict[str, Any]],
+    load_s: list[float],
+    end: dict[str, Any],
+    prompt: int,
+    gen: int,
+) -> Speed:
+    """One target's replies as a Speed."""
+    return Speed(
+        name=t.name,
+        decode=[gen / turn["decode_s"] for turn in turns],
+        prefill=[prompt / turn["prefill_s"] for turn in turns],
+        load_s=load_s,
+        peak_rss_bytes=end["peak_rss_bytes"],
+        size_bytes=t.size_bytes,
+        threads=fact["threads"],
+        prompt_tokens=prompt,
+        generated_tokens=gen,
+        switches=turns[-1]["switches"],
+        idle_cpu_s=end["idle_cpu_s"],
+    )
 
 
 def play(workers: Sequence[Worker], ids: list[int], gen: int, repetitions: int) -> list[list[dict[str, Any]]]:
@@ -160,18 +174,19 @@ def play(workers: Sequence[Worker], ids: list[int], gen: int, repetitions: int) 
     return [mine[1:] for mine in turns]
 
 
-def fit(prompt: int, gen: int, context: int) -> tuple[int, int]:
-    """Prompt and generated tokens that fit the context together: unchanged when they do.
+def fit(prompt: int, gen: int, context: int, fixed_prompt: bool = False, fixed_gen: bool = False) -> tuple[int, int]:
+    """Prompt and generated tokens that fit the context together; fixed ones stay as they are or InputError is raised.
 
-    >>> fit(128, 64, 1024), fit(128, 64, 96), fit(128, 8, 96)
-    ((128, 64), (64, 32), (88, 8))
+    >>> fit(128, 64, 1024), fit(128, 64, 96), fit(128, 8, 96), fit(90, 64, 96, fixed_prompt=True)
+    ((128, 64), (64, 32), (88, 8), (90, 6))
     """
-    if prompt + gen <= context:
-        return prompt, gen
-    if context < 2:
-        raise InputError(f"a context of {context} tokens is too short to be timed")
-    gen = min(gen, max(1, context // 3))
-    return min(prompt, context - gen), gen
+    if prompt + gen > context and not fixed_gen:
+        gen = min(gen, max(1, context - prompt if fixed_prompt else context // 3))
+    if prompt + gen > context and not fixed_prompt:
+        prompt = max(1, context - gen)
+    if prompt + gen > context:
+        raise InputError(f"--prompt {prompt} and --gen {gen} do not fit a context of {context} tokens together")
+    return prompt, gen
 
 
 def prompt_ids(n: int, vocab_size: int, text: Sequence[int] | None) -> list[int]:
@@ -225,7 +240,7 @@ class Worker:
         code = self.process.wait()
         if code == -signal.SIGKILL:
             return WorkerFailed(f"the process that timed {self.name} was killed: probably out of memory", 5)
-        return WorkerFailed(f"the process that timed {self.name} ended with code {code}: see its message above", 4)
+        return WorkerFailed(f"the process that timed {self.name} ended with code {code}: see what it said above", 1)
 
     def close(self) -> None:
         assert self.process.stdin and self.process.stdout

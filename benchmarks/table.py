@@ -17,7 +17,9 @@ def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int = 
     widths = [max(3, *(len(row[i]) for row in [headers, *rows])) for i in range(len(headers))]
 
     def line(cells: Sequence[str]) -> str:
-        padded = (cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True)))
+        padded = (
+            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
+        )
         return f"| {' | '.join(padded)} |"
 
     rule = ["-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]

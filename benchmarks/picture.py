@@ -1,0 +1,220 @@
+"""The comparison as a picture: size against perplexity, speed as marker area."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.transforms import Bbox
+
+if TYPE_CHECKING:
+    from benchmarks.comparison import Row
+
+WIDTH, HEIGHT, DPI = 1200, 800, 100  # pixels
+# Okabe and Ito's palette for all kinds of colour vision, the well-known families first.
+COLOURS = {"GPT-2": "#6b6b6b", "GPT-2 base": "#6b6b6b", "GPT-2 fine-tuned": "#0072B2", "DMPT": "#D55E00"}
+MORE_COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+INK, PALE = "#222222", "#dddddd"
+LARGEST, SMALLEST = 1500.0, 30.0  # marker areas in points^2
+LABEL_SIZE = 13  # points
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Write a PNG of 1200x800 pixels; rows without a perplexity are left out."""
+    rows = [row for row in rows if row.quality]
+    figure = Figure(figsize=(WIDTH / DPI, HEIGHT / DPI), dpi=DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.08, 0.1, 0.89, 0.74))
+    colour = colours([row.family for row in rows])
+    scale = area_scale(rows)
+    for family, members in grouped(rows).items():
+        members.sort(key=lambda row: row.size_bytes)
+        axes.plot(*zip(*map(point, members), strict=True), color=colour[family], linewidth=1, alpha=0.5, zorder=1)
+    for row in rows:
+        # White edges keep markers apart that overlap; a model without a speed is a hollow ring.
+        fill, edge = (colour[row.family], "white") if row.speed else ("white", colour[row.family])
+        axes.scatter(*point(row), s=area(row, scale), color=fill, edgecolors=edge, linewidths=1.5, alpha=0.9, zorder=2)
+    dress(axes, rows)
+    legends(figure, rows, colour, scale)
+    place_labels(figure, axes, rows, colour, scale)
+    figure.savefig(path, metadata={"Software": "dmpt-export"})
+
+
+def point(row: Row) -> tuple[float, float]:
+    assert row.quality
+    return row.size_bytes / 1e6, row.quality.perplexity
+
+
+def grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    families: dict[str, list[Row]] = {}
+    for row in rows:
+        families.setdefault(row.family, []).append(row)
+    return families
+
+
+def colours(families: Sequence[str]) -> dict[str, str]:
+    more = itertools.cycle(MORE_COLOURS)
+    return {family: COLOURS.get(family) or next(more) for family in dict.fromkeys(families)}
+
+
+def decode_speed(row: Row) -> float | None:
+    return row.speed.to_json()["decode_tokens_per_s"] if row.speed else None
+
+
+def area_scale(rows: Sequence[Row]) -> float:
+    """Marker area in points^2 per token/s; areas start at zero, so twice the area is twice the speed."""
+    return LARGEST / max((speed for row in rows if (speed := decode_speed(row))), default=1.0)
+
+
+def area(row: Row, scale: float) -> float:
+    speed = decode_speed(row)
+    return max(SMALLEST, scale * speed) if speed else 4 * SMALLEST
+
+
+# --- axes and legends -------------------------------------------------------------------------------
+
+
+def dress(axes: Any, rows: Sequence[Row]) -> None:
+    """Limits with room for markers and labels, plain numbers on both axes."""
+    sizes, perplexities = zip(*map(point, rows), strict=True)
+    axes.set_xscale("log")
+    room = max(0.12 * math.log(max(sizes) / min(sizes)), 0.15)
+    axes.set_xlim(min(sizes) / math.exp(room), max(sizes) * math.exp(room))
+    low, high = min(perplexities), max(perplexities)
+    if high > 3 * low:
+        axes.set_yscale("log")
+        room = 0.12 * math.log(high / low)
+        axes.set_ylim(low / math.exp(room), high * math.exp(room))
+        log_ticks(axes.yaxis)
+    else:
+        room = max(0.12 * (high - low), 0.01 * high)
+        axes.set_ylim(low - room, high + room)
+        axes.yaxis.set_major_locator(MaxNLocator(8))
+    log_ticks(axes.xaxis)
+    axes.set_xlabel("file size (MB, log scale)", fontsize=13, color=INK)
+    axes.set_ylabel("perplexity", fontsize=13, color=INK)
+    axes.tick_params(labelsize=12, colors=INK, length=3)
+    axes.grid(color=PALE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def log_ticks(axis: Any) -> None:
+    """Ticks at 1, 2, 5, 10, ... in plain numbers; finer ones where these would be fewer than three."""
+    low, high = axis.get_view_interval()
+    steps = next((s for s in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)) if ticks_within(s, low, high) >= 3), range(1, 10))
+    axis.set_major_locator(LogLocator(subs=steps, numticks=99))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+
+
+def ticks_within(steps: Sequence[float], low: float, high: float) -> int:
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return sum(low <= step * 10**decade <= high for decade in decades for step in steps)
+
+
+def legends(figure: Any, rows: Sequence[Row], colour: dict[str, str], scale: float) -> None:
+    """Title, families by colour and speeds by area, in a band above the axes where they can hide nothing."""
+    figure.text(0.08, 0.955, "Size, quality and speed", fontsize=18, fontweight="bold", color=INK, va="center")
+    figure.text(0.97, 0.955, "better: lower and further left", fontsize=13, color=INK, va="center", ha="right")
+    families = [
+        figure.axes[0].scatter([], [], s=150, color=shade, edgecolors="white", label=family)
+        for family, shade in colour.items()
+    ]
+    style = {"frameon": False, "fontsize": 13, "labelcolor": INK, "handletextpad": 0.4}
+    first = figure.legend(handles=families, loc="center left", bbox_to_anchor=(0.072, 0.895), ncols=4,
+                          columnspacing=1.2, **style)  # fmt: skip
+    figure.add_artist(first)
+    speeds = [speed for row in rows if (speed := decode_speed(row))]
+    marks = [
+        figure.axes[0].scatter([], [], s=scale * value, color="#bbbbbb", edgecolors="white", label=f"{value:g}")
+        for value in round_speeds(speeds)
+    ]
+    if len(speeds) < len(rows):
+        marks.append(
+            figure.axes[0].scatter([], [], s=4 * SMALLEST, color="white", edgecolors="#888888", label="not timed")
+        )
+    if marks:
+        figure.legend(handles=marks, loc="center right", bbox_to_anchor=(0.975, 0.895), ncols=5, columnspacing=1.4,
+                      title="decode tokens/s (area)" if speeds else None, title_fontsize=12, **style)  # fmt: skip
+
+
+def round_speeds(speeds: Sequence[float]) -> list[float]:
+    """Up to three round numbers that span the speeds, each at most the greatest of them.
+
+    >>> round_speeds([38.0, 150.0, 248.0]), round_speeds([])
+    ([50, 100, 200], [])
+    """
+    if not speeds:
+        return []
+    top = 10 ** math.floor(math.log10(max(speeds)))
+    top *= next(step for step in (5, 2, 1) if step * top <= max(speeds))
+    values = [top / 4, top / 2, top]
+    return [int(v) if v == int(v) else v for v in values]
+
+
+# --- labels -----------------------------------------------------------------------------------------
+
+
+def place_labels(figure: Any, axes: Any, rows: Sequence[Row], colour: dict[str, str], scale: float) -> None:
+    """Each marker's scheme beside it, at the nearest place that covers no marker and no other label."""
+    renderer = figure.canvas.get_renderer()
+    frame = axes.get_window_extent(renderer)
+    centres = [axes.transData.transform(point(row)) for row in rows]
+    radii = [math.sqrt(area(row, scale)) / 2 * DPI / 72 for row in rows]  # pixels
+    markers = [Bbox.from_bounds(x - r, y - r, 2 * r, 2 * r) for (x, y), r in zip(centres, radii, strict=True)]
+    taken: list[Bbox] = []
+    for row, centre, radius in zip(rows, centres, radii, strict=True):
+        text = figure.text(0, 0, label(row, rows), fontsize=LABEL_SIZE, fontweight="bold", color=colour[row.family],
+                           ha="center", va="center", zorder=4)  # fmt: skip
+        extent = text.get_window_extent(renderer)
+        spot = best_spot(centre, radius, extent.width + 6, extent.height + 4, frame, [*markers, *taken])
+        x, y = (spot.x0 + spot.x1) / 2, (spot.y0 + spot.y1) / 2
+        text.set_position(figure.transFigure.inverted().transform((x, y)))
+        taken.append(spot)
+        gap = math.hypot(x - centre[0], y - centre[1]) - radius
+        if gap > 45:  # far enough to need a line to its marker
+            inverse = axes.transData.inverted().transform
+            ends = zip(inverse(centre), inverse((x, y)), strict=True)
+            axes.plot(*ends, color=colour[row.family], linewidth=0.8, alpha=0.7, zorder=1.5)
+
+
+def label(row: Row, rows: Sequence[Row]) -> str:
+    """The scheme, or the name where a family has several models in one scheme."""
+    same = [other for other in rows if (other.family, other.scheme) == (row.family, row.scheme)]
+    return row.scheme if len(same) == 1 else row.name
+
+
+def best_spot(
+    centre: tuple[float, float], radius: float, width: float, height: float, frame: Bbox, taken: Sequence[Bbox]
+) -> Bbox:
+    """The nearest box of the given size around a marker that overlaps least, all in pixels."""
+    spots = []
+    for extra, turn in itertools.product((4, 14, 28, 48, 72, 100), range(16)):
+        angle = math.pi / 2 + turn * math.pi / 8  # straight above first
+        x = centre[0] + math.cos(angle) * (radius + extra + width / 2)
+        y = centre[1] + math.sin(angle) * (radius + extra + height / 2)
+        spots.append(Bbox.from_bounds(x - width / 2, y - height / 2, width, height))
+    return min(
+        spots, key=lambda spot: sum(overlap(spot, box) for box in taken) + outside(spot, frame)
+    )  # first of the best
+
+
+def overlap(a: Bbox, b: Bbox) -> float:
+    """Pixels that two boxes share."""
+    width = min(a.x1, b.x1) - max(a.x0, b.x0)
+    height = min(a.y1, b.y1) - max(a.y0, b.y0)
+    return max(0.0, width) * max(0.0, height)
+
+
+def outside(spot: Bbox, frame: Bbox) -> float:
+    """Pixels of `spot` beyond the axes."""
+    return spot.width * spot.height - overlap(spot, frame)
