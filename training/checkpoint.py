@@ -19,7 +19,7 @@ from training.atomic import atomic_file, atomic_folder, check_replaceable
 from training.config import DMPTConfig
 from training.data import load_tokenizer
 from training.errors import InputError
-from training.files import read_json, resolve
+from training.files import TOKENIZER_FILES, read_json, resolve
 from training.gpt2 import config_from_gpt2, dmpt_name
 from training.model import DMPTForCausalLM
 from training.tensors import SINGLE, read_tensors
@@ -44,14 +44,6 @@ __all__ = [
 
 Source = str | os.PathLike[str]  # a DMPT or GPT-2 folder, or a hub id
 TIED_HEAD = "heads.0.weight"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
 SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "gate_hidden")
 MOST_NAMED = 40  # tensor names in one error line
 
@@ -216,7 +208,7 @@ def write_model(
     ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id")}
     _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
     if tokenizer_from is not None:
-        copy_tokenizer(tokenizer_from, folder)
+        copy_tokenizer(tokenizer_from, folder, config.vocab_size)
     (folder / "README.md").write_text(model_card(config, name, card), encoding="utf-8")
 
 
@@ -235,16 +227,23 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def copy_tokenizer(src: Source, dst: Source) -> bool:
-    """Copy the tokenizer files of a model folder; False when it has none.
+def copy_tokenizer(src: Source, dst: Source, vocab_size: int | None = None) -> bool:
+    """Copy the tokenizer files of a model folder or hub id; False when it has none.
 
     `dst` always ends up with a tokenizer.json, built from vocab.json and merges.txt when `src` has only those.
+    Raises InputError when the tokenizer is damaged or knows ids that a model of `vocab_size` does not.
     """
-    source, target = resolve(src), Path(dst)
+    source, target = resolve(src, TOKENIZER_FILES), Path(dst)
     names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
     if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= set(names):
         return False
-    tokenizer = load_tokenizer(source)  # also a damaged tokenizer.json is refused here, not later
+    tokenizer = load_tokenizer(source)
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if vocab_size is not None and highest >= vocab_size:
+        raise InputError(
+            f"the tokenizer in {source} knows ids up to {highest}, the model only {vocab_size} tokens: "
+            "give the tokenizer that the model was trained with"
+        )
     for name in names:
         shutil.copyfile(source / name, target / name)
     if "tokenizer.json" not in names:

@@ -211,19 +211,19 @@ def windows(n_tokens: int, max_length: int, stride: int) -> Iterator[tuple[int, 
     """(start, stop, n_scored) of each evaluation window: tokens [start, stop), its last n_scored predictions count.
 
     Windows of `max_length` tokens advance by `stride`; each scores its last `stride` predictions, the last
-    window what is left. So every token from the `max_length - stride`-th on is scored exactly once (when
-    stride < max_length; a window's first token has nothing before it). Fewer than two tokens give no window.
+    window what is left. So the first `max_length - stride` tokens are never scored, and every later one exactly
+    once (but for a window's first token, which has nothing before it, when stride equals max_length). A text
+    that is no longer than what is never scored gives no window.
 
     >>> list(windows(11, 8, 4))
     [(0, 8, 4), (4, 11, 3)]
     """
     if max_length < 2 or not 1 <= stride <= max_length:
         raise InputError(f"stride {stride} must be from 1 to the window's length {max_length}, and that at least 2")
-    start, done = 0, 0
-    while done < n_tokens and n_tokens > 1:
+    start, done = 0, max_length - stride
+    while done < n_tokens:
         stop = min(start + max_length, n_tokens)
-        fresh = stride if start == 0 else stop - done
-        n_scored = min(fresh, stop - start - 1)
-        if n_scored > 0:
+        n_scored = min(stop - done, stop - start - 1)
+        if n_scored:
             yield start, stop, n_scored
         start, done = start + stride, stop

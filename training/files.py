@@ -5,28 +5,27 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from training.errors import InputError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-HUB_FILES = [  # what a model folder needs; hubs also hold TensorFlow, ONNX and pickled copies
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-]
+)
+# What a model folder needs; hubs also hold TensorFlow, ONNX and pickled copies.
+MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 
 
-def resolve(source: str | os.PathLike[str]) -> Path:
-    """The local folder of a model: `source` itself, or where its hub snapshot was put.
+def resolve(source: str | os.PathLike[str], files: Sequence[str] = (*MODEL_FILES, *TOKENIZER_FILES)) -> Path:
+    """The local folder of a model: `source` itself, or where the `files` of its hub snapshot were put.
 
     A folder wins over a hub id of the same name. Raises InputError when there is neither.
     """
@@ -38,10 +37,10 @@ def resolve(source: str | os.PathLike[str]) -> Path:
         raise InputError(f"{path} is a file, a model is a folder{hint or ': give the folder that holds config.json'}")
     if not isinstance(source, str) or not HUB_ID.fullmatch(source):
         raise InputError(f"model folder {path} does not exist: check the path")
-    return _hub_snapshot(source)
+    return _hub_snapshot(source, files)
 
 
-def _hub_snapshot(name: str) -> Path:
+def _hub_snapshot(name: str, files: Sequence[str]) -> Path:
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -51,7 +50,7 @@ def _hub_snapshot(name: str) -> Path:
             "pip install 'dmpt-export[train]'"
         ) from None
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=list(files)))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise InputError(
             f"there is no folder '{name}', and the Hugging Face hub cannot be reached to look for a model of that "

@@ -29,7 +29,7 @@ def read_tensors(folder: Path, rename: Callable[[str], str | None] = lambda name
                 continue
             if new in out:
                 raise InputError(f"{path} holds tensor '{new}' twice (as '{name}' too): export the model again")
-            out[new] = _float32(path, name, tensor)
+            out[new] = as_float32(path, name, tensor)
     return out
 
 
@@ -76,7 +76,7 @@ def _tensors_of(path: Path, wanted: list[str] | None) -> Iterator[tuple[str, Ten
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _float32(path: Path, name: str, tensor: Tensor) -> Tensor:
+def as_float32(path: Path, name: str, tensor: Tensor) -> Tensor:
     if tensor.dtype not in FLOATS:
         raise InputError(f"{path}: tensor '{name}' is {str(tensor.dtype).removeprefix('torch.')}, floats are expected")
     tensor = tensor.to(torch.float32)
