@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
@@ -23,6 +24,7 @@ MORE_COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, PALE = "#222222", "#dddddd"
 LARGEST, SMALLEST = 1500.0, 30.0  # marker areas in points^2
 LABEL_SIZE = 13  # points
+HALO = [withStroke(linewidth=3, foreground="white")]  # keeps a label readable where a line passes under it
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -30,13 +32,13 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     rows = [row for row in rows if row.quality]
     figure = Figure(figsize=(WIDTH / DPI, HEIGHT / DPI), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.08, 0.1, 0.89, 0.74))
+    axes = figure.add_axes((0.08, 0.09, 0.89, 0.72))
     colour = colours([row.family for row in rows])
     scale = area_scale(rows)
     for family, members in grouped(rows).items():
         members.sort(key=lambda row: row.size_bytes)
         axes.plot(*zip(*map(point, members), strict=True), color=colour[family], linewidth=1, alpha=0.5, zorder=1)
-    for row in rows:
+    for row in sorted(rows, key=lambda row: -area(row, scale)):  # small markers on top of large ones
         # White edges keep markers apart that overlap; a model without a speed is a hollow ring.
         fill, edge = (colour[row.family], "white") if row.speed else ("white", colour[row.family])
         axes.scatter(*point(row), s=area(row, scale), color=fill, edgecolors=edge, linewidths=1.5, alpha=0.9, zorder=2)
@@ -125,26 +127,22 @@ def legends(figure: Any, rows: Sequence[Row], colour: dict[str, str], scale: flo
     """Title, families by colour and speeds by area, in a band above the axes where they can hide nothing."""
     figure.text(0.08, 0.955, "Size, quality and speed", fontsize=18, fontweight="bold", color=INK, va="center")
     figure.text(0.97, 0.955, "better: lower and further left", fontsize=13, color=INK, va="center", ha="right")
-    families = [
-        figure.axes[0].scatter([], [], s=150, color=shade, edgecolors="white", label=family)
-        for family, shade in colour.items()
-    ]
-    style = {"frameon": False, "fontsize": 13, "labelcolor": INK, "handletextpad": 0.4}
-    first = figure.legend(handles=families, loc="center left", bbox_to_anchor=(0.072, 0.895), ncols=4,
-                          columnspacing=1.2, **style)  # fmt: skip
-    figure.add_artist(first)
+
+    def mark(size: float, fill: str, edge: str, text: str) -> Any:
+        return figure.axes[0].scatter([], [], s=size, color=fill, edgecolors=edge, label=text)
+
+    style = {"frameon": False, "fontsize": 13, "labelcolor": INK, "borderaxespad": 0, "borderpad": 0}
+    families = [mark(150, shade, "white", family) for family, shade in colour.items()]
+    figure.legend(handles=families, loc="center left", bbox_to_anchor=(0.072, 0.855), ncols=4, handletextpad=0.3,
+                  columnspacing=1.2, **style)  # fmt: skip
     speeds = [speed for row in rows if (speed := decode_speed(row))]
-    marks = [
-        figure.axes[0].scatter([], [], s=scale * value, color="#bbbbbb", edgecolors="white", label=f"{value:g}")
-        for value in round_speeds(speeds)
-    ]
+    marks = [mark(scale * value, "#bbbbbb", "white", f"{value:g}") for value in round_speeds(speeds)]
     if len(speeds) < len(rows):
-        marks.append(
-            figure.axes[0].scatter([], [], s=4 * SMALLEST, color="white", edgecolors="#888888", label="not timed")
-        )
-    if marks:
-        figure.legend(handles=marks, loc="center right", bbox_to_anchor=(0.975, 0.895), ncols=5, columnspacing=1.4,
-                      title="decode tokens/s (area)" if speeds else None, title_fontsize=12, **style)  # fmt: skip
+        marks.append(mark(4 * SMALLEST, "white", "#888888", "not timed"))
+    figure.legend(handles=marks, loc="center right", bbox_to_anchor=(0.97, 0.855), ncols=4, handletextpad=0.9,
+                  columnspacing=1.6, **style)  # fmt: skip
+    if speeds:
+        figure.text(0.97, 0.91, "marker area: decode tokens/s", fontsize=13, color=INK, va="center", ha="right")
 
 
 def round_speeds(speeds: Sequence[float]) -> list[float]:
@@ -164,8 +162,13 @@ def round_speeds(speeds: Sequence[float]) -> list[float]:
 # --- labels -----------------------------------------------------------------------------------------
 
 
-def place_labels(figure: Any, axes: Any, rows: Sequence[Row], colour: dict[str, str], scale: float) -> None:
-    """Each marker's scheme beside it, at the nearest place that covers no marker and no other label."""
+def place_labels(
+    figure: Any, axes: Any, rows: Sequence[Row], colour: dict[str, str], scale: float
+) -> tuple[list[Bbox], list[Bbox]]:
+    """Each marker's scheme beside it, at the nearest place that covers no marker and no other label.
+
+    Returns the boxes of the labels and of the markers, in pixels.
+    """
     renderer = figure.canvas.get_renderer()
     frame = axes.get_window_extent(renderer)
     centres = [axes.transData.transform(point(row)) for row in rows]
@@ -174,17 +177,17 @@ def place_labels(figure: Any, axes: Any, rows: Sequence[Row], colour: dict[str, 
     taken: list[Bbox] = []
     for row, centre, radius in zip(rows, centres, radii, strict=True):
         text = figure.text(0, 0, label(row, rows), fontsize=LABEL_SIZE, fontweight="bold", color=colour[row.family],
-                           ha="center", va="center", zorder=4)  # fmt: skip
+                           ha="center", va="center", zorder=4, path_effects=HALO)  # fmt: skip
         extent = text.get_window_extent(renderer)
         spot = best_spot(centre, radius, extent.width + 6, extent.height + 4, frame, [*markers, *taken])
         x, y = (spot.x0 + spot.x1) / 2, (spot.y0 + spot.y1) / 2
         text.set_position(figure.transFigure.inverted().transform((x, y)))
         taken.append(spot)
-        gap = math.hypot(x - centre[0], y - centre[1]) - radius
-        if gap > 45:  # far enough to need a line to its marker
+        if distance(centre, spot) - radius > 24:  # far enough to need a line to its marker
             inverse = axes.transData.inverted().transform
             ends = zip(inverse(centre), inverse((x, y)), strict=True)
             axes.plot(*ends, color=colour[row.family], linewidth=0.8, alpha=0.7, zorder=1.5)
+    return taken, markers
 
 
 def label(row: Row, rows: Sequence[Row]) -> str:
@@ -213,6 +216,12 @@ def overlap(a: Bbox, b: Bbox) -> float:
     width = min(a.x1, b.x1) - max(a.x0, b.x0)
     height = min(a.y1, b.y1) - max(a.y0, b.y0)
     return max(0.0, width) * max(0.0, height)
+
+
+def distance(centre: tuple[float, float], box: Bbox) -> float:
+    """Pixels from a point to the nearest point of a box."""
+    x, y = centre
+    return math.hypot(max(box.x0 - x, 0, x - box.x1), max(box.y0 - y, 0, y - box.y1))
 
 
 def outside(spot: Bbox, frame: Bbox) -> float:

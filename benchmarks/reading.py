@@ -58,5 +58,5 @@ def perplexity_clause(mine: Quality, its: Quality) -> str:
     mean, error = float(difference.mean()), standard_error(difference)
     change, margin = 100 * math.expm1(mean), 100 * SURE * error * math.exp(mean)
     if abs(mean) <= SURE * error or mean == 0:
-        return f"perplexity no different ({change:+.1f} % ± {margin:.1f} %)"
-    return f"perplexity {abs(change):.1f} % ± {margin:.1f} % {'lower' if mean < 0 else 'higher'}"
+        return f"perplexity no different ({change:+.2f} % ± {margin:.2f} %)"
+    return f"perplexity {abs(change):.2f} % ± {margin:.2f} % {'lower' if mean < 0 else 'higher'}"

@@ -1,0 +1,93 @@
+"""Stand-ins for models: a scorer that follows a rule, and an adapter whose timings are told it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+
+class FakeScorer:
+    """Scores by `rule(ids) -> log-probs [S, V]`; keeps what it was asked."""
+
+    def __init__(
+        self,
+        rule: Callable[[NDArray[Any]], NDArray[np.float32]],
+        vocab_size: int,
+        context: int = 64,
+        tokenizer: Tokenizer | None = None,
+        routes: Callable[[NDArray[Any]], NDArray[np.int64]] | None = None,
+    ) -> None:
+        self.rule, self.routes = rule, routes
+        self.name, self.folder, self.mode = "fake", Path("fake"), "gate_hard"
+        self.context, self.vocab_size = context, vocab_size
+        self.leaves = ["left", "right"]
+        self.tokenizer, self.end_of_text = tokenizer, 0
+        self.asked: list[tuple[list[int], int]] = []
+
+    def score(self, ids: NDArray[Any], last: int) -> tuple[NDArray[np.float32], NDArray[np.int64] | None]:
+        assert 1 <= last <= len(ids) <= self.context
+        self.asked.append((ids.tolist(), last))
+        return self.rule(ids)[-last:], None if self.routes is None else self.routes(ids)[-last:]
+
+
+def uniform(vocab_size: int) -> Callable[[NDArray[Any]], NDArray[np.float32]]:
+    return lambda ids: np.full((len(ids), vocab_size), -np.log(vocab_size), np.float32)
+
+
+class FakeError(ValueError):
+    exit_code = 3
+
+
+class FakeAdapter:
+    """Behaves as its path says, a JSON object: {"prefill": s, "decode": s, "log": file, ...}."""
+
+    def __init__(self, path: str, threads: int) -> None:
+        self.told: dict[str, Any] = json.loads(path)
+        self.context, self.vocab_size, self.threads = self.told.get("context", 1024), 50, threads
+        self.ballast = bytearray(self.told.get("bytes", 0))
+        self.ballast[:: os.sysconf("SC_PAGE_SIZE")] = b"x" * len(
+            range(0, len(self.ballast), os.sysconf("SC_PAGE_SIZE"))
+        )
+        self.round = 0
+        if "fail" in self.told:
+            raise {"user": FakeError, "bug": RuntimeError}[self.told["fail"]]("cannot be opened")
+        if self.told.get("spin"):
+            threading.Thread(target=self.spin, daemon=True).start()
+        os.write(1, b"a library prints to standard output\n")
+
+    def spin(self) -> None:
+        while True:
+            pass
+
+    def note(self, what: str, detail: Any) -> None:
+        if log := self.told.get("log"):
+            with open(log, "a", encoding="utf-8") as file:
+                file.write(json.dumps([self.told["name"], what, detail]) + "\n")
+
+    def prefill(self, ids: list[int]) -> float:
+        self.note("prefill", ids)
+        time.sleep(self.told.get("sleep", 0))
+        return float(self.told["prefill"])
+
+    def decode(self, ids: list[int], n: int) -> tuple[float, list[int], list[int]]:
+        self.note("decode", n)
+        if self.told.get("dies"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        seconds = self.told["decode"]
+        self.round += 1
+        taken = seconds[self.round - 1] if isinstance(seconds, list) else seconds
+        return float(taken), [1] * n, [i % 2 for i in range(n)]
+
+
+def load(path: str, threads: int, device: str) -> FakeAdapter:
+    return FakeAdapter(path, threads)
