@@ -9,10 +9,11 @@ Standard library only.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fnmatch
+import glob
 import importlib
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -128,26 +129,43 @@ def _beside(target: Path, what: str) -> Path:
 
 
 def _swap(tmp: Path, target: Path) -> None:
-    """Put `tmp` where `target` is. Folders cannot be exchanged portably in one call, so the old one steps
-    aside first; a kill between the two renames leaves it as `.{name}.old-*`, which _recover puts back."""
-    old = _beside(target, "old")
+    """Put `tmp` where `target` is, and delete what was there."""
+    old = tmp
+    if not target.exists() or not os.listdir(target):
+        os.replace(tmp, target)
+    elif not _exchange(tmp, target):
+        old = _beside(target, "old")
+        _step_aside(tmp, target, old)
+    _sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Let two folders change places in one step; False where the system (Linux can) or file system cannot."""
     try:
-        if target.exists() and os.listdir(target):
-            os.rename(target, old)
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0)
+
+
+def _step_aside(tmp: Path, target: Path, old: Path) -> None:
+    """Two renames instead of an exchange; a kill between them leaves `old`, which the next run puts back."""
+    try:
+        os.rename(target, old)
         os.replace(tmp, target)
     except BaseException:
         if old.exists() and not target.exists():
             os.rename(old, target)
         raise
-    _sync(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _recover(target: Path) -> None:
     """Undo what a killed run left: put an old folder back when nothing took its place, remove the rest."""
     if not _remove_leftovers(target):
         return  # another run is writing this target right now
-    for old in target.parent.glob(f".{glob_escape(target.name)}.old-*"):
+    for old in target.parent.glob(f".{glob.escape(target.name)}.old-*"):
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
         else:
@@ -156,16 +174,12 @@ def _recover(target: Path) -> None:
 
 def _remove_leftovers(target: Path) -> bool:
     """Delete what killed runs were writing for `target`. False when another run still writes there."""
-    leftovers = list(target.parent.glob(f".{glob_escape(target.name)}.tmp-*"))
+    leftovers = list(target.parent.glob(f".{glob.escape(target.name)}.tmp-*"))
     for path in leftovers:
         # an OSError means that a running writer holds the lock, or that it is not ours to delete
         with contextlib.suppress(OSError), _locked(path, insist=True):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     return not any(path.exists() for path in leftovers)
-
-
-def glob_escape(name: str) -> str:
-    return re.sub(r"([*?[])", r"[\1]", name)
 
 
 @contextlib.contextmanager
@@ -197,9 +211,6 @@ def _made_parents(folder: Path) -> Iterator[None]:
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {folder}: {error.strerror}") from error
-    try:
         yield
     except BaseException:
         for path in missing:

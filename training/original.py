@@ -258,8 +258,8 @@ def infer_allocation(
     }  # fmt: skip
     if sum(widths.values()) != n_heads:
         raise InputError(
-            f"the file does not say which of its {n_heads} heads belong to which leaf: give the file it was trained with "
-            "as --head-allocation"
+            f"the file does not say which of its {n_heads} heads belong to which leaf: give --head-allocation, "
+            "the JSON file it was trained with"
         )
     allocation, first = {}, 0
     for leaf, width in widths.items():

@@ -28,7 +28,7 @@ def parse_splits(ctx: click.Context, option: click.Parameter, text: str) -> list
               help="Block indices where every path forks in two: 6 (dual), 6,9 (quad); none for several heads on one "
               "path. Default: half the depth.")  # fmt: skip
 @click.option("--heads", type=int, metavar="N",
-              help="Vocabulary heads in all, shared out evenly over the leaves. Default: 4 a leaf, at most 8 in all.")  # fmt: skip
+              help="Vocabulary heads in all, shared out evenly. Default: 4 a leaf, at most 8 in all.")  # fmt: skip
 @click.option("--head-allocation", type=click.Path(path_type=Path), metavar="FILE.json",
               help='Which heads belong to which leaf instead: {"left": [0, 1], "right": [2, 3]}; the first is the '
               "leaf's anchor.")  # fmt: skip
@@ -90,6 +90,8 @@ def command(
     )  # fmt: skip
     name = Path(source).name
     save_model(model, out, tokenizer_from=resolve(source), card=f"Initialised from `{name}` without training.")
+    if not (out / "tokenizer.json").is_file():
+        click.echo(f"{source} has no tokenizer, so {out} has none: training on text will need one", err=True)
     config = model.config
     leaves = ", ".join(f"{leaf} {config.head_allocation[leaf]}" for leaf in config.leaves)
     click.echo(
