@@ -21,15 +21,15 @@ def summarise(source: str) -> dict[str, Any]:
 
 
 def _from_checkpoint(source: str) -> dict[str, Any]:
-    from dmpt_export.export import describe, scheme_of
+    from dmpt_export.manifest import describe
     from quant.checkpoint import load_weights
     from training.checkpoint import resolve
 
     folder = resolve(source)
     config, weights = load_weights(folder)
-    scheme = scheme_of(weights)
-    kind = "checkpoint" if scheme == "float" else "quantized"
-    return {"kind": kind, **_common(describe(config, weights, "cpu", scheme, folder))}
+    manifest = describe(config, weights, "cpu", folder)
+    kind = "checkpoint" if manifest["quantization"]["scheme"] == "float" else "quantized"
+    return {"kind": kind, **_common(manifest)}
 
 
 def _common(manifest: dict[str, Any]) -> dict[str, Any]:

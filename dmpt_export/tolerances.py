@@ -16,17 +16,20 @@ class Tolerance:
     max_abs: float | None  # of a log-probability, in nats; None: judged by KL alone
     kl_mean: float  # KL(torch || ONNX), nats per token
     top1: float  # share of positions whose most probable token is the same
-    gate_margin: float  # a route may differ only where the two gate logits are closer than this
+    gate_margin: float  # a route may differ only where the gate's logits are closer than this share of their usual gap
 
 
-# (activation type, scheme) -> Tolerance. The fast-k candidate set may differ at its edge once activations are
-# rounded, which moves tail tokens by nats at no cost in KL: hence no max_abs for the integer kernels.
+EXACT = ("float32", "float")  # float kernels, whatever the weights are stored in
+
+# (activation type, scheme) -> Tolerance. The lines of integer kernels are about three times the worst of 36 random
+# models (three trees, three seeds). Those are the hard case: heads that agree on nothing and 16 candidates of 97,
+# where rounding swaps a candidate at the edge of the set and moves tail tokens by nats; hence no max_abs.
 TOLERANCES: dict[tuple[str, str], Tolerance] = {
-    ("float32", "float"): Tolerance(max_abs=1e-4, kl_mean=1e-6, top1=0.99, gate_margin=1e-4),
-    ("float32", "int8"): Tolerance(max_abs=None, kl_mean=5e-3, top1=0.90, gate_margin=0.1),
-    ("float32", "int4"): Tolerance(max_abs=None, kl_mean=5e-3, top1=0.90, gate_margin=0.1),
-    ("float32", "int8-dynamic"): Tolerance(max_abs=None, kl_mean=5e-2, top1=0.80, gate_margin=0.3),
-    ("float16", "float"): Tolerance(max_abs=None, kl_mean=1e-3, top1=0.95, gate_margin=0.05),
-    ("float16", "int8"): Tolerance(max_abs=None, kl_mean=1e-3, top1=0.95, gate_margin=0.05),
-    ("float16", "int4"): Tolerance(max_abs=None, kl_mean=1e-3, top1=0.95, gate_margin=0.05),
+    EXACT: Tolerance(max_abs=1e-4, kl_mean=1e-6, top1=0.99, gate_margin=1e-4),
+    ("float32", "int8"): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5),
+    ("float32", "int4"): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5),
+    ("float32", "int8-dynamic"): Tolerance(max_abs=None, kl_mean=0.06, top1=0.80, gate_margin=0.5),
+    ("float16", "float"): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5),
+    ("float16", "int8"): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5),
+    ("float16", "int4"): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5),
 }

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dmpt_export.tolerances import TOLERANCES, Tolerance
+from dmpt_export.exact import has_integer_kernels, read_graph, use_float_kernels
+from dmpt_export.manifest import write_manifest
+from dmpt_export.tolerances import EXACT, TOLERANCES, Tolerance
 from training.config import DMPTConfig
 from training.errors import ValidationError
 
@@ -32,32 +34,47 @@ class Outcome:
 class Reference(Outcome):
     """torch's outcome, with how close each position came to another route."""
 
-    margins: np.ndarray = field(default_factory=lambda: np.empty(0))  # [S], smallest gate logit difference
+    margins: np.ndarray = field(
+        default_factory=lambda: np.empty(0)
+    )  # [S]: gap of the closest gate's logits, over their mean gap
 
     def since(self, first: int) -> Reference:
         return Reference(self.log_probs[first:], self.routes[first:], first, self.margins[first:])
 
 
-def verify_folder(folder: Path, source: Path, config: DMPTConfig, scheme: str) -> dict[str, Any]:
-    """Compare whole-sequence scoring and prefill-then-step decoding with torch; return what was measured.
+def check_export(folder: Path, manifest: dict[str, Any], source: Path, config: DMPTConfig) -> dict[str, Any]:
+    """Run the exported folder as a whole and step by step against torch; return what was measured.
 
-    Raises ValidationError (exit code 4) saying what differs, by how much and where.
+    Integer kernels are checked twice: first the same graph with float kernels, to fp32 rounding, then the graph as
+    deployed. Raises ValidationError (exit code 4) saying what differs, by how much and where.
     """
-    import runtime
-
     ids = np.random.default_rng(SEED).integers(0, config.vocab_size, min(CHECKED_TOKENS, config.n_positions))
     want = torch_reference(source, config, ids)
+    kind = (manifest["activation_dtype"], manifest["quantization"]["scheme"])
+    path = folder / manifest["model"]
+    graph, deployed = read_graph(path), path.read_bytes()
+    results: dict[str, Any] = {"tokens": len(ids), "seed": SEED}
+    if kind[0] == "float32" and has_integer_kernels(graph):
+        use_float_kernels(graph)
+        path.write_bytes(graph.SerializeToString())
+        write_manifest(manifest, folder)
+        results["float_kernels"] = compare_runs(folder, ids.tolist(), want, TOLERANCES[EXACT], "with float kernels, ")
+        path.write_bytes(deployed)
+        write_manifest(manifest, folder)
+    tolerance = TOLERANCES[kind]
+    return {**results, "tolerance": vars(tolerance), **compare_runs(folder, ids.tolist(), want, tolerance)}
+
+
+def compare_runs(folder: Path, ids: list[int], want: Reference, tolerance: Tolerance, how: str = "") -> dict[str, Any]:
+    """Whole-sequence scoring and prefill-then-step decoding against torch."""
+    import runtime
+
     with runtime.load(folder) as model:
-        tolerance = TOLERANCES[(model.manifest.activation_dtype, scheme)]
-        log_probs, routes = model.score(ids.tolist())
-        whole = Outcome(log_probs, routes)
-        stepped = decode_stepwise(model, ids.tolist())
+        whole = Outcome(*model.score(ids))
+        stepped = decode_stepwise(model, ids)
     return {
-        "tokens": len(ids),
-        "seed": SEED,
-        "tolerance": vars(tolerance),
-        "whole": compare(want, whole, tolerance, "scored as a whole"),
-        "stepwise": compare(want.since(stepped.first), stepped, tolerance, "decoded stepwise"),
+        "whole": compare(want, whole, tolerance, f"{how}scored as a whole"),
+        "stepwise": compare(want.since(stepped.first), stepped, tolerance, f"{how}decoded stepwise"),
     }
 
 
@@ -76,7 +93,8 @@ def torch_reference(source: Path, config: DMPTConfig, ids: np.ndarray) -> Refere
         if not gates:
             return Reference(log_probs, np.zeros(len(ids), np.int64), margins=np.full(len(ids), np.inf))
         routes = model.routes(gates)[0].numpy()
-        margins = torch.stack([(g[..., 1] - g[..., 0]).abs()[0] for g in gates.values()]).amin(0).numpy()
+        gaps = torch.stack([(g[..., 1] - g[..., 0]).abs()[0] for g in gates.values()])  # (gates, S)
+        margins = (gaps / gaps.mean(1, keepdim=True)).amin(0).numpy()
     return Reference(log_probs, routes, margins=margins)
 
 
@@ -98,7 +116,7 @@ def compare(want: Reference, got: Outcome, tolerance: Tolerance, how: str) -> di
         t = int(wrong.argmax())
         raise ValidationError(
             f"{how}: position {got.first + t} takes path {got.routes[t]} where torch takes {want.routes[t]} "
-            f"(gate margin {want.margins[t]:.3g}, allowed to differ under {tolerance.gate_margin:g})"
+            f"(gate logits {want.margins[t]:.2g} of their usual gap apart; {tolerance.gate_margin:g} counts as a tie)"
         )
     same = ~differs  # a near-tie that went the other way is another distribution, not an error
     measured = {**distances(want.log_probs[same], got.log_probs[same]), "near_ties": int(differs.sum())}

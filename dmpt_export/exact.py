@@ -1,0 +1,60 @@
+"""The same graph without integer arithmetic, for checking: weights stay as they are stored, activations stay float.
+
+Integer kernels round activations as they run, which hides small faults under their noise. With float kernels the
+exported weights, layout and routing must give torch's numbers to fp32 rounding, so a wrong scale or a swapped
+tensor shows; only then is the deployed graph judged, by its own looser line of the tolerance table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+from onnx import helper
+
+
+def has_integer_kernels(model: onnx.ModelProto) -> bool:
+    """Whether any node rounds activations, so that the float variant is another model."""
+    kernels = ("MatMulNBits", "DynamicQuantizeMatMul")
+    return any(node.op_type in kernels for graph in graphs(model.graph) for node in graph.node)
+
+
+def read_graph(path: Path) -> onnx.ModelProto:
+    """The graph without its external weights (a few hundred kB)."""
+    return onnx.load(path, load_external_data=False)
+
+
+def use_float_kernels(model: onnx.ModelProto) -> None:
+    """In place: MatMulNBits computes in fp32, DynamicQuantizeMatMul dequantizes and multiplies."""
+    for graph in graphs(model.graph):
+        nodes = [new for node in graph.node for new in _in_float(node)]
+        del graph.node[:]
+        graph.node.extend(nodes)
+
+
+def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph and the branches inside it."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from graphs(attribute.g)
+
+
+def _in_float(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    if node.op_type == "MatMulNBits":
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 1  # fp32
+    if node.op_type != "DynamicQuantizeMatMul":
+        return [node]
+    x, codes, scales, _, bias = node.input
+    whole, weight, product = (f"{node.name}.{part}" for part in ("codes", "dequantized", "product"))
+    # Not DequantizeLinear: ONNX Runtime would fuse that with the MatMul into an integer kernel again.
+    return [
+        helper.make_node("Cast", [codes], [whole], name=whole, to=onnx.TensorProto.FLOAT),
+        helper.make_node("Mul", [whole, scales], [weight], name=weight),
+        helper.make_node("MatMul", [x, weight], [product], name=product),
+        helper.make_node("Add", [product, bias], list(node.output), name=node.name),
+    ]

@@ -1,0 +1,36 @@
+"""Random models whose routes switch and whose log-probs spread, so that parity means something."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.checkpoint import save_model
+from training.config import DMPTConfig, build_tree, even_allocation
+from training.model import DMPTForCausalLM
+
+
+def random_model(splits: list[int], heads: int, seed: int = 0, **fields: Any) -> DMPTForCausalLM:
+    """A tiny model: weights large enough that every layer, gate and head matters at fp32 tolerance."""
+    sizes: dict[str, Any] = {"vocab_size": 97, "n_positions": 64, "n_embd": 32, "n_layer": 4, "n_head": 4} | fields
+    leaves = [name for name, node in build_tree(splits, sizes["n_layer"]).items() if node.children is None]
+    sizes.setdefault("head_allocation", even_allocation(leaves, heads))
+    sizes.setdefault("gate_hidden", 16)
+    sizes.setdefault("tie_word_embeddings", heads == 1)
+    config = DMPTConfig(splits=splits, bos_token_id=0, eos_token_id=0, **sizes)
+    torch.manual_seed(seed)
+    model = DMPTForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            torch.nn.init.normal_(parameter, std=1.0 if "gates" in name else 0.15)
+            if ".ln_" in name and name.endswith("weight"):
+                parameter += 1
+    return model
+
+
+def saved_model(out: Path, splits: list[int], heads: int, seed: int = 0, **fields: Any) -> Path:
+    """A checkpoint folder of random_model()."""
+    save_model(random_model(splits, heads, seed, **fields), out)
+    return out
