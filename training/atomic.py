@@ -90,7 +90,7 @@ def atomic_folder(out: str | os.PathLike[str], kind: str) -> Iterator[Path]:
     killed run left beside it (`.{name}.tmp-*`) is removed by the next run.
     """
     target = Path(out).resolve()
-    _recover(target)
+    recover(target)
     check_replaceable(target, kind)
     with _made_parents(target.parent):
         tmp = _beside(target, "tmp")
@@ -161,8 +161,9 @@ def _step_aside(tmp: Path, target: Path, old: Path) -> None:
         raise
 
 
-def _recover(target: Path) -> None:
-    """Undo what a killed run left: put an old folder back when nothing took its place, remove the rest."""
+def recover(out: str | os.PathLike[str]) -> None:
+    """Undo what a killed run left of `out`: put an old folder back when nothing took its place, remove the rest."""
+    target = Path(out).resolve()
     if not _remove_leftovers(target):
         return  # another run is writing this target right now
     for old in target.parent.glob(f".{glob.escape(target.name)}.old-*"):
@@ -170,6 +171,9 @@ def _recover(target: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.rename(old, target)
+
+
+_recover = recover
 
 
 def _remove_leftovers(target: Path) -> bool:
