@@ -24,7 +24,7 @@ class TensorReport:
 
     name: str
     scheme: str
-    block: int | None  # None for float32
+    block: int | None  # weights that share a scale; None without blocks (float32, one scale per row)
     weights: int
     bytes_before: int
     bytes_after: int
@@ -69,8 +69,9 @@ def quantize_tensor(name: str, array: NDArray[np.float32], rule: Rule) -> tuple[
         tensor = replace(scheme(matrix, **options), transposed=transposed)
     except InputError as error:
         raise InputError(f"tensor '{name}': {error}") from error
+    stored = (tensor.scheme, None if tensor.per_row else tensor.block)
     damage = relative_error(tensor, matrix)
-    return tensor, TensorReport(name, tensor.scheme, tensor.block, array.size, array.nbytes, tensor.nbytes, damage)
+    return tensor, TensorReport(name, *stored, array.size, array.nbytes, tensor.nbytes, damage)
 
 
 def relative_error(tensor: QuantizedTensor, matrix: NDArray[np.float32]) -> float:

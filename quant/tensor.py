@@ -6,6 +6,10 @@ scales and zero_points), so that exporting copies bytes and never quantizes agai
     row n:   [ block 0          | block 1          | ... ]        one scale per block, one zero point per block
     block:   [ c0 c1 c2 c3 ... ]  `bits` each, the lower bits of a byte hold the earlier code
     value:   (code - zero_point) * scale;  zero_point = 2**(bits-1) where none is stored
+
+The same bytes serve GatherBlockQuantized (bits, block_size, gather_axis=0, quantize_axis=2), which looks up rows
+[..., n_blocks, block]. It wants scales as [N, n_blocks, 1] and, only where zero points are stored, `offsets` as
+[N, n_blocks, 1] (one byte per block for any bits); without them it takes 2**(bits-1) for uint8 data, too.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     missing = -codes.shape[-1] % per_byte
     if missing:
         codes = np.concatenate([codes, np.zeros((*codes.shape[:-1], missing), np.uint8)], axis=-1)
-    out = np.ascontiguousarray(codes[..., ::per_byte])
+    out = codes[..., ::per_byte].copy()
     for i in range(1, per_byte):
         out |= codes[..., i::per_byte] << np.uint8(i * bits)
     return out

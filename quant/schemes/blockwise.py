@@ -17,6 +17,7 @@ from quant.tensor import QuantizedTensor, fit_block, pack
 from training.errors import InputError
 
 CHUNK = 1 << 17  # values handled at a time: the temporaries stay in the processor's cache
+TINY = np.finfo(np.float32).tiny  # smaller numbers lose bits
 
 # Trial ranges relative to "the largest value just fits". Symmetric codes reach one step further down than up
 # (-8..7), so the largest value is put on the long side; above 1 both signs fit on the short side.
@@ -58,7 +59,7 @@ def quantize(
         padded[: stop - start, :k] = array[start:stop]
         x = padded[: stop - start].reshape(-1, block)
         scale, zero = (_symmetric if symmetric else _asymmetric)(x, bits)
-        codes = _round(x, scale, zero, bits) + zero[:, None]
+        codes = _round(x, _safe(scale), zero, bits) + zero[:, None]
         packed[start:stop] = pack(codes.astype(np.uint8), bits).reshape(stop - start, n_blocks, -1)
         scales[start:stop] = scale.reshape(-1, n_blocks)
         zeros[start:stop] = zero.reshape(-1, n_blocks)
@@ -105,12 +106,14 @@ def _best(
         gain = np.where(better, xc * refined, gain)
         scale = np.where(better, refined, scale)
         zero = np.where(better, trial_zero, zero)
-    return _safe(scale), zero
+    # An all-zero block gets scale 0, not 1: kernels subtract zero_point * scale * sum(x) from the sum of the
+    # codes, and with a scale far above its neighbours' the rounding of that difference would show.
+    return np.where(np.abs(scale) < TINY, np.float32(0), scale), zero
 
 
 def _safe(scale: NDArray[np.float32]) -> NDArray[np.float32]:
-    """1 where a scale is too small to divide by: such a block gets codes at the zero point, exact zeros."""
-    return np.where(np.abs(scale) < np.finfo(np.float32).tiny, np.float32(1), scale)
+    """A divisor: 1 where a scale is too small to divide by, so that codes fall on the zero point."""
+    return np.where(np.abs(scale) < TINY, np.float32(1), scale)
 
 
 def _round(

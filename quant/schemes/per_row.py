@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.schemes.blockwise import check_matrix
+from quant.schemes.blockwise import TINY, check_matrix
 from quant.tensor import QuantizedTensor
 
-TOP = 127  # -128 is left out: the range stays symmetric and the kernel's products stay in range
+# -128 is left out, so that every code has its negative. Processors without VNNI add two products of codes and
+# 8-bit activations in 16 bits and may saturate there; with VNNI (and on ARM) the sums are exact.
+TOP = 127
 
 
 def int8_dynamic(array: NDArray[np.float32]) -> QuantizedTensor:
@@ -18,6 +20,6 @@ def int8_dynamic(array: NDArray[np.float32]) -> QuantizedTensor:
     """
     check_matrix(array)
     scales = np.abs(array).max(axis=1).astype(np.float32) / np.float32(TOP)
-    scales[scales < np.finfo(np.float32).tiny] = 1  # an all-zero row: codes 0, so any finite scale gives exact zeros
-    codes = np.rint(array / scales[:, None]).clip(-TOP, TOP).astype(np.int8)
+    scales[scales < TINY] = 0  # an all-zero row: exact zeros
+    codes = np.rint(array / np.where(scales, scales, 1)[:, None]).clip(-TOP, TOP).astype(np.int8)
     return QuantizedTensor(codes, scales, None, 8, array.shape[1], (array.shape[0], array.shape[1]), "int8-dynamic")

@@ -1,0 +1,134 @@
+"""The stored layout against ONNX Runtime's own operators.
+
+Bounds are derived, not chosen: float32 sums of K products are off by at most K * eps * sum |x w|, and an
+activation rounded to 8 bits by at most half a step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+from onnx import helper
+
+from quant.schemes import SCHEMES
+from quant.schemes.blockwise import quantize
+from quant.tensor import QuantizedTensor
+
+BLOCKS = [16, 32, 64, 128, 256]
+SHAPES = [(7, 64), (5, 100), (9, 300), (33, 48), (64, 256)]  # (N, K): whole, padded and shrunk blocks
+EPS = np.finfo(np.float32).eps
+
+
+def run(op: str, x: NDArray[Any], constants: list[NDArray[Any] | None], **attributes: int) -> NDArray[np.float32]:
+    """One com.microsoft operator, its first or second (gathering) input fed, the others initializers."""
+    names = ["" if array is None else f"c{i}" for i, array in enumerate(constants)]
+    initializers = [
+        onnx.numpy_helper.from_array(np.ascontiguousarray(array), name)
+        for name, array in zip(names, constants, strict=True)
+        if array is not None
+    ]
+    inputs = [names[0], "x", *names[1:]] if op == "GatherBlockQuantized" else ["x", *names]
+    graph = helper.make_graph(
+        [helper.make_node(op, inputs, ["y"], domain="com.microsoft", **attributes)],
+        "one",
+        [helper.make_tensor_value_info("x", helper.np_dtype_to_tensor_dtype(x.dtype), x.shape)],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)],
+        initializers,
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {"x": x})
+    return y
+
+
+def random_tensor(n: int, k: int, bits: int, block: int, symmetric: bool) -> QuantizedTensor:
+    array = np.random.default_rng(n * k).normal(0.3, 1, (n, k)).astype(np.float32)
+    array[1] = 0
+    return quantize(array, bits, block, symmetric)
+
+
+def matmul_nbits(x: NDArray[np.float32], tensor: QuantizedTensor, accuracy_level: int) -> NDArray[np.float32]:
+    n, k = tensor.shape
+    constants = [tensor.packed, tensor.scales, tensor.zero_points]
+    sizes = {"N": n, "K": k, "bits": tensor.bits, "block_size": tensor.block}
+    return run("MatMulNBits", x, constants, **sizes, accuracy_level=accuracy_level)
+
+
+def rounding(x: NDArray[np.float32], matrix: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Most that a float32 product may be off: [rows, N]."""
+    return (x.shape[1] + 2) * EPS * (np.abs(x) @ np.abs(matrix).T)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_matmul_nbits_multiplies_by_the_dequantized_matrix(bits: int, block: int, symmetric: bool) -> None:
+    for n, k in SHAPES:
+        tensor = random_tensor(n, k, bits, block, symmetric)
+        x = np.random.default_rng(k).normal(size=(3, k)).astype(np.float32)
+        matrix = tensor.dequantize()
+        exact = x.astype(np.float64) @ matrix.T.astype(np.float64)
+        assert (np.abs(matmul_nbits(x, tensor, 0) - exact) <= rounding(x, matrix)).all()
+        # Level 4 rounds each block of x to 8 bits: at most half of max|x| / 127 for every weight of the block.
+        pad = [(0, 0), (0, tensor.n_blocks * tensor.block - k)]
+        x_blocks, w_blocks = (np.pad(a, pad).reshape(len(a), tensor.n_blocks, -1) for a in (x, matrix))
+        integer_error = np.abs(x_blocks).max(axis=2) / 254 @ np.abs(w_blocks).sum(axis=2).T
+        # It adds unsigned codes and takes zero_point * sum(x) off afterwards, so larger numbers are rounded.
+        offset = (tensor.offsets * np.abs(tensor.scales)).repeat(tensor.block, axis=1)[:, :k]
+        limit = integer_error + rounding(x, np.abs(matrix) + 2 * offset)
+        assert (np.abs(matmul_nbits(x, tensor, 4) - exact) <= limit).all()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gather_block_quantized_gives_the_dequantized_rows_exactly(bits: int, block: int, symmetric: bool) -> None:
+    """Symmetric tensors need no zero points: for uint8 data the operator's own is 2**(bits-1), like ours."""
+    for n, k in SHAPES:
+        tensor = random_tensor(n, k, bits, block, symmetric)
+        ids = np.array([[0, n - 1], [1, 0]], np.int64)
+        zero_points = None if symmetric else tensor.offsets[:, :, None]
+        scales = tensor.scales[:, :, None]
+        attributes = {"bits": bits, "block_size": tensor.block, "gather_axis": 0, "quantize_axis": 2}
+        rows = run_gather(tensor, ids, scales, zero_points, attributes)
+        assert rows.shape == (2, 2, tensor.n_blocks, tensor.block)
+        flat = rows.reshape(2, 2, -1)
+        np.testing.assert_array_equal(flat[..., :k], tensor.rows(ids.ravel()).reshape(2, 2, k))
+        np.testing.assert_array_equal(flat[..., k:], 0)  # padding
+
+
+def run_gather(
+    tensor: QuantizedTensor,
+    ids: NDArray[np.int64],
+    scales: NDArray[np.float32],
+    zero_points: NDArray[np.uint8] | None,
+    attributes: dict[str, int],
+) -> NDArray[np.float32]:
+    return run("GatherBlockQuantized", ids, [tensor.packed, scales, zero_points], **attributes)
+
+
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_dynamic_quantize_matmul_takes_the_transpose(n: int, k: int) -> None:
+    """B is [K, N] int8 with scales [N] and no zero point. Activations: one uint8 scale and zero point for all of x."""
+    rng = np.random.default_rng(k)
+    array = rng.normal(size=(n, k)).astype(np.float32)
+    array[1] = 0
+    tensor = SCHEMES["int8-dynamic"](array)
+    x = rng.normal(size=(3, k)).astype(np.float32)
+    y = run("DynamicQuantizeMatMul", x, [tensor.packed.T, tensor.scales, None])
+    low, high = min(x.min(), np.float32(0)), max(x.max(), np.float32(0))
+    scale = (high - low) / np.float32(255)
+    zero = np.rint(-low / scale)
+    rounded = ((np.rint(x / scale) + zero).clip(0, 255) - zero).astype(np.float32) * scale
+    matrix = tensor.dequantize()
+    exact = rounded.astype(np.float64) @ matrix.T.astype(np.float64)
+    assert (np.abs(y - exact) <= rounding(rounded, matrix)).all()
+    assert not y[:, 1].any()

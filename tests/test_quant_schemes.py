@@ -1,0 +1,118 @@
+"""How close the schemes come: invariants for any input, and the scale search against brute force."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from quant.schemes import NO_ROWS, SCHEMES
+from quant.schemes.blockwise import CHUNK, int4, quantize
+from training.errors import InputError
+
+DISTRIBUTIONS = {
+    "normal": lambda rng, size: rng.normal(size=size),
+    "laplace": lambda rng, size: rng.laplace(size=size),
+    "student t3": lambda rng, size: rng.standard_t(3, size=size),
+    "uniform": lambda rng, size: rng.uniform(-1, 1, size=size),
+    "shifted": lambda rng, size: rng.normal(0.5, 1, size=size),
+}
+
+
+def brute_force(blocks: NDArray[np.float64], bits: int) -> float:
+    """The least mean squared error of symmetric rounding: a dense grid of scales of both signs, then least squares."""
+    half = 2 ** (bits - 1)
+    top = np.abs(blocks).max(axis=1) / half
+    best = np.full(len(blocks), np.inf)
+    for ratio in np.concatenate([-np.linspace(0.4, 1.3, 91), np.linspace(0.4, 1.3, 91)]):
+        codes = np.rint(blocks / (ratio * top)[:, None]).clip(-half, half - 1)
+        scale = (blocks * codes).sum(axis=1) / (codes * codes).sum(axis=1)
+        codes = np.rint(blocks / scale[:, None]).clip(-half, half - 1)
+        best = np.minimum(best, np.square(blocks - codes * scale[:, None]).mean(axis=1))
+    return float(best.mean())
+
+
+@pytest.mark.parametrize("block", [32, 128])
+@pytest.mark.parametrize("kind", DISTRIBUTIONS)
+def test_int4_scales_are_near_the_best_there_are(kind: str, block: int) -> None:
+    array = DISTRIBUTIONS[kind](np.random.default_rng(0), (64, 512)).astype(np.float32)
+    best = brute_force(array.reshape(-1, block).astype(np.float64), 4)
+    error = float(np.square(int4(array, block).dequantize() - array).mean())
+    assert 0.995 * best < error < 1.02 * best  # ten times dearer a search would win at most these 2 %
+    top = np.abs(array.reshape(-1, block)).max(axis=1, keepdims=True) / 7
+    plain = float(np.square(np.rint(array.reshape(-1, block) / top) * top - array.reshape(-1, block)).mean())
+    assert error < 0.9 * plain
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_zero_points_help_weights_off_centre(bits: int) -> None:
+    array = np.random.default_rng(0).normal(1, 0.5, (64, 256)).astype(np.float32)
+    with_zero, without = (np.square(quantize(array, bits, 32, s).dequantize() - array).mean() for s in (False, True))
+    assert with_zero < 0.7 * without
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    bits=st.sampled_from([4, 8]),
+    block=st.sampled_from([16, 32, 64, 128, 256]),
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 300)),
+    symmetric=st.booleans(),
+    size=st.sampled_from([1e-6, 1.0, 1e6]),
+    seed=st.integers(0, 999),
+)
+def test_every_code_is_the_nearest_to_its_weight(
+    bits: int, block: int, shape: tuple[int, int], symmetric: bool, size: float, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    array = (size * rng.standard_t(3, size=shape)).astype(np.float32)
+    array[rng.random(shape) < 0.2] = 0
+    tensor = quantize(array, bits, block, symmetric)
+    columns = np.arange(shape[1]) // tensor.block
+    scale = tensor.scales[:, columns].astype(np.float64)
+    zero = tensor.offsets[:, columns].astype(np.float64)
+    reach = np.sort(np.stack([-zero * scale, (2**bits - 1 - zero) * scale]), axis=0)  # what the block can express
+    nearest = array.clip(*reach)
+    step = np.abs(scale) * (0.5 + 1e-5) + 1e-6 * np.abs(nearest)  # half a step, and float32 rounding of the quotient
+    assert (np.abs(tensor.dequantize() - nearest) <= step).all()
+    np.testing.assert_array_equal(tensor.dequantize()[array == 0], 0)
+
+
+def test_rows_do_not_depend_on_their_neighbours() -> None:
+    """More rows than one chunk holds: the seams must not show."""
+    array = np.random.default_rng(0).normal(size=(3 * CHUNK // 96, 90)).astype(np.float32)
+    whole = quantize(array, 4, 32, symmetric=False)
+    for rows in (slice(0, 7), slice(CHUNK // 96 - 3, CHUNK // 96 + 3), slice(len(array) - 2, None)):
+        alone = quantize(array[rows], 4, 32, symmetric=False)
+        for part, values in alone.parts().items():
+            np.testing.assert_array_equal(values, whole.parts()[part][rows])
+
+
+def test_exact_integers_survive_int8_dynamic() -> None:
+    array = np.random.default_rng(0).integers(-127, 128, (8, 50)).astype(np.float32)
+    array[:, 0] = 127
+    np.testing.assert_array_equal(SCHEMES["int8-dynamic"](array).dequantize(), array)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_no_numbers_are_refused(scheme: str, bad: float) -> None:
+    array = np.ones((4, 32), np.float32)
+    array[2, 5] = bad
+    with pytest.raises(InputError, match="NaN or infinity"):
+        SCHEMES[scheme](array)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_what_is_no_matrix_is_refused(scheme: str) -> None:
+    for array in (np.ones(4, np.float32), np.ones((2, 3, 4), np.float32), np.ones((0, 4), np.float32)):
+        with pytest.raises(InputError, match="only a matrix"):
+            SCHEMES[scheme](array)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_registry_and_the_tensor_agree(scheme: str) -> None:
+    tensor = SCHEMES[scheme](np.ones((4, 300), np.float32))
+    assert tensor.scheme == scheme
+    assert tensor.per_row == (scheme in NO_ROWS)
