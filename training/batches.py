@@ -1,0 +1,44 @@
+"""Training sequences from one long token array, in an order that depends only on the seed and the position."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training.errors import InputError
+
+
+class TokenBatches:
+    """Consecutive, non-overlapping sequences of `length` predictions, shuffled anew in every pass.
+
+    Sequences come from the same token stream that evaluation reads (documents joined by end-of-text); the tail
+    that fills no sequence is left out. The order is a function of (seed, pass), so the position is the only
+    state there is: resuming needs nothing else. Raises InputError when the text is too short for one sequence.
+    """
+
+    def __init__(self, tokens: np.ndarray, length: int, seed: int) -> None:
+        if len(tokens) < length + 1:
+            raise InputError(
+                f"the training text has {len(tokens)} tokens, one sequence needs {length + 1}: "
+                "give more text or a smaller --max_length"
+            )
+        # A strided view: nothing is copied until a batch is taken, also from a memory-mapped file.
+        self.rows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length]
+        self.seed = seed
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def __len__(self) -> int:
+        """Sequences in one pass."""
+        return len(self.rows)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The order of pass `epoch`, a permutation of the sequences."""
+        if self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.rows)))
+        return self._order[1]
+
+    def take(self, position: int, count: int) -> Tensor:
+        """`count` sequences from `position` on, counted over all passes: int64 (count, length + 1)."""
+        where = [divmod(i, len(self.rows)) for i in range(position, position + count)]
+        return torch.from_numpy(np.stack([self.rows[self.order(epoch)[i]] for epoch, i in where]).astype(np.int64))

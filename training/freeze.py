@@ -1,0 +1,126 @@
+"""Which parameters stand still at a step: the freeze flags, head 0, and the freeze schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from training.config import ROOT
+from training.errors import InputError
+from training.model import DMPTForCausalLM
+from training.options import TrainOptions
+
+HEADS = "lm_headers"  # the schedule's name of the vocabulary heads: a bool, or {head index: bool}
+
+
+def schedule_groups(model: DMPTForCausalLM) -> dict[str, tuple[str, ...]]:
+    """Group of a freeze schedule -> the parameter name prefixes it stands for.
+
+    A node has its own name (`left_right`), its initials (`LR`), `<node>_intermediate` (the same blocks) and
+    `<node>_path` (its blocks and all below). Gates are `gate` or `gate1` (the root's), `gate2_left`, ...
+    """
+    groups: dict[str, tuple[str, ...]] = {"shared": ("transformer.",), "head_gates": ("head_gates.",)}
+    for node in model.tree.values():
+        turns = [] if node.name == ROOT else node.name.split("_")
+        if turns:
+            own = f"paths.{node.name}."
+            groups |= dict.fromkeys(
+                (node.name, f"{node.name}_intermediate", "".join(t[0].upper() for t in turns)), (own,)
+            )
+            groups[f"{node.name}_path"] = (own, f"paths.{node.name}_")
+        if node.children:
+            gate = (f"gates.{node.name}.",)
+            groups |= {f"gate{len(turns) + 1}_{node.name}": gate} if turns else {"gate": gate, "gate1": gate}
+    return groups
+
+
+class Freezer:
+    """Applies the options' freezing to a model, step by step. A pure function of the step, so resuming is exact."""
+
+    def __init__(
+        self, model: DMPTForCausalLM, options: TrainOptions, schedule: dict[int, dict[str, Any]], epoch_steps: int
+    ) -> None:
+        """epoch_steps: optimizer steps of one pass over the data. Raises InputError for unknown schedule groups."""
+        self.model, self.options = model, options
+        self.groups = schedule_groups(model)
+        self.schedule = {step: self._expanded(step, entry) for step, entry in schedule.items()}
+        self.head_only_steps = options.head_only_epochs * epoch_steps
+        self.current: frozenset[str] | None = None
+
+    def _expanded(self, step: int, entry: dict[str, Any]) -> dict[tuple[str, ...], bool]:
+        """One schedule entry as {parameter name prefixes: frozen}."""
+        out: dict[tuple[str, ...], bool] = {}
+        for group, value in entry.items():
+            where = f"freeze schedule, step {step}: group '{group}'"
+            if group == HEADS:
+                out |= {(self.head_name(j),): frozen for j, frozen in self._heads(value, where).items()}
+            elif group in self.groups and isinstance(value, bool):
+                out[self.groups[group]] = value
+            elif group in self.groups:
+                raise InputError(f"{where} must be true (frozen) or false, not {value!r}")
+            else:
+                raise InputError(f"{where} is unknown: choose from {', '.join([*sorted(self.groups), HEADS])}")
+        return out
+
+    def _heads(self, value: Any, where: str) -> dict[int, bool]:
+        n = len(self.model.heads)
+        if isinstance(value, list):
+            value = dict(enumerate(value))
+        elif isinstance(value, bool):
+            value = dict.fromkeys(range(n), value)
+        try:
+            heads = {int(j): frozen for j, frozen in value.items()}
+        except (AttributeError, TypeError, ValueError):
+            heads = {-1: None}
+        if any(not 0 <= j < n or not isinstance(frozen, bool) for j, frozen in heads.items()):
+            raise InputError(f"{where} must be a bool, or bools by head index from 0 to {n - 1}, not {value!r}")
+        return heads
+
+    def head_name(self, j: int) -> str:
+        """The parameter that holds head j: a tied head 0 is the token embedding."""
+        return "transformer.wte.weight" if j == 0 and self.model.config.tie_word_embeddings else f"heads.{j}.weight"
+
+    def frozen(self, step: int) -> frozenset[str]:
+        """Names of the parameters that step `step` (from 0) leaves bitwise unchanged."""
+        names = [name for name, _ in self.model.named_parameters()]
+        still: set[str] = set()
+        for start, entry in self.schedule.items():
+            for prefixes, frozen in entry.items() if start <= step else ():
+                members = {name for name in names if name.startswith(prefixes)}
+                still = still | members if frozen else still - members
+        options = self.options
+        prefixes = ()
+        if options.head_only_phase or step < self.head_only_steps:
+            prefixes = ("transformer.", "paths.", "gates.")
+        if options.freeze_all_transformer:
+            prefixes += ("transformer.", "paths.")
+        if options.freeze_split_gates:
+            prefixes += ("gates.",)
+        still |= {name for name in names if name.startswith(prefixes)}
+        # Head 0 anchors the other heads; a model with a single head has nothing to anchor.
+        if step < options.freeze_head0_steps and len(self.model.heads) > 1:
+            still.add(self.head_name(0))
+        return frozenset(still)
+
+    def apply(self, step: int) -> None:
+        """Set the model up for step `step`: what is trained, and dropout only there. InputError if nothing is."""
+        still = self.frozen(step)
+        if still == self.current:
+            return
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name not in still)
+            if name in still:
+                parameter.grad = None  # no gradient: the optimizer leaves it, its weight decay and moments alone
+        if not any(p.requires_grad for p in self.model.parameters()):
+            raise InputError(f"everything is frozen at step {step}: check the freeze options and the schedule")
+        self.current = still
+        self.training_mode()
+
+    def training_mode(self) -> None:
+        """Training mode for the modules that are trained; frozen ones stay in eval mode, so without dropout."""
+        self.model.train()
+        for module in self.model.modules():
+            own = list(module.parameters())
+            if own and not any(p.requires_grad for p in own):
+                module.eval()
+        trunk = self.model.transformer
+        trunk.drop.train(trunk.wte.weight.requires_grad or trunk.wpe.weight.requires_grad)

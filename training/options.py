@@ -1,0 +1,106 @@
+"""Every setting of a training run, with the original project's names and defaults. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from training.errors import InputError
+
+
+def opt(default: Any, about: str) -> Any:
+    """A field whose description is also the command line's help text."""
+    return field(default=default, metadata={"help": about})
+
+
+@dataclass
+class TrainOptions:
+    # --- how long
+    epochs: int = opt(3, "passes over the data, when --max_steps is 0")
+    max_steps: int = opt(0, "optimizer steps; 0: as many as --epochs take")
+    max_length: int = opt(256, "tokens per training sequence; capped at the model's context")
+    batch_size: int = opt(4, "sequences per forward pass and process")
+    grad_accum_steps: int = opt(4, "forward passes per optimizer step")
+    seed: int = opt(42, "order of the data, and dropout")
+    # --- optimizer
+    lr: float = opt(2e-5, "learning rate of blocks and embeddings")
+    head_lr: float = opt(5e-6, "learning rate of vocabulary heads (a tied head 0 is the embedding: --lr)")
+    gate_lr: float = opt(1e-5, "learning rate of gates and head gates")
+    weight_decay: float = opt(0.01, "of blocks and embeddings; heads and gates take a tenth, norms and biases none")
+    optimizer: str = opt("adamw", "adamw, or adamw8bit (bitsandbytes)")
+    adam_beta1: float = opt(0.9, "decay of the mean gradient")
+    adam_beta2: float = opt(0.999, "decay of the mean squared gradient")
+    clip_grad_norm: float = opt(1.0, "largest total gradient norm; 0: no clipping")
+    warmup_steps: int = opt(1000, "steps of linear warm-up; at most half of the run")
+    lr_schedule: str = opt("linear", "after the warm-up: linear (to zero), cosine (to zero) or constant")
+    # --- what is minimised
+    train_path_selection: str = opt("gate_soft", "gate_soft, gate_hard, max_prob, left_only, right_only, LEAF_only")
+    lb_coef: float = opt(1e-3, "load balance: gates share the tokens out evenly")
+    gold_aux_coef: float = opt(1e-3, "gates learn which leaf gives the next token more probability")
+    tether_coef: float = opt(5e-4, "KL to a frozen copy of the first head; costs one more head per leaf; 0: off")
+    head_lb_coef: float = opt(0.0, "head balance: a leaf uses its heads equally on the whole")
+    head_entropy_coef: float = opt(0.0, "head entropy: every token mixes its heads equally")
+    # --- the model's own settings, stored in its config; none: as the checkpoint has them
+    gate_temp: float | None = opt(None, "softens gates in gate_soft  [the checkpoint's, 1.2 at first]")
+    head_gate_temp: float | None = opt(None, "softens head gates  [the checkpoint's, 1.0 at first]")
+    head_topk: int | None = opt(None, "heads mixed per token  [the checkpoint's, all at first]")
+    fast_k: int | None = opt(None, "candidates of the anchor head when deployed  [the checkpoint's]")
+    dropout: float | None = opt(None, "dropout everywhere  [the checkpoint's, 0.1 in GPT-2]")
+    # --- freezing
+    freeze_head0_steps: int = opt(5000, "keep head 0 unchanged for so many steps (a tied one is the embedding)")
+    freeze_all_transformer: bool = opt(False, "train only gates and heads")
+    freeze_split_gates: bool = opt(False, "keep the gates that choose paths unchanged")
+    head_only_phase: bool = opt(False, "train only heads and head gates")
+    head_only_epochs: int = opt(0, "train only heads and head gates for so many passes, then everything")
+    freeze_schedule: str | None = opt(None, 'JSON file {"STEP": {"GROUP": true}}; true freezes from that step on')
+    # --- watching and saving, in optimizer steps
+    log_every: int = opt(100, "a line in metrics.jsonl")
+    eval_every: int = opt(1000, "perplexity on the held-out text, and the best model so far is kept")
+    save_every: int = opt(5000, "OUT/last is written, from which --resume continues")
+    eval_path_selection: str = opt("gate_hard", "as --train_path_selection; gate_hard is what is deployed")
+    eval_length: int = opt(0, "tokens per evaluation window; 0: the model's context")
+    eval_stride: int = opt(0, "tokens by which the windows advance; 0: half a window")
+    eval_max_tokens: int = opt(0, "held-out tokens used, from the start; 0: all")
+    tensorboard: bool = opt(False, "also write the metrics for TensorBoard, into OUT/tensorboard")
+    # --- machine
+    bf16: bool = opt(False, "matrix products in bfloat16 (weights and losses stay float32)")
+    cpu: bool = opt(False, "use the CPU even when there is a GPU")
+
+    def check(self) -> None:
+        """Raise InputError naming the first option that cannot be."""
+        for name in ("batch_size", "grad_accum_steps", "log_every", "eval_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)} must be at least 1")
+        if self.max_length < 1 or (self.max_steps < 1 and self.epochs < 1):
+            raise InputError("--max_length and one of --max_steps and --epochs must be above 0")
+        for name, value in asdict(self).items():
+            if type(value) in (int, float) and value < 0:
+                raise InputError(f"--{name} {value} must not be negative")
+        choices = {"optimizer": ("adamw", "adamw8bit"), "lr_schedule": ("linear", "cosine", "constant")}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise InputError(f"--{name} '{getattr(self, name)}': choose one of {', '.join(known)}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str) -> TrainOptions:
+        """Options from JSON. Raises InputError naming unknown names; `where` says where they came from."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise InputError(f"{where} holds unknown options: {', '.join(unknown)}")
+        return cls(**values)
+
+
+def read_freeze_schedule(path: str | Path | None) -> dict[int, dict[str, Any]]:
+    """{optimizer step: {group: frozen}} of a JSON file, by step. Raises InputError when it is no such file."""
+    if path is None:
+        return {}
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        schedule = {int(step): dict(groups) for step, groups in raw.items()}
+    except OSError as error:
+        raise InputError(f"freeze schedule {path} cannot be read: {error.strerror}") from error
+    except (ValueError, AttributeError, TypeError) as error:
+        raise InputError(f'freeze schedule {path} must look like {{"0": {{"left_path": true}}}} ({error})') from error
+    return dict(sorted(schedule.items()))
