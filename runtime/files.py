@@ -11,6 +11,7 @@ from runtime.errors import ModelError
 from runtime.manifest import FileSpec, Manifest
 
 CHUNK = 1 << 20
+LINK = "is a link, also known elsewhere (`cp -RL` makes a folder without links)"
 
 
 def check_files(folder: Path, manifest: Manifest, verify: bool = True) -> None:
@@ -20,6 +21,9 @@ def check_files(folder: Path, manifest: Manifest, verify: bool = True) -> None:
     Raises ModelError naming every file that differs, and how.
     """
     problems = [f"{entry.name} {fault}" for entry in manifest.files if (fault := file_fault(folder, entry, verify))]
+    listed = {entry.name for entry in manifest.files}
+    # The graph names its data files itself, and ONNX Runtime follows hard links.
+    problems += [f"{entry.name} {LINK}" for entry in os.scandir(folder) if entry.name not in listed and is_link(entry)]
     if problems:
         raise ModelError(f"{folder} is not what was exported, copy or export it again: {'; '.join(problems)}")
 
@@ -31,15 +35,19 @@ def file_fault(folder: Path, entry: FileSpec, verify: bool) -> str | None:
     except OSError as error:
         return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
     if not stat.S_ISREG(found.st_mode):
-        return "is a link or no file (`cp -RL` makes a folder without links)"
+        return LINK if stat.S_ISLNK(found.st_mode) else "is no file"
     if found.st_nlink > 1:
-        return "is a hard link (`cp -R` makes a folder without them)"
+        return LINK
     if found.st_size != entry.size:
         return f"has {found.st_size} bytes, expected {entry.size}"
     try:
         return "has another sha256 than the manifest says" if verify and sha256(path) != entry.sha256 else None
     except OSError as error:
         return f"cannot be read ({error.strerror})"
+
+
+def is_link(entry: os.DirEntry[str]) -> bool:
+    return entry.is_symlink() or (entry.is_file() and entry.stat(follow_symlinks=False).st_nlink > 1)
 
 
 def sha256(path: Path) -> str:

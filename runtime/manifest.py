@@ -168,8 +168,8 @@ def read_manifest(folder: Path) -> Manifest:
 def parse_manifest(raw: Any, where: str = MANIFEST_NAME) -> Manifest:
     """The manifest from its JSON value. Raises ModelError naming all that is missing or wrong; `where` begins it."""
     if isinstance(raw, dict) and (raw.get("format") != FORMAT or raw.get("format_version") != FORMAT_VERSION):
-        found = f"format {raw.get('format')!r}, version {raw.get('format_version')!r}"
-        raise ModelError(f"{where} has {found}; this program reads {FORMAT!r}, version {FORMAT_VERSION}")
+        found = f"format {raw.get('format')!r}, format_version {raw.get('format_version')!r}"
+        raise ModelError(f"{where} has {found}; this program reads {FORMAT!r}, {FORMAT_VERSION}")
     problems = faults(raw, SCHEMA)
     if not problems:
         manifest = build(raw)
@@ -248,8 +248,9 @@ def value_faults(manifest: Manifest) -> list[str]:
         problems.append(f"target: '{manifest.target}' is not one of {', '.join(TARGETS)}")
     if manifest.activation_dtype not in FLOATS:
         problems.append(f"activation_dtype: '{manifest.activation_dtype}' is not one of {', '.join(FLOATS)}")
-    if set(manifest.head_allocation) != set(manifest.leaves) or not all(manifest.head_allocation.values()):
-        problems.append("head_allocation: must give every leaf its heads")
+    for leaf in sorted({*manifest.leaves, *manifest.head_allocation}):
+        if leaf not in manifest.leaves or not manifest.head_allocation.get(leaf):
+            problems.append(f"head_allocation: '{leaf}' is no leaf or has no heads")
     for name in ("fast_k", "bos_token_id", "eos_token_id"):
         value = getattr(config, name)
         if value is not None and value > config.vocab_size - (name != "fast_k"):

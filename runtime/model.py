@@ -75,6 +75,8 @@ class Model:
                     f"the prompt has {size} bytes, the context of {self.context} tokens at most {most}: shorten it"
                 )
             prompt = self.encode(prompt)
+            if not prompt:
+                raise RequestError("the prompt is empty: give some text")
         return check_ids(prompt, self.vocab_size, self.context)
 
     # --- scoring ------------------------------------------------------------------------------

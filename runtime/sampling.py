@@ -15,7 +15,10 @@ from numpy.typing import NDArray
 
 from runtime.errors import ModelError, RequestError
 
-Scores = NDArray[np.float32]  # [vocab], log-probabilities
+Scores = NDArray[np.float32]  # [vocab] or fewer
+Ids = NDArray[np.int64]
+MOST = 1_000_000  # of temperature and penalty: larger ones would overflow float32
+COLDEST = 1e-20  # temperatures below are as good as 0, and would vanish in float32
 
 
 @dataclass(frozen=True)
@@ -33,14 +36,18 @@ class Sampling:
     seed: int | None = None  # None: a different text each time
 
     def __post_init__(self) -> None:
-        if self.temperature is not None and not (is_number(self.temperature) and self.temperature >= 0):
-            raise RequestError(f"temperature {self.temperature!r} must be a number, 0 (the likeliest token) or above")
+        if self.temperature is not None and not (is_number(self.temperature) and 0 <= self.temperature <= MOST):
+            raise RequestError(
+                f"temperature {self.temperature!r} must be a number from 0 (the likeliest token) to {MOST}"
+            )
         if self.top_k is not None and not (is_whole(self.top_k) and self.top_k >= 1):
             raise RequestError(f"top_k {self.top_k!r} must be a whole number, 1 or above")
         if self.top_p is not None and not (is_number(self.top_p) and 0 < self.top_p <= 1):
             raise RequestError(f"top_p {self.top_p!r} must be a number above 0, at most 1")
-        if not (is_number(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise RequestError(f"repetition_penalty {self.repetition_penalty!r} must be a number above 0 (1: none)")
+        if not (is_number(self.repetition_penalty) and 0 < self.repetition_penalty <= MOST):
+            raise RequestError(
+                f"repetition_penalty {self.repetition_penalty!r} must be a number above 0 (1: none), at most {MOST}"
+            )
         if self.seed is not None and not (is_whole(self.seed) and self.seed >= 0):
             raise RequestError(f"seed {self.seed!r} must be a whole number, 0 or above")
 
@@ -89,35 +96,37 @@ class Sampler:
         return scores
 
     def draw(self, scores: Scores) -> int:
-        tokens, probs = nucleus(*keep_top_k(scores, self.sampling.top_k, self.heat), self.sampling.top_p)
-        ends = probs.cumsum()
+        tokens, weights = nucleus(*keep_top_k(scores, self.sampling.top_k, self.heat), self.sampling.top_p)
+        ends = weights.cumsum(dtype=np.float64)
         drawn = ends.searchsorted(self.rng.random() * ends[-1], side="right")
         at = min(int(drawn), len(ends) - 1)  # rounding can put the draw on the very end
         return int(tokens[at])
 
 
-def keep_top_k(scores: Scores, k: int | None, temperature: float) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """(ids ascending, probabilities at the temperature) of the k likeliest tokens; equals of the last one stay."""
+def keep_top_k(scores: Scores, k: int | None, temperature: float) -> tuple[Ids, Scores]:
+    """(ids ascending, weights) of the k likeliest tokens; equals of the last one stay.
+
+    Weights are probabilities at the temperature but for a common factor; the largest is 1.
+    """
     if k is not None and k < len(scores):
         tokens = np.flatnonzero(scores >= np.partition(scores, -k)[-k])
+        kept = scores[tokens]
     else:
-        tokens = np.arange(len(scores))
-    kept = scores[tokens].astype(np.float64)
+        tokens, kept = np.arange(len(scores)), scores
     with np.errstate(over="ignore"):  # a temperature next to 0 leaves only the likeliest
-        probs = np.exp((kept - kept.max()) / temperature)
-    return tokens, probs / probs.sum()
+        return tokens, np.exp((kept - kept.max()) / np.float32(max(temperature, COLDEST)))
 
 
-def nucleus(
-    tokens: NDArray[np.int64], probs: NDArray[np.float64], p: float | None
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The fewest likeliest tokens whose probabilities add up to at least p; lower ids first among equals."""
+def nucleus(tokens: Ids, weights: Scores, p: float | None) -> tuple[Ids, Scores]:
+    """The fewest likeliest tokens that have at least the share p of the weight; lower ids first among equals."""
     if p is None or p >= 1:
-        return tokens, probs
-    # All tokens below (1 - p) / n together weigh less than 1 - p, so the rest already holds the answer:
-    # sorting those few instead of the whole vocabulary is twenty times faster.
-    likely = np.flatnonzero(probs >= (1 - p) / len(probs))
-    order = likely[np.argsort(-probs[likely], kind="stable")]
-    enough = int(np.searchsorted(np.cumsum(probs[order]), p)) + 1
-    kept = np.sort(order[:enough])
-    return tokens[kept], probs[kept]
+        return tokens, weights
+    share = p * weights.sum(dtype=np.float64)
+    # All tokens below (1 - p) / n of the weight have less than 1 - p together, so the rest holds the answer.
+    likely = np.flatnonzero(weights >= np.float32(share * (1 - p) / (p * len(weights))))
+    falling = np.sort(weights[likely])[::-1]  # values alone: many times faster than a stable order of the ids
+    count = min(int(np.searchsorted(np.cumsum(falling, dtype=np.float64), share)) + 1, len(falling))
+    least = falling[count - 1]
+    above, equal = likely[weights[likely] > least], likely[weights[likely] == least]
+    kept = np.sort(np.concatenate([above, equal[: count - len(above)]]))
+    return tokens[kept], weights[kept]

@@ -87,6 +87,6 @@ def unsafe_name(file: str) -> str | None:
     "'../model.onnx' is not a plain file name inside the folder"
     """
     plain = PurePosixPath(file).name == file == PureWindowsPath(file).name
-    if plain and file not in (".", "..") and ":" not in file and file.isprintable():
+    if plain and file not in ("", ".", "..") and ":" not in file and file.isprintable():
         return None
     return f"{file!r} is not a plain file name inside the folder"

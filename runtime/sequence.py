@@ -50,8 +50,8 @@ class Cache:
 class Sequence:
     """Feeds tokens to a model and keeps what it has to remember. Not for use from two threads at once."""
 
-    def __init__(self, engine: Engine, capacity: int = FIRST_CAPACITY) -> None:
-        """capacity: tokens to make room for at once; it doubles when needed, up to the context."""
+    def __init__(self, engine: Engine, capacity: int = 0) -> None:
+        """capacity: tokens to make room for at once; room doubles when needed, up to the context."""
         self.engine = engine
         manifest = engine.manifest
         self.config, self.leaves = manifest.config, manifest.leaves
