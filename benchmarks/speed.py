@@ -13,6 +13,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from training.errors import InputError
 
 DMPT_ONNX = "benchmarks.adapters.dmpt_onnx"
 SEED = 0  # of the random prompt used when no text is given
+SETTLE_S = 0.03  # between turns: thread pools spin for some milliseconds after their last run
 
 
 class WorkerFailed(RuntimeError):
@@ -111,11 +113,11 @@ def measure(
 
     prompt, gen: tokens fed at once, tokens decoded one by one after them. Together they shrink to the smallest
     context among the targets; one that is `fixed` does not, and must fit it (InputError).
+    threads: None lets each adapter choose (the runtime takes what this process may use).
     text: token ids to take the prompt from (the first `prompt`); default: random ids.
     loads: fresh processes whose load time is taken, the one that is measured included.
     Raises WorkerFailed with the exit code of the failing process.
     """
-    threads = threads or default_threads()
     load_s = [[start_and_stop(t, threads, device) for _ in range(loads - 1)] for t in targets]
     with ExitStack() as stack:
         workers = [stack.enter_context(worker(t.name)) for t in targets]
@@ -166,6 +168,7 @@ def play(workers: Sequence[Worker], ids: list[int], gen: int, repetitions: int) 
         for _ in range(1 + repetitions):
             for mine, w in zip(turns, workers, strict=True):
                 bar.set_postfix_str(w.name, refresh=True)
+                time.sleep(SETTLE_S if len(workers) > 1 else 0)
                 prefill = w.ask(do="prefill", ids=ids)
                 decode = w.ask(do="decode", ids=ids, n=gen)
                 switches = int(np.count_nonzero(np.diff(decode["routes"])))
@@ -193,12 +196,6 @@ def prompt_ids(n: int, vocab_size: int, text: Sequence[int] | None) -> list[int]
     if text is not None and len(text) >= n:
         return [int(i) for i in text[:n]]
     return np.random.default_rng(SEED).integers(0, vocab_size, n).tolist()
-
-
-def default_threads() -> int:
-    from runtime.threads import default_threads as usable
-
-    return usable()
 
 
 # --- worker processes -------------------------------------------------------------------------------
@@ -266,7 +263,7 @@ def worker(name: str) -> Iterator[Worker]:
         w.close()
 
 
-def start_and_stop(t: Target, threads: int, device: str) -> float:
+def start_and_stop(t: Target, threads: int | None, device: str) -> float:
     """Load time in a fresh process that does nothing else."""
     with worker(t.name) as w:
         seconds: float = w.ask(do="load", adapter=t.adapter, path=t.path, threads=threads, device=device)["load_s"]

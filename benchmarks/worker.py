@@ -42,7 +42,7 @@ class Desk:
         self.model: Any = None
         self.idle_cpu_s = 0.0
 
-    def load(self, adapter: str, path: str, threads: int, device: str) -> dict[str, Any]:
+    def load(self, adapter: str, path: str, threads: int | None, device: str) -> dict[str, Any]:
         module = importlib.import_module(adapter)
         start = perf_counter()
         self.model = module.load(path, threads, device)

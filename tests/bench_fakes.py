@@ -51,9 +51,9 @@ class FakeError(ValueError):
 class FakeAdapter:
     """Behaves as its path says, a JSON object: {"prefill": s, "decode": s, "log": file, ...}."""
 
-    def __init__(self, path: str, threads: int) -> None:
+    def __init__(self, path: str, threads: int | None) -> None:
         self.told: dict[str, Any] = json.loads(path)
-        self.context, self.vocab_size, self.threads = self.told.get("context", 1024), 50, threads
+        self.context, self.vocab_size, self.threads = self.told.get("context", 1024), 50, threads or 2
         self.ballast = bytearray(self.told.get("bytes", 0))
         self.ballast[:: os.sysconf("SC_PAGE_SIZE")] = b"x" * len(
             range(0, len(self.ballast), os.sysconf("SC_PAGE_SIZE"))
@@ -89,5 +89,5 @@ class FakeAdapter:
         return float(taken), [1] * n, [i % 2 for i in range(n)]
 
 
-def load(path: str, threads: int, device: str) -> FakeAdapter:
+def load(path: str, threads: int | None, device: str) -> FakeAdapter:
     return FakeAdapter(path, threads)

@@ -11,12 +11,10 @@ import runtime
 class DmptOnnx:
     """A loaded folder and one sequence that is reset between turns; see benchmarks.adapters.Adapter."""
 
-    def __init__(self, path: str, threads: int, device: str) -> None:
+    def __init__(self, path: str, threads: int | None, device: str) -> None:
         self.model = runtime.load(Path(path), device=device, threads=threads)
         self.sequence = self.model.sequence()
-        self.context = self.model.context
-        self.vocab_size = int(self.model.manifest.raw["config"]["vocab_size"])
-        self.threads = threads
+        self.context, self.vocab_size, self.threads = self.model.context, self.model.vocab_size, self.model.threads
 
     def prefill(self, ids: list[int]) -> float:
         self.sequence.reset()
@@ -26,16 +24,16 @@ class DmptOnnx:
 
     def decode(self, ids: list[int], n: int) -> tuple[float, list[int], list[int]]:
         self.sequence.reset()
-        log_probs, routes = self.sequence.feed(ids, last=1)
+        log_probs, _ = self.sequence.feed(ids, last=1)
         fed, taken = [], []
         start = perf_counter()
-        for _ in range(n):
-            token = int(log_probs[-1].argmax())
-            log_probs, routes = self.sequence.feed([token], last=1)
+        for _ in range(n):  # the loop of Model.generate, without sampling, text and a stop at end of text
+            token = int(log_probs[0].argmax())
+            routes = self.sequence.run([token], log_probs)
             fed.append(token)
-            taken.append(int(routes[-1]))
+            taken.append(int(routes[0]))
         return perf_counter() - start, fed, taken
 
 
-def load(path: str, threads: int, device: str) -> DmptOnnx:
+def load(path: str, threads: int | None, device: str) -> DmptOnnx:
     return DmptOnnx(path, threads, device)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
               help="Rounds that count; one more goes before, as warm-up.")  # fmt: skip
 @click.option("--loads", default=3, show_default=True, type=click.IntRange(min=1),
               help="Fresh processes whose load time is taken.")  # fmt: skip
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 @click.pass_context
 def command(
@@ -51,7 +51,7 @@ def command(
     Next: speed beside perplexity, as a table and a picture:
       dmpt-export compare gpt2-device device --data wiki.test.raw --out report
     """
-    require("cpu")
+    require(device)
     from benchmarks import machine
     from benchmarks.scorer import named
     from benchmarks.speed import measure, target

@@ -26,7 +26,7 @@ from dmpt_export.extras import require
 @click.option("--gen", default=64, show_default=True, type=click.IntRange(min=1), help="Tokens decoded after them.")
 @click.option("--repetitions", default=5, show_default=True, type=click.IntRange(min=1), help="Rounds that count.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: all this process may use.")
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 def command(
     models: tuple[str, ...],
     data: tuple[str, ...],
@@ -52,7 +52,7 @@ def command(
       dmpt-export compare tuned=gpt2-device device --control tuned --data wiki.test.raw --out report
     """
     exported = [(Path(model.partition("=")[2] or model) / "dmpt_manifest.json").is_file() for model in models]
-    wanted = {"cpu": any(exported), "train": not all(exported) or out is not None, "bench": bool(out and data)}
+    wanted = {device: any(exported), "train": not all(exported) or out is not None, "bench": bool(out and data)}
     require(*(extra for extra, needed in wanted.items() if needed))
     from benchmarks.comparison import Entry, compare
     from benchmarks.scorer import named

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--mode", default="gate_hard", show_default=True,
               help="Path mode; checkpoints also take gate_soft, max_prob, left_only, ...")  # fmt: skip
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: all this process may use.")
-@click.option("--device", default="cpu", show_default=True, help="cpu or cuda.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 def command(
     model: str,
@@ -52,7 +52,7 @@ def command(
     Next: several models side by side, with their speed:
       dmpt-export compare gpt2-device device --data wiki.test.raw --out report
     """
-    require("cpu" if (Path(model) / "dmpt_manifest.json").is_file() else "train")
+    require(device if (Path(model) / "dmpt_manifest.json").is_file() else "train")
     from benchmarks.quality import choose_windows, evaluate, read_tokens
     from benchmarks.scorer import context_of, open_scorer
 
