@@ -1,0 +1,284 @@
+"""The demo's stages, in order; each calls what the verb of the same name calls.
+
+corpus -> tokenizer -> base GPT-2 --+--> fine-tuned GPT-2 --------+--> int8, int4 --> ONNX --> comparison
+                                    +--> DMPT --> fine-tuned DMPT-+                     +--> text
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from dmpt_export import __version__
+from dmpt_export.demo.settings import Settings
+from training.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from benchmarks.comparison import Comparison
+    from dmpt_export.demo.corpus import Corpus
+    from training.model import DMPTForCausalLM
+    from training.options import TrainOptions
+
+MARKER = "demo.json"  # its presence says that a folder is a demo's
+FOLDERS = ("corpus", "tokenizer", "checkpoints", "quantized", "onnx")
+RESULTS = ("comparison.json", "comparison.md", "comparison.png")
+BASE, TUNED, INIT, DMPT = "gpt2-base", "gpt2-tuned", "dmpt-init", "dmpt"  # checkpoints, in the order they are made
+LABELS = {BASE: "GPT-2 base", TUNED: "GPT-2 fine-tuned", DMPT: "DMPT"}
+N_STAGES = 9
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The corpus as files, and their tokens."""
+
+    train: Path
+    held_out: Path
+    train_tokens: np.ndarray  # int32 [n]
+    held_out_tokens: np.ndarray
+
+
+class Demo:
+    """One run into the folder `out`; `run()` does everything and returns the comparison."""
+
+    def __init__(self, out: Path, data: Sequence[Path], seed: int, settings: Settings) -> None:
+        self.out, self.data, self.seed, self.settings = out, list(data), seed, settings
+        self.stage = 0
+        self.started = time.monotonic()
+
+    def run(self) -> Comparison:
+        """Raises InputError for unusable data or an `out` that is not a demo's, before anything is written."""
+        check_out(self.out)
+        with self.heading("Corpus: the documentation inside this Python" if not self.data else "Corpus: your text"):
+            corpus = self.corpus()
+            clear(self.out)
+            write_json(self.out / MARKER, {"version": __version__, "seed": self.seed, **asdict(self.settings)})
+        with self.heading(f"Tokenizer: byte-level BPE of {self.settings.vocab_size} entries"):
+            texts = self.tokenize(corpus)
+        self.train_models(texts)
+        with self.heading(f"Quantize: {', '.join(self.settings.schemes)}"):
+            self.quantize()
+        with self.heading("Export to ONNX, each checked against torch"):
+            self.export()
+        with self.heading(f"Text written by the {self.settings.schemes[0]} DMPT through ONNX Runtime"):
+            self.generate(corpus.held_out)
+        with self.heading("Comparison on held-out text"):
+            return self.compare(texts)
+
+    @contextmanager
+    def heading(self, title: str) -> Iterator[None]:
+        """Say which stage begins, and how long it took."""
+        self.stage += 1
+        say(f"\n[{self.stage}/{N_STAGES}] {title}")
+        started = time.monotonic()
+        yield
+        say(f"      {time.monotonic() - started:.1f} s ({time.monotonic() - self.started:.0f} s in all)")
+
+    # --- text ---------------------------------------------------------------------------------
+
+    def corpus(self) -> Corpus:
+        from dmpt_export.demo.corpus import documentation_corpus, text_corpus
+        from training.data import read_text
+
+        if self.data:
+            return text_corpus({str(path): read_text(path) for path in self.data})
+        return documentation_corpus()
+
+    def tokenize(self, corpus: Corpus) -> Texts:
+        """Write the texts and the tokenizer trained on the first of them; tokens by the evaluation's protocol."""
+        from dmpt_export.demo.tokenizer import train_tokenizer
+        from training.data import encode_lines, end_of_text_id
+
+        folder = self.out / "corpus"
+        folder.mkdir()
+        train_file, held_out_file = folder / "train.txt", folder / "held_out.txt"
+        train_file.write_text(corpus.train, encoding="utf-8")
+        held_out_file.write_text(corpus.held_out, encoding="utf-8")
+        tokenizer = train_tokenizer(corpus.train, self.settings.vocab_size, self.out / "tokenizer")
+        eot = end_of_text_id(tokenizer)
+        train, held_out = (encode_lines(file, tokenizer, eot) for file in (train_file, held_out_file))
+        if len(held_out) <= self.settings.context:
+            raise InputError(f"the held-out text has only {len(held_out)} tokens: give more text with --data")
+        say(
+            f"      {corpus.n_bytes / 1e6:.2f} MB of text: {len(train):,} tokens to train on, "
+            f"{len(held_out):,} held out, {len(corpus.train.encode()) / len(train):.2f} bytes per token"
+        )
+        return Texts(train_file, held_out_file, train, held_out)
+
+    # --- models -------------------------------------------------------------------------------
+
+    def train_models(self, texts: Texts) -> None:
+        """Base GPT-2, then it and the DMPT made from it on the same further tokens."""
+        from training.checkpoint import load_model, save_model
+        from training.init import init_from_gpt2
+
+        s = self.settings
+        tune = s.training(s.tune_steps, s.tune_lr, self.seed + 1)
+        with self.heading(f"Train the base GPT-2: {s.n_layer} blocks, {s.n_embd} wide"):
+            self.fit(self.new_gpt2(), BASE, s.training(s.base_steps, s.base_lr, self.seed), texts)
+        with self.heading("Fine-tune GPT-2"):
+            self.fit(load_model(self.checkpoint(BASE)), TUNED, tune, texts)
+        with self.heading(f"Fine-tune the DMPT: split at {s.n_layer // 2}, {s.heads} heads, on the same tokens"):
+            dmpt = init_from_gpt2(
+                load_model(self.checkpoint(BASE)), heads=s.heads, fast_k=s.fast_k, noise=s.noise,
+                gate_hidden=s.gate_hidden, seed=self.seed,
+            )  # fmt: skip
+            save_model(dmpt, self.checkpoint(INIT), tokenizer_from=self.out / "tokenizer")
+            self.fit(dmpt, DMPT, tune, texts)
+
+    def checkpoint(self, name: str) -> Path:
+        return self.out / "checkpoints" / name
+
+    def new_gpt2(self) -> DMPTForCausalLM:
+        """A GPT-2 with random weights: a model without splits and with one tied head."""
+        import torch
+
+        from training.config import ROOT, DMPTConfig
+        from training.data import end_of_text_id, load_tokenizer
+        from training.model import DMPTForCausalLM
+
+        tokenizer = load_tokenizer(self.out / "tokenizer")
+        eot, s = end_of_text_id(tokenizer), self.settings
+        config = DMPTConfig(
+            vocab_size=tokenizer.get_vocab_size(), n_positions=s.context, n_embd=s.n_embd, n_layer=s.n_layer,
+            n_head=s.n_head, head_allocation={ROOT: [0]}, bos_token_id=eot, eos_token_id=eot,
+        )  # fmt: skip
+        torch.manual_seed(self.seed)
+        return DMPTForCausalLM(config)
+
+    def fit(self, model: DMPTForCausalLM, name: str, options: TrainOptions, texts: Texts) -> None:
+        """Train into checkpoints/`name`, which then holds the model alone, without the optimizer's state."""
+        from training.interrupt import Interrupted
+        from training.trainer import train
+
+        folder = self.checkpoint(name)
+        try:
+            result = train(
+                model, texts.train_tokens, options, folder, tokenizer_from=self.out / "tokenizer", title=name
+            )  # fmt: skip
+        except Interrupted:  # its message tells how to resume `train`; the demo starts anew
+            raise KeyboardInterrupt from None
+        shutil.rmtree(folder / "last")
+        say(
+            f"      {name}: {model.num_parameters():,} parameters, {result.tokens:,} tokens in "
+            f"{result.seconds:.0f} s ({result.tokens / result.seconds:,.0f} tokens/s), training loss {result.loss:.3f}"
+        )
+
+    # --- artefacts ----------------------------------------------------------------------------
+
+    def quantize(self) -> None:
+        from quant.checkpoint import save_quantized
+
+        for name in (TUNED, DMPT):
+            for scheme in self.settings.schemes:
+                out = self.out / "quantized" / f"{name}-{scheme}"
+                reports = save_quantized(self.checkpoint(name), out, scheme)
+                before, after = (sum(getattr(r, f) for r in reports) for f in ("bytes_before", "bytes_after"))
+                say(f"      {out.name}: {before / 1e6:.1f} -> {after / 1e6:.1f} MB")
+
+    def variants(self) -> Iterator[tuple[str, str, Path]]:
+        """(checkpoint name, scheme, folder to export) of every row of the table, in its order."""
+        yield BASE, "fp32", self.checkpoint(BASE)
+        for name in (TUNED, DMPT):
+            yield name, "fp32", self.checkpoint(name)
+            for scheme in self.settings.schemes:
+                yield name, scheme, self.out / "quantized" / f"{name}-{scheme}"
+
+    def export(self) -> None:
+        from dmpt_export.commands.onnx import report
+        from dmpt_export.export import export_onnx
+
+        for name, scheme, source in self.variants():
+            manifest = export_onnx(source, self.exported(name, scheme))
+            say("      " + report(manifest, f"{name}-{scheme}").replace("\n", "\n        "))
+
+    def exported(self, name: str, scheme: str) -> Path:
+        return self.out / "onnx" / f"{name}-{scheme}"
+
+    # --- results ------------------------------------------------------------------------------
+
+    def generate(self, held_out: str) -> None:
+        """Continue the beginning of a held-out paragraph, streamed to stdout."""
+        import runtime
+
+        s, prompt = self.settings, opening(held_out)
+        with runtime.load(self.exported(DMPT, s.schemes[0])) as model:
+            click.echo(prompt, nl=False)
+            model.generate(
+                prompt, max_new_tokens=s.new_tokens, temperature=s.temperature, top_k=s.top_k, seed=self.seed,
+                on_token=lambda _, piece: click.echo(piece, nl=False),
+            )  # fmt: skip
+            click.echo("\n")
+
+    def compare(self, texts: Texts) -> Comparison:
+        from benchmarks.comparison import Entry, compare
+
+        s = self.settings
+        entries = [
+            Entry(
+                f"{LABELS[name]} {scheme}",
+                str(self.exported(name, scheme)),
+                LABELS[name],
+                scheme,
+                control=name == TUNED,
+            )
+            for name, scheme, _ in self.variants()
+        ]
+        seeds = {"demo": self.seed}
+        result = compare(
+            entries, [texts.held_out], prompt=s.prompt, gen=s.gen, repetitions=s.repetitions, seeds=seeds
+        )  # fmt: skip
+        publish(result.write, self.out)
+        click.echo(f"{result.table()}\n\n{result.reading}\n{result.conditions()}")
+        return result
+
+
+def say(text: str) -> None:
+    """What happens, to stderr: stdout has the generated text and the table."""
+    click.echo(text, err=True)
+
+
+def opening(text: str) -> str:
+    """The first words of the first line that looks like a sentence."""
+    lines = [line for line in text.split("\n") if len(line.split()) >= 12 and line[0].isupper()]
+    return " ".join((lines or text.split("\n"))[0].split()[:5])
+
+
+def check_out(out: Path) -> None:
+    """Raise InputError unless `out` is absent, empty, or an earlier demo's folder."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file: give a folder with --out")
+    if out.is_dir() and any(out.iterdir()) and not (out / MARKER).is_file():
+        raise InputError(f"{out} is not empty and was not made by `dmpt-export demo`: give another folder with --out")
+
+
+def clear(out: Path) -> None:
+    """Remove what an earlier demo wrote, and nothing else."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in FOLDERS:
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in RESULTS:
+        (out / name).unlink(missing_ok=True)
+
+
+def write_json(file: Path, value: dict[str, object]) -> None:
+    file.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def publish(write: Callable[[Path], None], out: Path) -> None:
+    """Let `write` fill a temporary folder inside `out`, then move its files up, each in one step."""
+    with tempfile.TemporaryDirectory(dir=out, prefix=".comparison-") as folder:
+        write(Path(folder))
+        for file in sorted(Path(folder).iterdir()):
+            os.replace(file, out / file.name)
