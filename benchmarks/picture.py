@@ -61,8 +61,13 @@ def grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def colours(families: Sequence[str]) -> dict[str, str]:
+    """Family -> colour: its own where it has one that no family before it took."""
     more = itertools.cycle(MORE_COLOURS)
-    return {family: COLOURS.get(family) or next(more) for family in dict.fromkeys(families)}
+    out: dict[str, str] = {}
+    for family in dict.fromkeys(families):
+        own = COLOURS.get(family)
+        out[family] = own if own and own not in out.values() else next(more)
+    return out
 
 
 def decode_speed(row: Row) -> float | None:

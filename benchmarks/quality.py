@@ -24,6 +24,7 @@ from benchmarks.scorer import Scorer
 from training import data
 from training.errors import InputError, ValidationError
 
+MOST_NATS = 700.0  # exp() of more is no float64
 LONGEST_WINDOW = 1024  # the protocol's window; a longer context is used only when asked for
 
 
@@ -85,7 +86,7 @@ def evaluate(
     """Score `ids` [N] by the protocol above, with a progress bar that shows the running perplexity.
 
     Raises InputError when no token can be scored or an id is beyond the vocabulary, ValidationError when
-    the model gives a log-probability that is no finite number.
+    the model gives log-probabilities that make no finite perplexity.
     """
     length, step = choose_windows(scorer.context, max_length, stride)
     plan = plan_windows(len(ids), length, step)
@@ -109,8 +110,12 @@ def evaluate(
             if routes is not None:
                 counts += np.bincount(routes, minlength=len(counts))
             done += n
-            bar.set_postfix_str(f"perplexity {np.exp(nll[:done].mean()):.3f}", refresh=False)
+            bar.set_postfix_str(f"perplexity {math.exp(min(nll[:done].mean(), MOST_NATS)):.3f}", refresh=False)
             bar.update(n)
+    if nll.mean() > MOST_NATS:
+        raise ValidationError(
+            f"{scorer.name} loses {nll.mean():.0f} nats a token: too bad for a perplexity, so damaged"
+        )
     return Quality(
         tokens=len(ids),
         tokens_scored=total,

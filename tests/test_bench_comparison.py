@@ -241,6 +241,6 @@ def test_marker_area_is_speed() -> None:
 
 
 def test_families_have_colours_of_their_own() -> None:
-    families = ["GPT-2 base", "GPT-2 fine-tuned", "DMPT", "one", "two"]
-    assert len(set(picture.colours(families).values())) == 5
+    families = ["GPT-2 base", "GPT-2 fine-tuned", "DMPT", "GPT-2", "one", "two"]
+    assert len(set(picture.colours(families).values())) == 6
     assert picture.colours(families[1:])["DMPT"] == picture.colours(families)["DMPT"]

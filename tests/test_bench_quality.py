@@ -165,6 +165,11 @@ def test_log_probs_that_are_no_numbers_fail_the_check(value: float) -> None:
         evaluate(FakeScorer(rule, 50), np.arange(50))
 
 
+def test_a_loss_beyond_any_perplexity_fails_the_check() -> None:
+    with pytest.raises(ValidationError, match="1000 nats"):
+        evaluate(FakeScorer(lambda ids: np.full((len(ids), 50), -1000, np.float32), 50), np.arange(50))
+
+
 def test_a_foreign_tokenizer_and_bad_files_are_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
     scorer = FakeScorer(uniform(200), 200, tokenizer=load_tokenizer(tokenizer_folder))
     good = tmp_path / "good.txt"
