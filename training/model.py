@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from training.cache import CachedGeneration, KeyValues
 from training.config import DMPTConfig, Node
 from training.errors import InputError
 
@@ -46,8 +47,10 @@ class Attention(nn.Module):
         self.attn_dropout = config.attn_pdrop
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # (B, S, E) -> (B, S, E)
+    def forward(self, x: Tensor, mask: Tensor | None, memory: KeyValues | None) -> Tensor:  # (B, S, E) -> (B, S, E)
         q, k, v = (t.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for t in self.c_attn(x).chunk(3, dim=-1))
+        if memory is not None:
+            k, v = memory.extend(k, v)
         dropout = self.attn_dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
@@ -72,8 +75,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # (B, S, E) -> (B, S, E)
-        x = x + self.attn(self.ln_1(x), mask)
+    def forward(self, x: Tensor, mask: Tensor | None, memory: KeyValues | None) -> Tensor:  # (B, S, E) -> (B, S, E)
+        x = x + self.attn(self.ln_1(x), mask, memory)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -86,9 +89,10 @@ class Segment(nn.Module):
         if node.children is None:
             self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
-    def run(self, x: Tensor, mask: Tensor | None) -> Tensor:  # (B, S, E) -> (B, S, E)
-        for block in self.h.values():
-            x = block(x, mask)
+    def run(self, x: Tensor, mask: Tensor | None = None, memory: dict[str, KeyValues] | None = None) -> Tensor:
+        """(B, S, E) -> (B, S, E). mask None: plain causal; memory: what each block attends to besides."""
+        for index, block in self.h.items():
+            x = block(x, mask, memory[index] if memory else None)
         return x
 
 
@@ -112,7 +116,7 @@ class Hidden:
     gates: dict[str, Tensor] = field(default_factory=dict)  # split node -> (B, S, 2) logits, raw
 
 
-class DMPTForCausalLM(PreTrainedModel):
+class DMPTForCausalLM(PreTrainedModel, CachedGeneration):  # type: ignore[misc]  # transformers' own bases disagree
     """GPT-2 with forking upper blocks and several vocabulary heads per leaf (design contract, section 4).
 
     Source: S. Qian, "Dynamic Multiple Path Transformer" (2025); GPT-2: Radford et al. (2019).
@@ -177,10 +181,11 @@ class DMPTForCausalLM(PreTrainedModel):
         assert isinstance(segment, Segment)
         return segment
 
-    def embed(self, ids: Tensor) -> Tensor:  # (B, S) -> (B, S, E)
+    def embed(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:  # (B, S) -> (B, S, E)
         if ids.shape[1] > self.config.n_positions:
             raise InputError(f"{ids.shape[1]} tokens do not fit the context of {self.config.n_positions}")
-        positions = torch.arange(ids.shape[1], device=ids.device)
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)
         return self.transformer.drop(self.transformer.wte(ids) + self.transformer.wpe(positions))
 
     def hidden(self, ids: Tensor, leaves: list[str] | None = None) -> Hidden:
@@ -196,7 +201,7 @@ class DMPTForCausalLM(PreTrainedModel):
                 x = rows[node.parent]
             else:
                 continue
-            x = self.segment(node).run(x, None)
+            x = self.segment(node).run(x)
             if node.children is None:
                 out.leaves[node.name] = self.segment(node).ln_f(x)
             else:
@@ -315,11 +320,11 @@ class DMPTForCausalLM(PreTrainedModel):
             raise InputError(f"unknown path mode '{mode}': choose one of {', '.join(known)}")
         return [name]
 
-    def forward(self, input_ids: Tensor, mode: str = GATE_HARD, **_: object) -> Tensor:
-        """Deployed log-probs (B, S, V); see log_probs()."""
-        return self.log_probs(input_ids, mode, self.config.fast_k)
-
 
 def sum_turns(log_w: dict[str, Tensor], turns: list[tuple[str, int]]) -> Tensor:
     """Sum of the log gate weights along one way: each (B, S, 2) -> (B, S)."""
     return torch.stack([log_w[name][..., turn] for name, turn in turns]).sum(0)
+
+
+AutoConfig.register(DMPTConfig.model_type, DMPTConfig, exist_ok=True)
+AutoModelForCausalLM.register(DMPTConfig, DMPTForCausalLM, exist_ok=True)
