@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from runtime.consistency import contradictions
 from runtime.errors import ModelError
 from runtime.schema import (
     COUNT,
@@ -24,17 +25,12 @@ from runtime.schema import (
     SHAPE,
     Each,
     faults,
-    unsafe_name,
 )
 
 MANIFEST_NAME = "dmpt_manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
 FORMAT, FORMAT_VERSION = "dmpt-onnx", 1
-ROOT = "root"
 MOST_BYTES = 64 << 20  # of the manifest itself: a real one is some hundred kB
-MOST_BLOCKS = 10_000
-TARGETS = ("cpu", "cuda")
-FLOATS = ("float32", "float16")
 
 TENSOR = {"name": NAME, "dtype": NAME, "shape": SHAPE}
 SCHEMA: dict[str, Any] = {
@@ -173,9 +169,7 @@ def parse_manifest(raw: Any, where: str = MANIFEST_NAME) -> Manifest:
     problems = faults(raw, SCHEMA)
     if not problems:
         manifest = build(raw)
-        problems = tree_faults(manifest)
-        problems += [] if problems else graph_faults(manifest)  # which the tree has to tell
-        problems += [*value_faults(manifest), *file_faults(manifest)]
+        problems = contradictions(manifest)
     if problems:
         raise ModelError(f"{where} is damaged, export the model again: {'; '.join(problems)}")
     return manifest
@@ -211,98 +205,3 @@ def build(raw: dict[str, Any]) -> Manifest:
 
 def tensor_spec(spec: dict[str, Any]) -> TensorSpec:
     return TensorSpec(spec["name"], spec["dtype"], tuple(spec["shape"]))
-
-
-def tree_faults(manifest: Manifest) -> list[str]:
-    """Whether the nodes form one tree that covers all blocks, parents first."""
-    nodes = manifest.nodes
-    if manifest.config.n_layer > MOST_BLOCKS:
-        return [f"config.n_layer: {manifest.config.n_layer} is above {MOST_BLOCKS}"]
-    if len(nodes) != len(manifest.tree) or not manifest.tree or manifest.tree[0].parent is not None:
-        return ["tree: must begin with the root and name every node once"]
-    if manifest.tree[0].name != ROOT:
-        return [f"tree: the first node must be '{ROOT}'"]
-    problems = []
-    seen: dict[str, Node] = {}
-    for node in manifest.tree:
-        parent = None if node.parent is None else seen.get(node.parent)
-        start = 0 if parent is None else parent.stop
-        if seen and (parent is None or parent.children is None or node.name not in parent.children):
-            problems.append(f"tree: '{node.name}' has no parent before it that names it as a child")
-        if node.start != start or node.stop <= node.start:
-            problems.append(f"tree: '{node.name}' holds blocks {node.start} to {node.stop}, expected from {start} on")
-        if node.children is None and node.stop != manifest.config.n_layer:
-            problems.append(f"tree: leaf '{node.name}' ends at block {node.stop} of {manifest.config.n_layer}")
-        problems += [f"tree: '{child}' is missing" for child in node.children or () if child not in nodes]
-        seen[node.name] = node
-    leaves = [node.name for node in manifest.tree if node.children is None]
-    if sorted(manifest.leaves) != sorted(leaves):
-        problems.append(f"leaves: {list(manifest.leaves)} are not the tree's {leaves}")
-    return problems
-
-
-def value_faults(manifest: Manifest) -> list[str]:
-    config = manifest.config
-    problems = []
-    if manifest.target not in TARGETS:
-        problems.append(f"target: '{manifest.target}' is not one of {', '.join(TARGETS)}")
-    if manifest.activation_dtype not in FLOATS:
-        problems.append(f"activation_dtype: '{manifest.activation_dtype}' is not one of {', '.join(FLOATS)}")
-    for leaf in sorted({*manifest.leaves, *manifest.head_allocation}):
-        if leaf not in manifest.leaves or not manifest.head_allocation.get(leaf):
-            problems.append(f"head_allocation: '{leaf}' is no leaf or has no heads")
-    for name in ("fast_k", "bos_token_id", "eos_token_id"):
-        value = getattr(config, name)
-        if value is not None and value > config.vocab_size - (name != "fast_k"):
-            problems.append(f"config.{name}: {value} does not fit a vocabulary of {config.vocab_size}")
-    return problems
-
-
-def graph_faults(manifest: Manifest) -> list[str]:
-    """Whether the inputs and outputs are those that the tree calls for, with their types."""
-    problems = []
-    for field_name, specs, wanted in (
-        ("inputs", manifest.inputs, expected_inputs(manifest)),
-        ("outputs", manifest.outputs, expected_outputs(manifest)),
-    ):
-        missing, unknown = sorted(wanted.keys() - specs.keys()), sorted(specs.keys() - wanted.keys())
-        problems += [f"{field_name}: missing {', '.join(missing)}"] if missing else []
-        problems += [f"{field_name}: unknown {', '.join(unknown)}"] if unknown else []
-        problems += [
-            f"{field_name}: {name} is {specs[name].dtype}, expected {dtype}"
-            for name, dtype in wanted.items()
-            if name in specs and specs[name].dtype != dtype
-        ]
-    return problems
-
-
-def expected_inputs(manifest: Manifest) -> dict[str, str]:
-    """name -> dtype of every graph input."""
-    rows = manifest.activation_dtype
-    return {
-        "input_ids": "int64",
-        "position_ids": "int64",
-        "seqlens_k": "int32",
-        "total_length": "int32",
-        "last": "int64",
-        **{f"pending.{node.name}": rows for node in manifest.tree if node.parent is not None},
-        **{f"past.{cache}": rows for node in manifest.tree for cache in node.caches},
-    }
-
-
-def expected_outputs(manifest: Manifest) -> dict[str, str]:
-    """name -> dtype of every graph output."""
-    rows = manifest.activation_dtype
-    return {
-        "log_probs": "float32",
-        "routes": "int64",
-        **{f"rows.{node.name}": rows for node in manifest.tree if node.children is not None},
-        **{f"present.{cache}": rows for node in manifest.tree for cache in node.caches},
-    }
-
-
-def file_faults(manifest: Manifest) -> list[str]:
-    problems = [f"files: {unsafe}" for entry in manifest.files if (unsafe := unsafe_name(entry.name))]
-    if manifest.model not in {entry.name for entry in manifest.files}:
-        problems.append(f"files: does not list the model '{manifest.model}'")
-    return problems

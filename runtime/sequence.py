@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from runtime.consistency import ROOT
 from runtime.errors import ModelError
-from runtime.manifest import ROOT, Node
+from runtime.manifest import Node
 from runtime.request import check_count, check_ids
 from runtime.session import Engine
 

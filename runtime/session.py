@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from runtime.manifest import Manifest
 
 DEVICES = ("cpu", "cuda")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-QUIET = 3  # log errors only; ours reach the user as exceptions
+SEVERITY = {"cpu": 4, "cuda": 3}  # errors arrive as exceptions; why a CUDA library does not load is only logged
+NO_FALLBACK = "fallback to CPU EP has been explicitly disabled"
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 MEMORY_MESSAGES = ("failed to allocate memory", "bad allocation", "bad_alloc", "out of memory")
 TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64", "tensor(int32)": "int32"}
 
@@ -87,7 +90,12 @@ def ort_errors(ort: Any) -> tuple[type[Exception], ...]:
 
 
 def explained(error: Exception, what: str) -> Exception:
-    text = " ".join(str(error).split())
+    text = " ".join(COLOUR.sub(" ", str(error)).split())
+    if NO_FALLBACK in text:
+        return SetupError(
+            f"{what} on the GPU alone: a CUDA library is missing (onnxruntime says which above), "
+            "or the model holds an operator that has no CUDA kernel"
+        )
     if any(message in text.lower() for message in MEMORY_MESSAGES):
         return OutOfMemory(f"{what}: not enough memory ({text})")
     return ModelError(f"{what}: {text}")
@@ -99,7 +107,7 @@ def session_options(ort: Any, device: str, threads: int) -> Any:
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.log_severity_level = QUIET
+    options.log_severity_level = SEVERITY[device]
     # Patterns are kept per input shape, and pending rows and prompts come in any: they would pile up.
     options.enable_mem_pattern = False
     # Weights are read once and stay: an arena that grows in powers of two would hold up to twice their size.
