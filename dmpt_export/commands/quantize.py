@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from quant.quantize import TensorReport
 
 
-class SchemeName(click.ParamType):
+class SchemeName(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.4 on
     """A choice among the registered schemes, which are imported only when they are needed."""
 
     name = "scheme"
