@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from training.config import ROOT, DMPTConfig, Node
@@ -139,7 +138,7 @@ def catch_up(model: DMPTForCausalLM, node: Node, ids: Tensor, cache: PathCache) 
     return model.segment(node).run(x, causal_mask(cache.real, first), cache.memory[node.name])
 
 
-class CachedGeneration(GenerationMixin):
+class CachedGeneration:
     """transformers' conventions for generate(): forward() with a PathCache, and how it is handed on."""
 
     def forward(
@@ -167,7 +166,7 @@ class CachedGeneration(GenerationMixin):
         log_probs, _routes = advance(self, input_ids, cache, logits_to_keep or size, real)
         return _output(logits=log_probs, past_key_values=cache)
 
-    def prepare_inputs_for_generation(  # type: ignore[override]  # the mixin names more than a decoder needs
+    def prepare_inputs_for_generation(
         self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Tensor | None = None, **_: object
     ) -> dict[str, Any]:
         seen = 0 if past_key_values is None else past_key_values.length

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
 from training.cache import CachedGeneration, KeyValues
 from training.config import DMPTConfig, Node
@@ -116,7 +116,7 @@ class Hidden:
     gates: dict[str, Tensor] = field(default_factory=dict)  # split node -> (B, S, 2) logits, raw
 
 
-class DMPTForCausalLM(PreTrainedModel, CachedGeneration):  # type: ignore[misc]  # transformers' own bases disagree
+class DMPTForCausalLM(CachedGeneration, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """GPT-2 with forking upper blocks and several vocabulary heads per leaf (design contract, section 4).
 
     Source: S. Qian, "Dynamic Multiple Path Transformer" (2025); GPT-2: Radford et al. (2019).
