@@ -145,8 +145,16 @@ def test_the_command_passes_its_options(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert seen[0].settings.tune_steps == round(Settings().tune_steps / 2)
 
 
-def test_tokenizer_gives_every_text_back(tmp_path: Path) -> None:
-    tokenizer = train_tokenizer("plain English text\n" * 50, 300, tmp_path)
+def test_too_little_text_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("\n".join(f"line {i}" for i in range(60)))
+    with pytest.raises(InputError, match="more than 32 are needed"):
+        Demo(tmp_path / "out", [short], seed=0, settings=TINY).run()
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokenizer_gives_every_text_back() -> None:
+    tokenizer = train_tokenizer("plain English text\n" * 50, 300)
     for sample in ("plain text", "naïve 東京 \U0001f600", "tabs\tand\nlines", "  "):
         assert tokenizer.decode(tokenizer.encode(sample).ids, skip_special_tokens=False) == sample
     assert tokenizer.token_to_id(END_OF_TEXT) == 0

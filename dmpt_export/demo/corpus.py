@@ -85,7 +85,7 @@ def text_corpus(texts: dict[str, str], seed: int = 0, held_out: float = HELD_OUT
             Document(f"{name}:{start}".replace(".", "_"), [("", line) for line in lines[start : start + step]])
             for start in range(0, len(lines), step)
         ]
-    corpus = split(documents, seed, held_out)
+    corpus = split(documents, seed, held_out, largest=1.0)
     if not corpus.train.strip() or not corpus.held_out.strip():
         raise InputError(
             f"{', '.join(texts)}: too little text to train on and to hold some out; give at least 50 lines"
@@ -161,8 +161,11 @@ def builtin_documents() -> list[Document]:
 # --- splitting and cleaning ---------------------------------------------------------------------
 
 
-def split(documents: list[Document], seed: int, held_out: float) -> Corpus:
-    """Whole groups go to one side, in an order drawn from the seed; then repeats are left out on both sides."""
+def split(documents: list[Document], seed: int, held_out: float, largest: float = LARGEST_HELD_OUT) -> Corpus:
+    """Whole groups go to one side, in an order drawn from the seed; then repeats are left out on both sides.
+
+    held_out: share of the text to keep for evaluation; a group above the share `largest` is never kept.
+    """
     sizes: dict[str, int] = {}
     for document in documents:
         sizes[document.group] = sizes.get(document.group, 0) + document.size
@@ -172,7 +175,7 @@ def split(documents: list[Document], seed: int, held_out: float) -> Corpus:
     for group in sorted(sizes, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest()):
         if kept_size >= held_out * total:
             break
-        if sizes[group] <= LARGEST_HELD_OUT * total:
+        if sizes[group] <= largest * total:
             kept.add(group)
             kept_size += sizes[group]
     seen: set[str] = set()

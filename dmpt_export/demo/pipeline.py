@@ -20,14 +20,16 @@ from typing import TYPE_CHECKING
 import click
 
 from dmpt_export import __version__
+from dmpt_export.demo.corpus import Corpus, documentation_corpus, text_corpus
 from dmpt_export.demo.settings import Settings
+from dmpt_export.demo.tokenizer import train_tokenizer
+from training.data import encode_lines, end_of_text_id, load_tokenizer, read_text
 from training.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
 
     from benchmarks.comparison import Comparison
-    from dmpt_export.demo.corpus import Corpus
     from training.model import DMPTForCausalLM
     from training.options import TrainOptions
 
@@ -60,10 +62,9 @@ class Demo:
     def run(self) -> Comparison:
         """Raises InputError for unusable data or an `out` that is not a demo's, before anything is written."""
         check_out(self.out)
-        with self.heading("Corpus: the documentation inside this Python" if not self.data else "Corpus: your text"):
-            corpus = self.corpus()
-            clear(self.out)
-            write_json(self.out / MARKER, {"version": __version__, "seed": self.seed, **asdict(self.settings)})
+        given = self.given_text()
+        with self.heading("Corpus: your text" if given else "Corpus: the documentation inside this Python"):
+            corpus = given or documentation_corpus()
         with self.heading(f"Tokenizer: byte-level BPE of {self.settings.vocab_size} entries"):
             texts = self.tokenize(corpus)
         self.train_models(texts)
@@ -87,29 +88,26 @@ class Demo:
 
     # --- text ---------------------------------------------------------------------------------
 
-    def corpus(self) -> Corpus:
-        from dmpt_export.demo.corpus import documentation_corpus, text_corpus
-        from training.data import read_text
-
-        if self.data:
-            return text_corpus({str(path): read_text(path) for path in self.data})
-        return documentation_corpus()
+    def given_text(self) -> Corpus | None:
+        return text_corpus({str(path): read_text(path) for path in self.data}) if self.data else None
 
     def tokenize(self, corpus: Corpus) -> Texts:
-        """Write the texts and the tokenizer trained on the first of them; tokens by the evaluation's protocol."""
-        from dmpt_export.demo.tokenizer import train_tokenizer
-        from training.data import encode_lines, end_of_text_id
-
-        folder = self.out / "corpus"
-        folder.mkdir()
-        train_file, held_out_file = folder / "train.txt", folder / "held_out.txt"
-        train_file.write_text(corpus.train, encoding="utf-8")
-        held_out_file.write_text(corpus.held_out, encoding="utf-8")
-        tokenizer = train_tokenizer(corpus.train, self.settings.vocab_size, self.out / "tokenizer")
+        """Train the tokenizer; write it, the texts and their tokens' count. Here the folder is made, or cleared."""
+        tokenizer = train_tokenizer(corpus.train, self.settings.vocab_size)
         eot = end_of_text_id(tokenizer)
-        train, held_out = (encode_lines(file, tokenizer, eot) for file in (train_file, held_out_file))
-        if len(held_out) <= self.settings.context:
-            raise InputError(f"the held-out text has only {len(held_out)} tokens: give more text with --data")
+        train, held_out = (encode_lines(text, tokenizer, eot) for text in (corpus.train, corpus.held_out))
+        if min(len(train), len(held_out)) <= self.settings.context:
+            raise InputError(
+                f"the text makes {len(train):,} tokens to train on and {len(held_out):,} held out, more than "
+                f"{self.settings.context} are needed of each: give more with --data"
+            )
+        clear(self.out)
+        marker = {"version": __version__, "seed": self.seed, **asdict(self.settings)}
+        write(self.out / MARKER, json.dumps(marker, indent=1) + "\n")
+        write(self.out / "tokenizer" / "tokenizer.json", tokenizer.to_str())
+        train_file, held_out_file = (self.out / "corpus" / name for name in ("train.txt", "held_out.txt"))
+        write(train_file, corpus.train)
+        write(held_out_file, corpus.held_out)
         say(
             f"      {corpus.n_bytes / 1e6:.2f} MB of text: {len(train):,} tokens to train on, "
             f"{len(held_out):,} held out, {len(corpus.train.encode()) / len(train):.2f} bytes per token"
@@ -145,7 +143,6 @@ class Demo:
         import torch
 
         from training.config import ROOT, DMPTConfig
-        from training.data import end_of_text_id, load_tokenizer
         from training.model import DMPTForCausalLM
 
         tokenizer = load_tokenizer(self.out / "tokenizer")
@@ -272,8 +269,9 @@ def clear(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
 
 
-def write_json(file: Path, value: dict[str, object]) -> None:
-    file.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+def write(file: Path, text: str) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text, encoding="utf-8")
 
 
 def publish(write: Callable[[Path], None], out: Path) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from training.data import END_OF_TEXT
 
 
-def train_tokenizer(text: str, vocab_size: int, out: Path) -> Tokenizer:
-    """Train on the lines of `text` and write `out`/tokenizer.json; the end of text is id 0.
+def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
+    """A tokenizer of at most `vocab_size` entries for text like `text`; the end of text is id 0.
 
     The same text gives the same tokenizer.
     """
@@ -25,6 +23,4 @@ def train_tokenizer(text: str, vocab_size: int, out: Path) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(text.split("\n"), trainer)
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(out / "tokenizer.json"))
     return tokenizer
