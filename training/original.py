@@ -106,11 +106,12 @@ def load_pt(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(content, Mapping):
         raise InputError(f"{path} holds a {type(content).__name__}, not a checkpoint with model_state_dict")
     state = next((content[key] for key in ("model_state_dict", "state_dict", "model") if key in content), content)
-    tensors = {
+    named = {
         WRAPPERS.sub("", name): tensor
         for name, tensor in (state.items() if isinstance(state, Mapping) else ())
-        if isinstance(name, str) and isinstance(tensor, Tensor) and not COUNTERS.fullmatch(name)
+        if isinstance(name, str) and isinstance(tensor, Tensor)
     }
+    tensors = {name: tensor for name, tensor in named.items() if not COUNTERS.fullmatch(name)}
     if not tensors:
         raise InputError(f"{path} has no tensors under model_state_dict: {EXPECTED}")
     stored = content.get("model_config") or {}
@@ -134,7 +135,8 @@ def our_name(name: str, config: DMPTConfig, ids: Mapping[int, int]) -> str | Non
     if match := re.fullmatch(r"(?:transformer\.)?ln_f(?:_(\w+))?\.(weight|bias)", name):
         node = tree.get(match[1] or ROOT)
         return None if node is None else f"{node.prefix}.ln_f.{match[2]}"
-    return _head_name(name, config, ids) or _gate_name(name, config)
+    head = _head_name(name, config, ids)
+    return _gate_name(name, config) if head is None else head
 
 
 def _head_name(name: str, config: DMPTConfig, ids: Mapping[int, int]) -> str | None:
