@@ -60,9 +60,20 @@ def test_new_folder_and_replacement(swap: str, tmp_path: Path) -> None:
         write(out, version)
         assert version_of(out) == version
         assert os.listdir(out.parent) == ["model [1]"]
-    mask = os.umask(0o022)
-    os.umask(mask)
-    assert out.stat().st_mode & 0o777 == 0o777 & ~mask  # readable by others as any new folder
+
+
+def test_modes_are_those_of_any_new_file(tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        with atomic_folder(tmp_path / "out", "checkpoint") as tmp:
+            product(tmp, "one")
+            (tmp / "trainer_state").mkdir()
+            (tmp / "trainer_state" / "private").touch(mode=0o600)
+    finally:
+        os.umask(old)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out", *(tmp_path / "out").rglob("*"))}
+    assert modes == {"out": 0o750, "config.json": 0o640, "model.safetensors": 0o640, "trainer_state": 0o750,
+                     "private": 0o640}  # fmt: skip
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, OSError])

@@ -383,9 +383,9 @@ def test_converted_dual_computes_what_the_original_computes(tmp_path: Path) -> N
 
     scores = {}
     for side, heads in DUAL["head_allocation"].items():
-        names = {"shared_layers": 0, f"{side}_path": 2}
-        tensors = {f"h.{names[m] + int(i)}.{rest}": tensor for (m, i, rest), tensor in
-                   ((name.split(".", 2), t) for name, t in state.items() if name.count(".") > 1) if m in names}  # fmt: skip
+        first = {"shared_layers": 0, f"{side}_path": 2}
+        blocks = [(name.split(".", 2), tensor) for name, tensor in state.items() if name.count(".") > 1]
+        tensors = {f"h.{first[m] + int(i)}.{rest}": tensor for (m, i, rest), tensor in blocks if m in first}
         tensors |= {name: state[name] for name in ("wte.weight", "wpe.weight")}
         tensors |= {f"ln_f.{part}": state[f"ln_f_{side}.{part}"] for part in ("weight", "bias")}
         stack = GPT2Model(GPT2Config(vocab_size=300, n_positions=64, n_embd=64, n_layer=4, n_head=1)).eval()

@@ -98,7 +98,7 @@ def atomic_folder(out: str | os.PathLike[str], kind: str) -> Iterator[Path]:
         with _locked(tmp):
             try:
                 yield tmp
-                sync_tree(tmp)
+                settle(tmp)
                 _swap(tmp, target)
             except BaseException:  # also Ctrl-C: nothing half-written stays
                 shutil.rmtree(tmp, ignore_errors=True)
@@ -223,10 +223,13 @@ def _made_parents(folder: Path) -> Iterator[None]:
         raise
 
 
-def sync_tree(folder: Path) -> None:
-    """Force every file and folder under `folder` to disk, so that a rename never publishes empty files."""
+def settle(folder: Path) -> None:
+    """Make every file readable as usual (some libraries write private ones) and force all of it to disk, so that a
+    rename never publishes empty files."""
+    mode = folder.stat().st_mode & 0o666
     for parent, _, names in os.walk(folder):
         for name in names:
+            os.chmod(Path(parent) / name, mode)
             _sync(Path(parent) / name)
         _sync(Path(parent))
 
