@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training import losses
+from training.cross_entropy import head_gold
 from training.losses import Across, alone, masked_mean
 from training.model import GATE_HARD, GATE_SOFT, MAX_PROB, DMPTForCausalLM, Hidden
 from training.options import TrainOptions
@@ -116,14 +117,20 @@ class Objective:
             if leaf in full:
                 rows.append(full[leaf][1].gather(-1, labels[..., None])[..., 0])
             elif routes is None:
-                rows.append(self.model.gold_log_probs(leaf, h, labels))
+                rows.append(self.leaf_gold(leaf, h, labels))
             else:
                 mine = routes == i
                 row = torch.full(labels.shape, -torch.inf, device=labels.device)
                 if mine.any():
-                    row = row.masked_scatter(mine, self.model.gold_log_probs(leaf, h[mine], labels[mine]))
+                    row = row.masked_scatter(mine, self.leaf_gold(leaf, h[mine], labels[mine]))
                 rows.append(row)
         return torch.stack(rows)
+
+    def leaf_gold(self, leaf: str, h: Tensor, labels: Tensor) -> Tensor:
+        """model.gold_log_probs, in less time: (..., E), (...) -> (...)."""
+        heads = [self.model.get_parameter(f"heads.{j}.weight") for j in self.model.config.head_allocation[leaf]]
+        gold = torch.stack([head_gold(h, weight, labels) for weight in heads], -1)
+        return torch.logsumexp(gold + self.model.head_log_weights(leaf, h), dim=-1)
 
     def choose(self, gold: Tensor, log_w: Tensor, routes: Tensor, hidden: Hidden) -> Tensor:
         """log P of the labels under the path selection: (L, B, S), (L, B, S), (B, S) -> (B, S).

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from training import state
 from training.batches import TokenBatches
@@ -107,6 +107,10 @@ class Trainer:
         self.epoch_steps = max(1, len(self.batches) // self.per_step)
         self.total = options.max_steps or max(1, options.epochs * len(self.batches) // self.per_step)
 
+        self.freezer = Freezer(model, options, read_freeze_schedule(options.freeze_schedule), self.epoch_steps)
+        for mode in (options.train_path_selection, options.eval_path_selection):
+            model.leaves_of_mode(mode)  # unknown ones are refused here, before anything is written
+
         if self.accelerator.is_main_process:
             prepare_folder(out, resume, overwrite)
         self.accelerator.wait_for_everyone()
@@ -114,7 +118,6 @@ class Trainer:
         if folder is not None:
             load_weights(model, folder)
         model.to(self.accelerator.device)
-        self.freezer = Freezer(model, options, read_freeze_schedule(options.freeze_schedule), self.epoch_steps)
         self.objective = Objective(model, options, lambda t: self.accelerator.reduce(t, "mean"))
         self.optimizer = make_optimizer(model, options)
         data = {"tokens": len(tokens), "crc32": zlib.crc32(tokens.data), "length": self.length, "seed": options.seed}
@@ -229,7 +232,13 @@ class Trainer:
             for p in active:  # a leaf that no token of this process was routed to has none
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                 p.grad = self.accelerator.reduce(p.grad, "mean")
-        return nn.utils.clip_grad_norm_(active, self.options.clip_grad_norm or math.inf).item()
+        grads = [p.grad for p in active if p.grad is not None]
+        norm = torch.stack([grad.norm() for grad in grads]).norm().item()
+        limit = self.options.clip_grad_norm
+        if limit and limit < norm < math.inf:  # what is not finite stays as it is: it is going to be named
+            for grad in grads:
+                grad.mul_(limit / norm)
+        return norm
 
     def lr(self) -> float:
         return max(group["lr"] for group in self.optimizer.param_groups)
