@@ -6,6 +6,8 @@ import contextlib
 import json
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -189,6 +191,34 @@ def test_tokenizer_json_is_always_there(tokenizer_folder: Path, tmp_path: Path) 
     assert list(empty.iterdir()) == []
 
 
+def test_copied_tokenizer_does_not_cut_texts(tokenizer_folder: Path, tmp_path: Path, sample_text: str) -> None:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    whole = tokenizer.encode(sample_text).ids
+    tokenizer.enable_truncation(8)
+    (tmp_path / "src").mkdir()
+    tokenizer.save(str(tmp_path / "src" / "tokenizer.json"))
+    assert copy_tokenizer(tmp_path / "src", tmp_path)
+    assert Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(sample_text).ids == whole
+
+
+FULL_DISK = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # no file may grow longer: the same as a full disk
+from dmpt_export.cli import main
+sys.exit(main(["init", sys.argv[1], sys.argv[2]]))
+"""
+
+
+def test_full_disk_is_exit_code_5_and_leaves_nothing(tiny_gpt2: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL_DISK, str(tiny_gpt2), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 5, done.stderr
+    assert "File too large" in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- wrong folders ----------------------------------------------------------------------------------
 
 
@@ -369,6 +399,11 @@ def test_nan_and_infinity_name_the_tensor(value: float, dmpt_copy: Path) -> None
     edit_tensors(dmpt_copy, lambda tensors: tensors["paths.left.h.3.mlp.c_fc.weight"][5, 7:9].fill_(value))
     with one_line("'paths.left.h.3.mlp.c_fc.weight' holds 2 NaN or infinite"):
         load_model(dmpt_copy)
+
+
+def test_large_values_are_not_taken_for_infinity(gpt2_copy: Path) -> None:
+    edit_tensors(gpt2_copy, lambda tensors: tensors["transformer.wte.weight"].fill_(3e38))  # their sum overflows
+    assert load_state(gpt2_copy)[1]["transformer.wte.weight"].max() == np.float32(3e38)
 
 
 def test_overflow_of_a_double_is_infinity_too(gpt2_copy: Path) -> None:

@@ -12,17 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from training.atomic import atomic_file, atomic_folder, check_replaceable
+from training.atomic import atomic_file, atomic_folder, check_replaceable, recover
 from training.config import DMPTConfig
 from training.data import load_tokenizer
 from training.errors import InputError
 from training.files import TOKENIZER_FILES, read_json, resolve
 from training.gpt2 import config_from_gpt2, dmpt_name
 from training.model import DMPTForCausalLM
-from training.tensors import SINGLE, read_tensors
+from training.tensors import SINGLE, read_tensors, write_tensors
 
 __all__ = [
     "Checkpoint",
@@ -37,6 +36,7 @@ __all__ = [
     "model_from_tensors",
     "read_checkpoint",
     "read_config",
+    "recover",
     "resolve",
     "save_model",
     "write_model",
@@ -203,7 +203,7 @@ def write_model(
         if model.heads[0].weight is not model.transformer.wte.weight:
             raise ValueError("config ties heads.0 to transformer.wte, but the model holds two tensors: tie_weights()")
         tensors.pop(TIED_HEAD)
-    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+    write_tensors(folder / SINGLE, tensors)
     _write_json(folder / "config.json", config_fields(config))
     ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id")}
     _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
@@ -230,7 +230,8 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 def copy_tokenizer(src: Source, dst: Source, vocab_size: int | None = None) -> bool:
     """Copy the tokenizer files of a model folder or hub id; False when it has none.
 
-    `dst` always ends up with a tokenizer.json, built from vocab.json and merges.txt when `src` has only those.
+    `dst` always ends up with a tokenizer.json that neither truncates nor pads, built from vocab.json and
+    merges.txt when `src` has only those.
     Raises InputError when the tokenizer is damaged or knows ids that a model of `vocab_size` does not.
     """
     source, target = resolve(src, TOKENIZER_FILES), Path(dst)
@@ -246,8 +247,11 @@ def copy_tokenizer(src: Source, dst: Source, vocab_size: int | None = None) -> b
         )
     for name in names:
         shutil.copyfile(source / name, target / name)
-    if "tokenizer.json" not in names:
-        tokenizer.save(str(target / "tokenizer.json"))
+    built = "tokenizer.json" not in names
+    if built or any(read_json(source / "tokenizer.json").get(key) for key in ("truncation", "padding")):
+        tokenizer.save(
+            str(target / "tokenizer.json")
+        )  # load_tokenizer switched both off: they would cut texts silently
     return True
 
 

@@ -1,12 +1,15 @@
-"""Safetensors files in: one file or shards, checked for damage; every error names the file and what to do."""
+"""Safetensors files: one file or shards, checked for damage; every error names the file and what to do."""
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from training.errors import InputError
@@ -31,6 +34,17 @@ def read_tensors(folder: Path, rename: Callable[[str], str | None] = lambda name
                 raise InputError(f"{path} holds tensor '{new}' twice (as '{name}' too): export the model again")
             out[new] = as_float32(path, name, tensor)
     return out
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write one safetensors file. Raises OSError when the disk does not take it."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        system = re.search(r"os error (\d+)", str(error))  # the library says it only in words
+        if system is None:
+            raise
+        raise OSError(int(system[1]), os.strerror(int(system[1])), str(path)) from error
 
 
 def tensor_files(folder: Path) -> list[tuple[Path, list[str] | None]]:
