@@ -109,7 +109,7 @@ class Sequence:
         self.bind_call(size, log_probs)
         self.bind_pending()
         self.bind_rows(start, size)
-        self.engine.run(self.binding)
+        self.engine.run(self.binding, tidy=size > 1)
         self.advance(total)
         return self.routes.copy()
 

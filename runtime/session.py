@@ -30,6 +30,9 @@ class Engine:
         self._ort = import_onnxruntime(device)
         self._errors = ort_errors(self._ort)
         self._session: Any = self._open(folder, threads)
+        self._tidy = self._ort.RunOptions()
+        if device == "cpu":  # a long prompt needs ten times the memory of the steps after it
+            self._tidy.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         check_graph(self._session, manifest, folder)
 
     def _open(self, folder: Path, threads: int) -> Any:
@@ -49,10 +52,13 @@ class Engine:
         """A fresh onnxruntime.IOBinding."""
         return self._ort.IOBinding(self._alive())
 
-    def run(self, binding: Any) -> None:
-        """One run over what is bound. Raises OutOfMemory, or ModelError for any other failure inside the graph."""
+    def run(self, binding: Any, tidy: bool = False) -> None:
+        """One run over what is bound; `tidy` gives the memory it needed back to the system.
+
+        Raises OutOfMemory, or ModelError for any other failure inside the graph.
+        """
         try:
-            self._alive().run_with_iobinding(binding)
+            self._alive().run_with_iobinding(binding, self._tidy if tidy else None)
         except self._errors as error:
             raise explained(error, "ONNX Runtime failed to run the model") from error
 
@@ -110,8 +116,6 @@ def session_options(ort: Any, device: str, threads: int) -> Any:
     options.log_severity_level = SEVERITY[device]
     # Patterns are kept per input shape, and pending rows and prompts come in any: they would pile up.
     options.enable_mem_pattern = False
-    # Weights are read once and stay: an arena that grows in powers of two would hold up to twice their size.
-    options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     if device == "cuda":
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     return options

@@ -128,6 +128,14 @@ def test_impossible_tokens_are_never_drawn() -> None:
     assert {sampler(scores) for _ in range(100)} == {1, 3}
 
 
+@pytest.mark.parametrize(("u", "token"), [(0.0, 1), (0.49, 1), (0.5, 3), (np.nextafter(1, 0), 3)])
+def test_draws_at_the_edges(u: float, token: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = np.array([-np.inf, math.log(0.5), -np.inf, math.log(0.5), -np.inf], np.float32)
+    sampler = Sampler(Sampling(seed=0))
+    monkeypatch.setattr(sampler, "rng", type("Fixed", (), {"random": lambda self: u})())
+    assert sampler(scores) == token
+
+
 @pytest.mark.parametrize("options", [{}, {"seed": 1}, {"top_k": 2}, {"top_p": 0.5}])
 def test_nan_is_an_error(options: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match="NaN"):

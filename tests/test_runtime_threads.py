@@ -59,7 +59,7 @@ def test_no_limit(groups: str, files: dict[str, str], tmp_path: Path) -> None:
     assert quota(tmp_path, groups, files) is None
 
 
-@pytest.mark.parametrize(("cpus", "limit", "want"), [(8, None, 8), (8, 2.5, 2), (8, 0.4, 1), (2, 16.0, 2)])
+@pytest.mark.parametrize(("cpus", "limit", "want"), [(8, None, 8), (8, 2.7, 2), (8, 0.4, 1), (2, 16.0, 2)])
 def test_default_threads(cpus: int, limit: float | None, want: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "visible_cpus", lambda: cpus)
     monkeypatch.setattr(threads, "cpu_quota", lambda: limit)
