@@ -55,7 +55,7 @@ class Sequence:
         """capacity: tokens to make room for at once; room doubles when needed, up to the context."""
         self.engine = engine
         manifest = engine.manifest
-        self.config, self.leaves = manifest.config, manifest.leaves
+        self.config = manifest.config
         self.nodes: list[Node] = list(manifest.tree)
         self.children = [(f"pending.{node.name}", node.name, node.parent) for node in self.nodes if node.parent]
         self.splits = [node.name for node in self.nodes if node.children]
@@ -75,6 +75,10 @@ class Sequence:
         self.capacity = 0
         self.caches: dict[str, Cache] = {}
         self.rows: dict[str, NDArray[Any]] = {}  # split node -> its output rows for tokens [0, done)
+        self.rows_at: dict[str, int] = {}  # address of each
+        self.every_position = np.arange(0)
+        self.bound: tuple[int, int, int] | None = None  # tokens, last, address of log_probs
+        self.nothing_pending: set[str] = set()  # nodes bound to no rows
         self.reserve(min(capacity, self.config.n_positions))
 
     @property
@@ -145,8 +149,7 @@ class Sequence:
 
     def bind_all(self) -> None:
         """Bind the caches and forget what else was bound. The order of outputs is that of the manifest from here on."""
-        self.bound: tuple[int, int, int] | None = None  # tokens, last, address of log_probs
-        self.nothing_pending: set[str] = set()
+        self.bound, self.nothing_pending = None, set()
         for name in self.engine.manifest.outputs:
             self.binding.bind_output(name)
         for name, cache in self.caches.items():
