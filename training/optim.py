@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from training.errors import InputError
@@ -72,6 +73,23 @@ def lr_factor(step: int, total: int, options: TrainOptions) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return SHAPES[options.lr_schedule](max(0.0, (total - step) / max(1, total - warmup)))
+
+
+def collect_gradients(model: nn.Module, accelerator: Accelerator, limit: float) -> float:
+    """Average the active parameters' gradients over the processes and clip them; returns their total norm.
+
+    limit: the largest total norm, 0 for none. A norm that is not finite leaves the gradients as they are.
+    """
+    active = [p for p in model.parameters() if p.requires_grad]
+    if accelerator.num_processes > 1:
+        for p in active:  # a leaf that no token of this process was routed to has none
+            p.grad = accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
+    grads = [p.grad for p in active if p.grad is not None]
+    norm = torch.stack([grad.norm() for grad in grads]).norm().item()
+    if limit and limit < norm < math.inf:
+        for grad in grads:
+            grad.mul_(limit / norm)
+    return norm
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import nn
 
 from training.atomic import _recover as recover
@@ -16,18 +17,36 @@ from training.model import Attention, DMPTForCausalLM
 from training.options import TrainOptions
 
 
+def on_cpu(options: TrainOptions) -> bool:
+    """Whether to tell accelerate so; else several processes on a machine without GPU do not find each other."""
+    return options.cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+
+
+def check_folder(out: Path, overwrite: bool) -> None:
+    """Raise InputError when a new run cannot go to `out`: it holds something else, or a run that is to be kept."""
+    if not out.is_dir():
+        if out.exists():
+            raise InputError(f"{out} is a file: give a folder that does not exist yet")
+        return
+    ours = {path.name for path in out.iterdir()} & {"last", "metrics.jsonl"}
+    if any(out.iterdir()) and not ours:
+        raise InputError(f"{out} is not empty and holds no training run: give another folder")
+    if "last" in ours and not overwrite:
+        raise InputError(f"{out} holds a training run: continue it with --resume, or start anew with --overwrite")
+
+
 def prepare_folder(out: Path, resume: bool | str | os.PathLike[str], overwrite: bool) -> None:
-    """Make `out` ready for a run. Raises InputError when it holds anything but a run that may be replaced."""
+    """Make `out` ready for a run. Raises InputError as check_folder."""
     recover((out / "last").resolve())  # a kill in the middle of replacing OUT/last
-    if not resume and out.exists() and any(out.iterdir()):
-        if not (out / "last").is_dir() and not (out / "metrics.jsonl").is_file():
-            raise InputError(f"{out} is not empty and holds no training run: give another folder")
-        if (out / "last").is_dir() and not overwrite:
-            raise InputError(f"{out} holds a training run: continue it with --resume, or start anew with --overwrite")
+    if not resume:
+        check_folder(out, overwrite)
         for name in ("last", "best", "tensorboard"):
             shutil.rmtree(out / name, ignore_errors=True)
         (out / "metrics.jsonl").unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {out}: {error.strerror}") from error
 
 
 def resume_folder(out: Path, resume: bool | str | os.PathLike[str]) -> Path | None:

@@ -42,6 +42,7 @@ class Progress:
     meter: dict[str, float] = field(default_factory=dict)  # sums since the last log line
     options: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)  # what the order of the data depends on
+    about: dict[str, Any] = field(default_factory=dict)  # what the caller wants to find again
     format_version: int = FORMAT
 
 

@@ -10,6 +10,7 @@ import zlib
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,9 +27,9 @@ from training.interrupt import Interrupted, StopRequest, stop_on_signals
 from training.model import DMPTForCausalLM
 from training.nonfinite import NonFiniteError, first_bad_tensor
 from training.objective import Loss, Objective
-from training.optim import lr_factor, make_optimizer, set_lr
+from training.optim import collect_gradients, lr_factor, make_optimizer, set_lr
 from training.options import TrainOptions, read_freeze_schedule
-from training.setup import apply_to_config, check_tokens, load_weights, prepare_folder, resume_folder
+from training.setup import apply_to_config, check_tokens, load_weights, on_cpu, prepare_folder, resume_folder
 from training.watch import Meter, Watcher, perplexity
 
 
@@ -53,6 +54,7 @@ def train(
     tokenizer_from: str | os.PathLike[str] | None = None,
     resume: bool | str | os.PathLike[str] = False,
     overwrite: bool = False,
+    about: dict[str, Any] | None = None,
     progress: bool = True,
     title: str = "training",
 ) -> TrainResult:
@@ -63,6 +65,7 @@ def train(
     tokenizer_from: model folder whose tokenizer goes into the checkpoints.
     resume: True continues OUT/last, a path continues that run; its weights replace the model's.
     overwrite: start anew where a run already lies, deleting it.
+    about: anything JSON can hold, stored with the trainer state.
     progress: show a bar on stderr when that is a terminal. title: the bar's name.
 
     Raises InputError for options or data that cannot be used, NonFiniteError (naming step and tensor) when the
@@ -70,6 +73,7 @@ def train(
     """
     started = time.monotonic()
     trainer = Trainer(model, tokens, options, Path(out), eval_tokens, tokenizer_from, resume, overwrite)
+    trainer.progress.about = about or trainer.progress.about
     watcher = trainer.watcher(title, progress)
     try:
         with stop_on_signals() as stop:
@@ -95,7 +99,7 @@ class Trainer:
     ) -> None:
         options.check()
         self.options, self.out, self.tokenizer_from, self.eval_tokens = options, out, tokenizer_from, eval_tokens
-        self.accelerator = Accelerator(gradient_accumulation_steps=options.grad_accum_steps, cpu=options.cpu or None)
+        self.accelerator = Accelerator(gradient_accumulation_steps=options.grad_accum_steps, cpu=on_cpu(options))
         torch.manual_seed(options.seed + self.accelerator.process_index)
         self.model = model
         apply_to_config(model, options)
@@ -118,14 +122,14 @@ class Trainer:
         if folder is not None:
             load_weights(model, folder)
         model.to(self.accelerator.device)
-        self.objective = Objective(model, options, lambda t: self.accelerator.reduce(t, "mean"))
+        self.objective = Objective(model, options, self.across)
         self.optimizer = make_optimizer(model, options)
         data = {"tokens": len(tokens), "crc32": zlib.crc32(tokens.data), "length": self.length, "seed": options.seed}
         self.notes: list[str] = []
         self.progress = state.Progress(options=dataclasses.asdict(options), data=data)
         if folder is not None:
             self.restore(folder)
-        self.meter = Meter(self.progress.meter)
+        self.meter = Meter(self.progress.meter, self.across)
         self.evaluation: Evaluation | None = None
 
     # --- starting and resuming ------------------------------------------------------------------------
@@ -150,7 +154,7 @@ class Trainer:
         self.progress = dataclasses.replace(saved, options=options, data=data, finished=saved.step >= self.total)
 
     def watcher(self, title: str, show: bool) -> Watcher:
-        main, board = self.accelerator.is_local_main_process, self.options.tensorboard
+        main, board = self.accelerator.is_main_process, self.options.tensorboard
         leaves = self.model.config.leaves
         watcher = Watcher(self.out, leaves, self.total, self.progress.step, title, main, show, board)
         for note in self.notes:
@@ -201,7 +205,7 @@ class Trainer:
             loss = self.forward(ids)
             self.meter.add(loss)
             self.accelerator.backward(loss.total)  # divides by the number of passes
-        norm = self.gradients()
+        norm = collect_gradients(self.model, self.accelerator, self.options.clip_grad_norm)
         newest = self.meter.flush()
         if not math.isfinite(self.meter.sums["loss"]) or not math.isfinite(norm):
             where = first_bad_tensor(self.model, lambda: self.forward(ids).terms)
@@ -218,27 +222,17 @@ class Trainer:
         with self.autocast():
             return self.objective(ids)
 
+    def across(self, value: Tensor) -> Tensor:
+        """Mean over the processes."""
+        mean: Tensor = self.accelerator.reduce(value, "mean")
+        return mean
+
     def autocast(self) -> AbstractContextManager[None]:
         wanted = self.options.bf16 or self.accelerator.mixed_precision == "bf16"
         context: AbstractContextManager[None] = torch.autocast(
             self.accelerator.device.type, torch.bfloat16, enabled=wanted
         )
         return context
-
-    def gradients(self) -> float:
-        """Average the active gradients over the processes and clip them; returns their total norm."""
-        active = [p for p in self.model.parameters() if p.requires_grad]
-        if self.accelerator.num_processes > 1:
-            for p in active:  # a leaf that no token of this process was routed to has none
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                p.grad = self.accelerator.reduce(p.grad, "mean")
-        grads = [p.grad for p in active if p.grad is not None]
-        norm = torch.stack([grad.norm() for grad in grads]).norm().item()
-        limit = self.options.clip_grad_norm
-        if limit and limit < norm < math.inf:  # what is not finite stays as it is: it is going to be named
-            for grad in grads:
-                grad.mul_(limit / norm)
-        return norm
 
     def lr(self) -> float:
         return max(group["lr"] for group in self.optimizer.param_groups)

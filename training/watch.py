@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from training.errors import InputError
+from training.losses import Across, alone
 from training.objective import Loss
 
 COLLAPSED = 0.05  # a path under this share of the tokens ...
@@ -24,8 +25,10 @@ PATIENCE = 3  # ... in so many log lines in a row is warned about
 class Meter:
     """Running sums since the last log line; means are over forward passes. Its sums survive a resume."""
 
-    def __init__(self, sums: dict[str, float] | None = None) -> None:
+    def __init__(self, sums: dict[str, float] | None = None, across: Across = alone) -> None:
+        """across: the mean over processes, so that every process knows the whole batch's values."""
         self.sums: dict[str, float] = defaultdict(float, sums or {})
+        self.across = across
         self._pending: list[dict[str, Tensor]] = []
 
     def add(self, loss: Loss) -> None:
@@ -41,7 +44,8 @@ class Meter:
         """Move what is pending into the sums (one transfer per pass); returns the newest pass's values."""
         newest: dict[str, float] = {}
         for values in self._pending:
-            newest = dict(zip(values, torch.stack(list(values.values())).float().tolist(), strict=True))
+            whole = self.across(torch.stack(list(values.values())).float())
+            newest = dict(zip(values, whole.tolist(), strict=True))
             for name, value in newest.items():
                 self.sums[name] += value
             self.sums["passes"] += 1

@@ -1,0 +1,256 @@
+"""`dmpt-export train` without its wrapping: the options, and what they do. Heavy imports stay inside functions."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from training.errors import InputError
+from training.files import read_json, resolve
+from training.options import TrainOptions
+from training.recipes import Recipe, names, read_recipe
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from training.model import DMPTForCausalLM
+    from training.trainer import TrainResult
+
+TYPES = {"int": int, "float": float, "str": str, "bool": bool}
+# The first option of each part of the help
+SECTIONS = {
+    "model": "Model, data and result",
+    "splits": "Making a DMPT of a GPT-2 first",
+    "from_scratch": "Starting from nothing",
+    "epochs": "How long",
+    "lr": "Optimizer",
+    "train_path_selection": "What is minimised",
+    "gate_temp": "The model's own settings",
+    "freeze_head0_steps": "Freezing",
+    "log_every": "Watching and saving",
+    "bf16": "Machine",
+}
+
+
+def parameters() -> list[click.Parameter]:
+    """Arguments and options. Underscores and dashes in option names mean the same."""
+    path, file = click.Path(path_type=Path), click.Path(path_type=Path, dir_okay=False)
+    option = click.Option
+    return [
+        click.Argument(["model_argument"], required=False, metavar="[MODEL]"),
+        click.Argument(["out_argument"], required=False, type=path, metavar="[OUT]"),
+        option(["--model", "--pretrained-model", "--init-from-dual", "model"], metavar="MODEL", help="Same as MODEL."),
+        option(["--out", "--checkpoint-dir", "out"], type=path, metavar="OUT", help="Same as OUT."),
+        option(["--data"], multiple=True, type=file, metavar="FILE", help="Text to train on; give it several times."),
+        option(
+            ["--eval-data"], multiple=True, type=file, metavar="FILE", help="Held-out text; without it no best model."
+        ),
+        option(["--tokenizer"], metavar="FOLDER", help="Tokenizer of --from-scratch, or instead of MODEL's own."),
+        option(["--resume"], is_flag=False, flag_value="", metavar="[RUN]", help="Continue OUT, or the run given."),
+        option(["--overwrite"], is_flag=True, help="Start anew where a run already lies, deleting it."),
+        option(["--recipe"], metavar="NAME", help=f"Settings and phases: {', '.join(names())}, or a JSON file."),
+        option(["--cache-dir"], type=path, help="Where tokenised text is kept.  [~/.cache/dmpt-export]"),
+        option(["--splits", "--split-at-layer", "splits"], metavar="LIST", help="As in init: 6, or 6,9, or none."),
+        option(["--heads", "--n-lm-perceptrons", "heads"], type=int, help="As in init: vocabulary heads in all."),
+        option(["--head-allocation"], type=file, metavar="FILE.json", help="As in init: the heads of each leaf."),
+        option(["--use-head-mixture/--no-use-head-mixture"], default=None, help="no: a single head for each leaf."),
+        option(["--gate-hidden"], type=int, default=256, show_default=True, help="As in init: width of the gates."),
+        option(["--from-scratch"], is_flag=True, help="A new GPT-2 with random weights, instead of MODEL."),
+        option(["--n-layer"], type=int, default=12, show_default=True, help="Its blocks."),
+        option(["--n-embd"], type=int, default=768, show_default=True, help="Its width."),
+        option(["--n-head"], type=int, default=12, show_default=True, help="Its attention heads."),
+        option(["--n-positions"], type=int, default=1024, show_default=True, help="Its context, in tokens."),
+        *(_option(field) for field in fields(TrainOptions)),
+    ]
+
+
+def _option(field: dataclasses.Field[Any]) -> click.Option:
+    kind = TYPES[str(field.type).split(" ", 1)[0]]
+    name = f"--{field.name.replace('_', '-')}"
+    aliases = ["--max-grad-norm"] if field.name == "clip_grad_norm" else []
+    shown = {"show_default": field.default is not None and kind is not bool, "help": field.metadata["help"]}
+    if kind is bool:
+        return click.Option([name, field.name], is_flag=True, default=field.default, **shown)
+    return click.Option([name, *aliases, field.name], type=kind, default=field.default, **shown)
+
+
+def run(values: dict[str, Any], explicit: set[str]) -> None:
+    """Train. `values` of parameters() by name; `explicit`: those that the user gave."""
+    model_name, out = _places(values)
+    recipe = read_recipe(values["recipe"]) if values["recipe"] else Recipe()
+    chosen = {name: values[name] for name in explicit & {field.name for field in fields(TrainOptions)}}
+    source = None if values["resume"] is None else _run_folder(Path(values["resume"] or out))
+    saved = {} if source is None or len(recipe.phases) > 1 else _saved(source)
+    about = saved.get("about", {"model": model_name}) | _given_files(values)
+    if not about.get("data"):
+        raise click.UsageError("--data FILE is missing: the text to train on")
+    options = [TrainOptions.from_dict(saved.get("options", {}) | phase | chosen, "the run") for phase in recipe.phases]
+    for one in options:
+        one.check()
+
+    from accelerate import PartialState
+
+    from training.setup import check_folder, on_cpu
+    from training.trainer import train
+
+    if source is None and len(options) == 1:
+        check_folder(out, values["overwrite"])
+    first = None if len(options) > 1 else source
+    tokenizer_from = values["tokenizer"] or (first and str(first)) or model_name
+    if tokenizer_from is None:
+        raise click.UsageError("--from-scratch needs --tokenizer FOLDER")
+    folder = resolve(tokenizer_from)
+    model = _model(first, model_name, folder, values, recipe)
+    processes = PartialState(cpu=on_cpu(options[0]))
+    with processes.main_process_first():  # it tokenises, the others find the result
+        texts = [_tokens(about.get(key), folder, model, values["cache_dir"]) for key in ("data", "eval_data")]
+    tokens, eval_tokens = texts
+    assert tokens is not None
+    shared: dict[str, Any] = {"tokenizer_from": folder, "about": about, "overwrite": values["overwrite"]}
+    if len(options) > 1:
+        result = _phases(model, tokens, eval_tokens, out, options, source is not None, shared)
+    else:
+        result = train(model, tokens, options[0], out, eval_tokens, resume=source or False, **shared)
+    if processes.is_main_process:
+        click.echo(report(result), err=True)
+
+
+def _places(values: dict[str, Any]) -> tuple[str | None, Path]:
+    """(MODEL, OUT), however they were given. Raises UsageError when one is missing."""
+    places = [place for place in (values["model_argument"], values["out_argument"]) if place is not None]
+    model, out = values["model"], values["out"]
+    new = values["from_scratch"] or values["resume"] is not None
+    if model is None and places and not (new and out is None and len(places) == 1):
+        model = str(places.pop(0))
+    if out is None and places:
+        out = places.pop(0)
+    if places:
+        raise click.UsageError(f"'{places[0]}' is too much: MODEL and OUT are already given by --model and --out")
+    if out is None and values["resume"]:
+        out = values["resume"]
+    if out is None:
+        raise click.UsageError("OUT is missing: dmpt-export train MODEL OUT --data FILE")
+    if model is None and not new:
+        raise click.UsageError("MODEL is missing: a GPT-2 or DMPT folder or hub id, or --from-scratch")
+    return model, Path(out)
+
+
+def _given_files(values: dict[str, Any]) -> dict[str, list[str]]:
+    """The text files of this command line, by absolute path so that --resume finds them from anywhere."""
+    return {key: [os.path.abspath(path) for path in values[key]] for key in ("data", "eval_data") if values[key]}
+
+
+def report(result: TrainResult) -> str:
+    """What came out, in two lines."""
+    from training.watch import perplexity
+
+    lines = f"{result.folder}: {result.steps} steps, {result.tokens:,} tokens, {result.seconds:.0f} s"
+    if result.best_loss is not None:
+        lines += f"; held-out perplexity {perplexity(result.best_loss):.2f} (the best model, which is the one in OUT)"
+    return f"{lines}\nnext: dmpt-export quantize {result.folder} SMALL --scheme int8"
+
+
+def _run_folder(run: Path) -> Path:
+    return run / "last" if (run / "last").is_dir() else run
+
+
+def _saved(source: Path | None) -> dict[str, Any]:
+    """state.json of a run to be resumed: its options and data are the defaults."""
+    if source is None:
+        return {}
+    path = source / "trainer_state" / "state.json"
+    if not path.is_file():
+        raise InputError(f"cannot resume: {source} has no trainer_state; leave --resume out, or give the run's folder")
+    return read_json(path)
+
+
+def _model(
+    source: Path | None, name: str | None, tokenizer: Path, values: dict[str, Any], recipe: Recipe
+) -> DMPTForCausalLM:
+    """The model to start with: resumed, new, or loaded, and made a DMPT when the options say so."""
+    import torch
+
+    from training.checkpoint import load_model
+    from training.config import ROOT, DMPTConfig
+    from training.data import end_of_text_id, load_tokenizer
+    from training.init import init_from_gpt2, read_head_allocation
+    from training.model import DMPTForCausalLM
+
+    if source is not None:
+        return load_model(source)
+    if values["from_scratch"]:
+        sizes = {key: values[key] for key in ("n_layer", "n_embd", "n_head", "n_positions")}
+        words = load_tokenizer(tokenizer)
+        eot = end_of_text_id(words)
+        torch.manual_seed(values["seed"])
+        config = DMPTConfig(
+            vocab_size=words.get_vocab_size(), head_allocation={ROOT: [0]}, bos_token_id=eot, eos_token_id=eot, **sizes
+        )
+        model = DMPTForCausalLM(config)
+    else:
+        assert name is not None
+        model = load_model(name)
+    shape = recipe.init | {key: values[key] for key in ("splits", "heads", "fast_k") if values[key] is not None}
+    if isinstance(shape.get("splits"), str):
+        shape["splits"] = _splits(shape["splits"])
+    allocation = read_head_allocation(values["head_allocation"]) if values["head_allocation"] else None
+    wanted = {"splits", "heads"} & set(shape) or allocation or values["use_head_mixture"] is not None
+    plain = not model.config.splits and model.config.n_vocab_heads == 1
+    if not wanted or not plain:  # a DMPT keeps the shape it has
+        return model
+    if values["use_head_mixture"] is False:
+        allocation, shape["heads"] = None, 2 ** len(shape.get("splits") or [0])
+    return init_from_gpt2(model, head_allocation=allocation, gate_hidden=values["gate_hidden"], **shape)
+
+
+def _splits(text: str) -> list[int]:
+    if text.strip().lower() == "none":
+        return []
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(
+            f"--splits {text!r} is no list of block indices such as 6 or 6,9, nor 'none'"
+        ) from None
+
+
+def _tokens(
+    files: list[str] | None, tokenizer: Path, model: DMPTForCausalLM, cache_dir: Path | None
+) -> np.ndarray | None:
+    """The files' tokens, tokenised once and kept."""
+    from training.data import end_of_text_id, load_tokenizer, token_cache
+
+    if not files:
+        return None
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    words = load_tokenizer(tokenizer)
+    return token_cache(files, words, end_of_text_id(words, model.config), cache_dir or home / "dmpt-export")
+
+
+def _phases(
+    model: DMPTForCausalLM,
+    tokens: np.ndarray,
+    eval_tokens: np.ndarray | None,
+    out: Path,
+    phases: list[TrainOptions],
+    resume: bool,
+    shared: dict[str, Any],
+) -> TrainResult:
+    """Train a recipe's phases, each a run of its own in OUT/phase-N; OUT becomes the last one's model."""
+    from training import state
+    from training.checkpoint import load_model
+    from training.trainer import train
+
+    for number, options in enumerate(phases, start=1):
+        folder = out / f"phase-{number}"
+        started = resume and (folder / "last").is_dir()
+        title = f"phase {number} of {len(phases)}"
+        result = train(model, tokens, options, folder, eval_tokens, resume=started, title=title, **shared)
+        model = load_model(folder)
+    state.publish(folder, out)
+    return replace(result, folder=out)
