@@ -538,6 +538,22 @@ def test_a_path_that_is_hardly_used_is_warned_about(tmp_path: Path, capsys: pyte
     assert "path 'right' gets 0.0%" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("splits", "mode"), [([], "gate_soft"), ([2], "gate_soft"), ([2], "left_only")])
+def test_the_bar_shows_the_run_and_changes_nothing(
+    tmp_path: Path, splits: list[int], mode: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = options(train_path_selection=mode)
+    train(random_model(splits, 4), TOKENS, settings, tmp_path / "quiet")
+    assert "step/s" not in capsys.readouterr().err  # no terminal, no bar
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    train(random_model(splits, 4), TOKENS, settings, tmp_path / "shown", title="dual")
+    err = capsys.readouterr().err
+    assert "dual: 100%" in err and "ppl=" in err and "tok/s=" in err
+    assert ("routes=left" in err) == (splits == [2] and mode == "gate_soft")
+    assert [set(record) for record in metrics(tmp_path / "shown")] == [set(r) for r in metrics(tmp_path / "quiet")]
+    assert losses_of(tmp_path / "shown") == losses_of(tmp_path / "quiet")
+
+
 def test_routes_and_head_usage_are_logged(tmp_path: Path) -> None:
     train(random_model([2], 4), TOKENS, options(max_steps=2), tmp_path / "run")
     record = metrics(tmp_path / "run")[0]

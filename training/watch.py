@@ -85,9 +85,10 @@ class Watcher:
         if self.bar.disable:
             return
         seen: dict[str, str] = {"loss": f"{loss:.3f}", "ppl": f"{perplexity(loss):.1f}"}
-        if passes := meter.sums.get("passes"):
-            routes = [f"{leaf} {meter.sums[f'route.{i}'] / passes:.0%}" for i, leaf in enumerate(self.leaves)]
-            seen |= {"routes": " ".join(routes)} if len(routes) > 1 else {}
+        shares = [meter.sums[f"route.{i}"] for i in range(len(self.leaves)) if f"route.{i}" in meter.sums]
+        if shares:  # none without a fork
+            passes = meter.sums["passes"]
+            seen["routes"] = " ".join(f"{leaf} {n / passes:.0%}" for leaf, n in zip(self.leaves, shares, strict=True))
         seen["tok/s"] = f"{self.tokens / max(time.monotonic() - self.since, 1e-9):.0f}"
         self.bar.set_postfix(seen, refresh=False)
 
