@@ -1,7 +1,5 @@
 # Two commands: `make demo` (everything from text to a running quantized model) and `make test`.
 # Each prepares .venv by itself. PYTHON=python3.12 make ... chooses another interpreter (3.11 or later).
-# Where the package index offers only CUDA builds of torch, name one with CPU builds first:
-#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
