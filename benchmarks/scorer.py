@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from training.model import DMPTForCausalLM
 
 MANIFEST = "dmpt_manifest.json"
-GATE_HARD = "gate_hard"  # training.model's name; repeated because that module imports torch
+GATE_HARD, RANDOM = "gate_hard", "random"  # training.model's names; repeated because that module imports torch
 ROWS_AT_ONCE = 128  # rows whose candidates' head rows are gathered together: K * E floats each
 
 Float = NDArray[np.float32]
@@ -111,15 +111,23 @@ def open_scorer(
     mode: str = GATE_HARD,
     name: str | None = None,
     dequantize: Callable[[str | Path], DMPTForCausalLM] | None = None,
+    fast_k: int | None = None,
 ) -> Scorer:
     """Load `source`, whatever kind of model it is.
 
     dequantize: loads a quantized folder as a torch model. This package does not know the quantized format;
-    the command line passes quant.checkpoint.dequantized_model. Raises InputError (or the runtime's own
-    errors, same exit code) for what cannot be loaded, and for a quantized folder without `dequantize`.
+    the command line passes quant.checkpoint.dequantized_model.
+    fast_k: candidates of the anchor head instead of the checkpoint's; 0: every head is scored fully.
+    Raises InputError (or the runtime's own errors, same exit code) for what cannot be loaded, for a quantized
+    folder without `dequantize`, and for a fast_k that cannot be: an ONNX folder has its own built in.
     """
     name = name or Path(source).name or str(source)
     kind = kind_of(source)
+    if kind == "onnx" and fast_k is not None:
+        raise InputError(
+            f"{source} was exported with its fast-k built in: leave --fast-k out, or export its checkpoint again "
+            f"with dmpt-export onnx --fast-k {fast_k}"
+        )
     if kind == "onnx":
         return OnnxScorer(Path(source), threads, device, mode, name)
     if kind == "quantized" and dequantize is None:
@@ -129,6 +137,9 @@ def open_scorer(
     model = dequantize(source) if kind == "quantized" and dequantize else checkpoint.load_model(source)
     folder = checkpoint.resolve(source)
     scheme = "fp32" if kind == "float" else config_json(folder)["quantization"]["scheme"]
+    if fast_k is not None:
+        model.config.fast_k = fast_k or None
+        model.config.check()
     return TorchScorer(model, folder, threads, device, mode, name, scheme)
 
 
@@ -198,12 +209,12 @@ class TorchScorer:
 
         with torch.inference_mode():
             batch = torch.as_tensor(np.asarray(ids, dtype=np.int64), device=self.model.device)[None]
-            if self.mode == GATE_HARD:
-                return self.score_hard(batch, last)
+            if self.mode in (GATE_HARD, RANDOM):
+                return self.score_picked(batch, last)
             out = self.model.log_probs(batch, self.mode, self.model.config.fast_k, last)
             return out[0].cpu().numpy(), None
 
-    def score_hard(self, batch: Any, last: int) -> tuple[Float, Ints]:
+    def score_picked(self, batch: Any, last: int) -> tuple[Float, Ints]:
         """Routes and log-probs from one pass over the blocks: (1, S) -> [last, V], [last]."""
         import torch
 
@@ -211,7 +222,8 @@ class TorchScorer:
         hidden = model.hidden(batch)
         h = {leaf: x[:, -last:] for leaf, x in hidden.leaves.items()}
         gates = {node: g[:, -last:] for node, g in hidden.gates.items()}
-        routes = model.routes(gates) if gates else torch.zeros((1, last), dtype=torch.long, device=batch.device)
+        chosen = gates and self.mode == GATE_HARD
+        routes = model.routes(gates) if chosen else model.random_routes(batch, last)
         parts = [
             model.pick(
                 {leaf: x[:, i : i + ROWS_AT_ONCE] for leaf, x in h.items()}, routes[:, i : i + ROWS_AT_ONCE], fast_k

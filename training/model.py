@@ -24,6 +24,8 @@ from training.config import DMPTConfig, Node
 from training.errors import InputError
 
 GATE_SOFT, GATE_HARD, MAX_PROB = "gate_soft", "gate_hard", "max_prob"
+RANDOM = "random"  # a control for evaluation: what the gates are worth
+PATH_MODES = (GATE_SOFT, GATE_HARD, MAX_PROB, RANDOM)  # besides `<leaf>_only`
 
 
 class Conv1D(nn.Module):
@@ -221,6 +223,17 @@ class DMPTForCausalLM(CachedGeneration, PreTrainedModel, GenerationMixin):  # ty
         on_way = [torch.stack([taken[n] == turn for n, turn in turns]).all(0) for turns in ways if turns]
         return torch.stack(on_way).long().argmax(0)
 
+    def random_routes(self, ids: Tensor, last: int, seed: int = 0) -> Tensor:
+        """A leaf for each of the last tokens that no gate chose, all equally often: (B, S) -> (B, last).
+
+        A hash of seed, token and position: the same in every run and batch, and no later token can change it.
+        """
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        mixed = (ids * 0x9E3779B1 + positions * 0x85EBCA77 + seed * 0xC2B2AE3D) & 0xFFFFFFFF
+        for _ in range(2):  # a 32-bit finalizer, so that the high bits depend on every bit
+            mixed = ((mixed ^ (mixed >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+        return ((mixed >> 16) * len(self.config.leaves) >> 16)[:, -last:]
+
     # --- heads --------------------------------------------------------------------------------
 
     def head_log_weights(self, leaf: str, h: Tensor) -> Tensor:  # (..., E) -> (..., H), log pi
@@ -280,7 +293,7 @@ class DMPTForCausalLM(CachedGeneration, PreTrainedModel, GenerationMixin):  # ty
     ) -> Tensor:
         """log P of the next token for the last `last` positions (all by default): (B, S) -> (B, last, V), fp32.
 
-        mode: gate_hard (deployed), gate_soft, max_prob, `left_only`, `right_only` or `<leaf>_only`.
+        mode: gate_hard (deployed), gate_soft, max_prob, random, `left_only`, `right_only` or `<leaf>_only`.
         fast_k: candidates of the anchor head; None scores every head fully. Raises InputError for an
         unknown mode or a sequence longer than n_positions.
         """
@@ -294,6 +307,8 @@ class DMPTForCausalLM(CachedGeneration, PreTrainedModel, GenerationMixin):  # ty
             return self.leaf_log_probs(leaf, x, fast_k)
         if mode == GATE_HARD:
             return self.pick(h, self.routes(gates), fast_k)
+        if mode == RANDOM:
+            return self.pick(h, self.random_routes(ids, last or ids.shape[1]), fast_k)
         parts = torch.stack([self.leaf_log_probs(leaf, x, fast_k) for leaf, x in h.items()])  # (L, B, S, V)
         if mode == MAX_PROB:
             best = parts.amax(-1).argmax(0)  # (B, S)
@@ -312,11 +327,11 @@ class DMPTForCausalLM(CachedGeneration, PreTrainedModel, GenerationMixin):  # ty
 
     def leaves_of_mode(self, mode: str) -> list[str] | None:
         """The leaves a mode needs: None for all. `left_only` under a quad takes the left node's leftmost leaf."""
-        if mode in (GATE_SOFT, GATE_HARD, MAX_PROB):
+        if mode in PATH_MODES:
             return None
         name = mode.removesuffix("_only")
         if not mode.endswith("_only") or name not in self.config.leaves:
-            known = [GATE_SOFT, GATE_HARD, MAX_PROB, *(f"{leaf}_only" for leaf in self.config.leaves)]
+            known = [*PATH_MODES, *(f"{leaf}_only" for leaf in self.config.leaves)]
             raise InputError(f"unknown path mode '{mode}': choose one of {', '.join(known)}")
         return [name]
 

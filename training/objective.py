@@ -11,8 +11,9 @@ from torch import Tensor
 
 from training import losses
 from training.cross_entropy import head_gold
+from training.errors import InputError
 from training.losses import Across, alone, masked_mean
-from training.model import GATE_HARD, GATE_SOFT, MAX_PROB, DMPTForCausalLM, Hidden
+from training.model import GATE_HARD, GATE_SOFT, MAX_PROB, RANDOM, DMPTForCausalLM, Hidden
 from training.options import TrainOptions
 
 
@@ -35,6 +36,8 @@ class Objective:
 
     def __init__(self, model: DMPTForCausalLM, options: TrainOptions, across: Across = alone) -> None:
         self.model, self.options, self.across = model, options, across
+        if options.train_path_selection == RANDOM:
+            raise InputError("--train_path_selection random: random routing is a control for evaluation alone")
         self.only = model.leaves_of_mode(options.train_path_selection)
         # The tether's teacher: head 0 as it was at the start, apart from the one that is trained.
         self.reference: Tensor | None = None

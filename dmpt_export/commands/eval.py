@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 @click.option("--stride", type=click.IntRange(min=1), metavar="N",
               help="Predictions scored in each window. Default: half a window.")  # fmt: skip
 @click.option("--mode", default="gate_hard", show_default=True,
-              help="Path mode; checkpoints also take gate_soft, max_prob, left_only, ...")  # fmt: skip
+              help="Path mode; checkpoints also take gate_soft, max_prob, random, left_only, ...")  # fmt: skip
+@click.option("--fast-k", type=click.IntRange(min=0), metavar="K",
+              help="Candidates that a path's further heads are scored on; 0: all. Checkpoints alone: an ONNX folder "
+              "has it built in. Default: the checkpoint's.")  # fmt: skip
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: all this process may use.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
@@ -34,6 +37,7 @@ def command(
     max_length: int | None,
     stride: int | None,
     mode: str,
+    fast_k: int | None,
     threads: int | None,
     device: str,
     as_json: bool,
@@ -57,7 +61,7 @@ def command(
     from benchmarks.scorer import context_of, open_scorer
 
     choose_windows(context_of(model), max_length, stride)  # refused before a large model is loaded
-    scorer = open_scorer(model, threads, device, mode, dequantize=dequantize)
+    scorer = open_scorer(model, threads, device, mode, dequantize=dequantize, fast_k=fast_k)
     try:
         result = evaluate(scorer, read_tokens(scorer, data), max_length, stride)
     finally:

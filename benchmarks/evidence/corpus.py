@@ -1,0 +1,79 @@
+"""Slices of the texts that the evidence is trained and measured on, and a small tokenizer made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from training.data import END_OF_TEXT, read_lines
+
+# Files of the data folder
+PRETRAINING, TUNING = "enwiki/train.txt.xz", "wikitext/wiki2.train.unk.txt.xz"
+VALID, TEST = "wikitext/wiki.valid.raw", "wikitext/wiki.test.raw"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Plain text files, all lines stripped and not empty."""
+
+    base: Path  # what the base model is trained on
+    tune: Path  # what every variant is trained on from there; no line of it is in `base`
+    valid: Path
+    test: Path
+    tokenizer: Path  # folder
+
+
+def prepare(data: Path, work: Path, sizes: dict[str, int], vocab_size: int) -> Corpus:
+    """Write the slices and the tokenizer into `work`, unless they are there from an earlier call.
+
+    sizes: bytes of text of `base`, `tune`, `tune_wiki2` (added to `tune`), `valid` and `test`, each from where
+    its source begins (`tune` from where `base` ends); a source that is shorter gives all it has. Raises
+    InputError when a source is missing.
+    """
+    folder = work / "text"
+    base_file, tune_file, valid_file, test_file = (folder / f"{name}.txt" for name in ("base", "tune", "valid", "test"))
+    corpus = Corpus(base_file, tune_file, valid_file, test_file, work / "tokenizer")
+    if (corpus.tokenizer / "tokenizer.json").is_file():
+        return corpus
+    folder.mkdir(parents=True, exist_ok=True)
+    base, tune = slices(data / PRETRAINING, [sizes["base"], sizes["tune"]])
+    [wiki2] = slices(data / TUNING, [sizes["tune_wiki2"]])
+    [valid], [test] = slices(data / VALID, [sizes["valid"]]), slices(data / TEST, [sizes["test"]])
+    for path, lines in ((corpus.base, base), (corpus.tune, tune + wiki2), (corpus.valid, valid), (corpus.test, test)):
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    corpus.tokenizer.mkdir(exist_ok=True)
+    train_tokenizer(base, vocab_size).save(str(corpus.tokenizer / "tokenizer.json"))
+    return corpus
+
+
+def slices(source: Path, sizes: list[int]) -> list[list[str]]:
+    """Consecutive runs of whole lines of a text file, each of at least so many bytes of text, line ends included."""
+    out: list[list[str]] = [[] for _ in sizes]
+    number, left = 0, sizes[0]
+    for line in read_lines(source):
+        while left <= 0:
+            number += 1
+            if number == len(sizes):
+                return out
+            left = sizes[number]
+        out[number].append(line)
+        left -= len(line.encode()) + 1
+    return out
+
+
+def train_tokenizer(lines: list[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE in GPT-2's form; the end of text is id 0. The same lines give the same tokenizer."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(lines, trainer)
+    return tokenizer

@@ -1,0 +1,155 @@
+"""What is trained and measured: sizes, variants, settings. Data and arithmetic; training.py beside it runs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+MB = 10**6
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large everything is."""
+
+    bytes: dict[str, int]  # of text, see corpus.prepare
+    vocab: int
+    layers: int
+    width: int
+    heads: int  # attention heads, each width / heads wide
+    context: int  # tokens, in training and in evaluation
+    batch: int  # sequences per step
+    base_steps: int
+    tune_steps: int
+    fast_k: int  # candidates, where fast-k is on
+    split: int  # block where the dual model forks
+    second_split: int  # and where the quad model forks again
+    warmup: int = 50
+    valid_tokens: int = 50_000  # of held-out text, scored after a run
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch * self.context
+
+
+ALL = 10**12  # bytes: the whole file
+SCALES = {
+    "toy": Scale(
+        bytes={"base": 200_000, "tune": 100_000, "tune_wiki2": 50_000, "valid": 20_000, "test": 20_000},
+        vocab=400, layers=4, width=16, heads=2, context=32, batch=4, base_steps=12, tune_steps=6, fast_k=16,
+        split=2, second_split=3, warmup=2, valid_tokens=1000,
+    ),
+    "cpu": Scale(
+        bytes={"base": 16 * MB, "tune": 12 * MB, "tune_wiki2": 3 * MB, "valid": ALL, "test": 300_000},
+        vocab=4096, layers=6, width=192, heads=6, context=256, batch=8, base_steps=1400, tune_steps=400, fast_k=64,
+        split=3, second_split=5,
+    ),
+}  # fmt: skip
+
+# The settings of every run; chosen on the validation text with plain GPT-2, so that it is not the one that is
+# trained badly. The same learning rate for all groups, because what is new (heads, gates) has farther to go.
+COMMON: dict[str, Any] = {"adam_beta2": 0.99, "weight_decay": 0.1, "dropout": 0.0, "lr_schedule": "linear"}
+BASE_LR, TUNE_LR = 1.5e-3, 1e-3
+# A tether would hold heads to a base that has seen little text; freezing head 0 would freeze the embedding too.
+DMPT = {"tether_coef": 0.0, "freeze_head0_steps": 0, "lb_coef": 0.01, "gold_aux_coef": 0.01}
+
+
+@dataclass(frozen=True)
+class Variant:
+    about: str
+    splits: int = 0  # how often paths fork
+    heads: int = 1  # vocabulary heads in all
+    tuned: bool = True  # False: the base as it is
+    flops_of: str | None = None  # trained for as much arithmetic as that variant, not for as many tokens
+    train: dict[str, Any] = field(default_factory=dict)  # options that differ from the common ones
+    init: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def plain(self) -> bool:
+        return not self.splits and self.heads == 1
+
+
+VARIANTS = {
+    "base": Variant("GPT-2, not trained further", tuned=False),
+    "gpt2": Variant("GPT-2, trained further on the same tokens"),
+    "dual": Variant("two paths, one head each", splits=1, heads=2),
+    "dual-heads": Variant("two paths, four heads each", splits=1, heads=8),
+    "multi-head": Variant("one path, four heads", heads=4),
+    "gpt2-flops": Variant("GPT-2, trained as many operations as dual", flops_of="dual"),
+    "quad": Variant("four paths, one head each", splits=2, heads=4),
+    "gpt2-flops-heads": Variant("GPT-2, trained as many operations as dual-heads", flops_of="dual-heads"),
+}
+
+# What might make paths and heads pay, or cost: judged on the validation text alone.
+TRIALS = {
+    "gpt2 lr 3e-4": Variant("", train={"lr": 3e-4}),
+    "gpt2 lr 2e-3": Variant("", train={"lr": 2e-3}),
+    "dual no balance": Variant("", 1, 2, train={"lb_coef": 0.0, "gold_aux_coef": 0.0}),
+    "dual gold-aux 0.1": Variant("", 1, 2, train={"gold_aux_coef": 0.1}),
+    "dual gold-aux 1": Variant("", 1, 2, train={"gold_aux_coef": 1.0}),
+    "dual balance 1": Variant("", 1, 2, train={"lb_coef": 1.0}),
+    "dual hard": Variant("", 1, 2, train={"train_path_selection": "gate_hard", "gold_aux_coef": 0.1}),
+    "dual gate lr x5": Variant("", 1, 2, train={"gate_lr": 5e-3}),
+    "dual gate temp 0.5": Variant("", 1, 2, train={"gate_temp": 0.5}),
+    "dual lr 2e-3": Variant("", 1, 2, train={"lr": 2e-3, "head_lr": 2e-3}),
+    "multi-head noise 0.1": Variant("", heads=4, init={"noise": 0.1}),
+    "multi-head noise 1": Variant("", heads=4, init={"noise": 1.0}),
+    "multi-head head lr x3": Variant("", heads=4, train={"head_lr": 3e-3}),
+    "multi-head balance 0.1": Variant("", heads=4, train={"head_lb_coef": 0.1}),
+}
+
+
+def splits_of(variant: Variant, scale: Scale) -> list[int]:
+    return [scale.split, scale.second_split][: variant.splits]
+
+
+def flops_per_token(variant: Variant, scale: Scale) -> int:
+    """Multiplications and additions of a forward pass in training, where every path and head is computed.
+
+    Matrix products and causal attention (half the context on average); the gates' few are left out.
+    """
+    width, bounds = scale.width, [0, *splits_of(variant, scale), scale.layers]
+    blocks = sum(2**depth * (bounds[depth + 1] - bounds[depth]) for depth in range(len(bounds) - 1))
+    block = 2 * 12 * width * width + 2 * scale.context * width
+    return blocks * block + variant.heads * 2 * scale.vocab * width
+
+
+def steps_of(variant: Variant, scale: Scale, variants: dict[str, Variant] = VARIANTS) -> int:
+    """Optimizer steps after the base's."""
+    if not variant.tuned:
+        return 0
+    if variant.flops_of is None:
+        return scale.tune_steps
+    ratio = flops_per_token(variants[variant.flops_of], scale) / flops_per_token(variant, scale)
+    return round(scale.tune_steps * ratio)
+
+
+def train_options(variant: Variant, scale: Scale, seed: int, steps: int, lr: float) -> list[str]:
+    """Options of `dmpt-export train` for one run."""
+    values = {
+        "max_length": scale.context, "batch_size": scale.batch, "grad_accum_steps": 1, "max_steps": steps,
+        "warmup_steps": scale.warmup, "lr": lr, "head_lr": lr, "gate_lr": lr, "seed": seed, "log_every": 50,
+        "eval_every": 10**9, "save_every": 10**9, "eval_max_tokens": scale.valid_tokens,
+        **COMMON, **({} if variant.plain else DMPT), **variant.train,
+    }  # fmt: skip
+    return [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def init_options(variant: Variant, scale: Scale, seed: int) -> list[str]:
+    """Options of `dmpt-export init` for one run."""
+    splits = ",".join(map(str, splits_of(variant, scale))) or "none"
+    values = {"splits": splits, "heads": variant.heads, "seed": seed, **variant.init}
+    return [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def evaluations(variant: Variant, scale: Scale) -> list[tuple[str, int]]:
+    """(path mode, fast-k) of every measurement of a trained variant; the first is the one deployed without fast-k."""
+    leaves = 2**variant.splits
+    out = [("gate_hard", 0)]
+    if variant.heads > leaves:
+        out.append(("gate_hard", scale.fast_k))
+    if variant.splits:
+        out += [("random", 0), ("gate_soft", 0)]
+    if leaves == 2:
+        out += [("left_only", 0), ("right_only", 0)]
+    return out

@@ -1,0 +1,125 @@
+"""Lines of results, kept as they come, and the tables made of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.table import markdown
+from training.data import read_lines
+
+KEY = ("variant", "seed", "mode", "fast_k")
+
+
+class Results:
+    """results.jsonl: one line per measurement, appended and flushed at once. Several processes may add to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        if not self.path.is_file():
+            return []
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+
+    def has(self, variant: str, seed: int, mode: str, fast_k: int) -> bool:
+        return any(tuple(line[key] for key in KEY) == (variant, seed, mode, fast_k) for line in self.lines)
+
+    def add(self, line: dict[str, Any]) -> None:
+        with open(self.path, "a", encoding="utf-8") as out:
+            out.write(json.dumps(line, allow_nan=False) + "\n")
+
+
+def training_log(path: Path) -> dict[str, Any]:
+    """The last value of everything in a run's metrics.jsonl."""
+    merged: dict[str, Any] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        merged |= json.loads(line)
+    return merged
+
+
+def per_byte_and_word(quality: dict[str, Any], text: Path) -> dict[str, float]:
+    """What compares across tokenizers: the text's nats, at the mean of the scored tokens, over its bytes and words.
+
+    A line's end counts as one byte and one word, as the end-of-text after it counts as a token.
+    """
+    lines = list(read_lines(text))
+    nats = quality["mean_nll"] * quality["tokens"]
+    size = sum(len(line.encode()) + 1 for line in lines)
+    words = sum(len(line.split()) + 1 for line in lines)
+    return {"bits_per_byte": nats / size / math.log(2), "word_perplexity": math.exp(nats / words)}
+
+
+def parameters(shape: dict[str, Any], fast_k: int) -> dict[str, int]:
+    """Parameters in all and touched per token, of `dmpt-export inspect --json`; fast_k 0: heads read in full."""
+    config, touched = shape["config"], shape["parameters"]["touched_per_token"]
+    others = max(len(heads) for heads in shape["head_allocation"].values()) - 1
+    if fast_k:
+        touched -= others * (config["vocab_size"] - fast_k) * config["n_embd"]
+    return {"parameters": shape["parameters"]["total"], "touched_per_token": touched}
+
+
+def tables(lines: list[dict[str, Any]]) -> str:
+    """Markdown: the models as they would be deployed; the same models with other routing; trials."""
+    deployed = [line for line in lines if line["mode"] == "gate_hard"]
+    controls = [line for line in lines if line["mode"] not in ("gate_hard", "trial")]
+    trials = [line for line in lines if line["mode"] == "trial"]
+    out = [_deployed(deployed)] if deployed else []
+    if controls:
+        out.append(_controls(deployed, controls))
+    if trials:
+        head = ["trial", "seed", "steps", "valid perplexity", "seconds"]
+        rows = [
+            [x["variant"].removeprefix("trial "), str(x["seed"]), str(x["steps"]), f"{x['valid_perplexity']:.2f}",
+             str(x["seconds"])] for x in trials
+        ]  # fmt: skip
+        out.append(markdown(head, rows))
+    return "\n\n".join(out) + "\n"
+
+
+def _deployed(lines: list[dict[str, Any]]) -> str:
+    head = ["variant", "fast-k", "seeds", "valid ppl", "test ppl", "word ppl", "bits/byte", "accuracy", "parameters",
+            "touched", "tokens", "seconds"]  # fmt: skip
+    rows = []
+    for name, fast_k in dict.fromkeys((line["variant"], line["fast_k"]) for line in lines):
+        same = [line for line in lines if (line["variant"], line["fast_k"]) == (name, fast_k)]
+        first = same[0]
+        rows.append([
+            name, str(fast_k or "off"), ",".join(str(x["seed"]) for x in same),
+            spread([x["valid_perplexity"] for x in same]) if not fast_k else "",
+            spread([x["perplexity"] for x in same]), spread([x["word_perplexity"] for x in same], 1),
+            spread([x["bits_per_byte"] for x in same], 4), f"{100 * np.mean([x['accuracy'] for x in same]):.2f} %",
+            f"{first['parameters'] / 1e6:.2f} M", f"{first['touched_per_token'] / 1e6:.2f} M",
+            f"{first['tokens'] / 1e6:.2f} M", f"{np.mean([x['seconds'] for x in same]):.0f}",
+        ])  # fmt: skip
+    return markdown(head, rows)
+
+
+def _controls(deployed: list[dict[str, Any]], lines: list[dict[str, Any]]) -> str:
+    """Test perplexity by path mode, each a column."""
+    modes = list(dict.fromkeys(line["mode"] for line in lines))
+    rows = []
+    for name in dict.fromkeys(line["variant"] for line in lines):
+        hard = [x for x in deployed if x["variant"] == name and not x["fast_k"]]
+        cells = [[x["perplexity"] for x in lines if (x["variant"], x["mode"]) == (name, mode)] for mode in modes]
+        shares = {leaf: f"{100 * share:.0f}" for x in hard[:1] for leaf, share in x["route_shares"].items()}
+        rows.append([name, spread([x["perplexity"] for x in hard]), *map(spread, cells), "/".join(shares.values())])
+    return markdown(["test perplexity", "gate_hard", *modes, "routes, %"], rows)
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean, and the sample standard deviation over seeds where there are several.
+
+    >>> spread([10.0]), spread([10.0, 12.0])
+    ('10.00', '11.00 ± 1.41')
+    """
+    if not values:
+        return ""
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
