@@ -21,14 +21,14 @@ class Settings:
     n_head: int = 6
     # what DMPT adds
     heads: int = 8  # four on each path
-    fast_k: int = 64  # candidates that the three other heads of a path are scored on
+    fast_k: int = 256  # candidates that the three other heads of a path are scored on
     noise: float = 0.1  # on copied heads, in standard deviations of the embedding
     gate_hidden: int = 64
     # training; both fine-tunings see the same sequences in the same order
-    batch_size: int = 8  # sequences of `context` tokens
-    base_steps: int = 280
-    tune_steps: int = 100
-    base_lr: float = 3e-3
+    batch_size: int = 2  # sequences of `context` tokens; so little text is learned best in many small steps
+    base_steps: int = 1000
+    tune_steps: int = 300
+    base_lr: float = 2e-3
     tune_lr: float = 1e-3
     # comparison
     schemes: tuple[str, ...] = ("int8", "int4")
@@ -59,18 +59,19 @@ class Settings:
             grad_accum_steps=1,
             seed=seed,
             lr=lr,
-            head_lr=lr,
+            head_lr=3 * lr,  # each further head of a path sees the same tokens, but must move away from its copy
             gate_lr=lr,
             adam_beta2=0.95,  # short runs: the squared gradient's mean must settle in tens of steps
             weight_decay=0.1,
             warmup_steps=max(1, steps // 10),
             lr_schedule="linear",
+            train_path_selection="gate_hard",  # as deployed; soft paths would come to rely on each other
             tether_coef=0.0,
-            lb_coef=0.01,
-            gold_aux_coef=0.05,
+            lb_coef=0.1,
+            gold_aux_coef=0.02,
             freeze_head0_steps=0,
             dropout=0.0,  # less than two passes over the text
-            log_every=20,
+            log_every=50,
             eval_every=steps,
             save_every=steps,
             cpu=True,  # so that the demo is the same everywhere
