@@ -50,6 +50,16 @@ def test_eval_prints_one_object(tiny_dmpt: Path, text: str, capsys: pytest.Captu
     assert found["tokens_scored"] == found["tokens"] - 32
 
 
+def test_eval_takes_fast_k(tiny_dmpt: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def loss(*more: str) -> float:
+        found = json.loads(run(capsys, "eval", str(tiny_dmpt), "--data", text, "--json", *more))
+        return float(found["mean_nll"])
+
+    assert loss() == loss("--fast-k", "16")
+    assert loss("--fast-k", "300") == pytest.approx(loss("--fast-k", "0"), abs=TOLERANCE["float32", "float"])
+    assert abs(loss("--fast-k", "2") - loss("--fast-k", "0")) > 1e-4
+
+
 def test_an_exported_model_scores_as_its_checkpoint(
     tiny_dmpt: Path, exported: dict[str, str], text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,6 +165,8 @@ def test_bad_input_is_one_line_and_code_3(
         (("eval", gpt2, "--data", text, "--max-length", "1000"), "64"),
         (("eval", gpt2, "--data", text, "--mode", "sideways"), "sideways"),
         (("eval", exported["gpt2"], "--data", text, "--mode", "gate_soft"), "evaluate its checkpoint"),
+        (("eval", exported["dmpt"], "--data", text, "--fast-k", "8"), "built in"),
+        (("eval", gpt2, "--data", text, "--fast-k", "301"), "vocabulary size 300"),
         (("bench", gpt2), "dmpt-export onnx"),
         (("bench", exported["gpt2"], "--prompt", "64", "--gen", "1"), "do not fit"),
         (("compare", gpt2, str(tmp_path / "gone")), "gone"),

@@ -23,7 +23,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "dual": {"splits": [2], "heads": 8, "fast_k": 16},
     "quad": {"splits": [1, 2], "heads": 8, "fast_k": 16},
 }
-MODES = ["gate_soft", "gate_hard", "max_prob"]
+MODES = ["gate_soft", "gate_hard", "max_prob", "random"]
 
 
 def modes_of(model: DMPTForCausalLM) -> list[str]:
@@ -57,6 +57,29 @@ def test_every_mode_sums_to_one_and_full_fast_k_is_the_mixture(name: str) -> Non
             torch.testing.assert_close(total, torch.zeros_like(total), rtol=0, atol=ATOL)
         full = model.log_probs(ids, mode)
         torch.testing.assert_close(model.log_probs(ids, mode, 97), full, rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@torch.no_grad()
+def test_random_routing_takes_every_leaf_equally_often_and_no_notice_of_gates(name: str) -> None:
+    model, ids = random_model(**SHAPES[name]), some_ids(40, 64)
+    leaves = model.config.leaves
+    routes = model.random_routes(ids, 64)
+    shares = torch.bincount(routes.flatten(), minlength=len(leaves)) / routes.numel()
+    torch.testing.assert_close(shares, torch.full((len(leaves),), 1 / len(leaves)), rtol=0, atol=0.05)
+    log_probs = model.log_probs(ids[:2], "random", 7, last=5)
+    for i, leaf in enumerate(leaves):
+        only = model.log_probs(ids[:2], f"{leaf}_only", 7, last=5)
+        mine = routes[:2, -5:] == i
+        torch.testing.assert_close(log_probs[mine], only[mine], rtol=0, atol=ATOL)
+    for gate in model.gates.values():
+        gate[2].bias += torch.tensor([100.0, -100.0])
+    assert torch.equal(model.log_probs(ids[:2], "random", 7, last=5), log_probs)
+    if len(leaves) > 1:
+        again = model.random_routes(ids, 64, seed=1)
+        assert 0.3 < float((again == routes).float().mean()) * len(leaves) / 2 < 0.7
+        # knowing a token's or a position's route says nothing about the next
+        assert abs(float((routes[:, 1:] == routes[:, :-1]).float().mean()) - 1 / len(leaves)) < 0.05
 
 
 def slow_fast_k(model: DMPTForCausalLM, leaf: str, h: torch.Tensor, k: int) -> list[float]:

@@ -1,0 +1,126 @@
+"""The evidence driver: its arithmetic by hand, its slices, and one pass through the real command line."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.evidence import plan, report
+from benchmarks.evidence.corpus import slices, train_tokenizer
+from benchmarks.evidence.plan import SCALES, VARIANTS
+from tests.models import random_model
+from training.errors import InputError
+from training.objective import Objective
+from training.options import TrainOptions
+
+CPU = SCALES["cpu"]
+
+
+def test_flops_by_hand() -> None:
+    block, head = 24 * 192**2 + 2 * 256 * 192, 2 * 4096 * 192
+    for name, blocks, heads in (("gpt2", 6, 1), ("multi-head", 6, 4), ("dual", 9, 2), ("dual-heads", 9, 8)):
+        assert plan.flops_per_token(VARIANTS[name], CPU) == blocks * block + heads * head
+    assert plan.flops_per_token(VARIANTS["quad"], CPU) == (3 + 2 * 2 + 4 * 1) * block + 4 * head
+
+
+def test_equal_tokens_or_equal_operations() -> None:
+    flops = {name: plan.flops_per_token(variant, CPU) for name, variant in VARIANTS.items()}
+    for name, variant in VARIANTS.items():
+        steps = plan.steps_of(variant, CPU)
+        if variant.flops_of:
+            assert steps * flops[name] == pytest.approx(CPU.tune_steps * flops[variant.flops_of], rel=0.005)
+        else:
+            assert steps == (CPU.tune_steps if variant.tuned else 0)
+    assert VARIANTS["base"].plain and VARIANTS["gpt2"].plain and not VARIANTS["multi-head"].plain
+
+
+def test_every_variant_is_given_the_same_settings_but_for_what_it_adds() -> None:
+    def options(name: str) -> dict[str, str]:
+        given = plan.train_options(VARIANTS[name], CPU, 0, 10, 1e-3)
+        return dict(zip(given[::2], given[1::2], strict=True))
+
+    gpt2, dual = options("gpt2"), options("dual-heads")
+    assert gpt2.items() <= dual.items()
+    assert dual.keys() - gpt2.keys() == {f"--{name.replace('_', '-')}" for name in plan.DMPT}
+    for name, value in dual.items():
+        TrainOptions.from_dict({name.strip("-").replace("-", "_"): value}, "the plan")  # raises for unknown names
+
+
+def test_measurements_of_a_variant() -> None:
+    assert plan.evaluations(VARIANTS["gpt2"], CPU) == [("gate_hard", 0)]
+    assert plan.evaluations(VARIANTS["multi-head"], CPU) == [("gate_hard", 0), ("gate_hard", 64)]
+    assert [m for m, _ in plan.evaluations(VARIANTS["quad"], CPU)] == ["gate_hard", "random", "gate_soft"]
+    dual = [m for m, _ in plan.evaluations(VARIANTS["dual"], CPU)]
+    assert dual == ["gate_hard", "random", "gate_soft", "left_only", "right_only"]
+
+
+def test_slices_are_consecutive_and_do_not_overlap(tmp_path: Path) -> None:
+    source = tmp_path / "text"
+    source.write_text("aaa\n\n bbb \nccc\nddd\neee\n")
+    assert slices(source, [5, 4]) == [["aaa", "bbb"], ["ccc"]]
+    assert slices(source, [8, 100]) == [["aaa", "bbb"], ["ccc", "ddd", "eee"]]
+    assert slices(source, [100, 100])[1] == []
+
+
+def test_the_tokenizer_knows_every_byte() -> None:
+    tokenizer = train_tokenizer(["the cat and the hat and the bat"] * 5, 270)
+    assert tokenizer.get_vocab_size() <= 270 and tokenizer.token_to_id("<|endoftext|>") == 0
+    text = "the naïve cat 猫"
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_nats_per_byte_and_word_by_hand(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("ab cd\n\n e\n")  # 6 + 2 bytes, 3 + 2 words with the line ends
+    found = report.per_byte_and_word({"mean_nll": 2.0, "tokens": 10, "tokens_scored": 4}, text)
+    assert found["bits_per_byte"] == pytest.approx(20 / 8 / math.log(2))
+    assert found["word_perplexity"] == pytest.approx(math.exp(20 / 5))
+
+
+def test_training_with_random_routing_is_refused() -> None:
+    with pytest.raises(InputError, match="evaluation alone"):
+        Objective(random_model([2], 2), TrainOptions(train_path_selection="random"))
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    import lzma
+
+    lines = [f"the {a} of the {b} was in the {c} city ." for a in "abcdefgh" for b in "ijklmno" for c in "pqrst"]
+    text = "\n".join(lines * 4) + "\n"
+    for name in ("enwiki/train.txt.xz", "wikitext/wiki2.train.unk.txt.xz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(lzma.compress(text.encode(), preset=0))
+    for name in ("wiki.valid.raw", "wiki.test.raw"):
+        (tmp_path / "wikitext" / name).write_text("\n".join(lines[:40]) + "\n")
+    return tmp_path
+
+
+def test_one_command_trains_measures_and_skips_what_is_done(texts: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+
+    def run(variants: str, *more: str) -> list[dict[str, Any]]:
+        command = ["--data", str(texts), "--work", str(work), "--scale", "toy", "--variants", variants, *more]
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.evidence.training", *command],
+            cwd=Path(__file__).parents[1], capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout == (work / "results.md").read_text()
+        return [json.loads(line) for line in (work / "results.jsonl").read_text().splitlines()]
+
+    lines = run("base,dual")
+    assert [(x["variant"], x["mode"]) for x in lines][:2] == [("base", "gate_hard"), ("dual", "gate_hard")]
+    assert len(lines) == 6 and all(1 < x["perplexity"] < 500 for x in lines)
+    base, dual = lines[:2]
+    assert base["tokens_tuned"] == 0 and dual["tokens_tuned"] == 6 * 4 * 32
+    assert dual["parameters"] > dual["touched_per_token"] > base["touched_per_token"]
+    assert run("base,dual") == lines
+    more = run("gpt2 lr 3e-4", "--trials", "2")
+    assert more[:-1] == lines and more[-1]["mode"] == "trial"
