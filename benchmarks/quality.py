@@ -58,15 +58,18 @@ class Quality:
         return {key: getattr(self, key) for key in (*keys, *more)}
 
 
-def read_tokens(scorer: Scorer, paths: Sequence[str | Path]) -> NDArray[np.int32]:
-    """The text as the protocol's token ids [N]; InputError when a file is empty, unreadable or not UTF-8."""
+def read_tokens(scorer: Scorer, paths: Sequence[str | Path], field: str = data.FIELD) -> NDArray[np.int32]:
+    """The text as the protocol's token ids [N]; InputError when a file is empty, unreadable or not UTF-8.
+
+    paths: files or hub datasets, see training.data.read_lines. field: where the text is in JSON and tables.
+    """
     known = scorer.tokenizer.get_vocab_size()
     if known > scorer.vocab_size:
         raise InputError(
             f"the tokenizer in {scorer.folder} knows {known} tokens, its model {scorer.vocab_size}: "
             "they do not belong together; put the model's own tokenizer beside it"
         )
-    return data.encode_lines([Path(path) for path in paths], scorer.tokenizer, scorer.end_of_text)
+    return data.encode_lines([Path(path) for path in paths], scorer.tokenizer, scorer.end_of_text, field)
 
 
 def choose_windows(context: int, max_length: int | None, stride: int | None) -> tuple[int, int]:

@@ -10,6 +10,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "cuda": ("onnxruntime",),
     "train": ("torch", "transformers", "accelerate", "safetensors", "onnx", "onnx_ir"),
     "bench": ("matplotlib", "psutil"),
+    "data": ("zstandard", "pyarrow", "datasets"),
     "optimum": ("optimum",),
     "bnb": ("bitsandbytes",),
 }

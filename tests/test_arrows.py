@@ -28,7 +28,7 @@ TIES = ("dmpt_export.commands.", "dmpt_export.demo.")
 LAZY = {"dmpt_export": {"runtime"}}  # inside functions only: checking an export runs it
 
 DEVICE_ONLY = {"numpy", "onnxruntime", "tokenizers"}  # all that may be installed where runtime runs
-WITHOUT_TORCH = ("training/data.py", "training/errors.py", "training/files.py")  # evaluating an exported model
+WITHOUT_TORCH = tuple(f"training/{name}.py" for name in ("data", "errors", "files", "sources", "zstd"))  # for eval
 
 
 @dataclass(frozen=True)

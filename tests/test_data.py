@@ -231,7 +231,7 @@ def test_failed_token_cache_leaves_nothing(
     with pytest.raises(InputError, match=r"bad\.txt is not UTF-8"):
         data.token_cache([good, bad], tokenizer, 0, cache)
     assert not cache.exists()
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="does not exist"):
         data.token_cache([tmp_path / "none.txt"], tokenizer, 0, cache)
 
 

@@ -134,7 +134,7 @@ def test_the_recipes_can_be_read(name: str) -> None:
         ("{gpt2} more --out {out} --model {gpt2} --data {text}", 2, "is too much"),
         ("{gpt2} {out} --data {text} --splits six", 2, "is no list of block indices"),
         ("{tmp}/none {out} --data {text}", 3, "does not exist"),
-        ("{gpt2} {out} --data {tmp}/none.txt", 3, "cannot be read"),
+        ("{gpt2} {out} --data {tmp}/none.txt", 3, "does not exist: check the path"),
         ("{gpt2} {out} --data {empty}", 3, "is empty"),
         ("{gpt2} {out} --data {latin}", 3, "is not UTF-8"),
         ("{gpt2} {tmp}/full --data {text}", 3, "is not empty and holds no training run"),

@@ -29,7 +29,7 @@ from training.freeze import Freezer, schedule_groups
 from training.interrupt import Interrupted
 from training.model import DMPTForCausalLM
 from training.nonfinite import NonFiniteError
-from training.optim import lr_factor, make_optimizer, parameter_groups
+from training.optim import lr_factor, parameter_groups
 from training.options import TrainOptions, read_freeze_schedule
 from training.trainer import TrainResult, train
 
@@ -602,14 +602,6 @@ def test_a_broken_schedule_file_is_refused(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(InputError, match="freeze schedule"):
             read_freeze_schedule(path)
-
-
-def test_adamw8bit_without_its_library_says_what_to_install() -> None:
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        with pytest.raises(InputError, match="bitsandbytes"):
-            make_optimizer(random_model([], 1), options(optimizer="adamw8bit"))
 
 
 def test_bf16_trains_and_keeps_float32_weights(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from training.errors import InputError
 from training.files import read_json, resolve
 from training.options import TrainOptions
 from training.recipes import Recipe, names, read_recipe
+from training.sources import FIELD, check_source, is_dataset
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,15 +42,18 @@ def parameters() -> list[click.Parameter]:
     """Arguments and options. Underscores and dashes in option names mean the same."""
     path, file = click.Path(path_type=Path), click.Path(path_type=Path, dir_okay=False)
     option = click.Option
+    # fmt: off
     return [
         click.Argument(["model_argument"], required=False, metavar="[MODEL]"),
         click.Argument(["out_argument"], required=False, type=path, metavar="[OUT]"),
         option(["--model", "--pretrained-model", "--init-from-dual", "model"], metavar="MODEL", help="Same as MODEL."),
         option(["--out", "--checkpoint-dir", "out"], type=path, metavar="OUT", help="Same as OUT."),
-        option(["--data"], multiple=True, type=file, metavar="FILE", help="Text to train on; give it several times."),
-        option(
-            ["--eval-data"], multiple=True, type=file, metavar="FILE", help="Held-out text; without it no best model."
-        ),
+        option(["--data"], multiple=True, type=file, metavar="FILE",
+               help="Text to train on: plain, JSONL (both also .xz, .gz, .zst), Parquet, or a hub dataset such as "
+               "wikitext-103 or OWNER/NAME:CONFIG:SPLIT. Give it several times for several."),
+        option(["--eval-data"], multiple=True, type=file, metavar="FILE",
+               help="Held-out text, as --data; without it no best model."),
+        option(["--text-field"], metavar="NAME", help="Where the text is in JSONL, Parquet and datasets.  [text]"),
         option(["--tokenizer"], metavar="FOLDER", help="Tokenizer of --from-scratch, or instead of MODEL's own."),
         option(["--resume"], is_flag=False, flag_value="", metavar="[RUN]", help="Continue OUT, or the run given."),
         option(["--overwrite"], is_flag=True, help="Start anew where a run already lies, deleting it."),
@@ -67,6 +71,7 @@ def parameters() -> list[click.Parameter]:
         option(["--n-positions"], type=int, default=1024, show_default=True, help="Its context, in tokens."),
         *(_option(field) for field in fields(TrainOptions)),
     ]
+    # fmt: on
 
 
 def _option(field: dataclasses.Field[Any]) -> click.Option:
@@ -86,9 +91,11 @@ def run(values: dict[str, Any], explicit: set[str]) -> None:
     chosen = {name: values[name] for name in explicit & {field.name for field in fields(TrainOptions)}}
     source = None if values["resume"] is None else _run_folder(Path(values["resume"] or out))
     saved = {} if source is None or len(recipe.phases) > 1 else _saved(source)
-    about = saved.get("about", {"model": model_name}) | _given_files(values)
+    about = saved.get("about", {"model": model_name}) | _given_texts(values)
     if not about.get("data"):
         raise click.UsageError("--data FILE is missing: the text to train on")
+    for text in (*about["data"], *about.get("eval_data", ())):
+        check_source(text)
     options = [TrainOptions.from_dict(saved.get("options", {}) | phase | chosen, "the run") for phase in recipe.phases]
     for one in options:
         one.check()
@@ -108,7 +115,7 @@ def run(values: dict[str, Any], explicit: set[str]) -> None:
     model = _model(first, model_name, folder, values, recipe)
     processes = PartialState(cpu=on_cpu(options[0]))
     with processes.main_process_first():  # it tokenises, the others find the result
-        texts = [_tokens(about.get(key), folder, model, values["cache_dir"]) for key in ("data", "eval_data")]
+        texts = [_tokens(about, key, folder, model, values["cache_dir"]) for key in ("data", "eval_data")]
     tokens, eval_tokens = texts
     assert tokens is not None
     shared: dict[str, Any] = {"tokenizer_from": folder, "about": about, "overwrite": values["overwrite"]}
@@ -140,9 +147,13 @@ def _places(values: dict[str, Any]) -> tuple[str | None, Path]:
     return model, Path(out)
 
 
-def _given_files(values: dict[str, Any]) -> dict[str, list[str]]:
-    """The text files of this command line, by absolute path so that --resume finds them from anywhere."""
-    return {key: [os.path.abspath(path) for path in values[key]] for key in ("data", "eval_data") if values[key]}
+def _given_texts(values: dict[str, Any]) -> dict[str, Any]:
+    """The texts of this command line; files by absolute path, so that --resume finds them from anywhere."""
+    given: dict[str, Any] = {}
+    for key in ("data", "eval_data"):
+        if values[key]:
+            given[key] = [str(text) if is_dataset(text) else os.path.abspath(text) for text in values[key]]
+    return given | ({"text_field": values["text_field"]} if values["text_field"] else {})
 
 
 def report(result: TrainResult) -> str:
@@ -220,16 +231,17 @@ def _splits(text: str) -> list[int]:
 
 
 def _tokens(
-    files: list[str] | None, tokenizer: Path, model: DMPTForCausalLM, cache_dir: Path | None
+    about: dict[str, Any], key: str, tokenizer: Path, model: DMPTForCausalLM, cache_dir: Path | None
 ) -> np.ndarray | None:
-    """The files' tokens, tokenised once and kept."""
+    """The tokens of the texts under `key`, tokenised once and kept."""
     from training.data import end_of_text_id, load_tokenizer, token_cache
 
-    if not files:
+    if not about.get(key):
         return None
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     words = load_tokenizer(tokenizer)
-    return token_cache(files, words, end_of_text_id(words, model.config), cache_dir or home / "dmpt-export")
+    eot, field = end_of_text_id(words, model.config), about.get("text_field", FIELD)
+    return token_cache(about[key], words, eot, cache_dir or home / "dmpt-export", field)
 
 
 def _phases(

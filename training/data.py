@@ -5,16 +5,11 @@ Numpy and tokenizers only, so that evaluating an exported model needs no torch.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
-import lzma
 import os
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -23,16 +18,16 @@ from tqdm import tqdm
 from training.atomic import atomic_file
 from training.errors import InputError
 from training.files import first_line, read_json
+from training.sources import FIELD, check_source, content_hash, is_dataset, read_lines, read_text
+
+__all__ = [
+    "END_OF_TEXT", "FIELD", "check_source", "encode_lines", "end_of_text_id", "is_dataset", "load_tokenizer",
+    "read_lines", "read_text", "token_cache", "token_chunks", "windows",
+]  # fmt: skip
 
 END_OF_TEXT = "<|endoftext|>"
 LINES_PER_BATCH = 2000  # tokenised at once: enough for the tokenizer's threads, little in memory
-
-# suffix -> how to read the bytes inside; no entry: the file itself
-OPENERS: dict[str, Callable[[BinaryIO], Any]] = {
-    ".xz": lzma.open,
-    ".gz": lambda raw: gzip.GzipFile(fileobj=raw, mode="rb"),
-}
-Source = str | Path  # a text, or the path of a text file
+Source = str | Path  # a text, or where text is: see training.sources
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
@@ -84,75 +79,19 @@ def end_of_text_id(tokenizer: Tokenizer, config: Any = None) -> int:
     raise InputError(f"the tokenizer has no {END_OF_TEXT} and the model's eos_token_id ({eos}) is no token of it")
 
 
-# --- reading ----------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """The file as it lies on disk (for progress) and the bytes inside it. Turns read errors into InputError."""
-    try:
-        with open(path, "rb") as raw:
-            opener = OPENERS.get(path.suffix.lower())
-            yield raw, (io.BufferedReader(opener(raw), 1 << 20) if opener else raw)
-    except FileNotFoundError:
-        raise InputError(f"data file {path} does not exist: check the path") from None
-    except (lzma.LZMAError, zlib.error, EOFError) as error:
-        raise InputError(f"data file {path} is damaged ({first_line(error)}): unpack or fetch it again") from error
-    except OSError as error:
-        raise InputError(f"data file {path} cannot be read: {error.strerror or first_line(error)}") from error
-
-
-def read_lines(path: str | os.PathLike[str], progress: tqdm[Any] | None = None) -> Iterator[str]:
-    """The lines of a text file (plain, .xz, .gz), stripped, without the empty ones; strict UTF-8.
-
-    Raises InputError when the file is missing, damaged, not UTF-8 (naming the line) or has no text.
-    """
-    path, found, seen = Path(path), False, 0
-    with _opened(path) as (raw, inside):
-        for number, line in enumerate(inside, start=1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            except UnicodeDecodeError as error:
-                where = f"line {number}, byte {error.start} (0x{line[error.start]:02x})"
-                raise InputError(
-                    f"data file {path} is not UTF-8: {where}; convert it, for example with iconv"
-                ) from error
-            if progress is not None and raw.tell() != seen:
-                progress.update(raw.tell() - seen)
-                seen = raw.tell()
-            if text:
-                found = True
-                yield text
-    if not found:
-        raise InputError(f"data file {path} is empty: give a file with text")
-
-
-def read_text(path: str | os.PathLike[str]) -> str:
-    """The whole text of a file (plain, .xz, .gz), strict UTF-8. Raises InputError as read_lines does."""
-    path = Path(path)
-    with _opened(path) as (_, inside):
-        data = inside.read()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        where = f"byte {error.start} (0x{data[error.start]:02x})"
-        raise InputError(f"data file {path} is not UTF-8: {where}; convert it, for example with iconv") from error
-    if not text.strip():
-        raise InputError(f"data file {path} is empty: give a file with text")
-    return text
-
-
 # --- tokens -----------------------------------------------------------------------------------------
 
 
-def token_chunks(sources: Source | Iterable[Source], tokenizer: Tokenizer, eot: int) -> Iterator[np.ndarray]:
+def token_chunks(
+    sources: Source | Iterable[Source], tokenizer: Tokenizer, eot: int, field: str = FIELD
+) -> Iterator[np.ndarray]:
     """int32 arrays that joined are the tokens of `sources`: each non-empty stripped line, then one `eot`."""
     items = [sources] if isinstance(sources, (str, Path)) else list(sources)
     total = sum(os.path.getsize(item) for item in items if isinstance(item, Path) and item.is_file())
     with tqdm(total=total or None, desc="tokenising", unit="B", unit_scale=True, disable=None) as progress:
         batch: list[str] = []
         for item in items:
-            for line in read_lines(item, progress) if isinstance(item, Path) else _lines(item):
+            for line in read_lines(item, progress, field) if isinstance(item, Path) else _lines(item):
                 batch.append(line)
                 if len(batch) == LINES_PER_BATCH:
                     yield _encode(batch, tokenizer, eot)
@@ -170,38 +109,37 @@ def _encode(lines: list[str], tokenizer: Tokenizer, eot: int) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def encode_lines(sources: Source | Iterable[Source], tokenizer: Tokenizer, eot: int) -> np.ndarray:
-    """Tokens of texts (str) or text files (Path), int32 [n]: every non-empty stripped line, one `eot` after each."""
-    chunks = list(token_chunks(sources, tokenizer, eot))
+def encode_lines(sources: Source | Iterable[Source], tokenizer: Tokenizer, eot: int, field: str = FIELD) -> np.ndarray:
+    """Tokens of texts (str) or of files and datasets (Path), int32 [n]: each non-empty stripped line, then `eot`.
+
+    field: where the text is in JSON objects and tables. Raises InputError as read_lines.
+    """
+    chunks = list(token_chunks(sources, tokenizer, eot, field))
     return np.concatenate(chunks) if chunks else np.empty(0, np.int32)
 
 
 def token_cache(
-    paths: Iterable[str | os.PathLike[str]], tokenizer: Tokenizer, eot: int, cache_dir: str | os.PathLike[str]
+    paths: Iterable[str | os.PathLike[str]],
+    tokenizer: Tokenizer,
+    eot: int,
+    cache_dir: str | os.PathLike[str],
+    field: str = FIELD,
 ) -> np.memmap[Any, np.dtype[np.int32]]:
-    """encode_lines() of files, kept on disk: int32 [n], read-only.
+    """encode_lines() of files and datasets, kept on disk: int32 [n], read-only.
 
-    Tokenised once per content of the files (not their names or dates), tokenizer and `eot`; written
+    Tokenised once per content (not names or dates) and kind of the sources, tokenizer and `eot`; written
     atomically, so a killed run leaves no short cache.
     """
-    files = [Path(path) for path in paths]
-    digest = hashlib.sha256(f"tokens-1 {eot} {tokenizer.to_str()}".encode())
-    for path in files:
-        digest.update(_content_hash(path))
+    sources = [Path(path) for path in paths]
+    digest = hashlib.sha256(f"tokens-2 {eot} {tokenizer.to_str()}".encode())
+    for path in sources:
+        digest.update(content_hash(path, field))
     cached = Path(cache_dir) / f"tokens-{digest.hexdigest()[:32]}.bin"
     if not cached.is_file():
         with atomic_file(cached) as tmp, open(tmp, "wb") as out:
-            for chunk in token_chunks(files, tokenizer, eot):
+            for chunk in token_chunks(sources, tokenizer, eot, field):
                 out.write(chunk.astype("<i4").tobytes())
     return np.memmap(cached, dtype="<i4", mode="r")
-
-
-def _content_hash(path: Path) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
-    except OSError as error:
-        raise InputError(f"data file {path} cannot be read: {error.strerror}") from error
 
 
 # --- evaluation windows -----------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from training.errors import InputError
 from training.options import TrainOptions
 
 HEAD_PREFIXES, GATE_PREFIXES = ("heads.",), ("gates.", "head_gates.")
@@ -49,14 +48,12 @@ def parameter_groups(model: nn.Module, options: TrainOptions) -> list[dict[str, 
 
 
 def make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
-    """AdamW over parameter_groups(model). Raises InputError when adamw8bit is wanted and not installed."""
+    """AdamW over parameter_groups(model); adamw8bit keeps its two moments in 8 bits (parameters under 4,096 in 32)."""
     groups = parameter_groups(model, options)
     betas = (options.adam_beta1, options.adam_beta2)
     if options.optimizer == "adamw8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError:
-            raise InputError("--optimizer adamw8bit needs bitsandbytes: pip install 'dmpt-export[bnb]'") from None
+        from bitsandbytes.optim import AdamW8bit
+
         optimizer: torch.optim.Optimizer = AdamW8bit(groups, lr=options.lr, betas=betas)
         return optimizer
     kinds = {parameter.device.type for parameter in model.parameters()}

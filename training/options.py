@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ class TrainOptions:
     cpu: bool = opt(False, "use the CPU even when there is a GPU")
 
     def check(self) -> None:
-        """Raise InputError naming the first option that cannot be."""
+        """Raise InputError naming the first option that cannot be, or the package it needs."""
         for name in ("batch_size", "grad_accum_steps", "log_every", "eval_every", "save_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)} must be at least 1")
@@ -82,6 +83,10 @@ class TrainOptions:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise InputError(f"--{name} '{getattr(self, name)}': choose one of {', '.join(known)}")
+        if self.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
+            raise InputError("--optimizer adamw8bit needs bitsandbytes: pip install 'dmpt-export[bnb]'")
+        if self.tensorboard and find_spec("tensorboard") is None:
+            raise InputError("--tensorboard needs tensorboard: pip install tensorboard")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str) -> TrainOptions:

@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from training.errors import InputError
 from training.losses import Across, alone
 from training.objective import Loss
 
@@ -74,7 +74,7 @@ class Watcher:
         )
         self.low = dict.fromkeys(leaves, 0)  # log lines in a row in which a leaf was nearly unused
         self.tokens, self.since = 0, time.monotonic()
-        self.board = tensorboard(out) if board and main else None
+        self.board = tensorboard(out, start) if board and main else None
         if main:
             truncate(self.path, start)
 
@@ -119,9 +119,9 @@ class Watcher:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(clean) + "\n")
-        for name, value in clean.items() if self.board is not None else ():
-            if name != "step" and isinstance(value, (int, float)):
-                self.board.add_scalar(name, value, record["step"])  # type: ignore[union-attr]
+        if self.board is not None:
+            for name, value in scalars(clean):
+                self.board.add_scalar(name, value, record["step"])
 
     def warn(self, step: int, message: str) -> None:
         self.write({"step": step, "warning": message})
@@ -158,10 +158,22 @@ def truncate(path: Path, step: int) -> None:
     path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
-def tensorboard(out: Path) -> Any:
-    """A TensorBoard writer. Raises InputError when tensorboard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise InputError("--tensorboard needs TensorBoard: pip install tensorboard") from None
-    return SummaryWriter(str(out / "tensorboard"))
+def scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """(name, number) of a record but for its step; what is nested is named NAME/KEY, lists NAME/KEY/INDEX."""
+    for name, value in record.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}/{key}", number) for key, number in scalars(value))
+        elif isinstance(value, list):
+            yield from ((f"{name}/{index}", number) for index, number in enumerate(value))
+        elif isinstance(value, (int, float)) and name != "step":
+            yield name, value
+
+
+def tensorboard(out: Path, start: int) -> Any:
+    """A TensorBoard writer of OUT/tensorboard, where what lies after step `start` is written again.
+
+    TrainOptions.check() has said when the package is missing.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(out / "tensorboard"), purge_step=start + 1 if start else None)

@@ -13,7 +13,7 @@ from dmpt_export.extras import require
 @click.command("compare", short_help="Put models side by side: size, quality, speed.")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option("--data", multiple=True, type=click.Path(dir_okay=False), metavar="FILE",
-              help="UTF-8 text to score (plain, .xz, .gz). Without it only sizes and speeds are compared.")  # fmt: skip
+              help="Text to score, as in eval. Without it only sizes and speeds are compared.")  # fmt: skip
 @click.option("--out", type=click.Path(file_okay=False),
               help="Folder for comparison.json, comparison.md and comparison.png.")  # fmt: skip
 @click.option("--control", multiple=True, metavar="NAME",
@@ -56,7 +56,10 @@ def command(
     require(*(extra for extra, needed in wanted.items() if needed))
     from benchmarks.comparison import Entry, compare
     from benchmarks.scorer import named
+    from training.data import check_source
 
+    for text in data:
+        check_source(text)
     entries = [Entry(name, path, control=name in control) for name, path in named(models)]
     if unknown := set(control) - {entry.name for entry in entries}:
         names = ", ".join(entry.name for entry in entries)

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 @click.command("eval", short_help="Measure perplexity and accuracy on a text.")
 @click.argument("model")
 @click.option("--data", multiple=True, required=True, type=click.Path(dir_okay=False), metavar="FILE",
-              help="UTF-8 text, plain, .xz or .gz; several are scored as one text.")  # fmt: skip
+              help="Text: plain, JSONL (both also .xz, .gz, .zst), Parquet, or a hub dataset such as "
+              "wikitext-103:test. Several are scored as one text.")  # fmt: skip
+@click.option("--text-field", default="text", show_default=True, metavar="NAME",
+              help="Where the text is in JSONL, Parquet and datasets.")  # fmt: skip
 @click.option("--max-length", type=click.IntRange(min=2), metavar="N",
               help="Tokens in a window. Default: 1024, or the model's context if that is less.")  # fmt: skip
 @click.option("--stride", type=click.IntRange(min=1), metavar="N",
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 def command(
     model: str,
     data: tuple[str, ...],
+    text_field: str,
     max_length: int | None,
     stride: int | None,
     mode: str,
@@ -59,11 +63,14 @@ def command(
     require(device if (Path(model) / "dmpt_manifest.json").is_file() else "train")
     from benchmarks.quality import choose_windows, evaluate, read_tokens
     from benchmarks.scorer import context_of, open_scorer
+    from training.data import check_source
 
+    for text in data:
+        check_source(text)
     choose_windows(context_of(model), max_length, stride)  # refused before a large model is loaded
     scorer = open_scorer(model, threads, device, mode, dequantize=dequantize, fast_k=fast_k)
     try:
-        result = evaluate(scorer, read_tokens(scorer, data), max_length, stride)
+        result = evaluate(scorer, read_tokens(scorer, data, text_field), max_length, stride)
     finally:
         scorer.close()
     if as_json:
