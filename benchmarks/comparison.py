@@ -16,19 +16,15 @@ from numpy.typing import NDArray
 from benchmarks import machine as computer
 from benchmarks import quality, speed
 from benchmarks.reading import reading
+from benchmarks.row import HEADERS, Row, cells
 from benchmarks.scorer import Scorer, context_of, kind_of, open_scorer
-from benchmarks.table import markdown, megabytes
+from benchmarks.table import markdown
 from training.errors import InputError
 
 if TYPE_CHECKING:
     from training.model import DMPTForCausalLM
 
 FORMAT_VERSION = 1
-HEADERS = (
-    "model", "parameters", "touched per token", "file size", "perplexity", "accuracy", "decode tokens/s",
-    "prefill tokens/s",
-)  # fmt: skip
-NONE = "-"
 
 
 @dataclass(frozen=True)
@@ -40,32 +36,6 @@ class Entry:
     family: str | None = None  # what a colour stands for in the picture; None: told from the model
     scheme: str | None = None  # None: told from the model
     control: bool = False  # plain GPT-2 fine-tuned on the same tokens as the DMPT rows
-
-
-@dataclass(frozen=True, eq=False)
-class Row:
-    """One line of the table; quality is None without a text, speed for what is not an ONNX folder."""
-
-    name: str
-    path: str
-    kind: str  # "onnx", "quantized" or "float"
-    is_dmpt: bool
-    family: str
-    scheme: str
-    control: bool
-    parameters: int
-    parameters_touched_per_token: int
-    size_bytes: int
-    quality: quality.Quality | None = None
-    speed: speed.Speed | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        own = ("name", "path", "kind", "family", "scheme", "control", "parameters", "parameters_touched_per_token")
-        return {
-            **{key: getattr(self, key) for key in (*own, "size_bytes")},
-            **(self.quality.to_json() if self.quality else {}),
-            **(self.speed.to_json() if self.speed else {}),
-        }
 
 
 @dataclass(frozen=True)
@@ -242,18 +212,3 @@ def add_speed(
     timed = speed.measure(targets, prompt, gen, repetitions, threads, device, text)
     by_name = {result.name: result for result in timed}
     return [replace(row, speed=by_name.get(row.name)) for row in rows]
-
-
-def cells(row: Row) -> list[str]:
-    """The row as HEADERS has it."""
-    scored, timed = row.quality, row.speed.to_json() if row.speed else None
-    return [
-        row.name,
-        f"{row.parameters:,}",
-        f"{row.parameters_touched_per_token:,}",
-        megabytes(row.size_bytes),
-        f"{scored.perplexity:.2f}" if scored else NONE,
-        f"{100 * scored.accuracy:.1f} %" if scored else NONE,
-        f"{timed['decode_tokens_per_s']:.1f}" if timed else NONE,
-        f"{timed['prefill_tokens_per_s']:.0f}" if timed else NONE,
-    ]

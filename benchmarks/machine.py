@@ -8,16 +8,14 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from runtime.threads import visible_cpus
+
 PACKAGES = ("dmpt-export", "onnxruntime", "numpy", "tokenizers", "torch", "transformers")
 
 
 def machine() -> dict[str, Any]:
     """CPU model, cores this process may use, memory, system."""
-    try:
-        usable = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS and Windows
-        usable = os.cpu_count() or 1
-    return {"cpu": cpu_model(), "cores": usable, "memory_bytes": memory_bytes(), "system": platform.platform()}
+    return {"cpu": cpu_model(), "cores": visible_cpus(), "memory_bytes": memory_bytes(), "system": platform.platform()}
 
 
 def cpu_model() -> str:

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -14,8 +14,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
-if TYPE_CHECKING:
-    from benchmarks.comparison import Row
+from benchmarks.row import Row
 
 WIDTH, HEIGHT, DPI = 1200, 800, 100  # pixels
 # Okabe and Ito's palette for all kinds of colour vision, the well-known families first.

@@ -92,7 +92,7 @@ def evaluate(
     the model gives log-probabilities that make no finite perplexity.
     """
     length, step = choose_windows(scorer.context, max_length, stride)
-    plan = plan_windows(len(ids), length, step)
+    plan = list(data.windows(len(ids), length, step))
     total = sum(n for _, _, n in plan)
     if not total:
         raise InputError(
@@ -132,16 +132,6 @@ def evaluate(
         tokens_sha256=hashlib.sha256(np.asarray(ids, dtype="<i4").tobytes()).hexdigest(),
         nll=nll,
     )
-
-
-def plan_windows(n_tokens: int, length: int, step: int) -> list[tuple[int, int, int]]:
-    """(start, stop, n_scored) of every window that scores something.
-
-    A text shorter than one window is its own last window: what is left of it are the tokens after the first
-    `length - step`, as for every text.
-    """
-    spans = [(a, b, min(n, b - (length - step))) for a, b, n in data.windows(n_tokens, length, step)]
-    return [span for span in spans if span[2] > 0]
 
 
 def gold_nll(log_probs: NDArray[np.float32], targets: NDArray[np.integer], name: str) -> NDArray[np.float64]:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from benchmarks.quality import Quality, standard_error
-
-if TYPE_CHECKING:
-    from benchmarks.comparison import Row
+from benchmarks.row import Row
 
 SURE = 2.0  # standard errors of the paired difference; anything nearer to zero is no difference
 

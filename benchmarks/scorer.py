@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.manifest import MANIFEST_NAME, read_manifest
 from training.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
     from training.model import DMPTForCausalLM
 
-MANIFEST = "dmpt_manifest.json"
 GATE_HARD, RANDOM = "gate_hard", "random"  # training.model's names; repeated because that module imports torch
 ROWS_AT_ONCE = 128  # rows whose candidates' head rows are gathered together: K * E floats each
 
@@ -54,15 +54,13 @@ class Scorer(Protocol):
         """
         ...
 
-    def encode(self, text: str) -> list[int]: ...
-
     def close(self) -> None: ...
 
 
 def kind_of(source: str | Path) -> str:
     """ "onnx", "quantized" or "float" (which includes hub ids and whatever is no model), without importing torch."""
     folder = Path(source)
-    if (folder / MANIFEST).is_file():
+    if (folder / MANIFEST_NAME).is_file():
         return "onnx"
     return "quantized" if "quantization" in config_json(folder) else "float"
 
@@ -86,8 +84,6 @@ def named(arguments: Sequence[str]) -> list[tuple[str, str]]:
 def context_of(source: str | Path) -> int:
     """The longest sequence, in tokens, from the model's description alone. Raises as open_scorer for no model."""
     if kind_of(source) == "onnx":
-        from runtime.manifest import read_manifest
-
         return read_manifest(Path(source)).config.n_positions
     from training import checkpoint
 
@@ -169,9 +165,6 @@ class OnnxScorer:
     def score(self, ids: NDArray[np.integer], last: int) -> tuple[Float, Ints | None]:
         return self.model.score(ids, last)
 
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text).ids
-
     def close(self) -> None:
         self.model.close()
 
@@ -199,8 +192,9 @@ class TorchScorer:
         self.mode, self.name, self.folder, self.scheme = mode, name, folder, scheme
         self.context, self.vocab_size, self.leaves = config.n_positions, config.vocab_size, config.leaves
         self.family = family_of(len(config.leaves), config.n_vocab_heads)
-        self.parameters = sum(p.numel() for p in model.parameters())
-        self.parameters_touched_per_token = touched_per_token(model)
+        sizes = {name: tensor.numel() for name, tensor in model.named_parameters()}
+        self.parameters = sum(sizes.values())
+        self.parameters_touched_per_token = config.touched_per_token(sizes)
         self.size_bytes = sum(f.stat().st_size for f in weight_files(folder))
         self.tokenizer, self.end_of_text = tokenizer_of(folder, config.to_dict())
 
@@ -232,9 +226,6 @@ class TorchScorer:
         ]
         return torch.cat(parts, dim=1)[0].cpu().numpy(), routes[0].cpu().numpy()
 
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text).ids
-
     def close(self) -> None:
         del self.model
 
@@ -259,35 +250,9 @@ def tokenizer_of(folder: Path, config: dict[str, Any]) -> tuple[Tokenizer, int]:
 def onnx_size(folder: str | Path) -> int:
     """Bytes of the graph and its external weights: model.onnx, model.onnx.data."""
     folder = Path(folder)
-    model = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["model"]
-    return sum(file.stat().st_size for file in folder.glob(f"{model}*"))
+    return sum(file.stat().st_size for file in folder.glob(f"{read_manifest(folder).model}*"))
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The checkpoint's weight files: safetensors, or else PyTorch's own format as old GPT-2 folders have it."""
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-
-
-def touched_per_token(model: DMPTForCausalLM) -> int:
-    """Parameters read to produce one token, on the leaf where that is most.
-
-    The blocks, gates and head gate on the leaf's way; the anchor head in full; of every other head mixed,
-    fast_k rows (all rows without fast-k); one row each of the token and position embeddings. The same count
-    as an exported folder's manifest gives.
-    """
-    config = model.config
-
-    def size(module: Any) -> int:
-        return sum(p.numel() for p in module.parameters())
-
-    def of_leaf(leaf: str) -> int:
-        turns = [node for node, _ in config.ways()[leaf]]
-        way = sum(size(model.segment(model.tree[node]).h) for node in {*turns, leaf})
-        ln_f = size(model.segment(model.tree[leaf]).ln_f)
-        gates = sum(size(model.gates[node]) for node in turns)
-        head_gate = size(model.head_gates[leaf]) if leaf in model.head_gates else 0
-        others = len(config.head_allocation[leaf]) - 1
-        head_rows = config.vocab_size + others * (config.fast_k or config.vocab_size)
-        return way + ln_f + gates + head_gate + (head_rows + 2) * config.n_embd
-
-    return max(of_leaf(leaf) for leaf in config.leaves)

@@ -36,29 +36,6 @@ def parts_table(weights: Weights) -> dict[str, dict[str, int]]:
 
 
 def touched_per_token(config: DMPTConfig, weights: Weights) -> tuple[int, int]:
-    """(parameters, bytes) that one decoding step reads, for the leaf that reads most.
-
-    The trunk, the segments and gates on the leaf's way, one embedding and one position row, the anchor head whole,
-    and fast_k rows of each other head (all of it without fast-k).
-    """
-    by_owner = totals(weights)
-
-    def share(part: str, rows: int | None = None) -> np.ndarray:
-        total = np.array(by_owner.get(part, (0, 0)), dtype=np.float64)
-        if rows is None or not total[0]:
-            return total
-        n_rows = config.n_positions if part.endswith("wpe") else config.vocab_size
-        return total * rows / n_rows
-
-    def head(j: int) -> str:
-        return "transformer.wte" if j == 0 and config.tie_word_embeddings else f"heads.{j}"
-
-    most = np.zeros(2)
-    for leaf, turns in config.ways().items():
-        on_way = [f"paths.{name}" for name in config.tree if leaf == name or leaf.startswith(f"{name}_")]
-        anchor, *others = config.head_allocation[leaf]
-        read = share("transformer") + share("transformer.wte", 1) + share("transformer.wpe", 1) + share(head(anchor))
-        read = read + sum(share(part) for part in on_way) + sum(share(f"gates.{name}") for name, _ in turns)
-        read = read + share(f"head_gates.{leaf}") + sum(share(head(j), config.fast_k) for j in others)
-        most = np.maximum(most, read)
-    return round(most[0]), round(most[1])
+    """(parameters, bytes) that one decoding step reads, see DMPTConfig.touched_per_token."""
+    parameters = {name: n_parameters(weight) for name, weight in weights.items()}
+    return config.touched_per_token(parameters), config.touched_per_token({n: w.nbytes for n, w in weights.items()})

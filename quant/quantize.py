@@ -30,10 +30,6 @@ class TensorReport:
     bytes_after: int
     relative_error: float  # ||W - dequantized|| / ||W||, Frobenius; 0 for an all-zero tensor
 
-    @property
-    def bits_per_weight(self) -> float:
-        return 8 * self.bytes_after / self.weights
-
 
 def quantize_tensors(
     arrays: dict[str, NDArray[np.float32]], plan: Mapping[str, Rule]

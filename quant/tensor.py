@@ -118,10 +118,6 @@ class QuantizedTensor:
         """Bytes stored: codes, scales and zero points."""
         return sum(part.nbytes for part in self.parts().values())
 
-    @property
-    def bits_per_weight(self) -> float:
-        return 8 * self.nbytes / (self.shape[0] * self.shape[1])
-
     @cached_property
     def offsets(self) -> NDArray[np.uint8]:
         """The zero point of every block, unpacked or implied: uint8 [N, n_blocks] (blockwise tensors)."""

@@ -8,15 +8,14 @@ from typing import Any
 import torch
 
 from training.checkpoint import save_model
-from training.config import DMPTConfig, build_tree, even_allocation
+from training.config import DMPTConfig, even_allocation, leaf_names
 from training.model import DMPTForCausalLM
 
 
 def random_model(splits: list[int], heads: int, seed: int = 0, **fields: Any) -> DMPTForCausalLM:
     """A tiny model: weights large enough that every layer, gate and head matters at fp32 tolerance."""
     sizes: dict[str, Any] = {"vocab_size": 97, "n_positions": 64, "n_embd": 32, "n_layer": 4, "n_head": 4} | fields
-    leaves = [name for name, node in build_tree(splits, sizes["n_layer"]).items() if node.children is None]
-    sizes.setdefault("head_allocation", even_allocation(leaves, heads))
+    sizes.setdefault("head_allocation", even_allocation(leaf_names(splits, sizes["n_layer"]), heads))
     sizes.setdefault("gate_hidden", 16)
     sizes.setdefault("tie_word_embeddings", heads == 1)
     config = DMPTConfig(splits=splits, bos_token_id=0, eos_token_id=0, **sizes)

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 import benchmarks.picture as picture
-from benchmarks.comparison import Comparison, Entry, Row, compare
+from benchmarks.comparison import Comparison, Entry, compare
 from benchmarks.quality import Quality
 from benchmarks.reading import reading
+from benchmarks.row import Row
 from benchmarks.scorer import named
 from benchmarks.speed import Speed
 from benchmarks.table import markdown

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import benchmarks.scorer
-from benchmarks.quality import choose_windows, evaluate, plan_windows, read_tokens, standard_error
+from benchmarks.quality import choose_windows, evaluate, read_tokens, standard_error
 from benchmarks.scorer import open_scorer
 from tests.bench_fakes import FakeScorer, uniform
 from tests.tolerances import TOLERANCE
-from training.data import encode_lines, load_tokenizer
+from training.data import encode_lines, load_tokenizer, windows
 from training.errors import InputError, ValidationError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -72,9 +72,8 @@ def test_wikitext_scores_as_many_tokens_as_the_original() -> None:
     if not (text.is_file() and (folder / "vocab.json").is_file()):
         pytest.skip("WikiText and GPT-2's tokenizer are not beside the repository (../shared/data)")
     ids = encode_lines(text, load_tokenizer(folder), 50256)
-    plan = plan_windows(len(ids), 1024, 512)
     assert len(ids) == 280_744
-    assert sum(n for _, _, n in plan) == 280_232
+    assert sum(n for _, _, n in windows(len(ids), 1024, 512)) == 280_232
 
 
 def test_a_uniform_model_scores_the_vocabulary_size() -> None:

@@ -173,9 +173,6 @@ def recover(out: str | os.PathLike[str]) -> None:
             os.rename(old, target)
 
 
-_recover = recover
-
-
 def _remove_leftovers(target: Path) -> bool:
     """Delete what killed runs were writing for `target`. False when another run still writes there."""
     leftovers = list(target.parent.glob(f".{glob.escape(target.name)}.tmp-*"))

@@ -51,10 +51,9 @@ def causal_mask(real: Tensor, first: int = 0) -> Tensor:
 
     Every position sees itself, so that a padding row (whose result nobody reads) is no softmax over nothing.
     """
-    total = real.shape[1]
-    causal = torch.ones(total, total, dtype=torch.bool, device=real.device).tril()
-    itself = torch.eye(total, dtype=torch.bool, device=real.device)
-    return ((causal & real[:, None]) | itself)[:, None, first:]
+    key = torch.arange(real.shape[1], device=real.device)
+    query = key[first:, None]
+    return (((key <= query) & real[:, None]) | (key == query))[:, None]
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import PretrainedConfig
 from training.errors import InputError
 
 ROOT = "root"  # the trunk's node name, and the only leaf's name when there are no splits
+EMBEDDING, POSITIONS = "transformer.wte.weight", "transformer.wpe.weight"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ def build_tree(splits: list[int], n_layer: int) -> dict[str, Node]:
             nodes[name] = Node(name, start, stop, parent, children)
         level = below
     return nodes
+
+
+def leaf_names(splits: list[int], n_layer: int) -> list[str]:
+    """Leaf (= path) names, left to right. Raises InputError as build_tree."""
+    return [name for name, node in build_tree(splits, n_layer).items() if node.children is None]
 
 
 def even_allocation(leaves: list[str], n_heads: int) -> dict[str, list[int]]:
@@ -141,7 +148,7 @@ class DMPTConfig(PretrainedConfig):
     @property
     def leaves(self) -> list[str]:
         """Leaf (= path) names, left to right."""
-        return [name for name, node in self.tree.items() if node.children is None]
+        return leaf_names(self.splits, self.n_layer)
 
     @property
     def split_nodes(self) -> list[str]:
@@ -156,6 +163,10 @@ class DMPTConfig(PretrainedConfig):
     def mlp_width(self) -> int:
         return self.n_inner or 4 * self.n_embd
 
+    def head_name(self, j: int) -> str:
+        """The checkpoint tensor that holds head j; a tied head 0 is the embedding."""
+        return EMBEDDING if j == 0 and self.tie_word_embeddings else f"heads.{j}.weight"
+
     def ways(self) -> dict[str, list[tuple[str, int]]]:
         """For each leaf, the turns that lead to it: (split node, 0 for left or 1 for right), root first."""
         tree, out = self.tree, {}
@@ -169,6 +180,24 @@ class DMPTConfig(PretrainedConfig):
                 node = parent
             out[leaf] = turns
         return out
+
+    def touched_per_token(self, sizes: Mapping[str, int]) -> int:
+        """What one decoding step reads of a model, on the leaf where that is most.
+
+        sizes: checkpoint tensor -> its size, in parameters or bytes; the result is in the same unit. Read are the
+        blocks and gates on the leaf's way, its norm and head gate, one row each of the embedding and the positions,
+        the anchor head whole, and fast_k rows of every other head of the leaf (all without fast-k).
+        """
+
+        def of_leaf(leaf: str, splits: list[str]) -> float:
+            parts = ["transformer.h.", "transformer.ln_f.", f"head_gates.{leaf}.", f"paths.{leaf}."]
+            parts += [f"{kind}.{name}." for name in splits for kind in ("paths", "gates")]
+            anchor, *others = (sizes[self.head_name(j)] for j in self.head_allocation[leaf])
+            rows = sizes[EMBEDDING] / self.vocab_size + sizes[POSITIONS] / self.n_positions
+            heads = anchor + sum(others) * (self.fast_k or self.vocab_size) / self.vocab_size
+            return rows + heads + sum(size for name, size in sizes.items() if name.startswith(tuple(parts)))
+
+        return round(max(of_leaf(leaf, [name for name, _ in turns]) for leaf, turns in self.ways().items()))
 
     def check(self) -> None:
         """Raise InputError naming the first field that cannot be."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -23,10 +22,6 @@ class Evaluation:
     loss: float  # mean negative log-likelihood, nats per token
     accuracy: float  # share of tokens that were the likeliest
     tokens: int  # scored
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
 
 
 @torch.no_grad()

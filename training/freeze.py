@@ -52,7 +52,7 @@ class Freezer:
         for group, value in entry.items():
             where = f"freeze schedule, step {step}: group '{group}'"
             if group == HEADS:
-                out |= {(self.head_name(j),): frozen for j, frozen in self._heads(value, where).items()}
+                out |= {(self.model.config.head_name(j),): frozen for j, frozen in self._heads(value, where).items()}
             elif group in self.groups and isinstance(value, bool):
                 out[self.groups[group]] = value
             elif group in self.groups:
@@ -75,10 +75,6 @@ class Freezer:
             raise InputError(f"{where} must be a bool, or bools by head index from 0 to {n - 1}, not {value!r}")
         return heads
 
-    def head_name(self, j: int) -> str:
-        """The parameter that holds head j: a tied head 0 is the token embedding."""
-        return "transformer.wte.weight" if j == 0 and self.model.config.tie_word_embeddings else f"heads.{j}.weight"
-
     def frozen(self, step: int) -> frozenset[str]:
         """Names of the parameters that step `step` (from 0) leaves bitwise unchanged."""
         names = [name for name, _ in self.model.named_parameters()]
@@ -98,7 +94,7 @@ class Freezer:
         still |= {name for name in names if name.startswith(prefixes)}
         # Head 0 anchors the other heads; a model with a single head has nothing to anchor.
         if step < options.freeze_head0_steps and len(self.model.heads) > 1:
-            still.add(self.head_name(0))
+            still.add(self.model.config.head_name(0))
         return frozenset(still)
 
     def apply(self, step: int) -> None:

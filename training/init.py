@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from training.checkpoint import model_from_tensors
-from training.config import DMPTConfig, build_tree, even_allocation
+from training.config import DMPTConfig, even_allocation, leaf_names
 from training.errors import InputError
 from training.files import read_json
 from training.gpt2 import COPIED
@@ -101,7 +101,7 @@ def init_config(
     if gate_hidden < 1:
         raise InputError(f"gate_hidden {gate_hidden} must be at least 1")
     if head_allocation is None:
-        leaves = [node.name for node in build_tree(splits, old.n_layer).values() if node.children is None]
+        leaves = leaf_names(splits, old.n_layer)
         head_allocation = even_allocation(leaves, default_heads(len(leaves)) if heads is None else heads)
     return DMPTConfig(
         **{name: getattr(old, name) for name in COPIED if name != "tie_word_embeddings"},

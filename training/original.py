@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from training.checkpoint import TIED_HEAD, Checkpoint, check_tensors
-from training.config import ROOT, DMPTConfig, build_tree
+from training.config import ROOT, DMPTConfig, leaf_names
 from training.errors import InputError
 from training.files import first_line
 from training.tensors import as_float32
@@ -186,7 +186,7 @@ def infer_config(
         raise InputError(f"has no embeddings (wte.weight, wpe.weight): {EXPECTED}")
     vocab_size, n_embd = wte.shape
     splits, n_layer = infer_splits(state)
-    leaves = [node.name for node in build_tree(splits, n_layer).values() if node.children is None]
+    leaves = leaf_names(splits, n_layer)
     chosen = allocation or infer_allocation(state, stored, leaves, notes)
     ids = {old: new for new, old in enumerate(sorted({j for heads in chosen.values() for j in heads}))}
     unused = count(state, r"lm_head\.perceptrons\.(\d+)\.") - len(ids)

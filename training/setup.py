@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from training.atomic import _recover as recover
+from training.atomic import recover
 from training.checkpoint import load_model
 from training.errors import InputError
 from training.model import Attention, DMPTForCausalLM

@@ -48,8 +48,8 @@ def leaf_log_probs(b: Builder, config: DMPTConfig, weights: Weights, leaf: str, 
 
 
 def head(config: DMPTConfig, j: int) -> str:
-    """Name of head j's matrix without `.weight`; a tied head 0 is the embedding."""
-    return "transformer.wte" if j == 0 and config.tie_word_embeddings else f"heads.{j}"
+    """Name of head j's matrix without `.weight`, as nodes are named."""
+    return config.head_name(j).removesuffix(".weight")
 
 
 def _head_log_weights(b: Builder, config: DMPTConfig, weights: Weights, leaf: str, h: ir.Value) -> ir.Value:
