@@ -6,7 +6,6 @@ tensor; every other tensor is float32 under its own name. Exporting reads these 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from quant.quantize import TensorReport, quantize_tensors
 from quant.rules import FLOAT, Rule, assign, default_rules
@@ -32,6 +30,8 @@ from training.checkpoint import (
     model_from_tensors,
     read_config,
     resolve,
+    write_json,
+    write_tensors,
 )
 from training.config import DMPTConfig
 from training.errors import InputError
@@ -134,10 +134,10 @@ def write_quantized(
         },
     }
     with atomic_folder(out, "quantized") as tmp:
-        save_file(_stored_arrays(weights), tmp / WEIGHTS, metadata={"format": "np"})
-        fields = config_fields(config) | {"quantization": quantization}
-        text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
-        (tmp / "config.json").write_text(text, encoding="utf-8")
+        # safetensors writes memory as it lies: a view with other strides would be stored scrambled
+        arrays = {name: np.ascontiguousarray(array) for name, array in _stored_arrays(weights).items()}
+        write_tensors(tmp / WEIGHTS, {name: torch.from_numpy(array) for name, array in arrays.items()})
+        write_json(tmp / "config.json", config_fields(config) | {"quantization": quantization})
         if tokenizer_from is not None:
             copy_tokenizer(tokenizer_from, tmp)
         (tmp / "README.md").write_text(model_card(config, Path(out).resolve().name, note), encoding="utf-8")
@@ -173,8 +173,7 @@ def _stored_arrays(weights: Mapping[str, Weight]) -> dict[str, NDArray[Any]]:
             arrays |= {f"{name}.{part}": array for part, array in weight.parts().items()}
         else:
             arrays[name] = weight
-    # safetensors writes memory as it lies: a view with other strides would be stored scrambled
-    return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    return arrays
 
 
 def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:

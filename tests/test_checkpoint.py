@@ -207,12 +207,13 @@ FULL_DISK = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # no file may grow longer: the same as a full disk
 from dmpt_export.cli import main
-sys.exit(main(["init", sys.argv[1], sys.argv[2]]))
+sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_full_disk_is_exit_code_5_and_leaves_nothing(tiny_gpt2: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", FULL_DISK, str(tiny_gpt2), str(tmp_path / "out")]
+@pytest.mark.parametrize("verb", [["init"], ["quantize", "--scheme", "int8"]], ids=lambda verb: verb[0])
+def test_full_disk_is_exit_code_5_and_leaves_nothing(verb: list[str], tiny_gpt2: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL_DISK, *verb, str(tiny_gpt2), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 5, done.stderr
     assert "File too large" in done.stderr and "Traceback" not in done.stderr

@@ -469,14 +469,14 @@ def test_a_kill_leaves_the_last_complete_checkpoint(tmp_path: Path) -> None:
         from test_trainer import TOKENS, options
         from training.trainer import train
         torch.set_num_threads(1)
-        real, saves, moment = state.save_file, 0, int(sys.argv[2])
+        real, saves, moment = state.write_tensors, 0, int(sys.argv[2])
         def deadly(*args, **kwargs):
             global saves
             saves += 1
             if saves == moment:
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*args, **kwargs)
-        state.save_file = deadly
+        state.write_tensors = deadly
         train(random_model([2], 4), TOKENS, options(save_every=1), sys.argv[1], progress=False)
         """)
     )

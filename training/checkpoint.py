@@ -39,7 +39,9 @@ __all__ = [
     "recover",
     "resolve",
     "save_model",
+    "write_json",
     "write_model",
+    "write_tensors",
 ]
 
 Source = str | os.PathLike[str]  # a DMPT or GPT-2 folder, or a hub id
@@ -204,9 +206,9 @@ def write_model(
             raise ValueError("config ties heads.0 to transformer.wte, but the model holds two tensors: tie_weights()")
         tensors.pop(TIED_HEAD)
     write_tensors(folder / SINGLE, tensors)
-    _write_json(folder / "config.json", config_fields(config))
+    write_json(folder / "config.json", config_fields(config))
     ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id")}
-    _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+    write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
     if tokenizer_from is not None:
         copy_tokenizer(tokenizer_from, folder, config.vocab_size)
     (folder / "README.md").write_text(model_card(config, name, card), encoding="utf-8")
@@ -223,7 +225,8 @@ def config_fields(config: DMPTConfig) -> dict[str, Any]:
     return fields
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object for people and programs: indented, UTF-8."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from training.checkpoint import atomic_folder, write_model
 from training.errors import InputError
 from training.files import read_json
 from training.model import DMPTForCausalLM
+from training.tensors import write_tensors
 
 STATE = "trainer_state"
 FORMAT = 1
@@ -61,10 +62,10 @@ def save_run(
         state = tmp / STATE
         state.mkdir()
         tensors, scalars = optimizer_state(optimizer)
-        save_file(tensors, state / "optimizer.safetensors")
-        save_file(rng, state / "rng.safetensors")
+        write_tensors(state / "optimizer.safetensors", tensors)
+        write_tensors(state / "rng.safetensors", rng)
         if reference is not None:
-            save_file({"heads.0.weight": reference.cpu().contiguous()}, state / "tether.safetensors")
+            write_tensors(state / "tether.safetensors", {"heads.0.weight": reference.cpu().contiguous()})
         (state / "state.json").write_text(json.dumps(vars(progress) | {"optimizer": scalars}, indent=1) + "\n")
 
 
