@@ -82,6 +82,9 @@ VARIANTS = {
 
 # What might make paths and heads pay, or cost: judged on the validation text alone.
 TRIALS = {
+    "gpt2": VARIANTS["gpt2"],
+    "dual": VARIANTS["dual"],
+    "multi-head": VARIANTS["multi-head"],
     "gpt2 lr 3e-4": Variant("", train={"lr": 3e-4}),
     "gpt2 lr 2e-3": Variant("", train={"lr": 2e-3}),
     "dual no balance": Variant("", 1, 2, train={"lb_coef": 0.0, "gold_aux_coef": 0.0}),
@@ -90,6 +93,9 @@ TRIALS = {
     "dual balance 1": Variant("", 1, 2, train={"lb_coef": 1.0}),
     "dual hard": Variant("", 1, 2, train={"train_path_selection": "gate_hard", "gold_aux_coef": 0.1}),
     "dual gate lr x5": Variant("", 1, 2, train={"gate_lr": 5e-3}),
+    "dual gate bias 0": Variant("", 1, 2, init={"gate_bias": 0.0}),
+    "dual split early": Variant("", 1, 2, init={"splits": "1"}),
+    "dual split late": Variant("", 1, 2, init={"splits": "5"}),
     "dual gate temp 0.5": Variant("", 1, 2, train={"gate_temp": 0.5}),
     "dual lr 2e-3": Variant("", 1, 2, train={"lr": 2e-3, "head_lr": 2e-3}),
     "multi-head noise 0.1": Variant("", heads=4, init={"noise": 0.1}),
