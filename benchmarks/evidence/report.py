@@ -85,7 +85,7 @@ def tables(lines: list[dict[str, Any]]) -> str:
 
 def _deployed(lines: list[dict[str, Any]]) -> str:
     head = ["variant", "fast-k", "seeds", "valid ppl", "test ppl", "word ppl", "bits/byte", "accuracy", "parameters",
-            "touched", "tokens", "seconds"]  # fmt: skip
+            "touched", "tokens", "CPU s"]  # fmt: skip
     rows = []
     for name, fast_k in dict.fromkeys((line["variant"], line["fast_k"]) for line in lines):
         same = [line for line in lines if (line["variant"], line["fast_k"]) == (name, fast_k)]
@@ -96,7 +96,7 @@ def _deployed(lines: list[dict[str, Any]]) -> str:
             spread([x["perplexity"] for x in same]), spread([x["word_perplexity"] for x in same], 1),
             spread([x["bits_per_byte"] for x in same], 4), f"{100 * np.mean([x['accuracy'] for x in same]):.2f} %",
             f"{first['parameters'] / 1e6:.2f} M", f"{first['touched_per_token'] / 1e6:.2f} M",
-            f"{first['tokens'] / 1e6:.2f} M", f"{np.mean([x['seconds'] for x in same]):.0f}",
+            f"{first['tokens'] / 1e6:.2f} M", spread([x["cpu_seconds"] for x in same if "cpu_seconds" in x], 0),
         ])  # fmt: skip
     return markdown(head, rows)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from typing import Any
 
 from benchmarks.evidence import corpus, plan, report
 from benchmarks.evidence.plan import SCALES, TRIALS, VARIANTS, Scale, Variant
+
+COST = "cost.json"  # beside a trained model: what its training took, start and evaluation included
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,9 @@ class Evidence:
 
     def train(self, model: list[str], out: Path, text: Path, options: list[str]) -> None:
         texts: list[str | Path] = ["--data", text, "--eval-data", self.text.valid, "--cache-dir", self.work / "cache"]
+        before = cpu_seconds()
         self.cli("train", *model, out, *texts, "--overwrite", *options, *self.machine)
+        (out / COST).write_text(json.dumps({"cpu_seconds": round(cpu_seconds() - before)}), encoding="utf-8")
 
     def tuned(self, run: Run) -> Path:
         """The variant's model, trained if it is not yet."""
@@ -104,6 +109,7 @@ class Evidence:
             "tokens": (self.scale.base_steps + run.steps) * tokens,
             "tokens_tuned": run.steps * tokens,
             "seconds": round(last["seconds"]),
+            **(json.loads((model / COST).read_text(encoding="utf-8")) if (model / COST).is_file() else {}),
             "valid_perplexity": last["eval_perplexity"],
             "routes_in_training": last.get("routes"),
         }
@@ -130,6 +136,12 @@ class Evidence:
             model = self.tuned(run)
             self.results.add(self.about(run, model) | {"mode": "trial", "fast_k": 0, "steps": run.steps})
             shutil.rmtree(model, ignore_errors=True)
+
+
+def cpu_seconds() -> float:
+    """CPU time of the subprocesses so far: unlike the clock, it does not count what else the machine did."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def main(arguments: list[str] | None = None) -> None:
