@@ -298,8 +298,16 @@ def test_quantized_folder_points_to_its_reader(dmpt_copy: Path) -> None:
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ({"add_cross_attention": True}, "add_cross_attention"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized by another tool"),
-        ({"n_layer": 10**9}, "there are only"),
-        ({"vocab_size": 10**12}, "wrong shape: transformer.wte.weight"),
+        ({"n_layer": 10**7}, "there are only"),
+        ({"vocab_size": 10**7}, "wrong shape: transformer.wte.weight"),
+        ({"n_embd": 10**12}, "n_embd must be a whole number from 1 to"),
+        ({"n_positions": 10**18}, "n_positions must be a whole number"),
+        ({"n_inner": "wide"}, "n_inner must be a whole number"),
+        ({"n_inner": -1}, "n_inner must be a whole number"),
+        ({"layer_norm_epsilon": None}, "layer_norm_epsilon must be a number above 0"),
+        ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon must be a number above 0"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false"),
+        ({"eos_token_id": [0]}, "eos_token_id must be a token id"),
         ({"n_layer": 3}, "unexpected: transformer.h.3.attn.c_attn.bias"),
     ],
 )
@@ -313,8 +321,15 @@ def test_gpt2_config_that_cannot_be(changes: dict[str, Any], match: str, gpt2_co
     ("changes", "match"),
     [
         ({"splits": [9]}, "splits"),
-        ({"splits": "two"}, "cannot be used"),
-        ({"splits": 2}, "cannot be used"),
+        ({"splits": "two"}, "splits must be a list"),
+        ({"splits": 2}, "splits must be a list"),
+        ({"splits": [1.5]}, "splits must be a list of whole numbers"),
+        ({"head_allocation": {}}, "head_allocation names leaves"),
+        ({"fast_k": True}, "fast_k must be a whole number"),
+        ({"fast_k": 1.5}, "fast_k must be a whole number"),
+        ({"gate_temp": float("nan")}, "gate_temp must be a number"),
+        ({"head_gate_temp": float("inf")}, "head_gate_temp must be a number"),
+        ({"eos_token_id": 300}, "eos_token_id must be a token id from 0 to 299"),
         ({"head_allocation": {"left": [0]}}, "head_allocation"),
         ({"head_allocation": [0, 1]}, "cannot be used|head_allocation"),
         ({"fast_k": 301}, "fast_k 301"),
@@ -325,6 +340,15 @@ def test_dmpt_config_that_cannot_be(changes: dict[str, Any], match: str, dmpt_co
     edit_config(dmpt_copy, **changes)
     with one_line(match, str(dmpt_copy)):
         load_model(dmpt_copy)
+
+
+@pytest.mark.parametrize("given", [{"eos_token_id": 50256, "bos_token_id": 50256}, {}])
+def test_end_of_text_that_a_small_gpt2_inherited_is_none(given: dict[str, int], gpt2_copy: Path) -> None:
+    path = gpt2_copy / "config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in fields.items() if not k.endswith("_token_id")} | given))
+    config = read_config(gpt2_copy)
+    assert config.eos_token_id is None and config.bos_token_id is None
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "\xff", "[" * 100_000])

@@ -232,6 +232,10 @@ BAD_INIT = [
     (["--heads", "2", "--head-allocation", "x.json"], 2, "exclude each other"),
     (["--head-allocation", "missing.json"], 3, "missing.json is missing"),
     (["--noise", "-1"], 3, "noise"),
+    (["--noise", "1e39"], 3, "NaN or infinity"),
+    (["--gate-bias", "nan"], 3, "gates.root.2.bias"),
+    (["--heads", "1000000000000"], 5, "heads 1000000000000 needs"),
+    (["--gate-hidden", "10000000000000000000"], 5, "gate_hidden"),
     (["--seed", "-1"], 2, "-1"),
     (["--nonsense"], 2, "nonsense"),
 ]
@@ -246,6 +250,12 @@ def test_bad_options(
     assert text in shown.err and "Traceback" not in shown.err and shown.out == ""
     assert code == 2 or len(shown.err.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_allocation_is_no_default(tiny_gpt2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "heads.json").write_text("{}")
+    assert run("init", tiny_gpt2, tmp_path / "out", "--head-allocation", tmp_path / "heads.json") == 3
+    assert "head_allocation names leaves []" in capsys.readouterr().err
 
 
 def test_bad_folders(tiny_gpt2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,7 +46,9 @@ __all__ = [
 
 Source = str | os.PathLike[str]  # a DMPT or GPT-2 folder, or a hub id
 TIED_HEAD = "heads.0.weight"
-SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "gate_hidden")
+SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "gate_hidden")
+LARGEST = 1 << 24  # of any size; the product of two still counts elements without overflow
+TOKENS = ("bos_token_id", "eos_token_id")
 MOST_NAMED = 40  # tensor names in one error line
 
 
@@ -76,15 +78,41 @@ def read_config(source: Source) -> DMPTConfig:
     kind = fields.get("model_type")
     if kind not in ("dmpt", "gpt2"):
         raise InputError(f"{path}: model_type {kind!r} is not supported, only 'dmpt' and 'gpt2' are")
-    for name in SIZES:
-        if name in fields and (type(fields[name]) is not int or fields[name] < 1):
-            raise InputError(f"{path}: {name} must be a whole number above 0, not {fields[name]!r}")
+    check_fields(fields, path)
     try:
         return config_from_gpt2(fields) if kind == "gpt2" else DMPTConfig.from_dict(fields)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise InputError(f"{path} cannot be used ({error}): restore or replace it") from error
+
+
+def check_fields(fields: Mapping[str, Any], path: Path) -> None:
+    """Raise InputError naming the first field of a config.json whose value is of the wrong kind.
+
+    Python's JSON reads NaN and Infinity, and true passes for 1.
+    """
+
+    def whole(value: Any, least: int, most: int) -> bool:
+        return type(value) is int and least <= value <= most
+
+    def positive(value: Any) -> bool:
+        return type(value) in (int, float) and 0 < value < float("inf")
+
+    vocab_size = fields.get("vocab_size")
+    last = vocab_size - 1 if whole(vocab_size, 1, LARGEST) and fields["model_type"] == "dmpt" else LARGEST
+    kinds = (
+        (SIZES, f"a whole number from 1 to {LARGEST}", lambda value: whole(value, 1, LARGEST)),
+        (("gate_temp", "head_gate_temp", "layer_norm_epsilon"), "a number above 0", positive),
+        (("fast_k", "head_topk"), "a whole number or null", lambda value: value is None or type(value) is int),
+        (("splits",), "a list of whole numbers", lambda value: type(value) is list and {*map(type, value)} <= {int}),
+        (("tie_word_embeddings",), "true or false", lambda value: type(value) is bool),
+        (TOKENS, f"a token id from 0 to {last} or null", lambda value: value is None or whole(value, 0, last)),
+    )
+    for names, kind, fits in kinds:
+        for name in names:
+            if name in fields and not fits(fields[name]) and not (name == "n_inner" and fields[name] is None):
+                raise InputError(f"{path}: {name} must be {kind}, not {fields[name]!r}")
 
 
 def read_checkpoint(source: Source) -> Checkpoint:
@@ -207,7 +235,7 @@ def write_model(
         tensors.pop(TIED_HEAD)
     write_tensors(folder / SINGLE, tensors)
     write_json(folder / "config.json", config_fields(config))
-    ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id")}
+    ids = {key: getattr(config, key) for key in TOKENS}
     write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
     if tokenizer_from is not None:
         copy_tokenizer(tokenizer_from, folder, config.vocab_size)

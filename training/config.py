@@ -129,7 +129,9 @@ class DMPTConfig(PretrainedConfig):
         self.layer_norm_epsilon = layer_norm_epsilon
         self.initializer_range = initializer_range
         self.splits = list(splits)
-        self.head_allocation = head_allocation or even_allocation(self.leaves, len(self.leaves))
+        self.head_allocation = (
+            even_allocation(self.leaves, len(self.leaves)) if head_allocation is None else head_allocation
+        )
         self.gate_hidden = gate_hidden
         self.gate_temp = gate_temp
         self.head_gate_temp = head_gate_temp

@@ -39,8 +39,13 @@ def config_from_gpt2(fields: Mapping[str, Any]) -> DMPTConfig:
             raise InputError(f"{name} is {fields[name]}: only GPT-2's own {only} is supported")
     if fields.get("quantization_config"):
         raise InputError("this model was quantized by another tool: give the float model it was made from")
+    copied = {name: fields[name] for name in COPIED if name in fields}
+    vocab_size = fields.get("vocab_size", DMPTConfig().vocab_size)
+    for name in ("bos_token_id", "eos_token_id"):  # transformers leaves GPT-2's own 50256 in models of any vocabulary
+        token = fields.get(name, DMPTConfig().eos_token_id)
+        copied[name] = token if token is not None and token < vocab_size else None
     return DMPTConfig(
-        **{name: fields[name] for name in COPIED if name in fields},
+        **copied,
         splits=[],
         head_allocation={ROOT: [0]},
     )

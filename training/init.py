@@ -71,6 +71,8 @@ def init_from_gpt2(
     random = torch.Generator().manual_seed(seed)
     tensors |= _heads(config, source["heads.0.weight"], noise, random)
     tensors |= _gates(config, gate_bias, random)
+    if wild := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise InputError(f"{wild[0]} would hold NaN or infinity: use a smaller --noise and --gate-bias, or mend SOURCE")
     return model_from_tensors(config, tensors)
 
 
@@ -100,6 +102,8 @@ def init_config(
         raise InputError("this model's head is not tied to its embedding: leave --tie out")
     if gate_hidden < 1:
         raise InputError(f"gate_hidden {gate_hidden} must be at least 1")
+    _check_memory("heads", 0 if heads is None else heads, old.vocab_size * old.n_embd)
+    _check_memory("gate_hidden", gate_hidden, old.n_embd)
     if head_allocation is None:
         leaves = leaf_names(splits, old.n_layer)
         head_allocation = even_allocation(leaves, default_heads(len(leaves)) if heads is None else heads)
@@ -112,6 +116,13 @@ def init_config(
         fast_k=fast_k,
         tie_word_embeddings=old.tie_word_embeddings if tie is None else tie,
     )
+
+
+def _check_memory(name: str, value: int, elements: int) -> None:
+    """Raise MemoryError for what this machine can never hold: Linux would kill the process instead of saying so."""
+    needed = 4 * value * elements
+    if hasattr(os, "sysconf") and needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        raise MemoryError(f"{name} {value} needs {needed / 1e9:.0f} GB")
 
 
 def read_head_allocation(path: str | os.PathLike[str]) -> dict[str, list[int]]:

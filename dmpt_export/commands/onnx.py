@@ -11,7 +11,7 @@ from dmpt_export.extras import require
 
 @click.command("onnx", short_help="Export a checkpoint to ONNX and check the result.")
 @click.argument("checkpoint")
-@click.argument("out", type=click.Path(file_okay=False))
+@click.argument("out", type=click.Path())
 @click.option("--target", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
               help="cpu: fp32 activations; cuda: fp16.")  # fmt: skip
 @click.option("--fast-k", type=click.IntRange(min=0), help="Candidates of the anchor head; 0 scores every head fully. "

@@ -33,7 +33,7 @@ class SchemeName(click.ParamType):  # type: ignore[type-arg]  # generic only fro
 
 @click.command("quantize", short_help="Store a checkpoint's weights in fewer bits.")
 @click.argument("checkpoint")
-@click.argument("out", type=click.Path(file_okay=False))
+@click.argument("out", type=click.Path())
 @click.option("--scheme", type=SchemeName(), required=True, help="How to store weights; see above.")
 @click.option("--block", type=click.Choice(["16", "32", "64", "128", "256"]), help="Weights that share a scale: "
               "fewer are closer to the original, and larger. Default: 128 for int8, 32 for int4.")  # fmt: skip
