@@ -12,7 +12,7 @@ from dmpt_export.manifest import ACTIVATIONS, MODEL_FILE, describe, write_manife
 from quant.checkpoint import load_weights
 from quant.tensor import QuantizedTensor
 from runtime.manifest import MANIFEST_NAME
-from training.checkpoint import atomic_folder, copy_tokenizer, resolve
+from training.checkpoint import atomic_folder, check_replaceable, copy_tokenizer, resolve
 from training.config import DMPTConfig
 from training.errors import InputError
 
@@ -40,11 +40,12 @@ def export_onnx(
     Raises InputError (3) for an unusable source or option, ValidationError (4) when the exported model differs
     from the checkpoint beyond `dmpt_export.tolerances`; nothing is left behind then.
     """
+    if target not in ACTIVATIONS:
+        raise InputError(f"unknown target '{target}': choose one of {', '.join(ACTIVATIONS)}")
+    check_replaceable(Path(out), "onnx")
     folder = resolve(source)
     config, weights = load_weights(folder)
     apply_overrides(config, fast_k, head_topk)
-    if target not in ACTIVATIONS:
-        raise InputError(f"unknown target '{target}': choose one of {', '.join(ACTIVATIONS)}")
     if target == "cuda" and any(isinstance(w, QuantizedTensor) and w.per_row for w in weights.values()):
         raise InputError("int8-dynamic has no CUDA kernel in ONNX Runtime: quantize with --scheme int8 or int4 instead")
     model = build(config, weights, ACTIVATIONS[target])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from dmpt_export.export import export_onnx
 from dmpt_export.measure import touched_per_token
 from dmpt_export.tolerances import TOLERANCES
 from quant.checkpoint import dequantized_model, load_weights, save_quantized
+from quant.schemes import SCHEMES
 from quant.tensor import QuantizedTensor
 from tests.models import random_model, saved_model
 from training.errors import InputError, ValidationError
@@ -124,6 +126,14 @@ def test_quantized_onnx_follows_torch_with_dequantized_weights(name: str, scheme
     save_quantized(source, tmp_path / "quantized", scheme=scheme)
     parity = export_onnx(tmp_path / "quantized", tmp_path / "onnx")["parity"]  # raises beyond the table
     assert parity["whole"]["kl_mean"] > 0  # integer kernels round activations: exactly zero would mean float ran
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_stored_zero_points_reach_the_graph(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In multiplications and in looked-up rows; the check with float kernels sees a missing one."""
+    monkeypatch.setitem(SCHEMES, scheme, partial(SCHEMES[scheme], symmetric=False))
+    save_quantized(saved_model(tmp_path / "source", **TREES["shared heads"]), tmp_path / "quantized", scheme=scheme)
+    assert export_onnx(tmp_path / "quantized", tmp_path / "onnx")["parity"]["float_kernels"]["whole"]["routes_equal"]
 
 
 def test_every_tensor_is_a_main_graph_initializer_stored_once(tmp_path: Path) -> None:

@@ -59,12 +59,15 @@ def gather_rows(b: Builder, weights: Weights, weight_name: str, ids: ir.Value, n
     weight = weights[weight_name]
     if not isinstance(weight, QuantizedTensor):
         return b.op("Gather", float_weight(b, weights, weight_name), ids, name=name)
+    zero_points = None
+    if weight.zero_points is not None:  # the operator wants a byte for each block
+        zero_points = b.weight(f"{weight_name}.zero_points.rows", weight.offsets[..., None])
     rows = b.op(
         "GatherBlockQuantized",
         b.weight(f"{weight_name}.packed", weight.packed),
         ids,
         _scales(b, weight_name, weight, ".rows"),
-        _zero_points_for_rows(b, weight_name, weight),
+        zero_points,
         name=name,
         domain=MSFT,
         bits=weight.bits,
@@ -72,8 +75,8 @@ def gather_rows(b: Builder, weights: Weights, weight_name: str, ids: ir.Value, n
         gather_axis=0,
         quantize_axis=2,
     )  # (..., blocks, block)
-    rank = "const.rows"  # 0 copies a leading dimension; ids of the graph are always [n, K] or [B, S]
-    flat = b.op("Reshape", rows, b.weight(rank, np.array([0, 0, -1], dtype=np.int64)), name=f"{name}.flat")
+    shape = b.ints(0, 0, -1)  # 0 copies a leading dimension; ids of the graph are always [n, K] or [B, S]
+    flat = b.op("Reshape", rows, shape, name=f"{name}.flat")
     if weight.packed.shape[1] * weight.block == weight.shape[1]:
         return flat
     return b.op("Slice", flat, b.ints(0), b.ints(weight.shape[1]), b.ints(2), name=f"{name}.unpad")
@@ -105,12 +108,6 @@ def _scales(b: Builder, weight_name: str, weight: QuantizedTensor, suffix: str) 
     """Scales as MatMulNBits reads them [N, blocks], or for gathering [N, blocks, 1]."""
     scales = weight.scales.astype(b.dtype.numpy(), copy=False)
     return b.weight(f"{weight_name}.scales{suffix}", scales[..., None] if suffix else scales)
-
-
-def _zero_points_for_rows(b: Builder, weight_name: str, weight: QuantizedTensor) -> ir.Value | None:
-    if weight.zero_points is None:
-        return None
-    raise NotImplementedError(f"{weight_name}: gathering rows of an asymmetric tensor")
 
 
 def _dynamic_matmul(b: Builder, name: str, weight: QuantizedTensor, x: ir.Value, bias: ir.Value) -> ir.Value:
