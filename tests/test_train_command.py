@@ -55,22 +55,6 @@ def test_a_dmpt_is_trained_into_a_checkpoint(tiny_dmpt: Path, text: str, tmp_pat
     assert [set(record) & {"loss", "eval_loss"} for record in metrics(out)] == [{"loss"}, {"loss"}, {"eval_loss"}]
 
 
-def test_the_originals_command_line_runs_as_it_was_written(tiny_gpt2: Path, text: str, tmp_path: Path) -> None:
-    """Names, underscores and files of the original README; only the text is named, and the sizes are smaller."""
-    allocation = tmp_path / "head_allocation.json"
-    allocation.write_text('{"left": [0, 1, 2, 3], "right": [4, 5, 6, 7]}')
-    out = tmp_path / "checkpoints" / "dual_path"
-    line = f"""--pretrained_model {tiny_gpt2} --split_at_layer 2 --epochs 1 --batch_size 1 --grad_accum_steps 2
-        --max_length 16 --max_steps 2 --train_path_selection gate_soft --eval_path_selection gate_hard
-        --checkpoint_dir {out} --head_allocation {allocation} --lb_coef 0.02 --gold_aux_coef 0.01 --head_lr 3e-6
-        --gate_lr 2e-6 --use_head_mixture --head_gate_temp 0.9"""
-    assert main(["train", *line.split(), "--data", text]) == 0
-    config = read_config(out)
-    assert config.splits == [2] and config.head_gate_temp == 0.9
-    assert config.head_allocation == {"left": [0, 1, 2, 3], "right": [4, 5, 6, 7]}
-    assert (options_of(out)["lb_coef"], options_of(out)["gate_lr"]) == (0.02, 2e-6)
-
-
 def test_without_head_mixture_every_leaf_has_one_head(tiny_gpt2: Path, text: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     line = ["train", str(tiny_gpt2), str(out), "--data", text, "--splits", "1,2", "--no-use_head_mixture", *SMALL]
@@ -126,7 +110,7 @@ def test_the_recipes_can_be_read(name: str) -> None:
 @pytest.mark.parametrize(
     ("line", "code", "message"),
     [
-        ("{gpt2} {out}", 2, "--data FILE is missing"),
+        ("{gpt2} {out} --recipe none", 3, "there is no recipe 'none'"),
         ("{gpt2} --data {text}", 2, "OUT is missing"),
         ("--out {out} --data {text}", 2, "MODEL is missing"),
         ("--from-scratch {out} --data {text}", 2, "needs --tokenizer"),

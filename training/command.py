@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from training.trainer import TrainResult
 
 TYPES = {"int": int, "float": float, "str": str, "bool": bool}
+DEFAULT_TEXTS = {"data": ["wikitext-103"], "eval_data": ["wikitext-103:validation"]}
 # The first option of each part of the help
 SECTIONS = {
     "model": "Model, data and result",
@@ -50,7 +51,7 @@ def parameters() -> list[click.Parameter]:
         option(["--out", "--checkpoint-dir", "out"], type=path, metavar="OUT", help="Same as OUT."),
         option(["--data"], multiple=True, type=file, metavar="FILE",
                help="Text to train on: plain, JSONL (both also .xz, .gz, .zst), Parquet, or a hub dataset such as "
-               "wikitext-103 or OWNER/NAME:CONFIG:SPLIT. Give it several times for several."),
+               "wikitext-103 or OWNER/NAME:CONFIG:SPLIT; several times for several.  [wikitext-103]"),
         option(["--eval-data"], multiple=True, type=file, metavar="FILE",
                help="Held-out text, as --data; without it no best model."),
         option(["--text-field"], metavar="NAME", help="Where the text is in JSONL, Parquet and datasets.  [text]"),
@@ -91,11 +92,7 @@ def run(values: dict[str, Any], explicit: set[str]) -> None:
     chosen = {name: values[name] for name in explicit & {field.name for field in fields(TrainOptions)}}
     source = None if values["resume"] is None else _run_folder(Path(values["resume"] or out))
     saved = {} if source is None or len(recipe.phases) > 1 else _saved(source)
-    about = saved.get("about", {"model": model_name}) | _given_texts(values)
-    if not about.get("data"):
-        raise click.UsageError("--data FILE is missing: the text to train on")
-    for text in (*about["data"], *about.get("eval_data", ())):
-        check_source(text)
+    about = _texts(saved.get("about", {"model": model_name}) | _given_texts(values))
     options = [TrainOptions.from_dict(saved.get("options", {}) | phase | chosen, "the run") for phase in recipe.phases]
     for one in options:
         one.check()
@@ -139,7 +136,7 @@ def _places(values: dict[str, Any]) -> tuple[str | None, Path]:
     if places:
         raise click.UsageError(f"'{places[0]}' is too much: MODEL and OUT are already given by --model and --out")
     if out is None and values["resume"]:
-        out = values["resume"]
+        out = _run_of(Path(values["resume"]))
     if out is None:
         raise click.UsageError("OUT is missing: dmpt-export train MODEL OUT --data FILE")
     if model is None and not new:
@@ -156,6 +153,21 @@ def _given_texts(values: dict[str, Any]) -> dict[str, Any]:
     return given | ({"text_field": values["text_field"]} if values["text_field"] else {})
 
 
+def _texts(about: dict[str, Any]) -> dict[str, Any]:
+    """`about` with the texts checked, and the original project's where none are given."""
+    if not about.get("data"):
+        about = about | DEFAULT_TEXTS
+        try:
+            check_source(about["data"][0])
+        except InputError as error:
+            raise InputError(f"--data FILE is missing, and the default is not at hand: {error}") from error
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once, not from every process
+            click.echo("No --data given: training on the hub dataset wikitext-103, as the original project", err=True)
+    for text in (*about["data"], *about.get("eval_data", ())):
+        check_source(text)
+    return about
+
+
 def report(result: TrainResult) -> str:
     """What came out, in two lines."""
     from training.watch import perplexity
@@ -166,7 +178,20 @@ def report(result: TrainResult) -> str:
     return f"{lines}\nnext: dmpt-export quantize {result.folder} SMALL --scheme int8"
 
 
+def _run_of(given: Path) -> Path:
+    """The run that --resume names. The original project named a file in it, RUN/checkpoint_epoch_0_step_8200.pt."""
+    if given.suffix != ".pt":
+        return given
+    if given.is_file():
+        raise InputError(
+            f"cannot resume {given}, a checkpoint of the original project: dmpt-export convert {given} MODEL, then "
+            "train MODEL"
+        )
+    return given.parent
+
+
 def _run_folder(run: Path) -> Path:
+    run = _run_of(run)
     return run / "last" if (run / "last").is_dir() else run
 
 

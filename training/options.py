@@ -55,7 +55,7 @@ class TrainOptions:
     freeze_split_gates: bool = opt(False, "keep the gates that choose paths unchanged")
     head_only_phase: bool = opt(False, "train only heads and head gates")
     head_only_epochs: int = opt(0, "train only heads and head gates for so many passes, then everything")
-    freeze_schedule: str | None = opt(None, 'JSON file {"STEP": {"GROUP": true}}; true freezes from that step on')
+    freeze_schedule: str | None = opt(None, '{"STEP": {"GROUP": true}} or a file of it; true freezes from that step')
     # --- watching and saving, in optimizer steps
     log_every: int = opt(100, "a line in metrics.jsonl")
     eval_every: int = opt(1000, "perplexity on the held-out text, and the best model so far is kept")
@@ -97,15 +97,16 @@ class TrainOptions:
         return cls(**values)
 
 
-def read_freeze_schedule(path: str | Path | None) -> dict[int, dict[str, Any]]:
-    """{optimizer step: {group: frozen}} of a JSON file, by step. Raises InputError when it is no such file."""
-    if path is None:
+def read_freeze_schedule(given: str | Path | None) -> dict[int, dict[str, Any]]:
+    """{optimizer step: {group: frozen}}, by step, of a JSON file or of JSON itself. Raises InputError otherwise."""
+    if given is None:
         return {}
     try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = str(given)
+        raw = json.loads(text if text.startswith("{") else Path(given).read_text(encoding="utf-8"))
         schedule = {int(step): dict(groups) for step, groups in raw.items()}
     except OSError as error:
-        raise InputError(f"freeze schedule {path} cannot be read: {error.strerror}") from error
+        raise InputError(f"freeze schedule {given} cannot be read: {error.strerror}") from error
     except (ValueError, AttributeError, TypeError) as error:
-        raise InputError(f'freeze schedule {path} must look like {{"0": {{"left_path": true}}}} ({error})') from error
+        raise InputError(f'freeze schedule {given} must look like {{"0": {{"left_path": true}}}} ({error})') from error
     return dict(sorted(schedule.items()))

@@ -15,6 +15,7 @@ import gzip
 import hashlib
 import io
 import json
+import logging
 import lzma
 import os
 import re
@@ -248,7 +249,10 @@ def _load_dataset(path: Path) -> Any:
     parts = DATASET.fullmatch(str(path))
     assert parts is not None
     name, config = DATASETS.get(parts["name"], (parts["name"], None))
+    retries = logging.getLogger("huggingface_hub")
+    level = retries.level
     try:
+        retries.setLevel(logging.ERROR)  # a paragraph for each of five attempts to reach the hub
         return datasets.load_dataset(name, parts["config"] or config, split=parts["split"] or "train")
     except ConnectionError as error:
         raise InputError(
@@ -260,6 +264,8 @@ def _load_dataset(path: Path) -> Any:
             f"there is no file '{path}', and the Hugging Face hub does not give out the dataset {name} "
             f"({first_line(error)}): check the path, or write NAME:CONFIG:SPLIT"
         ) from error
+    finally:
+        retries.setLevel(level)
 
 
 def _checked(values: Iterable[Any], field: str, where: str, first: int) -> Iterator[str]:
