@@ -305,6 +305,24 @@ def test_data_that_cannot_be_trained_on_is_refused(tmp_path: Path, tokens: np.nd
 # --- evaluation -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("tokens", "changes", "message"),
+    [
+        (30, {}, "score only those after the first 32"),
+        (200, {"eval_max_tokens": 30}, "score only those after the first 32"),
+        (200, {"eval_length": 65}, "the model's context of 64"),
+        (200, {"eval_length": 16, "eval_stride": 17}, "stride 17"),
+        (200, {"eval_length": 1}, "at least 2"),
+    ],
+)
+def test_evaluation_that_would_score_nothing_is_refused(
+    tmp_path: Path, tokens: int, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        train(random_model([2], 4), TOKENS, options(**changes), tmp_path / "run", some_tokens(tokens, 1))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("splits", [[], [2]])
 def test_evaluation_equals_scoring_window_by_window(splits: list[int]) -> None:
     """The protocol, and the deployed distribution: hard routing and fast-k."""

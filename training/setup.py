@@ -12,6 +12,7 @@ from torch import nn
 
 from training.atomic import recover
 from training.checkpoint import load_model
+from training.data import windows
 from training.errors import InputError
 from training.model import Attention, DMPTForCausalLM
 from training.options import TrainOptions
@@ -82,8 +83,22 @@ def apply_to_config(model: DMPTForCausalLM, options: TrainOptions) -> None:
                 module.attn_dropout = options.dropout
 
 
+def eval_windows(options: TrainOptions, context: int, tokens: np.ndarray | None) -> tuple[int, int]:
+    """(length, stride) of the evaluation windows. Raises InputError when they cannot be, or score none of `tokens`."""
+    length = options.eval_length or context
+    stride = options.eval_stride or max(1, length // 2)
+    if length > context:
+        raise InputError(f"--eval_length {length} must be at most the model's context of {context}")
+    if tokens is not None and not any(windows(len(tokens), length, stride)):
+        raise InputError(
+            f"the evaluation text has {len(tokens)} tokens, and windows of {length} advancing by {stride} score only "
+            f"those after the first {length - stride}: give more text or a smaller --eval_length"
+        )
+    return length, stride
+
+
 def check_tokens(tokens: np.ndarray, eval_tokens: np.ndarray | None, vocab: int) -> None:
-    """Raise InputError unless every token id is in the vocabulary and the held-out part can be scored."""
+    """Raise InputError unless every token id is in the vocabulary and there are some of each."""
     for name, ids in (("training", tokens), ("evaluation", eval_tokens)):
         if ids is not None and len(ids) < 2:
             raise InputError(f"the {name} text has {len(ids)} tokens, at least 2 are needed")

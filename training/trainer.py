@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from training import state
+from training import setup, state
 from training.batches import TokenBatches
 from training.checkpoint import save_model
 from training.errors import InputError
@@ -29,7 +29,6 @@ from training.nonfinite import NonFiniteError, first_bad_tensor
 from training.objective import Loss, Objective
 from training.optim import collect_gradients, lr_factor, make_optimizer, set_lr
 from training.options import TrainOptions, read_freeze_schedule
-from training.setup import apply_to_config, check_tokens, load_weights, on_cpu, prepare_folder, resume_folder
 from training.watch import Meter, Watcher, perplexity
 
 
@@ -98,14 +97,16 @@ class Trainer:
         overwrite: bool,
     ) -> None:
         options.check()
-        self.options, self.out, self.tokenizer_from, self.eval_tokens = options, out, tokenizer_from, eval_tokens
-        self.accelerator = Accelerator(gradient_accumulation_steps=options.grad_accum_steps, cpu=on_cpu(options))
+        self.options, self.out, self.tokenizer_from = options, out, tokenizer_from
+        self.accelerator = Accelerator(gradient_accumulation_steps=options.grad_accum_steps, cpu=setup.on_cpu(options))
         torch.manual_seed(options.seed + self.accelerator.process_index)
         self.model = model
-        apply_to_config(model, options)
+        setup.apply_to_config(model, options)
         self.length = min(options.max_length, model.config.n_positions)
         self.batches = TokenBatches(tokens, self.length, options.seed)
-        check_tokens(tokens, eval_tokens, model.config.vocab_size)
+        setup.check_tokens(tokens, eval_tokens, model.config.vocab_size)
+        self.eval_tokens = None if eval_tokens is None else eval_tokens[: options.eval_max_tokens or None]
+        self.eval_windows = setup.eval_windows(options, model.config.n_positions, self.eval_tokens)
         self.per_pass = options.batch_size * self.accelerator.num_processes  # sequences
         self.per_step = self.per_pass * options.grad_accum_steps
         self.epoch_steps = max(1, len(self.batches) // self.per_step)
@@ -116,11 +117,11 @@ class Trainer:
             model.leaves_of_mode(mode)  # unknown ones are refused here, before anything is written
 
         if self.accelerator.is_main_process:
-            prepare_folder(out, resume, overwrite)
+            setup.prepare_folder(out, resume, overwrite)
         self.accelerator.wait_for_everyone()
-        folder = resume_folder(out, resume)
+        folder = setup.resume_folder(out, resume)
         if folder is not None:
-            load_weights(model, folder)
+            setup.load_weights(model, folder)
         model.to(self.accelerator.device)
         self.objective = Objective(model, options, self.across)
         self.optimizer = make_optimizer(model, options)
@@ -250,18 +251,9 @@ class Trainer:
         """Held-out loss as deployed; the best model so far goes to OUT/best."""
         if self.eval_tokens is None:
             return
-        options, progress = self.options, self.progress
-        length = options.eval_length or self.model.config.n_positions
-        tokens = self.eval_tokens[: options.eval_max_tokens or None]
+        progress, mode = self.progress, self.options.eval_path_selection
         self.model.eval()
-        result = evaluate(
-            self.model,
-            tokens,
-            length,
-            options.eval_stride or length // 2,
-            options.eval_path_selection,
-            self.accelerator,
-        )
+        result = evaluate(self.model, self.eval_tokens, *self.eval_windows, mode, self.accelerator)
         self.freezer.training_mode()
         self.evaluation = result
         best = progress.best_loss is None or result.loss < progress.best_loss
