@@ -84,7 +84,22 @@ def graph_faults(manifest: Manifest) -> list[str]:
             for name, dtype in wanted.items()
             if name in specs and specs[name].dtype != dtype
         ]
+        problems += [
+            f"{field_name}: {name} is {list(spec.shape)}, which config does not lead to"
+            for name, spec in specs.items()
+            if not fits_config(name, spec.shape, manifest)
+        ]
     return problems
+
+
+def fits_config(name: str, shape: tuple[int | str, ...], manifest: Manifest) -> bool:
+    """Whether a tensor has the sizes of `config`: buffers are made by these before the graph can object."""
+    config = manifest.config
+    kind = name.partition(".")[0]
+    if kind in ("past", "present"):
+        return len(shape) == 4 and (shape[1], shape[3]) == (config.n_head, config.head_dim)
+    width = {"log_probs": config.vocab_size, "pending": config.n_embd, "rows": config.n_embd}.get(kind)
+    return width is None or (len(shape) == 3 and shape[2] == width)
 
 
 def expected_inputs(manifest: Manifest) -> dict[str, str]:

@@ -145,6 +145,12 @@ def test_the_command_passes_its_options(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert seen[0].settings.tune_steps == round(Settings().tune_steps / 2)
 
 
+@pytest.mark.parametrize("scale", ["nan", "inf", "0"])
+def test_a_scale_is_a_number(scale: str, tmp_path: Path) -> None:
+    assert cli.main(["demo", "--out", str(tmp_path / "out"), "--scale", scale]) == 2
+    assert not (tmp_path / "out").exists()
+
+
 def test_too_little_text_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("\n".join(f"line {i}" for i in range(60)))

@@ -126,9 +126,13 @@ def test_a_graph_that_is_not_the_manifests_is_refused(folder: Path) -> None:
 
 
 def test_sizes_in_the_manifest_must_be_the_graphs(folder: Path) -> None:
-    edit_manifest(
-        folder, lambda raw: [spec["shape"].__setitem__(1, 8) for spec in raw["inputs"] if "past" in spec["name"]]
-    )
+    def eight_heads(raw: dict[str, Any]) -> None:
+        raw["config"]["n_head"] = 8
+        for spec in [*raw["inputs"], *raw["outputs"]]:
+            if spec["name"].startswith(("past", "present")):
+                spec["shape"][1] = 8
+
+    edit_manifest(folder, eight_heads)
     assert "past.transformer.h.0.key is float32" in refusal(folder)
 
 
