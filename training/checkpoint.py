@@ -99,7 +99,7 @@ def check_fields(fields: Mapping[str, Any], path: Path) -> None:
     def positive(value: Any) -> bool:
         return type(value) in (int, float) and 0 < value < float("inf")
 
-    vocab_size = fields.get("vocab_size")
+    vocab_size: Any = fields.get("vocab_size")
     last = vocab_size - 1 if whole(vocab_size, 1, LARGEST) and fields["model_type"] == "dmpt" else LARGEST
     kinds = (
         (SIZES, f"a whole number from 1 to {LARGEST}", lambda value: whole(value, 1, LARGEST)),
