@@ -1,9 +1,10 @@
-"""Stands in for the `datasets` package, so that tests of hub datasets need neither it nor a network."""
+"""Stands in for the `datasets` package and for the hub, so that tests of hub datasets need no network."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,3 +46,19 @@ class FakeHub:
         monkeypatch.setitem(sys.modules, "datasets", hub)
         monkeypatch.setattr(sources, "find_spec", lambda name: True)
         return hub
+
+
+def write_wikitext(folder: Path, rows: list[str]) -> None:
+    """`folder` as Salesforce/wikitext lies on the hub: a card with configurations, Parquet files; {} is the place."""
+    import pyarrow
+    from pyarrow import parquet
+
+    card = ["---", "configs:"]
+    for name in ("wikitext-103-raw-v1", "wikitext-2-raw-v1"):
+        (folder / name).mkdir(parents=True)
+        card += [f"- config_name: {name}", "  data_files:"]
+        for split in ("train", "validation", "test"):
+            card += [f"  - split: {split}", f"    path: {name}/{split}-*"]
+            table = pyarrow.table({"text": [row.format(f"{name} {split}") for row in rows]})
+            parquet.write_table(table, folder / name / f"{split}-00000-of-00001.parquet")
+    (folder / "README.md").write_text("\n".join([*card, "---", ""]))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_hub import FakeDataset, FakeHub
+from fake_hub import FakeDataset, FakeHub, write_wikitext
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -315,22 +315,6 @@ def test_what_the_hub_answers_is_one_line(answer: Any, message: str, hub: FakeHu
     assert "\n" not in str(caught.value)
 
 
-def wikitext_folder(folder: Path) -> None:
-    """A local copy's layout of Salesforce/wikitext on the hub: a card with configurations, Parquet files."""
-    folder.mkdir(parents=True)
-    names = ("wikitext-103-raw-v1", "wikitext-2-raw-v1")
-    for name in names:
-        (folder / name).mkdir()
-        for split in ("train", "test"):
-            rows = [f" = {name} =\n", f" {split} \n"]
-            parquet.write_table(pa.table({"text": rows}), folder / name / f"{split}-00000-of-00001.parquet")
-    card = ["---", "configs:"]
-    for name in names:
-        card += [f"- config_name: {name}", "  data_files:"]
-        card += [f"  - split: {split}\n    path: {name}/{split}-*" for split in ("train", "test")]
-    (folder / "README.md").write_text("\n".join([*card, "---", ""]))
-
-
 @pytest.mark.filterwarnings("ignore")  # of the library and what it imports
 def test_the_real_datasets_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if importlib.util.find_spec("datasets") is None:
@@ -338,9 +322,9 @@ def test_the_real_datasets_library(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
-    wikitext_folder(tmp_path / "Salesforce" / "wikitext")
-    assert list_lines(Path("wikitext-103")) == ["= wikitext-103-raw-v1 =", "train"]
-    assert list_lines(Path("wikitext-2:test[1:]")) == ["test"]
+    write_wikitext(tmp_path / "Salesforce" / "wikitext", [" = Title =\n", "", " text of {} \n"])
+    assert list_lines(Path("wikitext-103")) == ["= Title =", "text of wikitext-103-raw-v1 train"]
+    assert list_lines(Path("wikitext-2:test[1:]")) == ["text of wikitext-2-raw-v1 test"]
     for name, message in (("wikitext-2:none", "Unknown split"), ("wikitext-2:none:train", "none")):
         with pytest.raises(InputError, match=f"does not give out .*{message}"):
             list_lines(Path(name))
