@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -23,6 +24,7 @@ PATH_ERRORS = {
     errno.ENOENT, errno.ENOTDIR, errno.ENOTEMPTY, errno.EPERM, errno.EROFS,
 }  # fmt: skip
 RESOURCE_ERRORS = {errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC}
+SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")  # all that numpy's tofile says of a full disk
 # torch and ONNX Runtime report memory through plain RuntimeErrors (or subclasses we must not import here).
 MEMORY_MESSAGES = ("can't allocate memory", "failed to allocate memory", "out of memory", "bad_alloc", "bad allocation")
 
@@ -69,7 +71,8 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         with cli.make_context("dmpt-export", list(sys.argv[1:] if args is None else args)) as context:
             cli.invoke(context)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # `>&-` closes it
+            sys.stdout.flush()
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.UsageError as error:
@@ -101,6 +104,8 @@ def explain(error: Exception) -> tuple[int, str] | None:
         return code, str(error)
     if isinstance(error, OSError) and error.errno in RESOURCE_ERRORS:
         return NO_RESOURCES, f"{error.strerror}{path_of(error)}: free some, or choose another place"
+    if isinstance(error, OSError) and error.errno is None and SHORT_WRITE.fullmatch(str(error)):
+        return NO_RESOURCES, f"no space left where the result goes ({error}): free some, or choose another place"
     if isinstance(error, OSError) and error.errno in PATH_ERRORS and error.filename is not None:
         return BAD_INPUT, f"{error.strerror}{path_of(error)}"
     if is_out_of_memory(error):

@@ -98,6 +98,7 @@ def test_an_error_with_an_exit_code_is_one_line(failing, capsys: pytest.CaptureF
         (PermissionError(errno.EACCES, "Permission denied", "/there"), 3, "Permission denied: '/there'"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "/there"), 3, "Is a directory: '/there'"),
         (OSError(errno.ENOSPC, "No space left on device"), 5, "No space left on device: free some"),
+        (OSError("4096 requested and 128 written"), 5, "no space left"),
         (MemoryError(), 5, "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ..."), 5, "out of memory"),
         (RuntimeError("[ONNXRuntimeError] : 6 : Failed to allocate memory for 8 bytes"), 5, "out of memory"),
@@ -121,6 +122,12 @@ def test_a_bug_keeps_its_traceback(failing, error: Exception) -> None:  # type: 
 def test_interrupted_is_130(failing, capsys: pytest.CaptureFixture[str], error: BaseException) -> None:  # type: ignore[no-untyped-def]
     assert failing(error) == 130
     assert capsys.readouterr().err == "Interrupted\n"
+
+
+def test_a_closed_stdout_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(cli.cli, "invoke", lambda context: None)
+    assert cli.main(["inspect", "x"]) == 0
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
