@@ -46,6 +46,8 @@ def export_onnx(
     folder = resolve(source)
     config, weights = load_weights(folder)
     apply_overrides(config, fast_k, head_topk)
+    if (width := config.n_embd // config.n_head) % 8:
+        raise InputError(f"attention heads are {width} wide (n_embd / n_head): ONNX Runtime needs a multiple of 8")
     if target == "cuda" and any(isinstance(w, QuantizedTensor) and w.per_row for w in weights.values()):
         raise InputError("int8-dynamic has no CUDA kernel in ONNX Runtime: quantize with --scheme int8 or int4 instead")
     model = build(config, weights, ACTIVATIONS[target])

@@ -233,6 +233,12 @@ def test_impossible_options_are_refused(options: dict[str, int], message: str, t
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
+def test_heads_that_the_kernel_cannot_take_are_refused(tmp_path: Path) -> None:
+    source = saved_model(tmp_path / "source", [2], 2, n_embd=12, n_head=3)
+    with pytest.raises(InputError, match="heads are 4 wide"):
+        export_onnx(source, tmp_path / "onnx")
+
+
 def test_overrides_are_what_is_deployed(tmp_path: Path) -> None:
     source = saved_model(tmp_path / "source", **TREES["dual, fast-k"])
     manifest = export_onnx(source, tmp_path / "onnx", fast_k=0, head_topk=1)

@@ -27,7 +27,7 @@ MODES = ["gate_soft", "gate_hard", "max_prob", "random"]
 
 
 def modes_of(model: DMPTForCausalLM) -> list[str]:
-    return [*MODES, *(f"{leaf}_only" for leaf in model.config.leaves)]
+    return [*MODES, *(f"{name}_only" for name in model.tree if name != "root")]
 
 
 def some_ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -141,6 +141,28 @@ def test_cached_chunked_and_batched_with_padding_equal_one_shot(data: Any) -> No
             assert routes[b, total - length :].tolist() == model.routes(gates)[0].tolist()
         want = model.log_probs(alone, fast_k=model.config.fast_k)[0]
         torch.testing.assert_close(log_probs[b, total - length :], want, rtol=0, atol=ATOL)
+
+
+@torch.no_grad()
+def test_node_only_routes_below_the_node_and_nowhere_else() -> None:
+    model, ids = random_model(**SHAPES["quad"]), some_ids(1, 30)
+    goes_right = (model.hidden(ids).gates["right"].argmax(-1) == 1)[0]
+    assert 0 < goes_right.sum() < 30
+    want = torch.where(
+        goes_right[:, None], model.log_probs(ids, "right_right_only")[0], model.log_probs(ids, "right_left_only")[0]
+    )
+    torch.testing.assert_close(model.log_probs(ids, "right_only")[0], want, rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@torch.no_grad()
+def test_loss_does_not_depend_on_left_padding(name: str) -> None:
+    model, ids = random_model(**SHAPES[name]), some_ids(1, 12)
+    padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), ids], dim=1)
+    mask, labels = (torch.arange(17) >= 5).long()[None], padded.clone()
+    labels[:, :6] = -100  # nor the first real token, which has nothing before it
+    alone, together = model(ids, labels=ids).loss, model(padded, attention_mask=mask, labels=labels).loss
+    torch.testing.assert_close(alone, together, rtol=0, atol=ATOL)
 
 
 @torch.no_grad()

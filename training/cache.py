@@ -157,7 +157,9 @@ class CachedGeneration:
         """
         size = input_ids.shape[1]
         if labels is not None or (attention_mask is None and past_key_values is None and not use_cache):
-            log_probs = self.log_probs(input_ids, fast_k=self.config.fast_k, last=logits_to_keep or None)
+            log_probs = self.log_probs(
+                input_ids, fast_k=self.config.fast_k, last=logits_to_keep or None, real=attention_mask
+            )
             loss = None if labels is None else F.nll_loss(log_probs[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
             return _output(loss=loss, logits=log_probs)
         cache = past_key_values if past_key_values is not None else PathCache(self.config)

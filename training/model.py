@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
-from training.cache import CachedGeneration, KeyValues
+from training.cache import CachedGeneration, KeyValues, causal_mask
 from training.config import DMPTConfig, Node
 from training.errors import InputError
 
@@ -190,20 +190,25 @@ class DMPTForCausalLM(CachedGeneration, PreTrainedModel, GenerationMixin):  # ty
             positions = torch.arange(ids.shape[1], device=ids.device)
         return self.transformer.drop(self.transformer.wte(ids) + self.transformer.wpe(positions))
 
-    def hidden(self, ids: Tensor, leaves: list[str] | None = None) -> Hidden:
-        """Run the blocks of every node above the wanted leaves (all by default) over all tokens, (B, S)."""
+    def hidden(self, ids: Tensor, leaves: list[str] | None = None, real: Tensor | None = None) -> Hidden:
+        """Run the blocks of every node above the wanted leaves (all by default) over all tokens, (B, S).
+
+        real: (B, S), 0 where a token is (left) padding; None when all are real.
+        """
+        mask = None if real is None else causal_mask(real.bool())
+        positions = None if real is None else (real.long().cumsum(1) - 1).clamp(min=0)
         wanted = leaves or self.config.leaves
         needed = {name for name in self.tree if any(leaf == name or leaf.startswith(f"{name}_") for leaf in wanted)}
         out = Hidden()
         rows: dict[str, Tensor] = {}
         for node in self.tree.values():
             if node.parent is None:
-                x = self.embed(ids)
+                x = self.embed(ids, positions)
             elif node.name in needed:
                 x = rows[node.parent]
             else:
                 continue
-            x = self.segment(node).run(x)
+            x = self.segment(node).run(x, mask)
             if node.children is None:
                 out.leaves[node.name] = self.segment(node).ln_f(x)
             else:
@@ -216,11 +221,18 @@ class DMPTForCausalLM(CachedGeneration, PreTrainedModel, GenerationMixin):  # ty
         log_w = {name: F.log_softmax(logits.float() / self.config.gate_temp, -1) for name, logits in gates.items()}
         return {leaf: sum_turns(log_w, turns) for leaf, turns in self.config.ways().items()}
 
-    def routes(self, gates: dict[str, Tensor]) -> Tensor:
-        """The leaf each token takes, as an index into config.leaves: (B, S). A tie goes left."""
+    def routes(self, gates: dict[str, Tensor], leaves: list[str] | None = None) -> Tensor:
+        """The leaf each token takes among several, as an index into `leaves` (config.leaves): (B, S). A tie goes left.
+
+        Turns that all of the given leaves share are no choice, whatever the gate there says.
+        """
         taken = {name: (logits[..., 1] > logits[..., 0]).long() for name, logits in gates.items()}
-        ways = self.config.ways().values()
-        on_way = [torch.stack([taken[n] == turn for n, turn in turns]).all(0) for turns in ways if turns]
+        ways = [turns for leaf, turns in self.config.ways().items() if leaf in (leaves or self.config.leaves)]
+        shared = set.intersection(*(set(turns) for turns in ways))
+        on_way = [
+            torch.stack([taken[name] == turn for name, turn in turns if (name, turn) not in shared]).all(0)
+            for turns in ways
+        ]
         return torch.stack(on_way).long().argmax(0)
 
     def random_routes(self, ids: Tensor, last: int, seed: int = 0) -> Tensor:
@@ -277,36 +289,32 @@ class DMPTForCausalLM(CachedGeneration, PreTrainedModel, GenerationMixin):  # ty
     def leaf_log_probs(self, leaf: str, h: Tensor, fast_k: int | None = None) -> Tensor:  # (..., E) -> (..., V)
         return self.fast_mixture(leaf, h, fast_k) if fast_k else self.mixture(leaf, h)
 
-    def gold_log_probs(self, leaf: str, h: Tensor, labels: Tensor) -> Tensor:
-        """log P_leaf of given tokens under the full mixture: (..., E), (...) -> (...). Leaner than mixture()."""
-        log_pi = self.head_log_weights(leaf, h)
-        gold = [
-            -F.cross_entropy(self.heads[j](h).float().flatten(0, -2), labels.flatten(), reduction="none")
-            for j in self.config.head_allocation[leaf]
-        ]
-        return torch.logsumexp(torch.stack(gold, -1).view(*labels.shape, -1) + log_pi, dim=-1)
-
     # --- the whole ----------------------------------------------------------------------------
 
     def log_probs(
-        self, ids: Tensor, mode: str = GATE_HARD, fast_k: int | None = None, last: int | None = None
+        self,
+        ids: Tensor,
+        mode: str = GATE_HARD,
+        fast_k: int | None = None,
+        last: int | None = None,
+        real: Tensor | None = None,
     ) -> Tensor:
         """log P of the next token for the last `last` positions (all by default): (B, S) -> (B, last, V), fp32.
 
-        mode: gate_hard (deployed), gate_soft, max_prob, random, `left_only`, `right_only` or `<leaf>_only`.
-        fast_k: candidates of the anchor head; None scores every head fully. Raises InputError for an
-        unknown mode or a sequence longer than n_positions.
+        mode: gate_hard (deployed), gate_soft, max_prob, random, or `<node>_only` (`left_only`, `right_right_only`):
+        that leaf, or gate_hard below that node. fast_k: candidates of the anchor head; None scores every head
+        fully. real: as in hidden(). Raises InputError for an unknown mode or a sequence longer than n_positions.
         """
         only = self.leaves_of_mode(mode)
-        hidden = self.hidden(ids, only)
+        hidden = self.hidden(ids, only, real)
         keep = slice(-(last or ids.shape[1]), None)
         h = {leaf: x[:, keep] for leaf, x in hidden.leaves.items()}
         gates = {name: g[:, keep] for name, g in hidden.gates.items()}
         if len(h) == 1:
             leaf, x = next(iter(h.items()))
             return self.leaf_log_probs(leaf, x, fast_k)
-        if mode == GATE_HARD:
-            return self.pick(h, self.routes(gates), fast_k)
+        if mode == GATE_HARD or only:
+            return self.pick(h, self.routes(gates, only), fast_k)
         if mode == RANDOM:
             return self.pick(h, self.random_routes(ids, last or ids.shape[1]), fast_k)
         parts = torch.stack([self.leaf_log_probs(leaf, x, fast_k) for leaf, x in h.items()])  # (L, B, S, V)
@@ -326,14 +334,14 @@ class DMPTForCausalLM(CachedGeneration, PreTrainedModel, GenerationMixin):  # ty
         return out
 
     def leaves_of_mode(self, mode: str) -> list[str] | None:
-        """The leaves a mode needs: None for all. `left_only` under a quad takes the left node's leftmost leaf."""
+        """The leaves a mode chooses among: None for all, for `<node>_only` those under the node."""
         if mode in PATH_MODES:
             return None
-        name = mode.removesuffix("_only")
-        if not mode.endswith("_only") or name not in self.config.leaves:
-            known = [*PATH_MODES, *(f"{leaf}_only" for leaf in self.config.leaves)]
-            raise InputError(f"unknown path mode '{mode}': choose one of {', '.join(known)}")
-        return [name]
+        known = {f"{name}_only": name for name, node in self.tree.items() if node.parent or not node.children}
+        if mode not in known:
+            raise InputError(f"unknown path mode '{mode}': choose one of {', '.join([*PATH_MODES, *known])}")
+        name = known[mode]
+        return [leaf for leaf in self.config.leaves if leaf == name or leaf.startswith(f"{name}_")]
 
 
 def sum_turns(log_w: dict[str, Tensor], turns: list[tuple[str, int]]) -> Tensor:

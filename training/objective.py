@@ -39,6 +39,9 @@ class Objective:
         if options.train_path_selection == RANDOM:
             raise InputError("--train_path_selection random: random routing is a control for evaluation alone")
         self.only = model.leaves_of_mode(options.train_path_selection)
+        if self.only and len(self.only) > 1:
+            leaves = ", ".join(f"{leaf}_only" for leaf in self.only)
+            raise InputError(f"--train_path_selection {options.train_path_selection} has several leaves: {leaves}")
         # The tether's teacher: head 0 as it was at the start, apart from the one that is trained.
         self.reference: Tensor | None = None
         if options.tether_coef and len(model.heads) > 1:
@@ -130,7 +133,7 @@ class Objective:
         return torch.stack(rows)
 
     def leaf_gold(self, leaf: str, h: Tensor, labels: Tensor) -> Tensor:
-        """model.gold_log_probs, in less time: (..., E), (...) -> (...)."""
+        """log P_leaf of given tokens under the full mixture, never holding (..., V): (..., E), (...) -> (...)."""
         heads = [self.model.get_parameter(f"heads.{j}.weight") for j in self.model.config.head_allocation[leaf]]
         gold = torch.stack([head_gold(h, weight, labels) for weight in heads], -1)
         return torch.logsumexp(gold + self.model.head_log_weights(leaf, h), dim=-1)

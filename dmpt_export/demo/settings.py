@@ -21,7 +21,7 @@ class Settings:
     n_head: int = 6
     # what DMPT adds
     heads: int = 8  # four on each path
-    fast_k: int = 256  # candidates that the three other heads of a path are scored on
+    fast_k: int = 64  # candidates that the three other heads of a path are scored on
     noise: float = 0.1  # on copied heads, in standard deviations of the embedding
     gate_hidden: int = 64
     # training; both fine-tunings see the same sequences in the same order
