@@ -70,7 +70,8 @@ class Speed:
             **spread("decode_tokens_per_s", self.decode),
             **spread("prefill_tokens_per_s", self.prefill),
             **spread("load_s", self.load_s),
-            "peak_rss_bytes": self.peak_rss_bytes,
+            # one process is measured: the ends are there so that every figure has the same three keys
+            **dict.fromkeys(("peak_rss_bytes", "peak_rss_bytes_min", "peak_rss_bytes_max"), self.peak_rss_bytes),
             "size_bytes": self.size_bytes,
             "threads": self.threads,
             "prompt_tokens": self.prompt_tokens,

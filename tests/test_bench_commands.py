@@ -96,6 +96,7 @@ def test_bench_of_one_model(exported: dict[str, str], capsys: pytest.CaptureFixt
     folder = Path(exported["dmpt"])
     assert found["size_bytes"] == sum((folder / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
     assert 10_000_000 < found["peak_rss_bytes"] < 500_000_000
+    assert found["peak_rss_bytes_min"] == found["peak_rss_bytes"] == found["peak_rss_bytes_max"]
     assert found["switches"] > 0
 
 
