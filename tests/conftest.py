@@ -25,6 +25,16 @@ Did the mill earn more than it cost ? In 1785 it did : £ 40 a year , with flour
 The wheel was five metres wide , the stones weighed a ton , and the dam was nearly three hundred metres long .
 """
 CONTEXT = 64
+TINY: dict[str, Any] = {
+    "vocab_size": 300,
+    "n_positions": CONTEXT,
+    "n_embd": 32,
+    "n_layer": 4,
+    "n_head": 4,
+    "initializer_range": 0.2,  # ten times the usual: outputs far from uniform, so that parities mean something
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 
 
 @pytest.fixture(scope="session")
@@ -66,17 +76,7 @@ def make_gpt2(tokenizer_folder: Path) -> Callable[..., Any]:
         from training.checkpoint import copy_tokenizer
 
         torch.manual_seed(0)
-        fields = {
-            "vocab_size": 300,
-            "n_positions": CONTEXT,
-            "n_embd": 32,
-            "n_layer": 4,
-            "n_head": 4,
-            "initializer_range": 0.2,  # ten times the usual: outputs far from uniform, so that parities mean something
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-        }
-        model = GPT2LMHeadModel(GPT2Config(**(fields | changes))).eval()
+        model = GPT2LMHeadModel(GPT2Config(**(TINY | changes))).eval()
         randomize_vectors(model)
         model.save_pretrained(folder)
         copy_tokenizer(tokenizer_folder, folder)
@@ -105,18 +105,7 @@ def make_dmpt(tokenizer_folder: Path) -> Callable[..., DMPTForCausalLM]:
         from training.model import DMPTForCausalLM
 
         torch.manual_seed(1)
-        fields = {
-            "vocab_size": 300,
-            "n_positions": CONTEXT,
-            "n_embd": 32,
-            "n_layer": 4,
-            "n_head": 4,
-            "initializer_range": 0.2,
-            "gate_hidden": 16,
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-        }
-        model = DMPTForCausalLM(DMPTConfig(**(fields | changes))).eval()
+        model = DMPTForCausalLM(DMPTConfig(**(TINY | {"gate_hidden": 16} | changes))).eval()
         randomize_vectors(model)
         balance_gates(model)
         save_model(model, folder, tokenizer_from=tokenizer_folder)

@@ -246,7 +246,7 @@ def test_a_missing_library_is_said_at_once(
         ("data/train.txt", False),
         ("wiki.train.raw", False),
         ("a/b/c", False),
-        ("/tmp/none", False),
+        ("/none/such", False),
         ("./train", True),  # a Path forgets the dot; the error then names both possibilities
         ("data/train.jsonl.zst", False),
         ("wikitext-2:test[", False),
