@@ -40,7 +40,7 @@ SCALES = {
         split=2, second_split=3, warmup=2, valid_tokens=1000,
     ),
     "cpu": Scale(
-        bytes={"base": 16 * MB, "tune": 12 * MB, "tune_wiki2": 3 * MB, "valid": ALL, "test": 300_000},
+        bytes={"base": 16 * MB, "tune": 12 * MB, "tune_wiki2": 3 * MB, "valid": ALL, "test": ALL},
         vocab=4096, layers=6, width=192, heads=6, context=256, batch=8, base_steps=1400, tune_steps=400, fast_k=64,
         split=3, second_split=5,
     ),
@@ -77,6 +77,12 @@ VARIANTS = {
     "multi-head": Variant("one path, four heads", heads=4),
     "gpt2-flops": Variant("GPT-2, trained as many operations as dual", flops_of="dual"),
     "quad": Variant("four paths, one head each", splits=2, heads=4),
+    "dual-hard": Variant(
+        "two paths, one head each, trained as deployed",
+        1,
+        2,
+        train={"train_path_selection": "gate_hard", "gold_aux_coef": 0.1},
+    ),
     "gpt2-flops-heads": Variant("GPT-2, trained as many operations as dual-heads", flops_of="dual-heads"),
 }
 
@@ -91,7 +97,7 @@ TRIALS = {
     "dual gold-aux 0.1": Variant("", 1, 2, train={"gold_aux_coef": 0.1}),
     "dual gold-aux 1": Variant("", 1, 2, train={"gold_aux_coef": 1.0}),
     "dual balance 1": Variant("", 1, 2, train={"lb_coef": 1.0}),
-    "dual hard": Variant("", 1, 2, train={"train_path_selection": "gate_hard", "gold_aux_coef": 0.1}),
+    "dual hard": VARIANTS["dual-hard"],
     "dual gate lr x5": Variant("", 1, 2, train={"gate_lr": 5e-3}),
     "dual gate bias 0": Variant("", 1, 2, init={"gate_bias": 0.0}),
     "dual split early": Variant("", 1, 2, init={"splits": "1"}),
