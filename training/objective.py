@@ -22,7 +22,7 @@ GATE_EXPECTED = "gate_expected"  # for training alone: the mean loss of routes d
 def trained_leaves(model: DMPTForCausalLM, options: TrainOptions) -> list[str] | None:
     """The one leaf that the options train, None for all. Raises InputError for what cannot be trained."""
     mode = options.train_path_selection
-    if options.fast_k_loss and not model.config.fast_k:
+    if options.fast_k_loss and model.head_gates and not model.config.fast_k:
         raise InputError("--fast_k_loss needs --fast_k K, the number of candidates that will be deployed")
     if mode == GATE_EXPECTED:
         return None
