@@ -41,7 +41,7 @@ SCALES = {
     ),
     "cpu": Scale(
         bytes={"base": 40 * MB, "tune": 12 * MB, "tune_wiki2": 3 * MB, "valid": ALL, "test": ALL},
-        vocab=4096, layers=4, width=128, heads=4, context=256, batch=16, base_steps=2500, tune_steps=400, fast_k=64,
+        vocab=4096, layers=4, width=128, heads=4, context=256, batch=16, base_steps=2500, tune_steps=500, fast_k=64,
         split=2, second_split=3, warmup=100,
     ),
 }  # fmt: skip
@@ -49,7 +49,7 @@ SCALES = {
 # The settings of every run; chosen on the validation text with plain GPT-2, so that it is not the one that is
 # trained badly. The same learning rate for all groups, because what is new (heads, gates) has farther to go.
 COMMON: dict[str, Any] = {"adam_beta2": 0.99, "weight_decay": 0.1, "dropout": 0.0, "lr_schedule": "linear"}
-BASE_LR, TUNE_LR = 2e-3, 1e-3
+BASE_LR, TUNE_LR = 2e-3, 5e-4
 # A tether would hold heads to a base that has seen little text; freezing head 0 would freeze the embedding too.
 DMPT = {"tether_coef": 0.0, "freeze_head0_steps": 0, "lb_coef": 0.01, "gold_aux_coef": 0.01}
 # Paths and heads are trained for what is deployed: one path a token, candidates of the anchor.
@@ -105,6 +105,7 @@ TRIALS = {
     "dual-heads": VARIANTS["dual-heads"],
     "quad": VARIANTS["quad"],
     "gpt2 lr x2": Variant("", train={"lr": 2 * TUNE_LR}),
+    "gpt2 lr x0.5": Variant("", train={"lr": TUNE_LR / 2}),
     "dual soft": VARIANTS["dual-soft"],
     "dual hard": VARIANTS["dual-hard"],
     "dual lr x2": Variant("", 1, 2, train={"lr": 2 * TUNE_LR, "head_lr": 2 * TUNE_LR}),
