@@ -116,7 +116,7 @@ TRIALS = {
     "dual gate temp 0.5": Variant("", 1, 2, train={"gate_temp": 0.5}),
     "multi-head full": VARIANTS["multi-head-full"],
     "multi-head noise 0.5": Variant("", heads=4, init={"noise": 0.5}),
-    "multi-head head lr x3": Variant("", heads=4, train={"head_lr": 3 * TUNE_LR}),
+    "multi-head head lr x1": Variant("", heads=4, train={"head_lr": TUNE_LR}),
 }
 
 
@@ -153,7 +153,7 @@ def train_options(variant: Variant, scale: Scale, seed: int, steps: int, lr: flo
         "warmup_steps": scale.warmup, "lr": lr, "head_lr": lr, "gate_lr": lr, "seed": seed, "log_every": 50,
         "eval_every": 10**9, "save_every": 10**9, "eval_max_tokens": scale.valid_tokens, **COMMON,
         **({} if variant.plain else DMPT), **(PATHS if variant.splits else {}),
-        **({"fast_k": fast_k, "fast_k_loss": True} if fast_k else {}), **variant.train,
+        **({"fast_k": fast_k, "fast_k_loss": True, "head_lr": 3 * lr} if fast_k else {}), **variant.train,
     }  # fmt: skip
     given = {f"--{name.replace('_', '-')}": value for name, value in values.items() if value is not False}
     return [part for name, value in given.items() for part in ([name] if value is True else [name, str(value)])]
