@@ -72,8 +72,8 @@ class Sequence:
         self.total = np.zeros((), np.int32)
         self.last = np.zeros((), np.int64)
         self.every_node = np.zeros((), np.bool_)
-        self.scalars: dict[str, NDArray[Any]] = {"seqlens_k": self.seqlens, "total_length": self.total, "last": self.last}
-        self.scalars |= {"every_node": self.every_node} if self.splits else {}
+        self.scalars: dict[str, NDArray[Any]] = {"seqlens_k": self.seqlens, "total_length": self.total}
+        self.scalars |= {"last": self.last, **({"every_node": self.every_node} if self.splits else {})}
         self.routes = np.zeros(0, np.int64)
         self.capacity = 0
         self.caches: dict[str, Cache] = {}
