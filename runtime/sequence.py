@@ -71,6 +71,9 @@ class Sequence:
         self.seqlens = np.zeros(1, np.int32)
         self.total = np.zeros((), np.int32)
         self.last = np.zeros((), np.int64)
+        self.every_node = np.zeros((), np.bool_)
+        self.scalars: dict[str, NDArray[Any]] = {"seqlens_k": self.seqlens, "total_length": self.total}
+        self.scalars |= {"last": self.last, **({"every_node": self.every_node} if self.splits else {})}
         self.routes = np.zeros(0, np.int64)
         self.capacity = 0
         self.caches: dict[str, Cache] = {}
@@ -101,8 +104,13 @@ class Sequence:
         log_probs = np.empty((check_count("last", last, len(tokens)), self.config.vocab_size), np.float32)
         return log_probs, self.run(tokens, log_probs)
 
-    def run(self, ids: NDArray[np.int64] | list[int], log_probs: NDArray[np.float32]) -> NDArray[np.int64]:
-        """feed() without checks, for callers in a hurry: fills `log_probs` [last, vocab] (C order), returns routes."""
+    def run(
+        self, ids: NDArray[np.int64] | list[int], log_probs: NDArray[np.float32], every_node: bool = False
+    ) -> NDArray[np.int64]:
+        """feed() without checks, for callers in a hurry: fills `log_probs` [last, vocab] (C order), returns routes.
+
+        every_node: let all nodes catch up, also those that no position is routed to, so that nothing is pending.
+        """
         size, start = len(ids), self.length
         total = start + size
         self.reserve(total)
@@ -110,11 +118,12 @@ class Sequence:
         self.positions[:size] = self.every_position[start:total]
         self.seqlens[0] = total - 1
         self.total[()] = total
+        self.every_node[()] = every_node
         self.bind_call(size, log_probs)
         self.bind_pending()
         self.bind_rows(start, size)
         self.engine.run(self.binding, tidy=size > 1)
-        self.advance(total)
+        self.advance(total, every_node)
         return self.routes.copy()
 
     # --- memory -------------------------------------------------------------------------------
@@ -168,7 +177,7 @@ class Sequence:
             self.routes = np.empty(len(log_probs), np.int64)
         for name, value in (("input_ids", self.ids[:size]), ("position_ids", self.positions[:size])):
             self.binding.bind_input(name, "cpu", 0, np.int64, (1, size), value.ctypes.data)
-        for name, scalar in (("seqlens_k", self.seqlens), ("total_length", self.total), ("last", self.last)):
+        for name, scalar in self.scalars.items():
             self.binding.bind_input(name, "cpu", 0, scalar.dtype.type, scalar.shape, scalar.ctypes.data)
         self.binding.bind_output("log_probs", "cpu", 0, np.float32, (1, *log_probs.shape), log_probs.ctypes.data)
         self.binding.bind_output("routes", "cpu", 0, np.int64, (1, len(self.routes)), self.routes.ctypes.data)
@@ -197,10 +206,11 @@ class Sequence:
 
     # --- afterwards ---------------------------------------------------------------------------
 
-    def advance(self, total: int) -> None:
-        """Note which nodes ran: those on the way to a leaf that was taken. Keep the rows of the split nodes."""
+    def advance(self, total: int, every_node: bool) -> None:
+        """Note which nodes ran: those on the way to a leaf that was taken, or all. Keep the rows of the split nodes."""
         taken = self.routes.tolist() if len(self.routes) == 1 else np.unique(self.routes).tolist()
-        for name in dict.fromkeys(name for leaf in taken for name in self.ways[leaf]):
+        on_way = dict.fromkeys(name for leaf in taken for name in self.ways[leaf])
+        for name in self.done if every_node else on_way:
             if name in self.rows and name != ROOT:
                 self.keep_rows(name, total)
             self.done[name] = total

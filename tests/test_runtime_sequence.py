@@ -126,6 +126,19 @@ def test_nodes_that_are_not_taken_wait_and_then_catch_up(models: dict[str, Model
     assert sequence.length == CONTEXT and max(lags) > 1
 
 
+@pytest.mark.parametrize("name", ["gpt2", "dual", "quad"])
+def test_every_node_catches_up_when_told_to(name: str, models: dict[str, Model], whole: Any) -> None:
+    """Also where no row is routed to a leaf, whose heads then see no rows at all."""
+    model, (want, routes) = models[name], whole[name]
+    sequence, log_probs = model.sequence(), np.empty((1, 300), np.float32)
+    for at, (size, every_node) in enumerate([(1, True), (4, False), (1, True), (7, False), (9, True), (1, False)] * 2):
+        stop = sequence.length + size
+        taken = sequence.run(IDS[sequence.length : stop], log_probs, every_node)
+        assert taken[0] == routes[stop - 1], at
+        np.testing.assert_allclose(log_probs[0], want[stop - 1], rtol=0, atol=FLOAT)
+        assert not every_node or set(sequence.done.values()) == {stop}
+
+
 def test_capacity_doubles_up_to_the_context(models: dict[str, Model]) -> None:
     sequence = models["dual"].sequence()
     seen = []
