@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from dmpt_export.graph.blocks import Past, Timeline, block_prefixes, embed, layer_norm, segment
+from dmpt_export.graph.blocks import Past, Stream, Timeline, block_prefixes, embed, norm_stream, segment
 from dmpt_export.graph.builder import MSFT, Builder, Spec
 from dmpt_export.graph.heads import leaf_log_probs
 from dmpt_export.graph.linear import Weights
-from dmpt_export.graph.routing import Router, cache_specs
+from dmpt_export.graph.routing import Router, Tail, cache_specs
 from training.config import ROOT, DMPTConfig
 
 OPSET = 21
@@ -62,17 +62,17 @@ def build(config: DMPTConfig, weights: Weights, dtype: ir.DataType = FLOAT) -> i
         for p in block_prefixes(node)
     }
     pending = {name: inputs[f"pending.{name}"] for name in config.tree if name != ROOT}
-    router = Router(config, weights, time, inputs["last"], inputs.get("every_node"), pending, past)
+    router = Router(config, weights, time, Tail(b, inputs["last"]), inputs.get("every_node"), pending, past)
 
     trunk, *branches = config.tree.values()
     stream = embed(b, weights, inputs["input_ids"], inputs["position_ids"])
-    rows, present = segment(b, config, weights, trunk, stream, time, past)
+    stream, present = segment(b, config, weights, trunk, stream, time, past)
     router.present |= present
     if trunk.children is None:
-        log_probs, routes = _single_leaf(b, config, weights, router, rows)
+        log_probs, routes = _single_leaf(b, config, weights, router, stream)
     else:
-        router.rows[ROOT] = rows
-        router.fork(b, trunk, router.choose(b, trunk, rows))
+        router.rows[ROOT] = stream.total(b, f"{trunk.prefix}.output")
+        router.fork(b, trunk, router.choose(b, trunk, router.rows[ROOT]))
         for node in branches:
             router.run_if_needed(b, node)
         log_probs, routes = router.in_order(b)
@@ -94,18 +94,20 @@ def build(config: DMPTConfig, weights: Weights, dtype: ir.DataType = FLOAT) -> i
 
 
 def _single_leaf(
-    b: Builder, config: DMPTConfig, weights: Weights, router: Router, rows: ir.Value
+    b: Builder, config: DMPTConfig, weights: Weights, router: Router, stream: Stream
 ) -> tuple[ir.Value, ir.Value]:
     """Without splits there is nothing to route: norm and heads on the last N rows."""
-    tail = b.op("Reshape", router.last_rows(b, rows, ROOT), router.row_shape(b), name=f"{ROOT}.tail")
-    h = layer_norm(b, weights, tail, "transformer.ln_f", config.layer_norm_epsilon)
-    flat = leaf_log_probs(b, config, weights, ROOT, h)  # (B * N, V)
-    shape = b.op("Concat", b.ints(-1), router.n_last(b), b.ints(config.vocab_size), name="log_probs.shape", axis=0)
-    log_probs = b.op("Reshape", flat, shape, name="log_probs.by_batch")
+    normed, _ = norm_stream(b, weights, stream, "transformer.ln_f", config.layer_norm_epsilon)
+    h = router.tail.rows(b, normed, ROOT)  # (B, N, E)
+    if len(config.head_allocation[ROOT]) == 1:
+        log_probs = leaf_log_probs(b, config, weights, ROOT, h)
+    else:
+        flat = b.op("Reshape", h, b.ints(1, -1, config.n_embd), name=f"{ROOT}.tail")
+        flat = leaf_log_probs(b, config, weights, ROOT, flat)  # (1, B * N, V)
+        log_probs = b.op("Reshape", flat, router.tail.by_batch(b, config.vocab_size), name="log_probs.by_batch")
     batch = b.op("Shape", router.time.position_ids, name="routes.batch", start=0, end=1)
-    routes_shape = b.op("Concat", batch, router.n_last(b), name="routes.shape", axis=0)
-    zero = ir.tensor([0], dtype=INT64)
-    return log_probs, b.op("ConstantOfShape", routes_shape, name="routes.zero", value=zero)
+    shape = b.op("Concat", batch, router.tail.count, name="routes.shape", axis=0)
+    return log_probs, b.op("ConstantOfShape", shape, name="routes.zero", value=ir.tensor([0], dtype=INT64))
 
 
 def _named(b: Builder, value: ir.Value, spec: Spec) -> ir.Value:

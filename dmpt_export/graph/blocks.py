@@ -46,16 +46,12 @@ def embed(b: Builder, weights: Weights, ids: ir.Value, position_ids: ir.Value) -
     return Stream(tokens, b.op("Gather", table, position_ids, name="transformer.wpe"))
 
 
-def layer_norm(b: Builder, weights: Weights, x: ir.Value, prefix: str, epsilon: float) -> ir.Value:
-    scale, shift = (float_weight(b, weights, f"{prefix}.{part}") for part in ("weight", "bias"))
-    return b.op("LayerNormalization", x, scale, shift, name=prefix, axis=-1, epsilon=epsilon)
-
-
 def norm_stream(b: Builder, weights: Weights, stream: Stream, prefix: str, epsilon: float) -> tuple[ir.Value, Stream]:
     """(normalised rows, the stream with its summands added)."""
-    if stream.delta is None:
-        return layer_norm(b, weights, stream.x, prefix, epsilon), stream
     scale, shift = (float_weight(b, weights, f"{prefix}.{part}") for part in ("weight", "bias"))
+    if stream.delta is None:
+        normed = b.op("LayerNormalization", stream.x, scale, shift, name=prefix, axis=-1, epsilon=epsilon)
+        return normed, stream
     inputs = (stream.x, stream.delta, scale, shift)
     # The operator's fourth output is the sum; the two between (mean, inverse deviation) are unused.
     normed, _, _, total = b.ops(
@@ -108,8 +104,8 @@ def segment(
     stream: Stream,
     time: Timeline,
     past: Mapping[str, Past],
-) -> tuple[ir.Value, dict[str, Past]]:
-    """All blocks of a node: (raw output rows [B, R, E], new caches by block prefix)."""
+) -> tuple[Stream, dict[str, Past]]:
+    """All blocks of a node: (raw output rows [B, R, E] as two summands, new caches by block prefix)."""
     present: dict[str, Past] = {}
     epsilon = config.layer_norm_epsilon
     for prefix in block_prefixes(node):
@@ -117,4 +113,4 @@ def segment(
         delta, present[prefix] = attention(b, config, weights, prefix, normed, time, past[prefix])
         normed, stream = norm_stream(b, weights, Stream(stream.x, delta), f"{prefix}.ln_2", epsilon)
         stream = Stream(stream.x, mlp(b, weights, prefix, normed))
-    return stream.total(b, f"{node.prefix}.output"), present
+    return stream, present

@@ -18,12 +18,13 @@ from training.config import DMPTConfig
 
 
 def leaf_log_probs(b: Builder, config: DMPTConfig, weights: Weights, leaf: str, h: ir.Value) -> ir.Value:
-    """log P_leaf: normalised hidden rows [n, E] -> [n, V], fp32."""
+    """log P_leaf: normalised hidden rows [1, n, E] -> [1, n, V], fp32; one head alone takes [B, N, E], too."""
     anchor, *others = config.head_allocation[leaf]
     name = f"mixture.{leaf}"
     if not others:
         return _log_softmax(b, project(b, weights, head(config, anchor), h), head(config, anchor))
-    log_pi = _head_log_weights(b, config, weights, leaf, h)  # (n, H)
+    rows = b.op("Reshape", h, b.ints(-1, config.n_embd), name=f"{name}.rows")
+    log_pi = _head_log_weights(b, config, weights, leaf, rows)  # (n, H)
     log_anchor = _log_softmax(b, project(b, weights, head(config, anchor), h), head(config, anchor))
     if config.fast_k is None:
         weight_of = [_column(b, log_pi, i, f"{name}.log_pi.{i}") for i in range(1 + len(others))]  # each (n, 1)
@@ -34,16 +35,16 @@ def leaf_log_probs(b: Builder, config: DMPTConfig, weights: Weights, leaf: str, 
         return _log_sum_exp(b, parts, name)
     k = b.ints(config.fast_k)
     log_c, candidates = b.ops("TopK", log_anchor, k, name=f"{name}.candidates", outputs=2, axis=-1, sorted=0)
-    mass = b.op("ReduceLogSumExp", log_c, b.ints(1), name=f"{name}.mass", keepdims=1)
+    mass = b.op("ReduceLogSumExp", log_c, b.ints(2), name=f"{name}.mass", keepdims=1)
     logits = [to_float(b, part, name) for part in candidate_logits(b, config, weights, leaf, h, candidates)]
     # The anchor's log-probs of the candidates serve as its logits: normalised over them, they are log_c - mass.
-    anchors = b.op("Unsqueeze", log_c, b.ints(1), name=f"{name}.anchor")
-    within = b.op("Concat", anchors, *logits, name=f"{name}.logits", axis=1)  # (n, H, K)
+    anchors = b.op("Unsqueeze", log_c, b.ints(2), name=f"{name}.anchor")
+    within = b.op("Concat", anchors, *logits, name=f"{name}.logits", axis=2)  # (1, n, H, K)
     within = b.op("LogSoftmax", within, name=f"{name}.log_softmax", axis=-1)
     weighed = b.op("Add", within, b.op("Unsqueeze", log_pi, b.ints(2), name=f"{name}.log_pi"), name=f"{name}.weighed")
-    mixed = b.op("ReduceLogSumExp", weighed, b.ints(1), name=f"{name}.within", keepdims=0)
+    mixed = b.op("ReduceLogSumExp", weighed, b.ints(2), name=f"{name}.within", keepdims=0)
     log_c = b.op("Add", mass, mixed, name=f"{name}.log_c")
-    return b.op("ScatterElements", log_anchor, candidates, log_c, name=name, axis=1)
+    return b.op("ScatterElements", log_anchor, candidates, log_c, name=name, axis=2)
 
 
 def head(config: DMPTConfig, j: int) -> str:

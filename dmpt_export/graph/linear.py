@@ -1,7 +1,7 @@
 """One weight, three uses, for every storage scheme.
 
     linear          y = x W + b of a block          (float: MatMul, n-bit: MatMulNBits, W8A8: DynamicQuantizeMatMul)
-    project         all logits of a head            (float: Gemm with the rows as they are stored)
+    project         all logits of a head            (float: FusedMatMul with the rows as they are stored)
     gather_rows     some rows of a head or embedding (float: Gather, n-bit: GatherBlockQuantized)
 
 A matrix used both ways (a tied embedding, a head that is one leaf's anchor and another's candidate) is
@@ -46,12 +46,13 @@ def linear(b: Builder, weights: Weights, name: str, x: ir.Value) -> ir.Value:
 
 
 def project(b: Builder, weights: Weights, name: str, x: ir.Value) -> ir.Value:
-    """Logits over the whole vocabulary: [n, E] -> [n, V], for a matrix stored [V, E]."""
+    """Logits over the whole vocabulary: [..., E] -> [..., V], for a matrix stored [V, E]."""
     weight = weights[f"{name}.weight"]
     if isinstance(weight, QuantizedTensor):
         return _nbits_matmul(b, name, weight, x, None)
     # transB keeps the rows contiguous, so that the same initializer can be gathered from.
-    return b.op("Gemm", x, float_weight(b, weights, f"{name}.weight"), name=name, transB=1)
+    matrix = float_weight(b, weights, f"{name}.weight")
+    return b.op("FusedMatMul", x, matrix, name=name, domain=MSFT, transB=1)
 
 
 def gather_rows(b: Builder, weights: Weights, weight_name: str, ids: ir.Value, name: str) -> ir.Value:

@@ -37,7 +37,7 @@ TINY = np.finfo(np.float32).tiny
 def candidate_logits(
     b: Builder, config: DMPTConfig, weights: Weights, leaf: str, h: ir.Value, candidates: ir.Value
 ) -> list[ir.Value]:
-    """Logits of all heads but the anchor, in their order: h [n, E], candidates [n, K] -> parts [n, heads, K]."""
+    """Logits of all heads but the anchor, in their order: h [1, n, E], candidates [1, n, K] -> [1, n, heads, K]."""
     return [_Rows(b, config, weights, group).logits(h, candidates) for group in groups(config, weights, leaf)]
 
 
@@ -81,7 +81,7 @@ class _Rows:
         return self.b.op(op_type, *inputs, name=f"{self.name}.{part}", domain=domain, **attributes)
 
     def logits(self, h: ir.Value, candidates: ir.Value) -> ir.Value:
-        """[n, E], [n, K] -> [n, heads, K]."""
+        """[1, n, E], [1, n, K] -> [1, n, heads, K]."""
         b, first = self.b, self.stored[0]
         if not isinstance(first, QuantizedTensor):
             flat = self._float(h, candidates)
@@ -89,8 +89,8 @@ class _Rows:
             flat = self._dequantized(first, h, candidates)
         else:
             flat = self._integer(first, h, candidates)
-        by_candidate = self.op("Reshape", flat, b.ints(0, self.k, len(self.stored)), part="by_candidate")
-        return self.op("Transpose", by_candidate, part="logits", perm=[0, 2, 1])
+        by_candidate = self.op("Reshape", flat, b.ints(0, 0, self.k, len(self.stored)), part="by_candidate")
+        return self.op("Transpose", by_candidate, part="logits", perm=[0, 1, 3, 2])
 
     # --- storage ----------------------------------------------------------------------------------
 
@@ -115,7 +115,8 @@ class _Rows:
     def _float(self, h: ir.Value, candidates: ir.Value) -> ir.Value:
         dtype = self.b.dtype.numpy()
         table = self.interleaved("", lambda weight: weight.astype(dtype, copy=False))  # type: ignore[union-attr]
-        return self._dot(self.op("Gather", table, candidates, part="gathered", axis=0), h)
+        rows = self.op("Gather", table, candidates, part="gathered", axis=0)
+        return self._dot(self.op("Reshape", rows, self.by_head(self.width), part="flat"), h)
 
     def _dequantized(self, first: QuantizedTensor, h: ir.Value, candidates: ir.Value) -> ir.Value:
         b, dtype = self.b, self.b.dtype.numpy()
@@ -127,26 +128,29 @@ class _Rows:
         inputs = (self._packed(), candidates, scales, zeros)
         rows = self.op("GatherBlockQuantized", *inputs, part="gathered", domain=MSFT, **axes)
         padded = first.n_blocks * first.block
-        rows = self.op("Reshape", rows, b.ints(0, -1, padded), part="flat")
+        rows = self.op("Reshape", rows, self.by_head(padded), part="flat")
         if padded != self.width:
-            rows = self.op("Slice", rows, b.ints(0), b.ints(self.width), b.ints(2), part="unpad")
+            rows = self.op("Slice", rows, b.ints(0), b.ints(self.width), b.ints(3), part="unpad")
         return self._dot(rows, h)
 
+    def by_head(self, width: int) -> ir.Value:
+        """Shape of gathered rows, one for each candidate and head; no -1, for n may be 0."""
+        return self.b.ints(0, 0, self.k * len(self.stored), width)
+
     def _dot(self, rows: ir.Value, h: ir.Value) -> ir.Value:
-        rows = self.op("Reshape", rows, self.b.ints(0, -1, self.width), part="by_head")  # (n, K * heads, E)
         column = self.op("Unsqueeze", h, self.b.ints(-1), part="column")
         return self.op("MatMul", rows, column, part="dot")
 
     def _integer(self, first: QuantizedTensor, h: ir.Value, candidates: ir.Value) -> ir.Value:
         b = self.b
         gathered = self.op("Gather", self._packed(), candidates, part="gathered", axis=0)
-        codes = self.op("Reshape", gathered, b.ints(0, -1, first.n_blocks * first.packed.shape[2]), part="codes")
+        codes = self.op("Reshape", gathered, self.by_head(first.n_blocks * first.packed.shape[2]), part="codes")
         table = self.interleaved(".scales", lambda weight: weight.scales)  # type: ignore[union-attr]
         scales = self.op("Gather", table, candidates, part="scales.gathered", axis=0)
-        scales = self.op("Reshape", scales, b.ints(0, -1, first.n_blocks), part="scales")
+        scales = self.op("Reshape", scales, self.by_head(first.n_blocks), part="scales")
         x, step = self._in_steps(first, h)
         if first.bits == 8:
-            sums = self._product(codes, 128, self._columns(first, x))  # (n, K * heads, 2 * blocks)
+            sums = self._product(codes, 128, self._columns(first, x))  # (1, n, K * heads, 2 * blocks)
         else:
             sums = self._nibble_product(first, codes, x)
         merge = b.weight(f"const.rescore.merge.{first.bits}.{first.n_blocks}", _merge(first))
@@ -157,31 +161,32 @@ class _Rows:
         return self.op("Mul", self.op("MatMul", scaled, total, part="dot"), step, part="unscaled")
 
     def _in_steps(self, first: QuantizedTensor, h: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """(h in units of a step of its row, padded to whole blocks, the step [n, 1, 1]); 4 bits: y, x - y / 16."""
+        """(h in units of a step of its row, padded to whole blocks, the step [1, n, 1, 1]); 4 bits: y, x - y / 16."""
         b = self.b
         missing = first.n_blocks * first.block - self.width
         if missing:
-            h = self.op("Pad", h, b.ints(0, 0, 0, missing), part="padded")
+            h = self.op("Pad", h, b.ints(0, 0, 0, 0, 0, missing), part="padded")
         per_byte = 8 // first.bits
-        x = self.op("Reshape", h, b.ints(0, -1, per_byte), part="h")  # (n, bytes, codes in a byte)
+        by_byte = b.ints(0, 0, first.n_blocks * first.packed.shape[2], per_byte)
+        x = self.op("Reshape", h, by_byte, part="h")
         if per_byte == 2:
             turn = b.weight("const.rescore.turn", np.array([[0, 1], [1, -1 / 16]], np.float32))
             x = self.op("MatMul", x, turn, part="turned")
-        largest = self.op("ReduceMax", self.op("Abs", x, part="abs"), b.ints(1, 2), part="largest", keepdims=1)
+        largest = self.op("ReduceMax", self.op("Abs", x, part="abs"), b.ints(2, 3), part="largest", keepdims=1)
         floor = b.weight("const.rescore.floor", np.array(TOP * TINY, np.float32))
         share = b.weight("const.rescore.share", np.array(1 / TOP, np.float32))
         step = self.op("Mul", self.op("Max", largest, floor, part="range"), share, part="step")
         return self.op("Div", x, step, part="in_steps"), step
 
     def _columns(self, first: QuantizedTensor, x: ir.Value) -> ir.Value:
-        """[n, bytes, 1] -> int8 [n, bytes, 2 * blocks]: each block's values in its own column, then their rests."""
+        """[1, n, bytes, 1] -> int8 [1, n, bytes, 2 * blocks]: a block's values in its own column, then the rests."""
         b = self.b
         own = np.eye(first.n_blocks, dtype=np.float32).repeat(first.packed.shape[2], axis=0)
         spread = self.op("Mul", x, b.weight(f"const.rescore.own.{len(own)}.{first.n_blocks}", own), part="spread")
         whole = self.op("Round", spread, part="whole")
         finer = b.weight("const.rescore.rest", np.array(REST, np.float32))
         rest = self.op("Mul", self.op("Sub", spread, whole, part="left"), finer, part="rest")
-        columns = self.op("Concat", whole, rest, part="both", axis=2)
+        columns = self.op("Concat", whole, rest, part="both", axis=3)
         return self.op("Cast", columns, part="columns", to=int(ir.DataType.INT8))
 
     def _product(self, codes: ir.Value, zero: int, columns: ir.Value) -> ir.Value:
@@ -191,10 +196,10 @@ class _Rows:
     def _nibble_product(self, first: QuantizedTensor, codes: ir.Value, x: ir.Value) -> ir.Value:
         b = self.b
         low = self.op("BitwiseAnd", codes, b.weight("const.uint8.15", np.array(15, np.uint8)), part="low")
-        y, rest = b.ops("Split", x, name=f"{self.name}.halves", outputs=2, axis=2, num_outputs=2)
+        y, rest = b.ops("Split", x, name=f"{self.name}.halves", outputs=2, axis=3, num_outputs=2)
         bytes_ = self._product(codes, 8 + 16 * 8, self._columns(first, y))
         lows = self._product(low, 8, self._columns(first, rest))
-        return self.op("Concat", bytes_, lows, part="products", axis=2)
+        return self.op("Concat", bytes_, lows, part="products", axis=3)
 
 
 def _merge(first: QuantizedTensor) -> np.ndarray:
