@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from runtime.batch import Batch
 from runtime.errors import RequestError
 from runtime.files import check_files
 from runtime.generate import Generation
@@ -84,6 +85,10 @@ class Model:
     def sequence(self, capacity: int = 0) -> Sequence:
         """A new, empty text to feed tokens to; `capacity` tokens are made room for at once."""
         return Sequence(self.engine, capacity)
+
+    def batch(self, rows: int, capacity: int = 0) -> Batch:
+        """Several new, empty texts that grow together; `capacity` tokens are made room for in each at once."""
+        return Batch(self.engine, rows, capacity)
 
     def score(self, ids: ArrayLike, last: int | None = None) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """What the deployed model says after each of the last `last` tokens (all by default).
