@@ -80,7 +80,8 @@ class Sequence:
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens. What nodes remember of the others is written over later."""
-        self.done = {name: min(done, length) for name, done in self.done.items()}
+        if length < self.length:
+            self.done = {name: min(done, length) for name, done in self.done.items()}
 
     def feed(self, ids: ArrayLike, last: int = 1) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Append tokens and get what the model says after each of the last `last` of them.
