@@ -18,41 +18,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from runtime.cache import Caches, roomier
 from runtime.consistency import ROOT
 from runtime.errors import ModelError
 from runtime.manifest import Node
 from runtime.request import check_count, check_ids
 from runtime.session import Engine
 
-FIRST_CAPACITY = 128  # tokens
-
-
-class Cache:
-    """Keys or values of one block, [1, n_head, capacity, head_dim], where the device can write them in place."""
-
-    def __init__(self, array: NDArray[Any], engine: Engine) -> None:
-        self.engine = engine
-        self.shape = array.shape
-        if engine.device == "cpu":
-            self.array: NDArray[Any] | None = array
-            self.address: int = array.ctypes.data
-        else:
-            self.array, self.value = None, engine.on_device(array)
-            self.address = self.value.data_ptr()
-
-    def grown(self, capacity: int, filled: int) -> Cache:
-        """A larger cache with the same first `filled` tokens."""
-        old = self.value.numpy() if self.array is None else self.array
-        new = np.zeros((*self.shape[:2], capacity, self.shape[3]), old.dtype)
-        new[:, :, :filled] = old[:, :, :filled]
-        return Cache(new, self.engine)
-
 
 class Sequence:
     """Feeds tokens to a model and keeps what it has to remember. Not for use from two threads at once."""
 
-    def __init__(self, engine: Engine, capacity: int = 0) -> None:
-        """capacity: tokens to make room for at once; room doubles when needed, up to the context."""
+    def __init__(
+        self, engine: Engine, capacity: int = 0, caches: Caches | None = None, row: int = 0, length: int = 0
+    ) -> None:
+        """capacity: tokens to make room for at once; room doubles when needed, up to the context.
+
+        caches, row, length: instead of starting empty, go on in a row of caches that others share and that do not
+        grow, after the `length` tokens that every node has there.
+        """
         self.engine = engine
         manifest = engine.manifest
         self.config = manifest.config
@@ -60,7 +44,7 @@ class Sequence:
         self.children = [(f"pending.{node.name}", node.name, node.parent) for node in self.nodes if node.parent]
         self.splits = [node.name for node in self.nodes if node.children]
         self.ways = [manifest.way(leaf) for leaf in manifest.leaves]
-        self.done = dict.fromkeys(manifest.nodes, 0)
+        self.done = dict.fromkeys(manifest.nodes, length)
         self.dtype = np.dtype(manifest.activation_dtype)
         self.stride = self.config.n_embd * self.dtype.itemsize  # bytes of one row
 
@@ -75,14 +59,15 @@ class Sequence:
         self.scalars: dict[str, NDArray[Any]] = {"seqlens_k": self.seqlens, "total_length": self.total}
         self.scalars |= {"last": self.last, **({"every_node": self.every_node} if self.splits else {})}
         self.routes = np.zeros(0, np.int64)
-        self.capacity = 0
-        self.caches: dict[str, Cache] = {}
+        self.caches = caches or Caches(engine)
+        self.row = row
+        self.capacity = 0  # of the row buffers; the caches have the same
         self.rows: dict[str, NDArray[Any]] = {}  # split node -> its output rows for tokens [0, done)
         self.rows_at: dict[str, int] = {}  # address of each
         self.every_position = np.arange(0)
         self.bound: tuple[int, int, int] | None = None  # tokens, last, address of log_probs
         self.nothing_pending: set[str] = set()  # nodes bound to no rows
-        self.reserve(min(capacity, self.config.n_positions))
+        self.reserve(caches.capacity if caches else min(capacity, self.config.n_positions))
 
     @property
     def length(self) -> int:
@@ -91,7 +76,12 @@ class Sequence:
 
     def reset(self) -> None:
         """Forget all tokens; the memory is kept for the next text."""
-        self.done = dict.fromkeys(self.done, 0)
+        self.rewind(0)
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens. What nodes remember of the others is written over later."""
+        if length < self.length:
+            self.done = {name: min(done, length) for name, done in self.done.items()}
 
     def feed(self, ids: ArrayLike, last: int = 1) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Append tokens and get what the model says after each of the last `last` of them.
@@ -132,14 +122,10 @@ class Sequence:
         """Make room for `total` tokens: caches and row buffers double, up to the context, and keep what they hold."""
         if total <= self.capacity:
             return
-        capacity = max(self.capacity, FIRST_CAPACITY)
-        while capacity < total:
-            capacity *= 2
-        self.capacity = min(capacity, self.config.n_positions)
+        self.capacity = roomier(self.capacity, total, self.config.n_positions)
         self.every_position = np.arange(self.capacity)
-        for node in self.nodes:
-            for name in node.caches:
-                self.caches[name] = self.grown_cache(name, self.done[node.name])
+        if self.caches.capacity < self.capacity:
+            self.caches.grow(self.capacity, self.done)
         for split in self.splits:
             rows = np.zeros((self.capacity, self.config.n_embd), self.dtype)
             if split in self.rows:
@@ -148,12 +134,6 @@ class Sequence:
         self.rows_at = {split: rows.ctypes.data for split, rows in self.rows.items()}
         self.bind_all()
 
-    def grown_cache(self, name: str, filled: int) -> Cache:
-        if name in self.caches:
-            return self.caches[name].grown(self.capacity, filled)
-        shape = (1, self.config.n_head, self.capacity, self.config.head_dim)
-        return Cache(np.zeros(shape, self.dtype), self.engine)
-
     # --- binding: only what changed since the last run ----------------------------------------
 
     def bind_all(self) -> None:
@@ -161,10 +141,7 @@ class Sequence:
         self.bound, self.nothing_pending = None, set()
         for name in self.engine.manifest.outputs:
             self.binding.bind_output(name)
-        for name, cache in self.caches.items():
-            place = (self.engine.device, 0, self.dtype.type, cache.shape, cache.address)
-            self.binding.bind_input(f"past.{name}", *place)
-            self.binding.bind_output(f"present.{name}", *place)
+        self.caches.bind(self.binding, self.row, 1)
 
     def bind_call(self, size: int, log_probs: NDArray[np.float32]) -> None:
         """Bind what every call has. On the CPU the graph reads these arrays in place; a GPU copies when binding."""

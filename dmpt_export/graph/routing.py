@@ -84,7 +84,10 @@ class Router:
         prefixes = block_prefixes(node)
         taken = b.op("ReduceMax", self.on[node.name], name=f"routes.{node.name}.taken", keepdims=0)
         needed = b.op("Or", taken, self.every_node, name=f"routes.{node.name}.needed")
-        specs = [*self._result_specs(b, node), *cache_specs(self.config, b.dtype, prefixes, "present")]
+        specs = [
+            *self._result_specs(b, node),
+            *cache_specs(self.config, self.past[prefixes[0]].dtype, prefixes, "present"),
+        ]
 
         def then(inner: Builder) -> list[ir.Value]:
             new, present = self._run(inner, node)
