@@ -16,7 +16,7 @@ from onnx import helper
 
 def has_integer_kernels(model: onnx.ModelProto) -> bool:
     """Whether any node rounds activations, so that the float variant is another model."""
-    kernels = ("MatMulNBits", "DynamicQuantizeMatMul")
+    kernels = ("MatMulNBits", "DynamicQuantizeMatMul", "MatMulInteger")
     return any(node.op_type in kernels for graph in graphs(model.graph) for node in graph.node)
 
 
@@ -26,7 +26,7 @@ def read_graph(path: Path) -> onnx.ModelProto:
 
 
 def use_float_kernels(model: onnx.ModelProto) -> None:
-    """In place: MatMulNBits computes in fp32, DynamicQuantizeMatMul dequantizes and multiplies."""
+    """In place: MatMulNBits computes in fp32, the others multiply in float, and activations are not rounded."""
     for graph in graphs(model.graph):
         nodes = [new for node in graph.node for new in _in_float(node)]
         del graph.node[:]
@@ -42,13 +42,47 @@ def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
                 yield from graphs(attribute.g)
 
 
+def use_float_caches(model: onnx.ModelProto) -> None:
+    """In place: keys and values are kept as they are computed instead of as int8 codes."""
+    for graph in graphs(model.graph):
+        for node in graph.node:
+            if node.op_type == "GroupQueryAttention":
+                del node.input[7:]
+                kept = [a for a in node.attribute if "quant" not in a.name and a.name != "kv_cache_bit_width"]
+                del node.attribute[:]
+                node.attribute.extend(kept)
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            if value.type.tensor_type.elem_type == onnx.TensorProto.INT8:
+                value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+
+
 def _in_float(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     if node.op_type == "MatMulNBits":
         for attribute in node.attribute:
             if attribute.name == "accuracy_level":
                 attribute.i = 1  # fp32
-    if node.op_type != "DynamicQuantizeMatMul":
-        return [node]
+    if node.op_type == "Round":
+        return [helper.make_node("Identity", node.input, node.output, name=node.name)]
+    if node.op_type == "Cast" and node.attribute[0].i == onnx.TensorProto.INT8:
+        return [helper.make_node("Identity", node.input, node.output, name=node.name)]
+    if node.op_type == "MatMulInteger":
+        return _product(node)
+    return _dynamic_product(node) if node.op_type == "DynamicQuantizeMatMul" else [node]
+
+
+def _product(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """(codes - zero point) @ activations that the casts above left in float."""
+    codes, activations, zero = node.input
+    whole, offset, signed = (f"{node.name}.{part}" for part in ("codes", "zero", "signed"))
+    return [
+        helper.make_node("Cast", [codes], [whole], name=whole, to=onnx.TensorProto.FLOAT),
+        helper.make_node("Cast", [zero], [offset], name=offset, to=onnx.TensorProto.FLOAT),
+        helper.make_node("Sub", [whole, offset], [signed], name=signed),
+        helper.make_node("MatMul", [signed, activations], list(node.output), name=node.name),
+    ]
+
+
+def _dynamic_product(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     x, codes, scales, _, bias = node.input
     whole, weight, product = (f"{node.name}.{part}" for part in ("codes", "dequantized", "product"))
     # Not DequantizeLinear: ONNX Runtime would fuse that with the MatMul into an integer kernel again.

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
 import onnx_ir as ir
 
-from dmpt_export.graph.blocks import Past, Timeline, block_prefixes, embed, layer_norm, segment
+from dmpt_export.graph.blocks import Past, Stream, Timeline, block_prefixes, embed, norm_stream, segment
 from dmpt_export.graph.builder import MSFT, Builder, Spec
 from dmpt_export.graph.heads import leaf_log_probs
 from dmpt_export.graph.linear import Weights
-from dmpt_export.graph.routing import Router, cache_specs
+from dmpt_export.graph.routing import Router, Tail, cache_specs
 from training.config import ROOT, DMPTConfig
 
 OPSET = 21
 IR_VERSION = 10
-INT64, INT32, FLOAT = ir.DataType.INT64, ir.DataType.INT32, ir.DataType.FLOAT
+INT64, INT32, INT8 = ir.DataType.INT64, ir.DataType.INT32, ir.DataType.INT8
+BOOL, FLOAT = ir.DataType.BOOL, ir.DataType.FLOAT
 
 
-def input_specs(config: DMPTConfig, dtype: ir.DataType) -> list[Spec]:
-    """Graph inputs in order; `pending` and caches as in the design contract, sections 5 and 6."""
+def input_specs(config: DMPTConfig, dtype: ir.DataType, cache: ir.DataType) -> list[Spec]:
+    """Graph inputs in order; `pending` and caches (of type `cache`) as in the design contract, sections 5 and 6."""
     nodes = list(config.tree.values())
     return [
         Spec("input_ids", INT64, ("batch", "tokens")),
@@ -25,12 +29,13 @@ def input_specs(config: DMPTConfig, dtype: ir.DataType) -> list[Spec]:
         Spec("seqlens_k", INT32, ("batch",)),
         Spec("total_length", INT32, ()),
         Spec("last", INT64, ()),
+        *(Spec("every_node", BOOL, ()) for _ in nodes[1:2]),  # where there is something to choose
         *(Spec(f"pending.{n.name}", dtype, ("batch", f"pending_{n.name}", config.n_embd)) for n in nodes[1:]),
-        *cache_specs(config, dtype, [p for n in nodes for p in block_prefixes(n)], "past"),
+        *cache_specs(config, cache, [p for n in nodes for p in block_prefixes(n)], "past"),
     ]
 
 
-def output_specs(config: DMPTConfig, dtype: ir.DataType) -> list[Spec]:
+def output_specs(config: DMPTConfig, dtype: ir.DataType, cache: ir.DataType) -> list[Spec]:
     """Graph outputs in order."""
     nodes = list(config.tree.values())
     rows = [
@@ -42,18 +47,23 @@ def output_specs(config: DMPTConfig, dtype: ir.DataType) -> list[Spec]:
         Spec("log_probs", FLOAT, ("batch", "last", config.vocab_size)),
         Spec("routes", INT64, ("batch", "last")),
         *rows,
-        *cache_specs(config, dtype, [p for n in nodes for p in block_prefixes(n)], "present"),
+        *cache_specs(config, cache, [p for n in nodes for p in block_prefixes(n)], "present"),
     ]
 
 
-def build(config: DMPTConfig, weights: Weights, dtype: ir.DataType = FLOAT) -> ir.Model:
+def build(
+    config: DMPTConfig, weights: Weights, dtype: ir.DataType = FLOAT, scales: Mapping[str, np.ndarray] | None = None
+) -> ir.Model:
     """The graph of one model.
 
     `weights` maps the checkpoint's tensor names to float arrays or QuantizedTensors; `dtype` is the type of
-    activations and caches (FLOAT or FLOAT16). `config.fast_k` and `config.head_topk` are baked in.
+    activations and caches (FLOAT or FLOAT16). `config.fast_k` and `config.head_topk` are baked in. `scales` (see
+    dmpt_export.kv_cache) makes the caches int8.
     """
+    cache = INT8 if scales else dtype
+    weights = {**weights, **(scales or {})}
     b = Builder(dtype)
-    inputs = {spec.name: spec.value() for spec in input_specs(config, dtype)}
+    inputs = {spec.name: spec.value() for spec in input_specs(config, dtype, cache)}
     time = Timeline(inputs["position_ids"], inputs["seqlens_k"], inputs["total_length"])
     past = {
         p: Past(inputs[f"past.{p}.key"], inputs[f"past.{p}.value"])
@@ -61,17 +71,17 @@ def build(config: DMPTConfig, weights: Weights, dtype: ir.DataType = FLOAT) -> i
         for p in block_prefixes(node)
     }
     pending = {name: inputs[f"pending.{name}"] for name in config.tree if name != ROOT}
-    router = Router(config, weights, time, inputs["last"], pending, past)
+    router = Router(config, weights, time, Tail(b, inputs["last"]), inputs.get("every_node"), pending, past)
 
     trunk, *branches = config.tree.values()
     stream = embed(b, weights, inputs["input_ids"], inputs["position_ids"])
-    rows, present = segment(b, config, weights, trunk, stream, time, past)
+    stream, present = segment(b, config, weights, trunk, stream, time, past)
     router.present |= present
     if trunk.children is None:
-        log_probs, routes = _single_leaf(b, config, weights, router, rows)
+        log_probs, routes = _single_leaf(b, config, weights, router, stream)
     else:
-        router.rows[ROOT] = rows
-        router.fork(b, trunk, router.choose(b, trunk, rows))
+        router.rows[ROOT] = stream.total(b, f"{trunk.prefix}.output")
+        router.fork(b, trunk, router.choose(b, trunk, router.rows[ROOT]))
         for node in branches:
             router.run_if_needed(b, node)
         log_probs, routes = router.in_order(b)
@@ -80,7 +90,7 @@ def build(config: DMPTConfig, weights: Weights, dtype: ir.DataType = FLOAT) -> i
     results |= {f"rows.{name}": value for name, value in router.rows.items()}
     for prefix, caches in router.present.items():
         results |= {f"present.{prefix}.key": caches.key, f"present.{prefix}.value": caches.value}
-    outputs = [_named(b, results[spec.name], spec) for spec in output_specs(config, dtype)]
+    outputs = [_named(b, results[spec.name], spec) for spec in output_specs(config, dtype, cache)]
     graph = ir.Graph(
         list(inputs.values()),
         outputs,
@@ -93,18 +103,20 @@ def build(config: DMPTConfig, weights: Weights, dtype: ir.DataType = FLOAT) -> i
 
 
 def _single_leaf(
-    b: Builder, config: DMPTConfig, weights: Weights, router: Router, rows: ir.Value
+    b: Builder, config: DMPTConfig, weights: Weights, router: Router, stream: Stream
 ) -> tuple[ir.Value, ir.Value]:
     """Without splits there is nothing to route: norm and heads on the last N rows."""
-    tail = b.op("Reshape", router.last_rows(b, rows, ROOT), router.row_shape(b), name=f"{ROOT}.tail")
-    h = layer_norm(b, weights, tail, "transformer.ln_f", config.layer_norm_epsilon)
-    flat = leaf_log_probs(b, config, weights, ROOT, h)  # (B * N, V)
-    shape = b.op("Concat", b.ints(-1), router.n_last(b), b.ints(config.vocab_size), name="log_probs.shape", axis=0)
-    log_probs = b.op("Reshape", flat, shape, name="log_probs.by_batch")
+    normed, _ = norm_stream(b, weights, stream, "transformer.ln_f", config.layer_norm_epsilon)
+    h = router.tail.rows(b, normed, ROOT)  # (B, N, E)
+    if len(config.head_allocation[ROOT]) == 1:
+        log_probs = leaf_log_probs(b, config, weights, ROOT, h)
+    else:
+        flat = b.op("Reshape", h, b.ints(1, -1, config.n_embd), name=f"{ROOT}.tail")
+        flat = leaf_log_probs(b, config, weights, ROOT, flat)  # (1, B * N, V)
+        log_probs = b.op("Reshape", flat, router.tail.by_batch(b, config.vocab_size), name="log_probs.by_batch")
     batch = b.op("Shape", router.time.position_ids, name="routes.batch", start=0, end=1)
-    routes_shape = b.op("Concat", batch, router.n_last(b), name="routes.shape", axis=0)
-    zero = ir.tensor([0], dtype=INT64)
-    return log_probs, b.op("ConstantOfShape", routes_shape, name="routes.zero", value=zero)
+    shape = b.op("Concat", batch, router.tail.count, name="routes.shape", axis=0)
+    return log_probs, b.op("ConstantOfShape", shape, name="routes.zero", value=ir.tensor([0], dtype=INT64))
 
 
 def _named(b: Builder, value: ir.Value, spec: Spec) -> ir.Value:

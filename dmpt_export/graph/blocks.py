@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 
@@ -46,16 +47,12 @@ def embed(b: Builder, weights: Weights, ids: ir.Value, position_ids: ir.Value) -
     return Stream(tokens, b.op("Gather", table, position_ids, name="transformer.wpe"))
 
 
-def layer_norm(b: Builder, weights: Weights, x: ir.Value, prefix: str, epsilon: float) -> ir.Value:
-    scale, shift = (float_weight(b, weights, f"{prefix}.{part}") for part in ("weight", "bias"))
-    return b.op("LayerNormalization", x, scale, shift, name=prefix, axis=-1, epsilon=epsilon)
-
-
 def norm_stream(b: Builder, weights: Weights, stream: Stream, prefix: str, epsilon: float) -> tuple[ir.Value, Stream]:
     """(normalised rows, the stream with its summands added)."""
-    if stream.delta is None:
-        return layer_norm(b, weights, stream.x, prefix, epsilon), stream
     scale, shift = (float_weight(b, weights, f"{prefix}.{part}") for part in ("weight", "bias"))
+    if stream.delta is None:
+        normed = b.op("LayerNormalization", stream.x, scale, shift, name=prefix, axis=-1, epsilon=epsilon)
+        return normed, stream
     inputs = (stream.x, stream.delta, scale, shift)
     # The operator's fourth output is the sum; the two between (mean, inverse deviation) are unused.
     normed, _, _, total = b.ops(
@@ -69,7 +66,12 @@ def attention(
 ) -> tuple[ir.Value, Past]:
     """Causal attention over cache and new rows; the cache is written in place when its buffers are shared."""
     qkv = linear(b, weights, f"{prefix}.attn.c_attn", x)  # (B, R, 3E), packed as the operator wants it
-    inputs = (qkv, None, None, past.key, past.value, time.seqlens_k, time.total_length)
+    inputs: tuple[ir.Value | None, ...] = (qkv, None, None, past.key, past.value, time.seqlens_k, time.total_length)
+    quantized: dict[str, Any] = {}
+    if f"{prefix}.attn.k_scale" in weights:  # an int8 cache, scaled by channel
+        scales = (float_weight(b, weights, f"{prefix}.attn.{part}_scale") for part in "kv")
+        inputs += (*[None] * 5, *scales)
+        quantized = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
     y, key, value = b.ops(
         "GroupQueryAttention",
         *inputs,
@@ -78,6 +80,7 @@ def attention(
         domain=MSFT,
         num_heads=config.n_head,
         kv_num_heads=config.n_head,
+        **quantized,
     )
     return linear(b, weights, f"{prefix}.attn.c_proj", y), Past(key, value)
 
@@ -95,6 +98,11 @@ class Past:
     key: ir.Value
     value: ir.Value
 
+    @property
+    def dtype(self) -> ir.DataType:
+        assert self.key.dtype is not None
+        return self.key.dtype
+
 
 def block_prefixes(node: Node) -> list[str]:
     return [f"{node.prefix}.h.{i}" for i in range(node.start, node.stop)]
@@ -108,8 +116,8 @@ def segment(
     stream: Stream,
     time: Timeline,
     past: Mapping[str, Past],
-) -> tuple[ir.Value, dict[str, Past]]:
-    """All blocks of a node: (raw output rows [B, R, E], new caches by block prefix)."""
+) -> tuple[Stream, dict[str, Past]]:
+    """All blocks of a node: (raw output rows [B, R, E] as two summands, new caches by block prefix)."""
     present: dict[str, Past] = {}
     epsilon = config.layer_norm_epsilon
     for prefix in block_prefixes(node):
@@ -117,4 +125,4 @@ def segment(
         delta, present[prefix] = attention(b, config, weights, prefix, normed, time, past[prefix])
         normed, stream = norm_stream(b, weights, Stream(stream.x, delta), f"{prefix}.ln_2", epsilon)
         stream = Stream(stream.x, mlp(b, weights, prefix, normed))
-    return stream.total(b, f"{node.prefix}.output"), present
+    return stream, present

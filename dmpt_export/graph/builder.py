@@ -74,6 +74,16 @@ class Builder:
             self.initializers[name] = ir.val(name, tensor.dtype, tensor.shape, const_value=tensor)
         return self.initializers[name]
 
+    def lazy_weight(
+        self, name: str, dtype: np.dtype[Any], shape: Sequence[int], make: Callable[[], np.ndarray]
+    ) -> ir.Value:
+        """weight() for an array that is put together only when it is written, and dropped again."""
+        if name not in self.initializers:
+            kind, size = ir.DataType.from_numpy(dtype), ir.Shape(shape)
+            tensor = ir.LazyTensor(lambda: ir.Tensor(make(), name=name), dtype=kind, shape=size, name=name)
+            self.initializers[name] = ir.val(name, kind, size, const_value=tensor)
+        return self.initializers[name]
+
     def ints(self, *values: int, scalar: bool = False) -> ir.Value:
         """A constant int64 vector, or with `scalar` a single number; equal constants are shared."""
         label = "_".join(str(v) for v in values) or "none"

@@ -12,20 +12,22 @@ import numpy as np
 import onnx_ir as ir
 
 from dmpt_export.graph.builder import Builder
-from dmpt_export.graph.linear import Weights, float_weight, gather_rows, project
+from dmpt_export.graph.linear import Weights, float_weight, project
+from dmpt_export.graph.rescore import candidate_logits
 from training.config import DMPTConfig
 
 
 def leaf_log_probs(b: Builder, config: DMPTConfig, weights: Weights, leaf: str, h: ir.Value) -> ir.Value:
-    """log P_leaf: normalised hidden rows [n, E] -> [n, V], fp32."""
+    """log P_leaf: normalised hidden rows [1, n, E] -> [1, n, V], fp32; one head alone takes [B, N, E], too."""
     anchor, *others = config.head_allocation[leaf]
     name = f"mixture.{leaf}"
     if not others:
         return _log_softmax(b, project(b, weights, head(config, anchor), h), head(config, anchor))
-    log_pi = _head_log_weights(b, config, weights, leaf, h)  # (n, H)
-    weight_of = [_column(b, log_pi, i, f"{name}.log_pi.{i}") for i in range(1 + len(others))]  # each (n, 1)
+    rows = b.op("Reshape", h, b.ints(-1, config.n_embd), name=f"{name}.rows")
+    log_pi = _head_log_weights(b, config, weights, leaf, rows)  # (n, H)
     log_anchor = _log_softmax(b, project(b, weights, head(config, anchor), h), head(config, anchor))
     if config.fast_k is None:
+        weight_of = [_column(b, log_pi, i, f"{name}.log_pi.{i}") for i in range(1 + len(others))]  # each (n, 1)
         parts = [b.op("Add", log_anchor, weight_of[0], name=f"{name}.part")]
         for log_w, j in zip(weight_of[1:], others, strict=True):
             full = _log_softmax(b, project(b, weights, head(config, j), h), head(config, j))
@@ -33,18 +35,16 @@ def leaf_log_probs(b: Builder, config: DMPTConfig, weights: Weights, leaf: str, 
         return _log_sum_exp(b, parts, name)
     k = b.ints(config.fast_k)
     log_c, candidates = b.ops("TopK", log_anchor, k, name=f"{name}.candidates", outputs=2, axis=-1, sorted=0)
-    mass = b.op("ReduceLogSumExp", log_c, b.ints(1), name=f"{name}.mass", keepdims=1)
-    within = b.op("Sub", log_c, mass, name=f"{name}.anchor_within")
-    parts = [b.op("Add", within, weight_of[0], name=f"{name}.part")]
-    column = b.op("Unsqueeze", h, b.ints(-1), name=f"{name}.column")  # (n, E, 1)
-    for log_w, j in zip(weight_of[1:], others, strict=True):
-        label = f"{head(config, j)}.rows"
-        rows = gather_rows(b, weights, f"{head(config, j)}.weight", candidates, label)  # (n, K, E)
-        logits = b.op("MatMul", rows, column, name=f"{label}.dot")
-        logits = b.op("Squeeze", logits, b.ints(-1), name=f"{label}.logits")
-        parts.append(b.op("Add", _log_softmax(b, logits, label), log_w, name=f"{name}.part"))
-    mixed = b.op("Add", mass, _log_sum_exp(b, parts, f"{name}.within"), name=f"{name}.log_c")
-    return b.op("ScatterElements", log_anchor, candidates, mixed, name=name, axis=1)
+    mass = b.op("ReduceLogSumExp", log_c, b.ints(2), name=f"{name}.mass", keepdims=1)
+    logits = [to_float(b, part, name) for part in candidate_logits(b, config, weights, leaf, h, candidates)]
+    # The anchor's log-probs of the candidates serve as its logits: normalised over them, they are log_c - mass.
+    anchors = b.op("Unsqueeze", log_c, b.ints(2), name=f"{name}.anchor")
+    within = b.op("Concat", anchors, *logits, name=f"{name}.logits", axis=2)  # (1, n, H, K)
+    within = b.op("LogSoftmax", within, name=f"{name}.log_softmax", axis=-1)
+    weighed = b.op("Add", within, b.op("Unsqueeze", log_pi, b.ints(2), name=f"{name}.log_pi"), name=f"{name}.weighed")
+    mixed = b.op("ReduceLogSumExp", weighed, b.ints(2), name=f"{name}.within", keepdims=0)
+    log_c = b.op("Add", mass, mixed, name=f"{name}.log_c")
+    return b.op("ScatterElements", log_anchor, candidates, log_c, name=name, axis=2)
 
 
 def head(config: DMPTConfig, j: int) -> str:

@@ -1,7 +1,7 @@
 """One weight, three uses, for every storage scheme.
 
     linear          y = x W + b of a block          (float: MatMul, n-bit: MatMulNBits, W8A8: DynamicQuantizeMatMul)
-    project         all logits of a head            (float: Gemm with the rows as they are stored)
+    project         all logits of a head            (float: FusedMatMul with the rows as they are stored)
     gather_rows     some rows of a head or embedding (float: Gather, n-bit: GatherBlockQuantized)
 
 A matrix used both ways (a tied embedding, a head that is one leaf's anchor and another's candidate) is
@@ -46,12 +46,13 @@ def linear(b: Builder, weights: Weights, name: str, x: ir.Value) -> ir.Value:
 
 
 def project(b: Builder, weights: Weights, name: str, x: ir.Value) -> ir.Value:
-    """Logits over the whole vocabulary: [n, E] -> [n, V], for a matrix stored [V, E]."""
+    """Logits over the whole vocabulary: [..., E] -> [..., V], for a matrix stored [V, E]."""
     weight = weights[f"{name}.weight"]
     if isinstance(weight, QuantizedTensor):
         return _nbits_matmul(b, name, weight, x, None)
     # transB keeps the rows contiguous, so that the same initializer can be gathered from.
-    return b.op("Gemm", x, float_weight(b, weights, f"{name}.weight"), name=name, transB=1)
+    matrix = float_weight(b, weights, f"{name}.weight")
+    return b.op("FusedMatMul", x, matrix, name=name, domain=MSFT, transB=1)
 
 
 def gather_rows(b: Builder, weights: Weights, weight_name: str, ids: ir.Value, name: str) -> ir.Value:
@@ -75,9 +76,10 @@ def gather_rows(b: Builder, weights: Weights, weight_name: str, ids: ir.Value, n
         gather_axis=0,
         quantize_axis=2,
     )  # (..., blocks, block)
-    shape = b.ints(0, 0, -1)  # 0 copies a leading dimension; ids of the graph are always [n, K] or [B, S]
-    flat = b.op("Reshape", rows, shape, name=f"{name}.flat")
-    if weight.packed.shape[1] * weight.block == weight.shape[1]:
+    width = weight.packed.shape[1] * weight.block
+    # 0 copies a leading dimension; ids of the graph are always [n, K] or [B, S]. No -1: there may be no rows.
+    flat = b.op("Reshape", rows, b.ints(0, 0, width), name=f"{name}.flat")
+    if width == weight.shape[1]:
         return flat
     return b.op("Slice", flat, b.ints(0), b.ints(weight.shape[1]), b.ints(2), name=f"{name}.unpad")
 
