@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from benchmarks.results import Speed, Timings
 
 
-class Counts(click.ParamType[tuple[int, ...]]):
+class Counts(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.4 on
     """Whole numbers from `least` on, separated by commas."""
 
     name = "N,N,..."
