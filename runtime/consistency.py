@@ -111,6 +111,7 @@ def expected_inputs(manifest: Manifest) -> dict[str, str]:
         "seqlens_k": "int32",
         "total_length": "int32",
         "last": "int64",
+        **({"every_node": "bool"} if len(manifest.tree) > 1 else {}),
         **{f"pending.{node.name}": rows for node in manifest.tree if node.parent is not None},
         **{f"past.{cache}": rows for node in manifest.tree for cache in node.caches},
     }

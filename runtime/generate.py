@@ -1,99 +1,121 @@
-"""The generation loop: choose a token, show its text, feed it back, until something says stop."""
+"""The generation loops: choose a token, show its text, feed it back, until something says stop."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
-from collections.abc import Sequence as Many
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import RequestError
-from runtime.request import check_count
-from runtime.sampling import Sampler, Sampling
-from runtime.text import StopStrings, Streamer
+from runtime.lookup import Lookup
+from runtime.sampling import Sampling
+from runtime.writing import Limits, Token, Writing
 
 if TYPE_CHECKING:
+    from runtime.batch import Batch
     from runtime.model import Model
 
-END_OF_TEXT, STOP_STRING, MAX_NEW_TOKENS, CONTEXT_FULL = "end_of_text", "stop_string", "max_new_tokens", "context_full"
+TOGETHER = 16  # texts of a batch that are in memory at once; the others follow as these end
+PER_TENSOR = "int8-dynamic"  # the scheme whose kernels quantize the activations of all rows together
 
 
-@dataclass(frozen=True)
-class Token:
-    """One generated token."""
+class Generation(Writing):
+    """One text; iterate over it to make it. See Writing for what it knows afterwards."""
 
-    id: int
-    text: str  # the text that has become certain with it; joined, these are the whole text
-    path: str  # name of the leaf that chose it
-
-
-class Generation:
-    """One text in the making; iterate over it to make it. Afterwards `ids`, `text` and `stop_reason` are complete.
-
-    The end-of-text token ends it and is reported like any other token, without text. A stop string ends it too
-    and is cut from the text. The context's end stops it: the last token is chosen when the context is full.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        prompt: NDArray[np.int64],
-        sampling: Sampling,
-        max_new_tokens: int,
-        stop: str | Many[str] = (),
-    ) -> None:
-        stops = [stop] if isinstance(stop, str) else list(stop)
-        if not all(isinstance(text, str) and text for text in stops):
-            raise RequestError("a stop string must be a text that is not empty")
-        if stops and model.codec is None:
-            raise RequestError(f"{model.folder} has no tokenizer, so stop strings cannot be found: leave them out")
-        self.model = model
-        self.prompt = prompt
-        self.sampling = sampling
-        self.max_new_tokens = check_count("max_new_tokens", max_new_tokens)
-        self.ids: list[int] = []
-        self.text = ""
-        self.stop_reason: str | None = None
-        self._streamer: Streamer | None = None if model.codec is None else model.codec.streamer()
-        self._stops = StopStrings(stops)
+    def __init__(self, model: Model, prompt: NDArray[np.int64], sampling: Sampling, limits: Limits) -> None:
+        super().__init__(model, prompt, sampling, limits, row=0)
+        if limits.speculate:
+            check_speculation(model, sampling)
 
     def __iter__(self) -> Iterator[Token]:
+        """Feed what is new and `guesses` after it in one run; keep the guesses that the model chooses itself."""
         if self.ids:
             raise RequestError("this text is already made: ask for a new one")
-        sampler = Sampler(self.sampling, self.prompt.tolist())
         sequence = self.model.sequence()
-        log_probs = np.empty((1, self.model.vocab_size), np.float32)
-        routes = sequence.run(self.prompt, log_probs)
+        rows = np.empty((1 + self.limits.speculate, self.model.vocab_size), np.float32)
+        lookup = Lookup(self.prompt.tolist(), self.limits.speculate) if self.limits.speculate else None
+        new: list[int] = self.prompt.tolist()
+        guesses: list[int] = []
         while True:
-            token = sampler(log_probs[0])
-            self.ids.append(token)
-            piece = self._take(token, sequence.length)
-            self.text += piece
-            yield Token(token, piece, self.model.manifest.leaves[routes[0]])
-            if self.stop_reason is not None:
-                return
-            routes = sequence.run([token], log_probs)
+            log_probs = rows[: 1 + len(guesses)]
+            routes = sequence.run(new + guesses, log_probs)
+            length = sequence.length - len(guesses)
+            for right, guess in enumerate([*guesses, None]):
+                token = self.take(log_probs[right], routes[right], length + right)
+                yield token
+                if self.stop_reason is not None:
+                    return
+                if lookup is not None:
+                    lookup.add([token.id])
+                if token.id != guess:
+                    break
+            sequence.rewind(length + right)
+            new = [token.id]
+            if sequence.length == self.model.context:  # on_full is "slide"
+                sequence.reset()
+                new = self.kept()
+            if lookup is not None:
+                lookup.learn(len(guesses), right)
+                guesses = lookup.guess(self.room(sequence.length + len(new)))
 
-    def _take(self, token: int, used: int) -> str:
-        """The token's share of the text; sets stop_reason when it is the last."""
-        if token == self.model.end_of_text:
-            self.stop_reason = END_OF_TEXT
-            return self._rest()
-        piece = "" if self._streamer is None else self._stops.push(self._streamer.push(token))
-        if self._stops.found:
-            self.stop_reason = STOP_STRING
-        elif len(self.ids) >= self.max_new_tokens:
-            self.stop_reason = MAX_NEW_TOKENS
-        elif used >= self.model.context:
-            self.stop_reason = CONTEXT_FULL
-        return piece if self.stop_reason in (None, STOP_STRING) else piece + self._rest()
+    def room(self, used: int) -> int:
+        """How many guesses the context and the number of tokens allow."""
+        return min(self.model.context - used, self.limits.max_new_tokens - len(self.ids) - 1)
 
-    def _rest(self) -> str:
-        """What was held back: an unfinished character, or what might have become a stop string."""
-        if self._streamer is None:
-            return ""
-        piece = self._stops.push(self._streamer.flush())
-        return piece + self._stops.flush()
+
+def check_speculation(model: Model, sampling: Sampling) -> None:
+    if sampling.heat > 0:
+        raise RequestError(
+            "speculate needs the greedy choice: leave temperature, top_k, top_p and seed out, or speculate"
+        )
+    if (model.manifest.raw["quantization"] or {}).get("scheme") == PER_TENSOR:
+        raise RequestError(
+            f"speculate cannot keep the text as it is with {PER_TENSOR} weights, whose rounding depends on how many "
+            "tokens are run at once: leave it out, or export int8 weights"
+        )
+
+
+class Generations:
+    """Several texts that are made together; iterate to get their tokens, `Token.row` says whose. `texts` are complete
+    afterwards. At most 16 are in the making at once."""
+
+    def __init__(self, model: Model, prompts: list[NDArray[np.int64]], sampling: Sampling, limits: Limits) -> None:
+        if limits.speculate:
+            raise RequestError("speculate works on one prompt at a time: leave it out, or give the prompts one by one")
+        self.model = model
+        self.texts = [Writing(model, prompt, sampling, limits, row) for row, prompt in enumerate(prompts)]
+
+    def __iter__(self) -> Iterator[Token]:
+        if any(text.ids for text in self.texts):
+            raise RequestError("these texts are already made: ask for new ones")
+        waiting = deque(self.texts)
+        active = [waiting.popleft() for _ in range(min(TOGETHER, len(waiting)))]
+        batch = self.model.batch(len(active), max(len(text.prompt) for text in active))
+        log_probs = np.empty((len(active), self.model.vocab_size), np.float32)
+        new = [enter(batch, row, text.prompt.tolist()) for row, text in enumerate(active)]
+        while active:
+            routes = batch.run(new, log_probs[: len(active)])
+            for row, text in enumerate(active):
+                token = text.take(log_probs[row], routes[row], int(batch.lengths[row]))
+                yield token
+                if text.stop_reason is not None and waiting:
+                    active[row] = waiting.popleft()
+                    new[row] = enter(batch, row, active[row].prompt.tolist())
+                elif text.stop_reason is None:
+                    full = batch.lengths[row] == self.model.context  # on_full is "slide"
+                    new[row] = enter(batch, row, text.kept()) if full else token.id
+            going = [row for row, text in enumerate(active) if text.stop_reason is None]
+            if 0 < len(going) < len(active):
+                batch.reorder(going)
+            active, new = [active[row] for row in going], [new[row] for row in going]
+
+
+def enter(batch: Batch, row: int, ids: list[int]) -> int:
+    """Put all but the last of these tokens into a row, which may hold another text; the last is for the next run."""
+    batch.forget(row)
+    if len(ids) > 1:
+        batch.run_row(row, ids[:-1], np.empty(batch.config.vocab_size, np.float32))
+    return ids[-1]

@@ -29,7 +29,7 @@ from runtime.schema import (
 
 MANIFEST_NAME = "dmpt_manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
-FORMAT, FORMAT_VERSION = "dmpt-onnx", 1
+FORMAT, FORMAT_VERSION = "dmpt-onnx", 2
 MOST_BYTES = 64 << 20  # of the manifest itself: a real one is some hundred kB
 
 TENSOR = {"name": NAME, "dtype": NAME, "shape": SHAPE}

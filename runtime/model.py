@@ -6,20 +6,23 @@ from collections.abc import Callable
 from collections.abc import Sequence as Many
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from runtime.batch import Batch
 from runtime.errors import RequestError
 from runtime.files import check_files
-from runtime.generate import Generation
+from runtime.generate import Generation, Generations
 from runtime.manifest import TOKENIZER_NAME, Manifest, read_manifest
-from runtime.request import check_count, check_ids
+from runtime.request import check_count, check_ids, is_many
 from runtime.sampling import Sampling
 from runtime.sequence import Sequence
 from runtime.session import Engine
 from runtime.text import TextCodec, utf8
 from runtime.threads import resolve_threads
+from runtime.writing import STOP, Limits
 
 # Scoring returns a row of the vocabulary per position and gathers fast_k head rows for it: rows * fast_k * n_embd
 # floats at once for each further head. 64 rows keep that near 50 MB at GPT-2 small's shape with fast_k 256.
@@ -29,7 +32,7 @@ MOST_BYTES_PER_TOKEN = 256  # GPT-2's longest token has 128: more text than this
 
 
 class Model:
-    """What `runtime.load` returns. Its methods may be called one after the other from one thread.
+    """What `runtime.load` returns. Several threads may use it at once: each text has caches of its own.
 
     Attributes: manifest (`.raw` is the JSON), folder, device, threads, context (tokens), vocab_size,
     end_of_text (token id or None), codec (None when the folder has no tokenizer).
@@ -79,11 +82,25 @@ class Model:
                 raise RequestError("the prompt is empty: give some text")
         return check_ids(prompt, self.vocab_size, self.context)
 
+    def many_ids(self, prompts: Many[str | ArrayLike]) -> list[NDArray[np.int64]]:
+        """prompt_ids() of each; what cannot be used is named by its number, from 1."""
+        ids = []
+        for number, prompt in enumerate(prompts, start=1):
+            try:
+                ids.append(self.prompt_ids(prompt))
+            except RequestError as error:
+                raise RequestError(f"prompt {number} of {len(prompts)}: {error}") from error
+        return ids
+
     # --- scoring ------------------------------------------------------------------------------
 
     def sequence(self, capacity: int = 0) -> Sequence:
         """A new, empty text to feed tokens to; `capacity` tokens are made room for at once."""
         return Sequence(self.engine, capacity)
+
+    def batch(self, rows: int, capacity: int = 0) -> Batch:
+        """Several new, empty texts that grow together; `capacity` tokens are made room for in each at once."""
+        return Batch(self.engine, rows, capacity)
 
     def score(self, ids: ArrayLike, last: int | None = None) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """What the deployed model says after each of the last `last` tokens (all by default).
@@ -118,7 +135,7 @@ class Model:
 
     def stream(
         self,
-        prompt: str | ArrayLike,
+        prompt: Any,
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
         temperature: float | None = None,
         top_k: int | None = None,
@@ -126,20 +143,29 @@ class Model:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop: str | Many[str] = (),
-    ) -> Generation:
-        """A text that is made while you iterate over it, one `Token(id, text, path)` at a time.
+        on_full: str = STOP,
+        speculate: int = 0,
+    ) -> Generation | Generations:
+        """A text that is made while you iterate over it, one `Token(id, text, path, row)` at a time.
 
-        prompt: text, or token ids. The sampling values are explained in `runtime.sampling.Sampling`: greedy
-        unless temperature, top_k, top_p or seed is given. stop: text or texts that end it. Afterwards the
-        result's `ids`, `text` and `stop_reason` ("end_of_text", "stop_string", "max_new_tokens" or
-        "context_full") are complete. Raises RequestError before anything is computed.
+        prompt: text, or token ids; or a list of these, which are continued together (`Token.row` says whose token it
+        is). The sampling values are explained in `runtime.sampling.Sampling`: greedy unless temperature, top_k,
+        top_p or seed is given; row i of a list has the seed plus i. stop: text or texts that end it. on_full: "stop",
+        or "slide" to go on from the last half of a full context, read again as a new beginning. speculate: guess up to
+        so many tokens from the text so far and check them in one run; for the greedy choice, which stays the same but
+        where two tokens are equally likely to within rounding. Afterwards the result's `ids`, `text` and `stop_reason`
+        ("end_of_text", "stop_string", "max_new_tokens" or "context_full") are complete; for a list, those of each of
+        its `texts`. Raises RequestError before anything is computed.
         """
         sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
-        return Generation(self, self.prompt_ids(prompt), sampling, max_new_tokens, stop)
+        limits = Limits(max_new_tokens, stop, on_full, speculate)
+        if is_many(prompt):
+            return Generations(self, self.many_ids(prompt), sampling, limits)
+        return Generation(self, self.prompt_ids(prompt), sampling, limits)
 
     def generate(
         self,
-        prompt: str | ArrayLike,
+        prompt: Any,
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
         temperature: float | None = None,
         top_k: int | None = None,
@@ -148,18 +174,27 @@ class Model:
         seed: int | None = None,
         on_token: Callable[[int, str], object] | None = None,
         stop: str | Many[str] = (),
-    ) -> str | list[int]:
+        on_full: str = STOP,
+        speculate: int = 0,
+    ) -> str | list[Any]:
         """Continue a prompt; returns the new text for a text, the list of new token ids for token ids.
 
-        on_token: called as on_token(token_id, piece) for every new token as soon as it is chosen; the pieces,
-        joined, are the new text, and none splits a character. The end-of-text token is the last of the ids when
-        it was chosen, and has no text. The other arguments, limits and errors are those of stream().
+        A list of prompts is continued together, and the result is the list of what each gives alone. on_token: called
+        as on_token(token_id, piece) for every new token of one prompt as soon as it is chosen; the pieces, joined, are
+        the new text, and none splits a character. The end-of-text token is the last of the ids when it was chosen, and
+        has no text. The other arguments, limits and errors are those of stream().
         """
-        text = self.stream(prompt, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, stop)
-        for token in text:
+        made = self.stream(
+            prompt, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, stop, on_full, speculate
+        )
+        if on_token is not None and isinstance(made, Generations):
+            raise RequestError("on_token is for one prompt: use stream() for several")
+        for token in made:
             if on_token is not None:
                 on_token(token.id, token.text)
-        return text.text if isinstance(prompt, str) else text.ids
+        if isinstance(made, Generations):
+            return [t.text if isinstance(p, str) else t.ids for p, t in zip(prompt, made.texts, strict=True)]
+        return made.text if isinstance(prompt, str) else made.ids
 
     # --- end ----------------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -37,3 +39,15 @@ def check_count(name: str, value: object, most: int | None = None) -> int:
         limit = "1 or above" if most is None else f"from 1 to {most}"
         raise RequestError(f"{name} {value!r} must be a whole number, {limit}")
     return int(value)  # type: ignore[call-overload]
+
+
+def is_many(prompt: Any) -> bool:
+    """Whether a prompt is a list of prompts: texts, or lists of token ids.
+
+    >>> is_many("abc"), is_many([1, 2]), is_many(["abc"]), is_many([[1, 2], [3]]), is_many(np.zeros((2, 3)))
+    (False, False, True, True, True)
+    """
+    try:
+        return not isinstance(prompt, str) and len(prompt[0]) >= 0
+    except (TypeError, IndexError, KeyError):  # no list, an empty one, or one of numbers
+        return False

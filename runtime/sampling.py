@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,10 @@ class Sampling:
         if self.temperature is not None:
             return float(self.temperature)
         return 0.0 if self.top_k is None and self.top_p is None and self.seed is None else 1.0
+
+    def for_row(self, row: int) -> Sampling:
+        """The same for a prompt of a batch: its seed is the batch's plus its row."""
+        return self if self.seed is None else replace(self, seed=self.seed + row)
 
 
 def is_whole(value: object) -> bool:

@@ -18,41 +18,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from runtime.cache import Caches, roomier
 from runtime.consistency import ROOT
 from runtime.errors import ModelError
 from runtime.manifest import Node
 from runtime.request import check_count, check_ids
 from runtime.session import Engine
 
-FIRST_CAPACITY = 128  # tokens
-
-
-class Cache:
-    """Keys or values of one block, [1, n_head, capacity, head_dim], where the device can write them in place."""
-
-    def __init__(self, array: NDArray[Any], engine: Engine) -> None:
-        self.engine = engine
-        self.shape = array.shape
-        if engine.device == "cpu":
-            self.array: NDArray[Any] | None = array
-            self.address: int = array.ctypes.data
-        else:
-            self.array, self.value = None, engine.on_device(array)
-            self.address = self.value.data_ptr()
-
-    def grown(self, capacity: int, filled: int) -> Cache:
-        """A larger cache with the same first `filled` tokens."""
-        old = self.value.numpy() if self.array is None else self.array
-        new = np.zeros((*self.shape[:2], capacity, self.shape[3]), old.dtype)
-        new[:, :, :filled] = old[:, :, :filled]
-        return Cache(new, self.engine)
-
 
 class Sequence:
     """Feeds tokens to a model and keeps what it has to remember. Not for use from two threads at once."""
 
-    def __init__(self, engine: Engine, capacity: int = 0) -> None:
-        """capacity: tokens to make room for at once; room doubles when needed, up to the context."""
+    def __init__(
+        self, engine: Engine, capacity: int = 0, caches: Caches | None = None, row: int = 0, length: int = 0
+    ) -> None:
+        """capacity: tokens to make room for at once; room doubles when needed, up to the context.
+
+        caches, row, length: instead of starting empty, go on in a row of caches that others share and that do not
+        grow, after the `length` tokens that every node has there.
+        """
         self.engine = engine
         manifest = engine.manifest
         self.config = manifest.config
@@ -60,7 +44,7 @@ class Sequence:
         self.children = [(f"pending.{node.name}", node.name, node.parent) for node in self.nodes if node.parent]
         self.splits = [node.name for node in self.nodes if node.children]
         self.ways = [manifest.way(leaf) for leaf in manifest.leaves]
-        self.done = dict.fromkeys(manifest.nodes, 0)
+        self.done = dict.fromkeys(manifest.nodes, length)
         self.dtype = np.dtype(manifest.activation_dtype)
         self.stride = self.config.n_embd * self.dtype.itemsize  # bytes of one row
 
@@ -71,15 +55,19 @@ class Sequence:
         self.seqlens = np.zeros(1, np.int32)
         self.total = np.zeros((), np.int32)
         self.last = np.zeros((), np.int64)
+        self.every_node = np.zeros((), np.bool_)
+        self.scalars: dict[str, NDArray[Any]] = {"seqlens_k": self.seqlens, "total_length": self.total}
+        self.scalars |= {"last": self.last, **({"every_node": self.every_node} if self.splits else {})}
         self.routes = np.zeros(0, np.int64)
-        self.capacity = 0
-        self.caches: dict[str, Cache] = {}
+        self.caches = caches or Caches(engine)
+        self.row = row
+        self.capacity = 0  # of the row buffers; the caches have the same
         self.rows: dict[str, NDArray[Any]] = {}  # split node -> its output rows for tokens [0, done)
         self.rows_at: dict[str, int] = {}  # address of each
         self.every_position = np.arange(0)
         self.bound: tuple[int, int, int] | None = None  # tokens, last, address of log_probs
         self.nothing_pending: set[str] = set()  # nodes bound to no rows
-        self.reserve(min(capacity, self.config.n_positions))
+        self.reserve(caches.capacity if caches else min(capacity, self.config.n_positions))
 
     @property
     def length(self) -> int:
@@ -88,7 +76,12 @@ class Sequence:
 
     def reset(self) -> None:
         """Forget all tokens; the memory is kept for the next text."""
-        self.done = dict.fromkeys(self.done, 0)
+        self.rewind(0)
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens. What nodes remember of the others is written over later."""
+        if length < self.length:
+            self.done = {name: min(done, length) for name, done in self.done.items()}
 
     def feed(self, ids: ArrayLike, last: int = 1) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Append tokens and get what the model says after each of the last `last` of them.
@@ -101,8 +94,13 @@ class Sequence:
         log_probs = np.empty((check_count("last", last, len(tokens)), self.config.vocab_size), np.float32)
         return log_probs, self.run(tokens, log_probs)
 
-    def run(self, ids: NDArray[np.int64] | list[int], log_probs: NDArray[np.float32]) -> NDArray[np.int64]:
-        """feed() without checks, for callers in a hurry: fills `log_probs` [last, vocab] (C order), returns routes."""
+    def run(
+        self, ids: NDArray[np.int64] | list[int], log_probs: NDArray[np.float32], every_node: bool = False
+    ) -> NDArray[np.int64]:
+        """feed() without checks, for callers in a hurry: fills `log_probs` [last, vocab] (C order), returns routes.
+
+        every_node: let all nodes catch up, also those that no position is routed to, so that nothing is pending.
+        """
         size, start = len(ids), self.length
         total = start + size
         self.reserve(total)
@@ -110,11 +108,12 @@ class Sequence:
         self.positions[:size] = self.every_position[start:total]
         self.seqlens[0] = total - 1
         self.total[()] = total
+        self.every_node[()] = every_node
         self.bind_call(size, log_probs)
         self.bind_pending()
         self.bind_rows(start, size)
         self.engine.run(self.binding, tidy=size > 1)
-        self.advance(total)
+        self.advance(total, every_node)
         return self.routes.copy()
 
     # --- memory -------------------------------------------------------------------------------
@@ -123,14 +122,10 @@ class Sequence:
         """Make room for `total` tokens: caches and row buffers double, up to the context, and keep what they hold."""
         if total <= self.capacity:
             return
-        capacity = max(self.capacity, FIRST_CAPACITY)
-        while capacity < total:
-            capacity *= 2
-        self.capacity = min(capacity, self.config.n_positions)
+        self.capacity = roomier(self.capacity, total, self.config.n_positions)
         self.every_position = np.arange(self.capacity)
-        for node in self.nodes:
-            for name in node.caches:
-                self.caches[name] = self.grown_cache(name, self.done[node.name])
+        if self.caches.capacity < self.capacity:
+            self.caches.grow(self.capacity, self.done)
         for split in self.splits:
             rows = np.zeros((self.capacity, self.config.n_embd), self.dtype)
             if split in self.rows:
@@ -139,12 +134,6 @@ class Sequence:
         self.rows_at = {split: rows.ctypes.data for split, rows in self.rows.items()}
         self.bind_all()
 
-    def grown_cache(self, name: str, filled: int) -> Cache:
-        if name in self.caches:
-            return self.caches[name].grown(self.capacity, filled)
-        shape = (1, self.config.n_head, self.capacity, self.config.head_dim)
-        return Cache(np.zeros(shape, self.dtype), self.engine)
-
     # --- binding: only what changed since the last run ----------------------------------------
 
     def bind_all(self) -> None:
@@ -152,10 +141,7 @@ class Sequence:
         self.bound, self.nothing_pending = None, set()
         for name in self.engine.manifest.outputs:
             self.binding.bind_output(name)
-        for name, cache in self.caches.items():
-            place = (self.engine.device, 0, self.dtype.type, cache.shape, cache.address)
-            self.binding.bind_input(f"past.{name}", *place)
-            self.binding.bind_output(f"present.{name}", *place)
+        self.caches.bind(self.binding, self.row, 1)
 
     def bind_call(self, size: int, log_probs: NDArray[np.float32]) -> None:
         """Bind what every call has. On the CPU the graph reads these arrays in place; a GPU copies when binding."""
@@ -168,7 +154,7 @@ class Sequence:
             self.routes = np.empty(len(log_probs), np.int64)
         for name, value in (("input_ids", self.ids[:size]), ("position_ids", self.positions[:size])):
             self.binding.bind_input(name, "cpu", 0, np.int64, (1, size), value.ctypes.data)
-        for name, scalar in (("seqlens_k", self.seqlens), ("total_length", self.total), ("last", self.last)):
+        for name, scalar in self.scalars.items():
             self.binding.bind_input(name, "cpu", 0, scalar.dtype.type, scalar.shape, scalar.ctypes.data)
         self.binding.bind_output("log_probs", "cpu", 0, np.float32, (1, *log_probs.shape), log_probs.ctypes.data)
         self.binding.bind_output("routes", "cpu", 0, np.int64, (1, len(self.routes)), self.routes.ctypes.data)
@@ -197,10 +183,11 @@ class Sequence:
 
     # --- afterwards ---------------------------------------------------------------------------
 
-    def advance(self, total: int) -> None:
-        """Note which nodes ran: those on the way to a leaf that was taken. Keep the rows of the split nodes."""
+    def advance(self, total: int, every_node: bool) -> None:
+        """Note which nodes ran: those on the way to a leaf that was taken, or all. Keep the rows of the split nodes."""
         taken = self.routes.tolist() if len(self.routes) == 1 else np.unique(self.routes).tolist()
-        for name in dict.fromkeys(name for leaf in taken for name in self.ways[leaf]):
+        on_way = dict.fromkeys(name for leaf in taken for name in self.ways[leaf])
+        for name in self.done if every_node else on_way:
             if name in self.rows and name != ROOT:
                 self.keep_rows(name, total)
             self.done[name] = total

@@ -15,7 +15,13 @@ SEVERITY = {"cpu": 4, "cuda": 3}  # errors arrive as exceptions; why a CUDA libr
 NO_FALLBACK = "fallback to CPU EP has been explicitly disabled"
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 MEMORY_MESSAGES = ("failed to allocate memory", "bad allocation", "bad_alloc", "out of memory")
-TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64", "tensor(int32)": "int32"}
+TYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(bool)": "bool",
+}
 
 
 class Engine:

@@ -43,7 +43,7 @@ def sound() -> dict[str, Any]:
     config = {"vocab_size": 11, "n_positions": 16, "n_embd": 8, "n_layer": 2, "n_head": 2, "head_dim": 4, "fast_k": 3}
     return {
         "format": "dmpt-onnx",
-        "format_version": 1,
+        "format_version": 2,
         "model": "model.onnx",
         "target": "cpu",
         "opset": 21,
@@ -58,6 +58,7 @@ def sound() -> dict[str, Any]:
             tensor("seqlens_k", "int32", "batch"),
             tensor("total_length", "int32"),
             tensor("last", "int64"),
+            tensor("every_node", "bool"),
             tensor("pending.left", "float32", "batch", "p", 8),
             tensor("pending.right", "float32", "batch", "q", 8),
             *caches("past"),
@@ -156,7 +157,7 @@ def test_all_faults_are_named_at_once() -> None:
     ("raw", "message"),
     [
         (damaged("format", value="gguf"), "format 'gguf'"),
-        (damaged("format_version", value=2), "format_version 2"),
+        (damaged("format_version", value=3), "format_version 3"),
         (damaged("target", value="tpu"), "'tpu' is not one of cpu, cuda"),
         (damaged("activation_dtype", value="bfloat16"), "bfloat16"),
         (damaged("config", "vocab_size", value=True), "vocab_size: True"),
@@ -176,8 +177,8 @@ def test_all_faults_are_named_at_once() -> None:
         (damaged("leaves", value=["left"]), "leaves"),
         (damaged("head_allocation", "right", drop=True), "head_allocation"),
         (damaged("head_allocation", "right", value=[]), "head_allocation"),
-        (damaged("inputs", 5, drop=True), "inputs: missing pending.left"),
-        (damaged("inputs", 7, "name", value="past.x.key"), "inputs: unknown past.x.key"),
+        (damaged("inputs", 6, drop=True), "inputs: missing pending.left"),
+        (damaged("inputs", 8, "name", value="past.x.key"), "inputs: unknown past.x.key"),
         (damaged("outputs", 2, "dtype", value="float16"), "rows.root is float16, expected float32"),
         (damaged("config", "vocab_size", value=10**9), "log_probs is ['batch', 'last', 11]"),
         (damaged("config", "n_embd", value=10**9), "rows.root is ['batch', 'tokens', 8]"),

@@ -62,6 +62,32 @@ def test_stop_strings_may_be_repeated(model: str, capfd: pytest.CaptureFixture[s
     assert capfd.readouterr().out == whole[: whole.index(stop)] + "\n"
 
 
+def test_a_batch_is_one_line_of_json_for_each_line(
+    model: str, given_stdin: Callable[[bytes], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    prompts = [PROMPT, "stones", "The wheel was five"]
+    given_stdin("\r\n".join([*prompts, ""]).encode())
+    assert main(["run", model, "--batch", "-n", "20", "--seed", "3", "--threads", "1"]) == 0
+    out, err = capfd.readouterr()
+    got = [json.loads(line) for line in out.splitlines()]
+    with runtime.load(model, threads=1) as loaded:
+        assert [line["text"] for line in got] == loaded.generate(prompts, max_new_tokens=20, seed=3)
+        assert [line["ids"] for line in got] == loaded.generate(
+            [loaded.encode(prompt) for prompt in prompts], max_new_tokens=20, seed=3
+        )
+    assert {line["stop_reason"] for line in got} <= {"max_new_tokens", "end_of_text"} and err == ""
+
+
+def test_a_full_context_and_guesses(model: str, capfd: pytest.CaptureFixture[str]) -> None:
+    args = ["run", model, PROMPT, "-n", "150", "--threads", "1"]
+    texts = []
+    for more in ([], ["--on-full", "slide"], ["--on-full", "slide", "--speculate", "5"]):
+        assert main([*args, *more]) == 0
+        texts.append(capfd.readouterr().out)
+    assert texts[0] == expected(model, max_new_tokens=150) + "\n"
+    assert texts[1] == texts[2] == expected(model, max_new_tokens=150, on_full="slide") + "\n"
+
+
 @pytest.mark.parametrize("ending", ["", "\n", "\r\n"])
 def test_the_prompt_may_come_on_stdin(
     ending: str, model: str, given_stdin: Callable[[bytes], None], capfd: pytest.CaptureFixture[str]
@@ -106,6 +132,10 @@ def test_json_is_one_object(model: str, capfd: pytest.CaptureFixture[str]) -> No
         (["{model}/model.onnx", "a"], 3, "is no folder"),
         (["nowhere", "a"], 3, "nowhere is no folder"),
         (["{model}", "a", "--max-new-tokens", "0"], 2, "max-new-tokens"),
+        (["{model}", "a", "--speculate", "99"], 3, "speculate 99"),
+        (["{model}", "a", "--speculate", "3", "--seed", "1"], 3, "speculate needs the greedy choice"),
+        (["{model}", "a", "--on-full", "wrap"], 2, "on-full"),
+        (["{model}", "a", "--batch"], 2, "leave PROMPT out"),
         (["{model}", "a", "--colour"], 2, "No such option"),
         ([], 2, "Missing argument 'MODEL'"),
     ],

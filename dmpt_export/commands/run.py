@@ -14,7 +14,7 @@ import click
 from dmpt_export.extras import require
 
 if TYPE_CHECKING:
-    from runtime.generate import Generation
+    from runtime.generate import Generation, Generations
 
 MOST_INPUT = 64 << 20  # bytes read from standard input; what fits the context is decided by the model
 
@@ -32,15 +32,19 @@ MOST_INPUT = 64 << 20  # bytes read from standard input; what fits the context i
               help="Above 1: tokens that occurred already become less likely.")  # fmt: skip
 @click.option("--seed", type=int, help="The same seed gives the same text. Default: another one each time.")
 @click.option("--stop", multiple=True, help="Text that ends the output and is cut from it; may be repeated.")
-@click.option("--on-full", type=click.Choice(["stop"]), default="stop", show_default=True,
-              help="What to do when the context is full.")  # fmt: skip
+@click.option("--on-full", type=click.Choice(["stop", "slide"]), default="stop", show_default=True,
+              help="When the context is full: stop, or read its last half again as a new beginning.")  # fmt: skip
+@click.option("--speculate", type=int, default=0, metavar="N", show_default=True, help="Guess up to N tokens from the "
+              "text so far and check them in one run: faster where text repeats, same result.")  # fmt: skip
+@click.option("--batch", is_flag=True, help="Standard input has one prompt a line; they are continued together, and "
+              "each gives one line of JSON, in their order.")  # fmt: skip
 @click.option("--threads", type=int, help="CPU threads. Default: what this process may use.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--no-check", is_flag=True, help="Skip comparing the files' sha256 with the manifest.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with the text and statistics instead.")
 @click.option("-v", "--verbose", is_flag=True, help="Say on stderr how fast it went and which paths were taken, "
               "also when stderr is no terminal.")  # fmt: skip
-def command(model: str, prompt: str | None, as_json: bool, verbose: bool, **options: Any) -> None:
+def command(model: str, prompt: str | None, as_json: bool, verbose: bool, batch: bool, **options: Any) -> None:
     """Continue PROMPT (standard input when absent) with the exported folder MODEL.
 
     The new text goes to stdout as it is made, everything else to stderr. Needs neither torch nor transformers:
@@ -51,19 +55,25 @@ def command(model: str, prompt: str | None, as_json: bool, verbose: bool, **opti
       dmpt-export run device "Once upon a time"
       dmpt-export run device "The tide mill" --temperature 0.8 --top-k 40 --seed 1
       echo "The tide mill" | dmpt-export run device --json
+      dmpt-export run device --batch < prompts.txt
 
     Next: `dmpt-export eval MODEL --data FILE` for its perplexity, `dmpt-export bench MODEL` for its speed.
     """
     device, threads, verify = options.pop("device"), options.pop("threads"), not options.pop("no_check")
+    if batch and prompt is not None:
+        raise click.UsageError("--batch reads its prompts from standard input, one a line: leave PROMPT out")
     require(device)
-    options.pop("on_full")
     import runtime
+    from runtime.generate import Generations
 
     text = read_prompt() if prompt is None else prompt
     started = time.perf_counter()
     with runtime.load(model, device=device, threads=threads, verify=verify) as loaded:
         clock = Clock(time.perf_counter() - started)
-        generation = loaded.stream(text, **options)
+        generation = loaded.stream(lines(text) if batch else text, **options)
+        if isinstance(generation, Generations):
+            show_batch(generation)
+            return
         try:
             show(generation, clock, quiet=as_json)
         finally:
@@ -91,6 +101,10 @@ def read_prompt() -> str:
         return data.decode().removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
         raise RequestError(f"the prompt on standard input is not UTF-8 (byte {error.start})") from error
+
+
+def lines(text: str) -> list[str]:
+    return [line.removesuffix("\r") for line in text.split("\n")]
 
 
 class Clock:
@@ -129,6 +143,15 @@ def show(generation: Generation, clock: Clock, quiet: bool) -> None:
         clock.tick(token.path)
         if token.text and not quiet:
             click.echo(token.text, nl=False)
+
+
+def show_batch(generations: Generations) -> None:
+    """Make the texts together and print each as soon as it and those before it are complete."""
+    unprinted = list(generations.texts)
+    for _ in generations:
+        while unprinted and unprinted[0].stop_reason is not None:
+            text = unprinted.pop(0)
+            click.echo(json.dumps({"text": text.text, "ids": text.ids, "stop_reason": text.stop_reason}))
 
 
 def summary(statistics: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from training.config import ROOT, DMPTConfig
 
 OPSET = 21
 IR_VERSION = 10
-INT64, INT32, FLOAT = ir.DataType.INT64, ir.DataType.INT32, ir.DataType.FLOAT
+INT64, INT32, BOOL, FLOAT = ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL, ir.DataType.FLOAT
 
 
 def input_specs(config: DMPTConfig, dtype: ir.DataType) -> list[Spec]:
@@ -25,6 +25,7 @@ def input_specs(config: DMPTConfig, dtype: ir.DataType) -> list[Spec]:
         Spec("seqlens_k", INT32, ("batch",)),
         Spec("total_length", INT32, ()),
         Spec("last", INT64, ()),
+        *(Spec("every_node", BOOL, ()) for _ in nodes[1:2]),  # where there is something to choose
         *(Spec(f"pending.{n.name}", dtype, ("batch", f"pending_{n.name}", config.n_embd)) for n in nodes[1:]),
         *cache_specs(config, dtype, [p for n in nodes for p in block_prefixes(n)], "past"),
     ]
@@ -61,7 +62,7 @@ def build(config: DMPTConfig, weights: Weights, dtype: ir.DataType = FLOAT) -> i
         for p in block_prefixes(node)
     }
     pending = {name: inputs[f"pending.{name}"] for name in config.tree if name != ROOT}
-    router = Router(config, weights, time, inputs["last"], pending, past)
+    router = Router(config, weights, time, inputs["last"], inputs.get("every_node"), pending, past)
 
     trunk, *branches = config.tree.values()
     stream = embed(b, weights, inputs["input_ids"], inputs["position_ids"])

@@ -75,9 +75,10 @@ def gather_rows(b: Builder, weights: Weights, weight_name: str, ids: ir.Value, n
         gather_axis=0,
         quantize_axis=2,
     )  # (..., blocks, block)
-    shape = b.ints(0, 0, -1)  # 0 copies a leading dimension; ids of the graph are always [n, K] or [B, S]
-    flat = b.op("Reshape", rows, shape, name=f"{name}.flat")
-    if weight.packed.shape[1] * weight.block == weight.shape[1]:
+    width = weight.packed.shape[1] * weight.block
+    # 0 copies a leading dimension; ids of the graph are always [n, K] or [B, S]. No -1: there may be no rows.
+    flat = b.op("Reshape", rows, b.ints(0, 0, width), name=f"{name}.flat")
+    if width == weight.shape[1]:
         return flat
     return b.op("Slice", flat, b.ints(0), b.ints(weight.shape[1]), b.ints(2), name=f"{name}.unpad")
 

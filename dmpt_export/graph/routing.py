@@ -6,7 +6,9 @@
 
 A node runs when some of the last N positions is routed to a leaf under it; it then catches up on every row it
 has not seen (`pending`), so its keys and values cover the full context and the result is exact. An inner node's
-branch also evaluates its gate; a node that did not run hands zero rows down, and nothing under it runs.
+branch also evaluates its gate; a node that did not run hands zero rows down, and nothing under it runs. With
+`every_node` all nodes run and catch up, as rows that are decoded together must; heads still see only what is routed
+to them.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ class Router:
     weights: Weights
     time: Timeline
     last: ir.Value  # int64 [], N
+    every_node: ir.Value | None  # bool []; None without splits
     pending: Mapping[str, ir.Value]  # node -> [B, P, E]
     past: Mapping[str, Past]  # block prefix -> caches
     rows: dict[str, ir.Value] = field(default_factory=dict)  # split node -> its new output rows
@@ -73,7 +76,8 @@ class Router:
         prefixes = block_prefixes(node)
         count = b.op("Cast", self.on[node.name], name=f"routes.{node.name}.count", to=int(ir.DataType.INT32))
         most = b.op("ReduceMax", count, name=f"routes.{node.name}.any", keepdims=0)
-        needed = b.op("Cast", most, name=f"routes.{node.name}.needed", to=int(ir.DataType.BOOL))
+        taken = b.op("Cast", most, name=f"routes.{node.name}.taken", to=int(ir.DataType.BOOL))
+        needed = b.op("Or", taken, self.every_node, name=f"routes.{node.name}.needed")
         specs = [*self._result_specs(b, node), *cache_specs(self.config, b.dtype, prefixes, "present")]
 
         def then(inner: Builder) -> list[ir.Value]:

@@ -1,0 +1,102 @@
+"""Keys and values of all blocks, for one text or several, where the device writes them in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.session import Engine
+
+FIRST_CAPACITY = 128  # tokens
+
+
+def roomier(capacity: int, total: int, context: int) -> int:
+    """Room doubles, up to the context.
+
+    >>> roomier(0, 1, 300), roomier(128, 129, 300), roomier(256, 257, 300)
+    (128, 256, 300)
+    """
+    capacity = max(capacity, FIRST_CAPACITY)
+    while capacity < total:
+        capacity *= 2
+    return min(capacity, context)
+
+
+class Buffer:
+    """Keys or values of one block: [rows, n_head, capacity, head_dim]."""
+
+    def __init__(self, array: NDArray[Any], engine: Engine) -> None:
+        self.engine = engine
+        self.dtype, self.shape = array.dtype.type, array.shape
+        self.row_bytes = array.nbytes // max(1, len(array))
+        if engine.device == "cpu":
+            self.array: NDArray[Any] | None = array
+            self.address: int = array.ctypes.data
+        else:
+            self.array, self.value = None, engine.on_device(array)
+            self.address = self.value.data_ptr()
+
+    def host(self) -> NDArray[Any]:
+        """The tensor itself on the CPU, a copy of it from a GPU."""
+        return self.value.numpy() if self.array is None else self.array
+
+    def place(self, first: int, rows: int) -> tuple[Any, ...]:
+        """Where some consecutive texts' part lies, as IOBinding wants it."""
+        address = self.address + first * self.row_bytes
+        return self.engine.device, 0, self.dtype, (rows, *self.shape[1:]), address
+
+
+class Caches:
+    """All buffers of a model, by cache name."""
+
+    def __init__(self, engine: Engine, rows: int = 1, capacity: int = 0) -> None:
+        """rows: texts; capacity: tokens of each. Raises OutOfMemory on a GPU."""
+        self.engine, self.rows, self.capacity = engine, rows, capacity
+        manifest = engine.manifest
+        self.node_of = {name: node.name for node in manifest.tree for name in node.caches}
+        config = manifest.config
+        shape = (rows, config.n_head, capacity, config.head_dim)
+        self.buffers = {
+            name: Buffer(np.zeros(shape, manifest.inputs[f"past.{name}"].dtype), engine) for name in self.node_of
+        }
+
+    def bind(self, binding: Any, first: int = 0, rows: int | None = None) -> None:
+        """Bind these texts' part as what the graph reads and what it writes."""
+        for name, buffer in self.buffers.items():
+            place = buffer.place(first, self.rows if rows is None else rows)
+            binding.bind_input(f"past.{name}", *place)
+            binding.bind_output(f"present.{name}", *place)
+
+    def grow(self, capacity: int, filled: Mapping[str, int]) -> None:
+        """Make room for `capacity` tokens; each node's first `filled` tokens are kept."""
+
+        def larger(name: str, old: NDArray[Any]) -> NDArray[Any]:
+            new = np.zeros((*old.shape[:2], capacity, old.shape[3]), old.dtype)
+            kept = filled[self.node_of[name]]
+            new[:, :, :kept] = old[:, :, :kept]
+            return new
+
+        self.replace(larger)
+        self.capacity = capacity
+
+    def reorder(self, index: NDArray[np.int64], filled: int) -> None:
+        """Text i becomes what text index[i] was, its first `filled` tokens; texts may be repeated and left out.
+
+        In place on the CPU where there are not more texts than before; those that stay where they are cost nothing.
+        """
+        moved = np.flatnonzero(index != np.arange(len(index)))
+        if len(index) <= self.rows and self.engine.device == "cpu":
+            for buffer in self.buffers.values() if len(moved) else ():
+                array = buffer.host()
+                array[moved, :, :filled] = array[index[moved], :, :filled]
+            return
+        self.replace(lambda _, old: old[index])
+        self.rows = len(index)
+
+    def replace(self, change: Callable[[str, NDArray[Any]], NDArray[Any]]) -> None:
+        """Make each buffer anew from its old content, one at a time."""
+        for name, buffer in self.buffers.items():
+            self.buffers[name] = Buffer(change(name, buffer.host()), self.engine)
