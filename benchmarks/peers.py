@@ -21,29 +21,34 @@ FACTS = "facts.json"  # in a converted folder: what the conversion said, and the
 class Peer:
     """One runtime."""
 
-    adapter: str  # module of benchmarks.adapters
+    adapter: str  # module with load() and convert(), see benchmarks.adapters
     schemes: tuple[str, ...]  # what its convert() makes
     packages: tuple[str, ...]  # distributions that must be there
     install: str  # the command that brings them
 
 
 PEERS = {
-    "transformers": Peer("torch_transformers", ("fp32",), ("torch", "transformers"), "pip install torch transformers"),
+    "transformers": Peer(
+        "benchmarks.adapters.torch_transformers",
+        ("fp32",),
+        ("torch", "transformers"),
+        "pip install torch transformers",
+    ),
     "openvino": Peer(
-        "openvino_stateful",
+        "benchmarks.adapters.openvino_stateful",
         ("int8", "int4"),
         ("openvino", "nncf", "optimum-intel"),
         "pip install 'optimum-intel[openvino]' (and pip uninstall torchvision beside a CPU build of torch)",
     ),
     "llama.cpp": Peer(
-        "llama_cpp_gguf",
+        "benchmarks.adapters.llama_cpp_gguf",
         ("q8_0", "q4_0"),
         ("llama-cpp-python", "gguf", "safetensors"),
         "pip install llama-cpp-python gguf safetensors (it compiles; where decoding crashes, leave AMX out: "
         "CMAKE_ARGS='-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON')",
     ),
     "optimum": Peer(
-        "optimum_onnx",
+        "benchmarks.adapters.optimum_onnx",
         ("fp32", "int8"),
         ("optimum-onnx", "onnxruntime", "accelerate"),
         "pip install 'optimum-onnx[onnxruntime]' accelerate",
@@ -64,15 +69,14 @@ def prepare(name: str, scheme: str, source: Path, out: Path, python: str | None 
     Raises WorkerFailed when the conversion fails; its half-made folder is not taken for a whole one.
     """
     peer = PEERS[name]
-    module = f"benchmarks.adapters.{peer.adapter}"
     if not (out / FACTS).is_file():
         with worker(f"{name} {scheme}", python) as w:
-            facts = w.ask(do="convert", adapter=module, source=str(source.resolve()), out=str(out), scheme=scheme)
+            facts = w.ask(do="convert", adapter=peer.adapter, source=str(source.resolve()), out=str(out), scheme=scheme)
             facts["versions"] = w.ask(do="versions", packages=list(peer.packages))
         (out / FACTS).write_text(json.dumps(facts), encoding="utf-8")
     facts = read_facts(out)
     sizes = {key: int(facts[key]) for key in ("size_bytes", "touched_bytes")}
-    return Target(f"{name} {scheme}", str(out), module, python=python, **sizes)
+    return Target(f"{name} {scheme}", str(out), peer.adapter, python=python, **sizes)
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

@@ -124,12 +124,12 @@ class Workshop:
         return found, absent
 
 
-def agreement(targets: list[Target], vocab_size: int, work: Path) -> dict[str, dict[str, float]]:
+def agreement(targets: list[Target], vocab_size: int, context: int, work: Path) -> dict[str, dict[str, float]]:
     """How far every way to run the same GPT-2 is from Transformers in float32, by target name; {} without it."""
     reference = next((t for t in targets if t.name == REFERENCE), None)
     if reference is None:
         return {}
-    ids = np.random.default_rng(1).integers(0, vocab_size, 2 * SCORED).tolist()
+    ids = np.random.default_rng(1).integers(0, vocab_size, min(2 * SCORED, context)).tolist()
     expected = peers.scores(reference, ids, SCORED, work / "scores.npy")
     found = {}
     for t in targets:
@@ -149,8 +149,8 @@ def run(options: argparse.Namespace, sizes: dict[str, Any]) -> str:
     ours = workshop.ours(schemes)
     same = [t for t in ours if t.name.startswith("GPT-2")] + theirs
     say("comparing what they say")
-    agreed = agreement(same, workshop.vocab_size, options.work)
-    context = sizes.get("n_positions", 1024)
+    context = int(sizes.get("n_positions", 1024))
+    agreed = agreement(same, workshop.vocab_size, context, options.work)
     tables = []
     for threads in map(int, options.threads.split(",")):
         prompt, gen, depths = min(PROMPT, context), min(GEN, context // 4), [min(SHALLOW, context // 4), DEEP]
