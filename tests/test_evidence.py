@@ -23,10 +23,10 @@ CPU = SCALES["cpu"]
 
 
 def test_flops_by_hand() -> None:
-    block, head = 24 * 192**2 + 2 * 256 * 192, 2 * 4096 * 192
-    for name, blocks, heads in (("gpt2", 6, 1), ("multi-head", 6, 4), ("dual", 9, 2), ("dual-heads", 9, 8)):
+    block, head = 24 * 128**2 + 2 * 256 * 128, 2 * 4096 * 128
+    for name, blocks, heads in (("gpt2", 4, 1), ("multi-head", 4, 4), ("dual", 6, 2), ("dual-heads", 6, 8)):
         assert plan.flops_per_token(VARIANTS[name], CPU) == blocks * block + heads * head
-    assert plan.flops_per_token(VARIANTS["quad"], CPU) == (3 + 2 * 2 + 4 * 1) * block + 4 * head
+    assert plan.flops_per_token(VARIANTS["quad"], CPU) == (2 + 2 * 1 + 4 * 1) * block + 4 * head
 
 
 def test_equal_tokens_or_equal_operations() -> None:
@@ -42,19 +42,21 @@ def test_equal_tokens_or_equal_operations() -> None:
 
 def test_every_variant_is_given_the_same_settings_but_for_what_it_adds() -> None:
     def options(name: str) -> dict[str, str]:
-        given = plan.train_options(VARIANTS[name], CPU, 0, 10, 1e-3)
-        return dict(zip(given[::2], given[1::2], strict=True))
+        given = " ".join(plan.train_options(VARIANTS[name], CPU, 0, 10, 1e-3))
+        pairs = [option.split() for option in given.split("--")[1:]]
+        return {name.replace("-", "_"): value[0] if value else "True" for name, *value in pairs}
 
     gpt2, dual = options("gpt2"), options("dual-heads")
     assert gpt2.items() <= dual.items()
-    assert dual.keys() - gpt2.keys() == {f"--{name.replace('_', '-')}" for name in plan.DMPT}
-    for name, value in dual.items():
-        TrainOptions.from_dict({name.strip("-").replace("-", "_"): value}, "the plan")  # raises for unknown names
+    assert dual.keys() - gpt2.keys() == {*plan.DMPT, *plan.PATHS, "fast_k", "fast_k_loss"}
+    assert "fast_k_loss" not in options("dual") and "fast_k_loss" not in options("multi-head-full")
+    TrainOptions.from_dict(dual, "the plan")  # raises for unknown names
 
 
 def test_measurements_of_a_variant() -> None:
     assert plan.evaluations(VARIANTS["gpt2"], CPU) == [("gate_hard", 0)]
-    assert plan.evaluations(VARIANTS["multi-head"], CPU) == [("gate_hard", 0), ("gate_hard", 64)]
+    assert plan.evaluations(VARIANTS["multi-head"], CPU) == [("gate_hard", 64), ("gate_hard", 0)]
+    assert plan.evaluations(VARIANTS["dual-heads"], CPU, controls=False) == [("gate_hard", 64)]
     assert [m for m, _ in plan.evaluations(VARIANTS["quad"], CPU)] == ["gate_hard", "random", "gate_soft"]
     dual = [m for m, _ in plan.evaluations(VARIANTS["dual"], CPU)]
     assert dual == ["gate_hard", "random", "gate_soft", "left_only", "right_only"]
@@ -122,5 +124,5 @@ def test_one_command_trains_measures_and_skips_what_is_done(texts: Path, tmp_pat
     assert base["tokens_tuned"] == 0 and dual["tokens_tuned"] == 6 * 4 * 32
     assert dual["parameters"] > dual["touched_per_token"] > base["touched_per_token"]
     assert run("base,dual") == lines
-    more = run("gpt2 lr 3e-4", "--trials", "2")
+    more = run("gpt2 lr x2", "--trials", "2")
     assert more[:-1] == lines and more[-1]["mode"] == "trial"

@@ -11,9 +11,10 @@ from models import random_model
 from tolerances import TOLERANCE
 from torch import Tensor
 
-from training import losses
+from training import cross_entropy, losses
 from training.config import build_tree
 from training.cross_entropy import ROWS, head_gold
+from training.errors import InputError
 from training.model import DMPTForCausalLM
 from training.objective import Objective
 from training.options import TrainOptions
@@ -242,6 +243,72 @@ def test_the_main_loss_is_the_models_own_log_prob(splits: list[int], mode: str, 
     expected = -log_probs.gather(-1, ids[:, 1:, None]).mean()
     got = Objective(model, only_nll(mode, tether_coef=tied_to_reference))(ids).terms["nll"]
     assert got.item() == pytest.approx(expected.item(), abs=ATOL)
+
+
+@pytest.mark.parametrize("splits", [[2], [1, 2]], ids=["dual", "quad"])
+def test_gate_expected_is_the_mean_loss_of_routes_drawn_from_the_gates(splits: list[int]) -> None:
+    model = random_model(splits, 8)
+    ids = some_ids(model)
+    inputs, labels = ids[:, :-1], ids[:, 1:, None]
+    weights = model.path_log_weights(model.hidden(inputs).gates)
+    expected = sum(
+        -(weights[leaf].exp() * model.log_probs(inputs, f"{leaf}_only").gather(-1, labels)[..., 0]).mean()
+        for leaf in model.config.leaves
+    )
+    loss = Objective(model, only_nll("gate_expected"))(ids)
+    loss.total.backward()
+    assert loss.terms["nll"].item() == pytest.approx(expected.item(), abs=ATOL)
+    assert all(p.grad is not None and p.grad.abs().max() > 1e-6 for p in model.gates.parameters())
+
+
+def test_gates_that_are_sure_make_gate_expected_the_deployed_loss() -> None:
+    model = random_model([2], 4)
+    ids = some_ids(model)
+    model.config.gate_temp = 1e-4
+    got = Objective(model, only_nll("gate_expected"))(ids).terms["nll"]
+    hard = -model.log_probs(ids[:, :-1], "gate_hard").gather(-1, ids[:, 1:, None]).mean()
+    assert got.item() == pytest.approx(hard.item(), abs=ATOL)
+
+
+@pytest.mark.parametrize("splits", [[], [2], [1, 2]], ids=["single", "dual", "quad"])
+@pytest.mark.parametrize("mode", ["gate_soft", "gate_hard"])
+@pytest.mark.parametrize("head_topk", [None, 1])
+def test_the_fast_k_loss_is_the_models_own_and_so_is_its_gradient(
+    splits: list[int], mode: str, head_topk: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cross_entropy.ROWS, "cpu", 5)  # several slices, and a short last one
+    model = random_model(splits, 8)
+    model.config.fast_k, model.config.head_topk = 7, head_topk
+    ids = some_ids(model)
+    gradients = []
+    for gold_aux in (0.0, 1e-12):  # only routed rows are scored, or all
+        got = Objective(model, only_nll(mode, fast_k_loss=True, gold_aux_coef=gold_aux))(ids)
+        got.total.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad(set_to_none=True)
+    log_probs = model.log_probs(ids[:, :-1], mode, fast_k=7)
+    want = -log_probs.gather(-1, ids[:, 1:, None]).mean()
+    want.backward()
+    assert got.terms["nll"].item() == pytest.approx(want.item(), abs=ATOL)
+    for name, p in model.named_parameters():
+        if p.grad is None or (mode == "gate_hard" and name.startswith("gates.")):
+            continue
+        for grads in gradients:
+            assert torch.allclose(grads.get(name, torch.zeros(())), p.grad, atol=ATOL), name
+
+
+def test_a_tether_beside_the_fast_k_loss_leaves_it_as_it_is() -> None:
+    model = random_model([2], 8)
+    model.config.fast_k = 7
+    ids = some_ids(model)
+    plain = Objective(model, only_nll("gate_soft", fast_k_loss=True))(ids)
+    tied = Objective(model, only_nll("gate_soft", fast_k_loss=True, tether_coef=1e-9))(ids)
+    assert tied.terms["nll"].item() == pytest.approx(plain.terms["nll"].item(), abs=ATOL)
+
+
+def test_a_fast_k_loss_without_candidates_is_refused() -> None:
+    with pytest.raises(InputError, match="needs --fast_k"):
+        Objective(random_model([2], 4), only_nll("gate_soft", fast_k_loss=True))
 
 
 def test_gate_hard_with_and_without_scoring_every_leaf_is_the_same() -> None:

@@ -6,10 +6,13 @@ and again. Here they are written once and read once: all elementwise work happen
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 ROWS = {"cpu": 256}  # rows per slice; elsewhere, launching fewer and larger kernels counts more
 MANY_ROWS = 8192
@@ -23,6 +26,37 @@ def head_gold(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     dtype = torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else h.dtype
     gold: Tensor = _HeadGold.apply(h.flatten(0, -2), weight, labels.flatten(), dtype)
     return gold.view(labels.shape)
+
+
+def fast_k_gold(h: Tensor, heads: Sequence[Tensor], log_pi: Tensor, labels: Tensor, k: int) -> Tensor:
+    """log P of given tokens under fast-k, as deployed: (..., E), H x (V, E), (..., H), (...) -> (...), float32.
+
+    The anchor comes first among `heads`. Same numbers as DMPTForCausalLM.fast_mixture at the labels; here every head
+    is multiplied in full, which costs a training step less than gathering K rows for every token. The slices'
+    (rows, V) logits are computed again in the backward pass, so only one slice is ever held.
+    """
+    flat, weights, wanted = h.flatten(0, -2), log_pi.flatten(0, -2), labels.flatten()
+    parts = [
+        checkpoint(_fast_k_gold, flat[rows], weights[rows], wanted[rows], k, *heads, use_reentrant=False)
+        for rows in _slices(flat)
+    ]
+    return torch.cat(parts).view(labels.shape)
+
+
+def _fast_k_gold(h: Tensor, log_pi: Tensor, labels: Tensor, k: int, anchor: Tensor, *others: Tensor) -> Tensor:
+    """fast_k_gold of some rows: (n, E), (n, H), (n,) -> (n,)."""
+    label = labels[:, None]
+    log_anchor = F.log_softmax(F.linear(h, anchor).float(), -1)
+    log_c, candidates = log_anchor.topk(k, dim=-1)  # (n, K)
+    mass = torch.logsumexp(log_c, -1, keepdim=True)
+    outside = log_anchor.gather(-1, label)
+    within = [outside - mass + log_pi[:, :1]]
+    for i, head in enumerate(others, start=1):
+        logits = F.linear(h, head).float()
+        among = torch.logsumexp(logits.gather(-1, candidates), -1, keepdim=True)
+        within.append(logits.gather(-1, label) - among + log_pi[:, i, None])
+    inside = mass + torch.logsumexp(torch.stack(within), dim=0)
+    return torch.where((candidates == label).any(-1, keepdim=True), inside, outside)[:, 0]
 
 
 class _HeadGold(torch.autograd.Function):

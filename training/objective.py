@@ -10,11 +10,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training import losses
-from training.cross_entropy import head_gold
+from training.cross_entropy import fast_k_gold, head_gold
 from training.errors import InputError
 from training.losses import Across, alone, masked_mean
 from training.model import GATE_HARD, GATE_SOFT, MAX_PROB, RANDOM, DMPTForCausalLM, Hidden
 from training.options import TrainOptions
+
+GATE_EXPECTED = "gate_expected"  # for training alone: the mean loss of routes drawn from the gates
+
+
+def trained_leaves(model: DMPTForCausalLM, options: TrainOptions) -> list[str] | None:
+    """The one leaf that the options train, None for all. Raises InputError for what cannot be trained."""
+    mode = options.train_path_selection
+    if options.fast_k_loss and model.head_gates and not model.config.fast_k:
+        raise InputError("--fast_k_loss needs --fast_k K, the number of candidates that will be deployed")
+    if mode == GATE_EXPECTED:
+        return None
+    if mode == RANDOM:
+        raise InputError("--train_path_selection random: random routing is a control for evaluation alone")
+    leaves = model.leaves_of_mode(mode)
+    if leaves and len(leaves) > 1:
+        names = ", ".join(f"{leaf}_only" for leaf in leaves)
+        raise InputError(f"--train_path_selection {mode} has several leaves: {names}")
+    return leaves
 
 
 @dataclass
@@ -36,12 +54,7 @@ class Objective:
 
     def __init__(self, model: DMPTForCausalLM, options: TrainOptions, across: Across = alone) -> None:
         self.model, self.options, self.across = model, options, across
-        if options.train_path_selection == RANDOM:
-            raise InputError("--train_path_selection random: random routing is a control for evaluation alone")
-        self.only = model.leaves_of_mode(options.train_path_selection)
-        if self.only and len(self.only) > 1:
-            leaves = ", ".join(f"{leaf}_only" for leaf in self.only)
-            raise InputError(f"--train_path_selection {options.train_path_selection} has several leaves: {leaves}")
+        self.only = trained_leaves(model, options)
         # The tether's teacher: head 0 as it was at the start, apart from the one that is trained.
         self.reference: Tensor | None = None
         if options.tether_coef and len(model.heads) > 1:
@@ -120,7 +133,7 @@ class Objective:
         """log P_leaf of the labels: (B, S) -> (L, B, S). With `routes`, -inf for leaves a token does not take."""
         rows = []
         for i, (leaf, h) in enumerate(hidden.leaves.items()):
-            if leaf in full:
+            if leaf in full and not self.options.fast_k_loss:
                 rows.append(full[leaf][1].gather(-1, labels[..., None])[..., 0])
             elif routes is None:
                 rows.append(self.leaf_gold(leaf, h, labels))
@@ -133,17 +146,29 @@ class Objective:
         return torch.stack(rows)
 
     def leaf_gold(self, leaf: str, h: Tensor, labels: Tensor) -> Tensor:
-        """log P_leaf of given tokens under the full mixture, never holding (..., V): (..., E), (...) -> (...)."""
+        """log P_leaf of given tokens, never holding (..., V): (..., E), (...) -> (...).
+
+        Under the full mixture, or with fast_k_loss under fast-k as it is deployed.
+        """
         heads = [self.model.get_parameter(f"heads.{j}.weight") for j in self.model.config.head_allocation[leaf]]
+        log_pi = self.model.head_log_weights(leaf, h)
+        if self.options.fast_k_loss and len(heads) > 1:
+            assert self.model.config.fast_k
+            return fast_k_gold(h, heads, log_pi, labels, self.model.config.fast_k)
         gold = torch.stack([head_gold(h, weight, labels) for weight in heads], -1)
-        return torch.logsumexp(gold + self.model.head_log_weights(leaf, h), dim=-1)
+        return torch.logsumexp(gold + log_pi, dim=-1)
 
     def choose(self, gold: Tensor, log_w: Tensor, routes: Tensor, hidden: Hidden) -> Tensor:
         """log P of the labels under the path selection: (L, B, S), (L, B, S), (B, S) -> (B, S).
 
-        gate_soft mixes the leaves by their gate weights, and so trains the gates. gate_hard and max_prob pick
-        one leaf per token: a choice has no gradient, under them the gates learn from gold-aux.
+        gate_soft mixes the leaves by their gate weights, and so trains the gates; but leaves that are mixed come
+        to rely on each other. gate_expected weighs their losses instead (Jacobs et al. 1991, "Adaptive Mixtures of
+        Local Experts", first error function): every leaf must be good alone, as it is when deployed, and a gate
+        learns to foresee which one is better. gate_hard and max_prob pick one leaf per token: a choice has no
+        gradient, under them the gates learn from gold-aux.
         """
+        if self.options.train_path_selection == GATE_EXPECTED:
+            return (log_w.exp() * gold).sum(0)
         if self.options.train_path_selection == GATE_SOFT:
             return torch.logsumexp(log_w + gold, dim=0)
         if self.options.train_path_selection == MAX_PROB:

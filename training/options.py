@@ -37,7 +37,10 @@ class TrainOptions:
     warmup_steps: int = opt(1000, "steps of linear warm-up; at most half of the run")
     lr_schedule: str = opt("linear", "after the warm-up: linear (to zero), cosine (to zero) or constant")
     # --- what is minimised
-    train_path_selection: str = opt("gate_soft", "gate_soft, gate_hard, max_prob, left_only, right_only, LEAF_only")
+    train_path_selection: str = opt(
+        "gate_soft", "gate_soft, gate_expected, gate_hard, max_prob, left_only, right_only, LEAF_only"
+    )
+    fast_k_loss: bool = opt(False, "minimise the loss under fast-k, as deployed, and not that of all heads in full")
     lb_coef: float = opt(1e-3, "load balance: gates share the tokens out evenly")
     gold_aux_coef: float = opt(1e-3, "gates learn which leaf gives the next token more probability")
     tether_coef: float = opt(5e-4, "KL to a frozen copy of the first head; costs one more head per leaf; 0: off")

@@ -26,7 +26,7 @@ from training.freeze import Freezer
 from training.interrupt import Interrupted, StopRequest, stop_on_signals
 from training.model import DMPTForCausalLM
 from training.nonfinite import NonFiniteError, first_bad_tensor
-from training.objective import Loss, Objective
+from training.objective import Loss, Objective, trained_leaves
 from training.optim import collect_gradients, lr_factor, make_optimizer, set_lr
 from training.options import TrainOptions, read_freeze_schedule
 from training.watch import Meter, Watcher, perplexity
@@ -113,8 +113,8 @@ class Trainer:
         self.total = options.max_steps or max(1, options.epochs * len(self.batches) // self.per_step)
 
         self.freezer = Freezer(model, options, read_freeze_schedule(options.freeze_schedule), self.epoch_steps)
-        for mode in (options.train_path_selection, options.eval_path_selection):
-            model.leaves_of_mode(mode)  # unknown ones are refused here, before anything is written
+        trained_leaves(model, options)  # what cannot be is refused here, before anything is written
+        model.leaves_of_mode(options.eval_path_selection)
 
         if self.accelerator.is_main_process:
             setup.prepare_folder(out, resume, overwrite)

@@ -41,7 +41,7 @@ SCALES = {
     ),
     "cpu": Scale(
         bytes={"base": 40 * MB, "tune": 12 * MB, "tune_wiki2": 3 * MB, "valid": ALL, "test": ALL},
-        vocab=4096, layers=4, width=128, heads=4, context=256, batch=16, base_steps=2500, tune_steps=400, fast_k=64,
+        vocab=4096, layers=4, width=128, heads=4, context=256, batch=16, base_steps=2500, tune_steps=500, fast_k=64,
         split=2, second_split=3, warmup=100,
     ),
 }  # fmt: skip
@@ -49,9 +49,12 @@ SCALES = {
 # The settings of every run; chosen on the validation text with plain GPT-2, so that it is not the one that is
 # trained badly. The same learning rate for all groups, because what is new (heads, gates) has farther to go.
 COMMON: dict[str, Any] = {"adam_beta2": 0.99, "weight_decay": 0.1, "dropout": 0.0, "lr_schedule": "linear"}
-BASE_LR, TUNE_LR = 2e-3, 1e-3
+BASE_LR, TUNE_LR = 2e-3, 5e-4
 # A tether would hold heads to a base that has seen little text; freezing head 0 would freeze the embedding too.
 DMPT = {"tether_coef": 0.0, "freeze_head0_steps": 0, "lb_coef": 0.01, "gold_aux_coef": 0.01}
+# Paths and heads are trained for what is deployed: one path a token, candidates of the anchor.
+PATHS = {"train_path_selection": "gate_expected", "gate_temp": 1.0}
+SOFT = {"train_path_selection": "gate_soft", "gate_temp": 1.2}
 
 
 @dataclass(frozen=True)
@@ -68,46 +71,52 @@ class Variant:
     def plain(self) -> bool:
         return not self.splits and self.heads == 1
 
+    @property
+    def leaves(self) -> int:
+        return 2**self.splits
+
+    def fast_k(self, scale: Scale) -> int:
+        """Candidates when deployed; 0 where a path has a single head."""
+        return scale.fast_k if self.heads > self.leaves else 0
+
 
 VARIANTS = {
     "base": Variant("GPT-2, not trained further", tuned=False),
     "gpt2": Variant("GPT-2, trained further on the same tokens"),
     "dual": Variant("two paths, one head each", splits=1, heads=2),
-    "dual-heads": Variant("two paths, four heads each", splits=1, heads=8),
     "multi-head": Variant("one path, four heads", heads=4),
-    "gpt2-flops": Variant("GPT-2, trained as many operations as dual", flops_of="dual"),
+    "dual-heads": Variant("two paths, four heads each", splits=1, heads=8),
     "quad": Variant("four paths, one head each", splits=2, heads=4),
+    "gpt2-flops": Variant("GPT-2, trained as many operations as dual", flops_of="dual"),
+    "dual-soft": Variant("dual trained with gate_soft, deployed hard all the same", 1, 2, train=SOFT),
+    "multi-head-full": Variant("multi-head trained with all heads in full", heads=4, train={"fast_k_loss": False}),
     "dual-hard": Variant(
-        "two paths, one head each, trained as deployed",
-        1,
-        2,
+        "dual trained with gate_hard, gates taught by gold-aux", 1, 2,
         train={"train_path_selection": "gate_hard", "gold_aux_coef": 0.1},
     ),
     "gpt2-flops-heads": Variant("GPT-2, trained as many operations as dual-heads", flops_of="dual-heads"),
-}
+}  # fmt: skip
 
 # What might make paths and heads pay, or cost: judged on the validation text alone.
 TRIALS = {
     "gpt2": VARIANTS["gpt2"],
     "dual": VARIANTS["dual"],
     "multi-head": VARIANTS["multi-head"],
-    "gpt2 lr 3e-4": Variant("", train={"lr": 3e-4}),
-    "gpt2 lr 2e-3": Variant("", train={"lr": 2e-3}),
-    "dual no balance": Variant("", 1, 2, train={"lb_coef": 0.0, "gold_aux_coef": 0.0}),
-    "dual gold-aux 0.1": Variant("", 1, 2, train={"gold_aux_coef": 0.1}),
-    "dual gold-aux 1": Variant("", 1, 2, train={"gold_aux_coef": 1.0}),
-    "dual balance 1": Variant("", 1, 2, train={"lb_coef": 1.0}),
+    "dual-heads": VARIANTS["dual-heads"],
+    "quad": VARIANTS["quad"],
+    "gpt2 lr x2": Variant("", train={"lr": 2 * TUNE_LR}),
+    "gpt2 lr x0.5": Variant("", train={"lr": TUNE_LR / 2}),
+    "dual soft": VARIANTS["dual-soft"],
     "dual hard": VARIANTS["dual-hard"],
-    "dual gate lr x5": Variant("", 1, 2, train={"gate_lr": 5e-3}),
-    "dual gate bias 0": Variant("", 1, 2, init={"gate_bias": 0.0}),
+    "dual lr x2": Variant("", 1, 2, train={"lr": 2 * TUNE_LR, "head_lr": 2 * TUNE_LR}),
+    "dual gate lr x5 no balance": Variant(
+        "", 1, 2, train={"gate_lr": 5 * TUNE_LR, "lb_coef": 0.0, "gold_aux_coef": 0.0}
+    ),
     "dual split early": Variant("", 1, 2, init={"splits": "1"}),
-    "dual split late": Variant("", 1, 2, init={"splits": "5"}),
     "dual gate temp 0.5": Variant("", 1, 2, train={"gate_temp": 0.5}),
-    "dual lr 2e-3": Variant("", 1, 2, train={"lr": 2e-3, "head_lr": 2e-3}),
-    "multi-head noise 0.1": Variant("", heads=4, init={"noise": 0.1}),
-    "multi-head noise 1": Variant("", heads=4, init={"noise": 1.0}),
-    "multi-head head lr x3": Variant("", heads=4, train={"head_lr": 3e-3}),
-    "multi-head balance 0.1": Variant("", heads=4, train={"head_lb_coef": 0.1}),
+    "multi-head full": VARIANTS["multi-head-full"],
+    "multi-head noise 0.5": Variant("", heads=4, init={"noise": 0.5}),
+    "multi-head head lr x1": Variant("", heads=4, train={"head_lr": TUNE_LR}),
 }
 
 
@@ -138,13 +147,16 @@ def steps_of(variant: Variant, scale: Scale, variants: dict[str, Variant] = VARI
 
 def train_options(variant: Variant, scale: Scale, seed: int, steps: int, lr: float) -> list[str]:
     """Options of `dmpt-export train` for one run."""
-    values = {
+    fast_k = variant.fast_k(scale)
+    values: dict[str, Any] = {
         "max_length": scale.context, "batch_size": scale.batch, "grad_accum_steps": 1, "max_steps": steps,
         "warmup_steps": scale.warmup, "lr": lr, "head_lr": lr, "gate_lr": lr, "seed": seed, "log_every": 50,
-        "eval_every": 10**9, "save_every": 10**9, "eval_max_tokens": scale.valid_tokens,
-        **COMMON, **({} if variant.plain else DMPT), **variant.train,
+        "eval_every": 10**9, "save_every": 10**9, "eval_max_tokens": scale.valid_tokens, **COMMON,
+        **({} if variant.plain else DMPT), **(PATHS if variant.splits else {}),
+        **({"fast_k": fast_k, "fast_k_loss": True, "head_lr": 3 * lr} if fast_k else {}), **variant.train,
     }  # fmt: skip
-    return [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    given = {f"--{name.replace('_', '-')}": value for name, value in values.items() if value is not False}
+    return [part for name, value in given.items() for part in ([name] if value is True else [name, str(value)])]
 
 
 def init_options(variant: Variant, scale: Scale, seed: int) -> list[str]:
@@ -154,14 +166,13 @@ def init_options(variant: Variant, scale: Scale, seed: int) -> list[str]:
     return [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
 
-def evaluations(variant: Variant, scale: Scale) -> list[tuple[str, int]]:
-    """(path mode, fast-k) of every measurement of a trained variant; the first is the one deployed without fast-k."""
-    leaves = 2**variant.splits
-    out = [("gate_hard", 0)]
-    if variant.heads > leaves:
-        out.append(("gate_hard", scale.fast_k))
-    if variant.splits:
-        out += [("random", 0), ("gate_soft", 0)]
-    if leaves == 2:
-        out += [("left_only", 0), ("right_only", 0)]
+def evaluations(variant: Variant, scale: Scale, controls: bool = True) -> list[tuple[str, int]]:
+    """(path mode, fast-k) of every measurement of a trained variant: as deployed first, then the controls."""
+    out = [("gate_hard", variant.fast_k(scale))]
+    if controls and variant.fast_k(scale):
+        out.append(("gate_hard", 0))
+    if controls and variant.splits:
+        out += [(mode, variant.fast_k(scale)) for mode in ("random", "gate_soft")]
+    if controls and variant.leaves == 2:
+        out += [(mode, variant.fast_k(scale)) for mode in ("left_only", "right_only")]
     return out

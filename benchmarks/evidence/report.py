@@ -14,6 +14,7 @@ from benchmarks.table import markdown
 from training.data import read_lines
 
 KEY = ("variant", "seed", "mode", "fast_k")
+CONTROL = "gpt2"  # what every variant is held against, seed by seed: trained on the same tokens in the same order
 
 
 class Results:
@@ -84,29 +85,32 @@ def tables(lines: list[dict[str, Any]]) -> str:
 
 
 def _deployed(lines: list[dict[str, Any]]) -> str:
-    head = ["variant", "fast-k", "seeds", "valid ppl", "test ppl", "word ppl", "bits/byte", "accuracy", "parameters",
-            "touched", "tokens", "CPU s"]  # fmt: skip
+    head = ["variant", "fast-k", "seeds", "valid ppl", "test ppl", "against gpt2", "word ppl", "bits/byte", "accuracy",
+            "parameters", "touched", "tokens", "CPU s"]  # fmt: skip
+    plain = {line["seed"]: line["perplexity"] for line in lines if line["variant"] == CONTROL}
     rows = []
     for name, fast_k in dict.fromkeys((line["variant"], line["fast_k"]) for line in lines):
         same = [line for line in lines if (line["variant"], line["fast_k"]) == (name, fast_k)]
         first = same[0]
+        ratios = [100 * (x["perplexity"] / plain[x["seed"]] - 1) for x in same if x["seed"] in plain]
         rows.append([
             name, str(fast_k or "off"), ",".join(str(x["seed"]) for x in same),
-            spread([x["valid_perplexity"] for x in same]) if not fast_k else "",
-            spread([x["perplexity"] for x in same]), spread([x["word_perplexity"] for x in same], 1),
-            spread([x["bits_per_byte"] for x in same], 4), f"{100 * np.mean([x['accuracy'] for x in same]):.2f} %",
-            f"{first['parameters'] / 1e6:.2f} M", f"{first['touched_per_token'] / 1e6:.2f} M",
-            f"{first['tokens'] / 1e6:.2f} M", spread([x["cpu_seconds"] for x in same if "cpu_seconds" in x], 0),
+            spread([x["valid_perplexity"] for x in same if x["deployed"]]), spread([x["perplexity"] for x in same]),
+            f"{spread(ratios)} %" if ratios and name != CONTROL else "",
+            spread([x["word_perplexity"] for x in same], 1), spread([x["bits_per_byte"] for x in same], 4),
+            f"{100 * np.mean([x['accuracy'] for x in same]):.2f} %", f"{first['parameters'] / 1e6:.2f} M",
+            f"{first['touched_per_token'] / 1e6:.2f} M", f"{first['tokens'] / 1e6:.2f} M",
+            spread([x["cpu_seconds"] for x in same if "cpu_seconds" in x], 0),
         ])  # fmt: skip
     return markdown(head, rows)
 
 
 def _controls(deployed: list[dict[str, Any]], lines: list[dict[str, Any]]) -> str:
-    """Test perplexity by path mode, each a column."""
+    """Test perplexity by path mode, each a column; the first is the one deployed, in the same seeds."""
     modes = list(dict.fromkeys(line["mode"] for line in lines))
     rows = []
     for name in dict.fromkeys(line["variant"] for line in lines):
-        hard = [x for x in deployed if x["variant"] == name and not x["fast_k"]]
+        hard = [x for x in deployed if x["variant"] == name and x["deployed"]]
         cells = [[x["perplexity"] for x in lines if (x["variant"], x["mode"]) == (name, mode)] for mode in modes]
         shares = {leaf: f"{100 * share:.0f}" for x in hard[:1] for leaf, share in x["route_shares"].items()}
         rows.append([name, spread([x["perplexity"] for x in hard]), *map(spread, cells), "/".join(shares.values())])

@@ -114,17 +114,19 @@ class Evidence:
             "routes_in_training": last.get("routes"),
         }
 
-    def measure(self, run: Run, model: Path) -> None:
-        """One line of results for every path mode of the variant, on the test text."""
+    def measure(self, run: Run, model: Path, controls: bool) -> None:
+        """One line of results as deployed, and with `controls` for every other path mode, on the test text."""
         shape: dict[str, Any] = {}
-        for mode, fast_k in plan.evaluations(run.variant, self.scale):
+        deployed = plan.evaluations(run.variant, self.scale, controls=False)[0]
+        for mode, fast_k in plan.evaluations(run.variant, self.scale, controls):
             if self.results.has(run.name, run.seed, mode, fast_k):
                 continue
             shape = shape or json.loads(self.cli("inspect", model, "--json"))
             options = ["--data", self.text.test, "--mode", mode, "--fast-k", fast_k, "--threads", self.threads]
             started = time.monotonic()
             quality = json.loads(self.cli("eval", model, "--json", *map(str, options)))
-            line = self.about(run, model) | {"fast_k": fast_k, "eval_seconds": round(time.monotonic() - started)}
+            line = self.about(run, model) | {"fast_k": fast_k, "deployed": (mode, fast_k) == deployed}
+            line |= {"eval_seconds": round(time.monotonic() - started)}
             line |= {key: quality[key] for key in ("mode", "perplexity", "accuracy", "mean_nll", "standard_error")}
             line |= {"tokens_scored": quality["tokens_scored"], "route_shares": quality["route_shares"]}
             line |= report.per_byte_and_word(quality, self.text.test) | report.parameters(shape, fast_k)
@@ -161,7 +163,7 @@ def main(arguments: list[str] | None = None) -> None:
                 evidence.trial(Run(f"trial {name}", variant, seed, options.trials))
             elif variant.tuned or seed == seeds[0]:
                 run = Run(name, variant, seed, plan.steps_of(variant, scale))
-                evidence.measure(run, evidence.tuned(run))
+                evidence.measure(run, evidence.tuned(run), controls=seed == seeds[0] and not options.no_controls)
             (options.work / "results.md").write_text(report.tables(evidence.results.lines), encoding="utf-8")
     sys.stdout.write(report.tables(evidence.results.lines))
 
@@ -173,6 +175,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--scale", choices=sorted(SCALES), default="cpu")
     parser.add_argument("--seeds", default="0", help="of the order of the data, the noise and the gates: 0,1,2")
     parser.add_argument("--variants", default="", help=f"some of {', '.join(VARIANTS)}; default: all")
+    parser.add_argument(
+        "--no-controls", action="store_true", help="measure as deployed alone; else all of the first seed"
+    )
     parser.add_argument("--trials", type=int, default=0, metavar="STEPS", help="try settings instead, so long each")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--fp32", action="store_true", help="train in float32 instead of bfloat16 products")

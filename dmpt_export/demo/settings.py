@@ -65,7 +65,10 @@ class Settings:
             weight_decay=0.1,
             warmup_steps=max(1, steps // 10),
             lr_schedule="linear",
-            train_path_selection="gate_hard",  # as deployed; soft paths would come to rely on each other
+            # for what is deployed: one path a token, heads mixed on the anchor's candidates
+            train_path_selection="gate_expected",
+            fast_k_loss=True,
+            gate_temp=1.0,
             tether_coef=0.0,
             lb_coef=0.1,
             gold_aux_coef=0.02,
