@@ -42,6 +42,20 @@ def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
                 yield from graphs(attribute.g)
 
 
+def use_float_caches(model: onnx.ModelProto) -> None:
+    """In place: keys and values are kept as they are computed instead of as int8 codes."""
+    for graph in graphs(model.graph):
+        for node in graph.node:
+            if node.op_type == "GroupQueryAttention":
+                del node.input[7:]
+                kept = [a for a in node.attribute if "quant" not in a.name and a.name != "kv_cache_bit_width"]
+                del node.attribute[:]
+                node.attribute.extend(kept)
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            if value.type.tensor_type.elem_type == onnx.TensorProto.INT8:
+                value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+
+
 def _in_float(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     if node.op_type == "MatMulNBits":
         for attribute in node.attribute:

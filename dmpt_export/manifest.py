@@ -14,6 +14,7 @@ import onnx_ir as ir
 from dmpt_export.graph.assemble import OPSET, input_specs, output_specs
 from dmpt_export.graph.builder import Spec
 from dmpt_export.graph.linear import Weights
+from dmpt_export.kv_cache import FLOAT, INT8
 from dmpt_export.measure import n_parameters, parts_table, touched_per_token
 from quant.tensor import QuantizedTensor
 from runtime.manifest import FORMAT, FORMAT_VERSION, MANIFEST_NAME
@@ -23,9 +24,10 @@ MODEL_FILE = "model.onnx"
 ACTIVATIONS = {"cpu": ir.DataType.FLOAT, "cuda": ir.DataType.FLOAT16}  # by target
 
 
-def describe(config: DMPTConfig, weights: Weights, target: str, folder: Path) -> dict[str, Any]:
+def describe(config: DMPTConfig, weights: Weights, target: str, folder: Path, kv_cache: str = FLOAT) -> dict[str, Any]:
     """Everything a runtime needs to drive the graph, and where it came from."""
     dtype = ACTIVATIONS[target]
+    cache = ir.DataType.INT8 if kv_cache == INT8 else dtype
     touched_parameters, touched_bytes = touched_per_token(config, weights)
     fields = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "fast_k", "head_topk", "splits")
     return {
@@ -35,6 +37,7 @@ def describe(config: DMPTConfig, weights: Weights, target: str, folder: Path) ->
         "target": target,
         "opset": OPSET,
         "activation_dtype": dtype.numpy().name,
+        "cache_dtype": cache.numpy().name,
         "config": {
             **{name: getattr(config, name) for name in fields},
             "head_dim": config.n_embd // config.n_head,
@@ -54,8 +57,8 @@ def describe(config: DMPTConfig, weights: Weights, target: str, folder: Path) ->
         ],
         "leaves": config.leaves,
         "head_allocation": config.head_allocation,
-        "inputs": [_io(spec) for spec in input_specs(config, dtype)],
-        "outputs": [_io(spec) for spec in output_specs(config, dtype)],
+        "inputs": [_io(spec) for spec in input_specs(config, dtype, cache)],
+        "outputs": [_io(spec) for spec in output_specs(config, dtype, cache)],
         "quantization": {
             "scheme": scheme_of(weights),
             "tensors": {n: _storage(w) for n, w in weights.items() if isinstance(w, QuantizedTensor)},

@@ -19,6 +19,7 @@ class Tolerance:
     gate_margin: float  # a route may differ only where the gate's logits are closer than this share of their usual gap
 
 
+KV_INT8 = ("float32", "int8 KV cache")  # with any weights
 EXACT = ("float32", "float")  # float kernels, whatever the weights are stored in
 
 # (activation type, scheme) -> Tolerance. The lines of integer kernels are about three times the worst of 36 random
@@ -29,6 +30,7 @@ TOLERANCES: dict[tuple[str, str], Tolerance] = {
     ("float32", "int8"): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5),
     ("float32", "int4"): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5),
     ("float32", "int8-dynamic"): Tolerance(max_abs=None, kl_mean=0.06, top1=0.80, gate_margin=0.5),
+    KV_INT8: Tolerance(max_abs=None, kl_mean=0.06, top1=0.80, gate_margin=0.5),
     ("float16", "float"): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5),
     ("float16", "int8"): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5),
     ("float16", "int4"): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5),

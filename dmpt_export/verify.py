@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dmpt_export.exact import has_integer_kernels, read_graph, use_float_kernels
+from dmpt_export.exact import has_integer_kernels, read_graph, use_float_caches, use_float_kernels
 from dmpt_export.manifest import write_manifest
-from dmpt_export.tolerances import EXACT, TOLERANCES, Tolerance
+from dmpt_export.tolerances import EXACT, KV_INT8, TOLERANCES, Tolerance
 from training.config import DMPTConfig
 from training.errors import ValidationError
 
@@ -50,19 +50,30 @@ def check_export(folder: Path, manifest: dict[str, Any], source: Path, config: D
     """
     ids = np.random.default_rng(SEED).integers(0, config.vocab_size, min(CHECKED_TOKENS, config.n_positions))
     want = torch_reference(source, config, ids)
-    kind = (manifest["activation_dtype"], manifest["quantization"]["scheme"])
+    int8_cache = manifest["cache_dtype"] == "int8"
+    kind = KV_INT8 if int8_cache else (manifest["activation_dtype"], manifest["quantization"]["scheme"])
     path = folder / manifest["model"]
     graph, deployed = read_graph(path), path.read_bytes()
     results: dict[str, Any] = {"tokens": len(ids), "seed": SEED}
-    if kind[0] == "float32" and has_integer_kernels(graph):
+    if kind[0] == "float32" and (int8_cache or has_integer_kernels(graph)):
         use_float_kernels(graph)
+        use_float_caches(graph)
         path.write_bytes(graph.SerializeToString())
-        write_manifest(manifest, folder)
+        write_manifest(with_float_caches(manifest), folder)
         results["float_kernels"] = compare_runs(folder, ids.tolist(), want, TOLERANCES[EXACT], "with float kernels, ")
         path.write_bytes(deployed)
         write_manifest(manifest, folder)
     tolerance = TOLERANCES[kind]
     return {**results, "tolerance": vars(tolerance), **compare_runs(folder, ids.tolist(), want, tolerance)}
+
+
+def with_float_caches(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of the graph after use_float_caches()."""
+    inputs, outputs = (
+        [spec | {"dtype": "float32"} if spec["dtype"] == "int8" else spec for spec in manifest[part]]
+        for part in ("inputs", "outputs")
+    )
+    return {**manifest, "cache_dtype": manifest["activation_dtype"], "inputs": inputs, "outputs": outputs}
 
 
 def compare_runs(folder: Path, ids: list[int], want: Reference, tolerance: Tolerance, how: str = "") -> dict[str, Any]:

@@ -59,9 +59,7 @@ class Caches:
         self.node_of = {name: node.name for node in manifest.tree for name in node.caches}
         config = manifest.config
         shape = (rows, config.n_head, capacity, config.head_dim)
-        self.buffers = {
-            name: Buffer(np.zeros(shape, manifest.inputs[f"past.{name}"].dtype), engine) for name in self.node_of
-        }
+        self.buffers = {name: Buffer(np.zeros(shape, manifest.cache_dtype), engine) for name in self.node_of}
 
     def bind(self, binding: Any, first: int = 0, rows: int | None = None) -> None:
         """Bind these texts' part as what the graph reads and what it writes."""

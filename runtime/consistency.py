@@ -57,6 +57,8 @@ def value_faults(manifest: Manifest) -> list[str]:
         problems.append(f"target: '{manifest.target}' is not one of {', '.join(TARGETS)}")
     if manifest.activation_dtype not in FLOATS:
         problems.append(f"activation_dtype: '{manifest.activation_dtype}' is not one of {', '.join(FLOATS)}")
+    if manifest.cache_dtype not in (manifest.activation_dtype, "int8"):
+        problems.append(f"cache_dtype: '{manifest.cache_dtype}' is neither the activations' type nor int8")
     problems += [
         f"head_allocation: '{leaf}' is no leaf or has no heads"
         for leaf in sorted({*manifest.leaves, *manifest.head_allocation})
@@ -113,7 +115,7 @@ def expected_inputs(manifest: Manifest) -> dict[str, str]:
         "last": "int64",
         **({"every_node": "bool"} if len(manifest.tree) > 1 else {}),
         **{f"pending.{node.name}": rows for node in manifest.tree if node.parent is not None},
-        **{f"past.{cache}": rows for node in manifest.tree for cache in node.caches},
+        **{f"past.{cache}": manifest.cache_dtype for node in manifest.tree for cache in node.caches},
     }
 
 
@@ -124,7 +126,7 @@ def expected_outputs(manifest: Manifest) -> dict[str, str]:
         "log_probs": "float32",
         "routes": "int64",
         **{f"rows.{node.name}": rows for node in manifest.tree if node.children is not None},
-        **{f"present.{cache}": rows for node in manifest.tree for cache in node.caches},
+        **{f"present.{cache}": manifest.cache_dtype for node in manifest.tree for cache in node.caches},
     }
 
 

@@ -40,6 +40,7 @@ SCHEMA: dict[str, Any] = {
     "target": NAME,
     "opset": COUNT,
     "activation_dtype": NAME,
+    "cache_dtype": NAME,
     "config": {
         "vocab_size": COUNT,
         "n_positions": COUNT,
@@ -124,6 +125,7 @@ class Manifest:
     model: str  # file name of the graph
     target: str  # "cpu" or "cuda"
     activation_dtype: str  # of hidden rows: "float32" or "float16"
+    cache_dtype: str  # of keys and values: the same, or "int8"
     config: ModelConfig
     tree: tuple[Node, ...]
     leaves: tuple[str, ...]
@@ -182,6 +184,7 @@ def build(raw: dict[str, Any]) -> Manifest:
         model=raw["model"],
         target=raw["target"],
         activation_dtype=raw["activation_dtype"],
+        cache_dtype=raw["cache_dtype"],
         config=ModelConfig(**{**config, "splits": tuple(config["splits"])}),
         tree=tuple(
             Node(

@@ -39,12 +39,18 @@ class Model:
     """
 
     def __init__(
-        self, folder: str | PathLike[str], device: str = "cpu", threads: int | None = None, *, verify: bool = True
+        self,
+        folder: str | PathLike[str],
+        device: str = "cpu",
+        threads: int | None = None,
+        *,
+        verify: bool = True,
+        deterministic: bool = False,
     ) -> None:
         """See `runtime.load`."""
         self.folder = Path(folder)
         self.device = device
-        self.threads = resolve_threads(threads)
+        self.threads = resolve_threads(threads, deterministic)
         self.manifest: Manifest = read_manifest(self.folder)
         check_files(self.folder, self.manifest, verify)
         listed = {entry.name for entry in self.manifest.files}
@@ -52,7 +58,7 @@ class Model:
         self.context: int = self.manifest.config.n_positions
         self.vocab_size: int = self.manifest.config.vocab_size
         self.end_of_text: int | None = self.manifest.config.eos_token_id
-        self.engine = Engine(self.folder, self.manifest, device, self.threads)
+        self.engine = Engine(self.folder, self.manifest, device, self.threads, deterministic)
 
     # --- text ---------------------------------------------------------------------------------
 

@@ -101,10 +101,24 @@ class Sampler:
 
     def draw(self, scores: Scores) -> int:
         tokens, weights = nucleus(*keep_top_k(scores, self.sampling.top_k, self.heat), self.sampling.top_p)
-        ends = weights.cumsum(dtype=np.float64)
-        drawn = ends.searchsorted(self.rng.random() * ends[-1], side="right")
-        at = min(int(drawn), len(ends) - 1)  # rounding can put the draw on the very end
-        return int(tokens[at])
+        return int(tokens[index_at(weights, self.rng.random())])
+
+
+def index_at(weights: Scores, share: float) -> int:
+    """The index where the running sum passes a share, below 1, of the whole.
+
+    The sums of stretches come first: a running sum over a whole vocabulary would take several percent of a step.
+    """
+    width = max(1, math.isqrt(len(weights)))
+    whole = len(weights) // width * width
+    sums = weights[:whole].reshape(-1, width).sum(axis=1, dtype=np.float64)
+    ends = np.append(sums, weights[whole:].sum(dtype=np.float64)).cumsum()
+    sought = share * ends[-1]
+    stretch = int(np.searchsorted(ends, sought, side="right"))
+    first = min(stretch * width, len(weights) - 1)
+    inner = weights[first : first + width].cumsum(dtype=np.float64)
+    at = int(np.searchsorted(inner, sought - (ends[stretch - 1] if stretch else 0), side="right"))
+    return first + min(at, len(inner) - 1)  # rounding can put the draw on the very end
 
 
 def keep_top_k(scores: Scores, k: int | None, temperature: float) -> tuple[Ids, Scores]:

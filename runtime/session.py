@@ -20,6 +20,7 @@ TYPES = {
     "tensor(float16)": "float16",
     "tensor(int64)": "int64",
     "tensor(int32)": "int32",
+    "tensor(int8)": "int8",
     "tensor(bool)": "bool",
 }
 
@@ -27,7 +28,9 @@ TYPES = {
 class Engine:
     """A loaded graph. Several sequences may share it, also from several threads."""
 
-    def __init__(self, folder: Path, manifest: Manifest, device: str, threads: int) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, device: str, threads: int, deterministic: bool = False
+    ) -> None:
         """Raises SetupError (package or GPU), ModelError (graph), RequestError (device), OutOfMemory."""
         if device not in DEVICES:
             raise RequestError(f"unknown device {device!r}: choose one of {', '.join(DEVICES)}")
@@ -35,17 +38,18 @@ class Engine:
         self.device = device
         self._ort = import_onnxruntime(device)
         self._errors = ort_errors(self._ort)
-        self._session: Any = self._open(folder, threads)
+        self._session: Any = self._open(folder, threads, deterministic)
         self._tidy = self._ort.RunOptions()
         if device == "cpu":  # a long prompt needs ten times the memory of the steps after it
             self._tidy.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         check_graph(self._session, manifest, folder)
 
-    def _open(self, folder: Path, threads: int) -> Any:
+    def _open(self, folder: Path, threads: int, deterministic: bool) -> Any:
         if self.device == "cuda":
             check_cuda(self._ort, self.manifest, folder)
         path = folder / self.manifest.model
         options = session_options(self._ort, self.device, threads)
+        options.use_deterministic_compute = deterministic
         try:
             session = self._ort.InferenceSession(str(path), options, providers=[PROVIDERS[self.device]])
         except self._errors as error:

@@ -24,8 +24,15 @@ def default_threads() -> int:
     return cpus if quota is None else max(1, min(cpus, int(quota)))
 
 
-def resolve_threads(threads: int | None) -> int:
-    """The number asked for, or the default for None. Raises RequestError unless it is from 1 to 1024."""
+def resolve_threads(threads: int | None, deterministic: bool = False) -> int:
+    """The number asked for, or the default for None. Raises RequestError unless it is from 1 to 1024.
+
+    How a sum is shared between threads changes its last bits, so `deterministic` means one thread, and no other number.
+    """
+    if deterministic and threads not in (None, 1):
+        raise RequestError(f"threads {threads!r} and deterministic exclude each other: it means one thread")
+    if threads is None and deterministic:
+        return 1
     if threads is None:
         return default_threads()
     if type(threads) is not int or not 1 <= threads <= MOST:

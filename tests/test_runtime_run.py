@@ -88,6 +88,12 @@ def test_a_full_context_and_guesses(model: str, capfd: pytest.CaptureFixture[str
     assert texts[1] == texts[2] == expected(model, max_new_tokens=150, on_full="slide") + "\n"
 
 
+def test_deterministic_is_one_thread_whatever_is_there(model: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", model, PROMPT, "-n", "30", "--seed", "1", "--deterministic", "--json"]) == 0
+    got = json.loads(capfd.readouterr().out)
+    assert got["threads"] == 1 and got["text"] == expected(model, max_new_tokens=30, seed=1)
+
+
 @pytest.mark.parametrize("ending", ["", "\n", "\r\n"])
 def test_the_prompt_may_come_on_stdin(
     ending: str, model: str, given_stdin: Callable[[bytes], None], capfd: pytest.CaptureFixture[str]
@@ -134,6 +140,7 @@ def test_json_is_one_object(model: str, capfd: pytest.CaptureFixture[str]) -> No
         (["{model}", "a", "--max-new-tokens", "0"], 2, "max-new-tokens"),
         (["{model}", "a", "--speculate", "99"], 3, "speculate 99"),
         (["{model}", "a", "--speculate", "3", "--seed", "1"], 3, "speculate needs the greedy choice"),
+        (["{model}", "a", "--deterministic", "--threads", "2"], 3, "threads 2 and deterministic exclude each other"),
         (["{model}", "a", "--on-full", "wrap"], 2, "on-full"),
         (["{model}", "a", "--batch"], 2, "leave PROMPT out"),
         (["{model}", "a", "--colour"], 2, "No such option"),

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.errors import ModelError, RequestError
-from runtime.sampling import Sampler, Sampling, keep_top_k, nucleus
+from runtime.sampling import Sampler, Sampling, index_at, keep_top_k, nucleus
 
 
 def log_probs(weights: list[float]) -> np.ndarray:
@@ -51,6 +51,13 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_p(weights: list[int], p: Fract
     tokens, kept = nucleus(np.arange(len(weights)), np.array(weights, np.float32), float(p))
     assert tokens.tolist() == slow_nucleus(weights, p)
     assert kept.tolist() == [weights[t] for t in tokens]
+
+
+@given(st.lists(st.integers(0, 64), min_size=1, max_size=60).filter(any), st.integers(0, 1023))
+def test_a_draw_is_where_the_running_sum_passes(weights: list[int], share: int) -> None:
+    # small integers over a power of two: all sums are exact
+    want = next(i for i in range(len(weights)) if sum(weights[: i + 1]) * 1024 > share * sum(weights))
+    assert index_at(np.array(weights, np.float32), share / 1024) == want
 
 
 def test_top_p_at_gpt2_size_matches_a_full_sort() -> None:

@@ -82,3 +82,13 @@ def test_affinity_is_respected() -> None:
 def test_bad_thread_counts_are_refused(value: object) -> None:
     with pytest.raises(RequestError, match="threads"):
         threads.resolve_threads(value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 64])
+def test_deterministic_means_one_thread(cpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "default_threads", lambda: cpus)
+    assert (threads.resolve_threads(None, True), threads.resolve_threads(1, True)) == (1, 1)
+    assert threads.resolve_threads(None) == cpus
+    for refused in (2, 0, "1"):
+        with pytest.raises(RequestError, match="deterministic"):
+            threads.resolve_threads(refused, True)  # type: ignore[arg-type]

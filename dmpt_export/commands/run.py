@@ -39,6 +39,8 @@ MOST_INPUT = 64 << 20  # bytes read from standard input; what fits the context i
 @click.option("--batch", is_flag=True, help="Standard input has one prompt a line; they are continued together, and "
               "each gives one line of JSON, in their order.")  # fmt: skip
 @click.option("--threads", type=int, help="CPU threads. Default: what this process may use.")
+@click.option("--deterministic", is_flag=True, help="One thread and reproducible arithmetic: equal seeds give equal "
+              "text on every machine of a kind, however many CPUs it has.")  # fmt: skip
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--no-check", is_flag=True, help="Skip comparing the files' sha256 with the manifest.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with the text and statistics instead.")
@@ -59,7 +61,8 @@ def command(model: str, prompt: str | None, as_json: bool, verbose: bool, batch:
 
     Next: `dmpt-export eval MODEL --data FILE` for its perplexity, `dmpt-export bench MODEL` for its speed.
     """
-    device, threads, verify = options.pop("device"), options.pop("threads"), not options.pop("no_check")
+    device, verify = options.pop("device"), not options.pop("no_check")
+    session = {name: options.pop(name) for name in ("threads", "deterministic")}
     if batch and prompt is not None:
         raise click.UsageError("--batch reads its prompts from standard input, one a line: leave PROMPT out")
     require(device)
@@ -68,7 +71,7 @@ def command(model: str, prompt: str | None, as_json: bool, verbose: bool, batch:
 
     text = read_prompt() if prompt is None else prompt
     started = time.perf_counter()
-    with runtime.load(model, device=device, threads=threads, verify=verify) as loaded:
+    with runtime.load(model, device=device, verify=verify, **session) as loaded:
         clock = Clock(time.perf_counter() - started)
         generation = loaded.stream(lines(text) if batch else text, **options)
         if isinstance(generation, Generations):

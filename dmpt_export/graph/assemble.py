@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
 import onnx_ir as ir
 
 from dmpt_export.graph.blocks import Past, Timeline, block_prefixes, embed, layer_norm, segment
@@ -13,11 +16,12 @@ from training.config import ROOT, DMPTConfig
 
 OPSET = 21
 IR_VERSION = 10
-INT64, INT32, BOOL, FLOAT = ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL, ir.DataType.FLOAT
+INT64, INT32, INT8 = ir.DataType.INT64, ir.DataType.INT32, ir.DataType.INT8
+BOOL, FLOAT = ir.DataType.BOOL, ir.DataType.FLOAT
 
 
-def input_specs(config: DMPTConfig, dtype: ir.DataType) -> list[Spec]:
-    """Graph inputs in order; `pending` and caches as in the design contract, sections 5 and 6."""
+def input_specs(config: DMPTConfig, dtype: ir.DataType, cache: ir.DataType) -> list[Spec]:
+    """Graph inputs in order; `pending` and caches (of type `cache`) as in the design contract, sections 5 and 6."""
     nodes = list(config.tree.values())
     return [
         Spec("input_ids", INT64, ("batch", "tokens")),
@@ -27,11 +31,11 @@ def input_specs(config: DMPTConfig, dtype: ir.DataType) -> list[Spec]:
         Spec("last", INT64, ()),
         *(Spec("every_node", BOOL, ()) for _ in nodes[1:2]),  # where there is something to choose
         *(Spec(f"pending.{n.name}", dtype, ("batch", f"pending_{n.name}", config.n_embd)) for n in nodes[1:]),
-        *cache_specs(config, dtype, [p for n in nodes for p in block_prefixes(n)], "past"),
+        *cache_specs(config, cache, [p for n in nodes for p in block_prefixes(n)], "past"),
     ]
 
 
-def output_specs(config: DMPTConfig, dtype: ir.DataType) -> list[Spec]:
+def output_specs(config: DMPTConfig, dtype: ir.DataType, cache: ir.DataType) -> list[Spec]:
     """Graph outputs in order."""
     nodes = list(config.tree.values())
     rows = [
@@ -43,18 +47,23 @@ def output_specs(config: DMPTConfig, dtype: ir.DataType) -> list[Spec]:
         Spec("log_probs", FLOAT, ("batch", "last", config.vocab_size)),
         Spec("routes", INT64, ("batch", "last")),
         *rows,
-        *cache_specs(config, dtype, [p for n in nodes for p in block_prefixes(n)], "present"),
+        *cache_specs(config, cache, [p for n in nodes for p in block_prefixes(n)], "present"),
     ]
 
 
-def build(config: DMPTConfig, weights: Weights, dtype: ir.DataType = FLOAT) -> ir.Model:
+def build(
+    config: DMPTConfig, weights: Weights, dtype: ir.DataType = FLOAT, scales: Mapping[str, np.ndarray] | None = None
+) -> ir.Model:
     """The graph of one model.
 
     `weights` maps the checkpoint's tensor names to float arrays or QuantizedTensors; `dtype` is the type of
-    activations and caches (FLOAT or FLOAT16). `config.fast_k` and `config.head_topk` are baked in.
+    activations and caches (FLOAT or FLOAT16). `config.fast_k` and `config.head_topk` are baked in. `scales` (see
+    dmpt_export.kv_cache) makes the caches int8.
     """
+    cache = INT8 if scales else dtype
+    weights = {**weights, **(scales or {})}
     b = Builder(dtype)
-    inputs = {spec.name: spec.value() for spec in input_specs(config, dtype)}
+    inputs = {spec.name: spec.value() for spec in input_specs(config, dtype, cache)}
     time = Timeline(inputs["position_ids"], inputs["seqlens_k"], inputs["total_length"])
     past = {
         p: Past(inputs[f"past.{p}.key"], inputs[f"past.{p}.value"])
@@ -81,7 +90,7 @@ def build(config: DMPTConfig, weights: Weights, dtype: ir.DataType = FLOAT) -> i
     results |= {f"rows.{name}": value for name, value in router.rows.items()}
     for prefix, caches in router.present.items():
         results |= {f"present.{prefix}.key": caches.key, f"present.{prefix}.value": caches.value}
-    outputs = [_named(b, results[spec.name], spec) for spec in output_specs(config, dtype)]
+    outputs = [_named(b, results[spec.name], spec) for spec in output_specs(config, dtype, cache)]
     graph = ir.Graph(
         list(inputs.values()),
         outputs,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 
@@ -69,7 +70,12 @@ def attention(
 ) -> tuple[ir.Value, Past]:
     """Causal attention over cache and new rows; the cache is written in place when its buffers are shared."""
     qkv = linear(b, weights, f"{prefix}.attn.c_attn", x)  # (B, R, 3E), packed as the operator wants it
-    inputs = (qkv, None, None, past.key, past.value, time.seqlens_k, time.total_length)
+    inputs: tuple[ir.Value | None, ...] = (qkv, None, None, past.key, past.value, time.seqlens_k, time.total_length)
+    quantized: dict[str, Any] = {}
+    if f"{prefix}.attn.k_scale" in weights:  # an int8 cache, scaled by channel
+        scales = (float_weight(b, weights, f"{prefix}.attn.{part}_scale") for part in "kv")
+        inputs += (*[None] * 5, *scales)
+        quantized = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
     y, key, value = b.ops(
         "GroupQueryAttention",
         *inputs,
@@ -78,6 +84,7 @@ def attention(
         domain=MSFT,
         num_heads=config.n_head,
         kv_num_heads=config.n_head,
+        **quantized,
     )
     return linear(b, weights, f"{prefix}.attn.c_proj", y), Past(key, value)
 
@@ -94,6 +101,11 @@ class Past:
 
     key: ir.Value
     value: ir.Value
+
+    @property
+    def dtype(self) -> ir.DataType:
+        assert self.key.dtype is not None
+        return self.key.dtype
 
 
 def block_prefixes(node: Node) -> list[str]:

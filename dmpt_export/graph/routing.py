@@ -78,7 +78,10 @@ class Router:
         most = b.op("ReduceMax", count, name=f"routes.{node.name}.any", keepdims=0)
         taken = b.op("Cast", most, name=f"routes.{node.name}.taken", to=int(ir.DataType.BOOL))
         needed = b.op("Or", taken, self.every_node, name=f"routes.{node.name}.needed")
-        specs = [*self._result_specs(b, node), *cache_specs(self.config, b.dtype, prefixes, "present")]
+        specs = [
+            *self._result_specs(b, node),
+            *cache_specs(self.config, self.past[prefixes[0]].dtype, prefixes, "present"),
+        ]
 
         def then(inner: Builder) -> list[ir.Value]:
             new, present = self._run(inner, node)

@@ -1,0 +1,56 @@
+"""Scales of an int8 KV cache: one for each channel of keys and of values, fixed when the model is exported.
+
+    code = round(x / scale) in -128..127,   scale = ROOM * largest |x| seen in calibration / 127
+
+The operator takes scales from the graph and cannot adapt them while it runs, so calibration tokens must show what
+texts will. A channel keeps its own scale because GPT-2's keys have a few channels far larger than the others.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from training.config import DMPTConfig
+
+FLOAT, INT8 = "float", "int8"
+KINDS = (FLOAT, INT8)
+ROOM = 1.5  # for values beyond those seen: on a trained model, KL is least here, of 1, 1.25, 1.5, 2 and 3
+SEQUENCES, TOKENS, SEED = 4, 256, 11  # random ones, where no text is given
+
+
+def calibrate(source: Path, config: DMPTConfig, text: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """Scales by name, `<block>.attn.k_scale` and `.v_scale`, float32 [n_embd], from torch with dequantized weights.
+
+    text: token ids [n] to calibrate with, cut into windows of the context; random ids where there is none.
+    """
+    import torch
+
+    from quant.checkpoint import dequantized_model
+
+    model = dequantized_model(source)
+    largest: dict[str, torch.Tensor] = {}
+
+    def note(name: str, qkv: torch.Tensor) -> None:
+        keys, values = qkv.detach().abs().amax(dim=(0, 1)).chunk(3)[1:]  # each (E,)
+        for part, new in (("k_scale", keys), ("v_scale", values)):
+            key = f"{name.removesuffix('.c_attn')}.{part}"
+            largest[key] = torch.maximum(largest.get(key, new), new)
+
+    for name, module in model.named_modules():
+        if name.endswith(".attn.c_attn"):
+            module.register_forward_hook(lambda _module, _input, output, name=name: note(name, output))
+    with torch.inference_mode():
+        for ids in windows(config, text):
+            model.hidden(torch.from_numpy(ids)[None])
+    return {name: np.maximum(values.numpy(), 1e-6) * np.float32(ROOM / 127) for name, values in largest.items()}
+
+
+def windows(config: DMPTConfig, text: np.ndarray | None) -> list[np.ndarray]:
+    """Sequences to run: the text's, or random ones; each at most a context long."""
+    if text is not None:
+        starts = range(0, min(len(text), SEQUENCES * config.n_positions), config.n_positions)
+        return [text[start : start + config.n_positions].astype(np.int64) for start in starts]
+    rng = np.random.default_rng(SEED)
+    return [rng.integers(0, config.vocab_size, min(TOKENS, config.n_positions)) for _ in range(SEQUENCES)]

@@ -1,0 +1,142 @@
+"""An int8 KV cache: what its scales are, that the runtime drives it like any other, and what its check catches."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import dmpt_export.export as export_module
+import runtime
+from dmpt_export.cli import main
+from dmpt_export.export import export_onnx
+from dmpt_export.kv_cache import ROOM, SEED, SEQUENCES, calibrate
+from dmpt_export.tolerances import KV_INT8, TOLERANCES
+from quant.checkpoint import dequantized_model, save_quantized
+from runtime.model import Model
+from tests.models import random_model, saved_model
+from training.errors import InputError, ValidationError
+
+TREES: dict[str, dict[str, Any]] = {
+    "none": {"splits": [], "heads": 1},
+    "dual": {"splits": [2], "heads": 8, "fast_k": 16},
+    "quad": {"splits": [1, 2], "heads": 4},
+}
+IDS = np.random.default_rng(4).integers(0, 97, 60)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Exports with an int8 cache, by tree."""
+    root = tmp_path_factory.mktemp("kv")
+    for tree, fields in TREES.items():
+        saved_model(root / tree, **fields)
+        export_onnx(root / tree, root / f"{tree} onnx", verify=False, kv_cache="int8")
+    return {tree: root / f"{tree} onnx" for tree in TREES}
+
+
+def test_scales_are_each_channels_largest_value(tmp_path: Path) -> None:
+    """Against keys and values computed from the block's input by hand."""
+    source = saved_model(tmp_path / "source", **TREES["dual"])
+    model, config = dequantized_model(source), random_model(**TREES["dual"]).config
+    rng = np.random.default_rng(SEED)
+    batch = torch.from_numpy(np.stack([rng.integers(0, 97, 64) for _ in range(SEQUENCES)]))
+    scales = calibrate(source, config)
+    with torch.inference_mode():
+        x = model.embed(batch)
+        for index in ("0", "1"):
+            block = model.transformer.h[index]
+            qkv = block.attn.c_attn(block.ln_1(x)).reshape(-1, 3, 32)
+            for part, name in ((1, "k_scale"), (2, "v_scale")):
+                want = qkv[:, part].abs().amax(0).numpy() * ROOM / 127
+                np.testing.assert_allclose(scales[f"transformer.h.{index}.attn.{name}"], want, rtol=1e-5)
+            x = block(x, None, None)
+    assert len(scales) == 2 * (2 + 2 * 2) and {s.shape for s in scales.values()} == {(32,)}
+
+
+def test_given_text_sets_the_scales(tmp_path: Path) -> None:
+    source, config = saved_model(tmp_path / "source", **TREES["none"]), random_model(**TREES["none"]).config
+    name = "transformer.h.0.attn.k_scale"
+    once, longer = (calibrate(source, config, IDS[:n])[name] for n in (5, 60))
+    assert (once <= longer).all() and (once < longer).any()
+    tail = np.concatenate([IDS[:5], np.zeros(SEQUENCES * 64, np.int64)])  # more than is read
+    assert calibrate(source, config, tail)[name].shape == (32,)
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_whole_stepwise_chunked_rewound_and_batched_are_one(tree: str, folders: dict[str, Path]) -> None:
+    """Codes do not depend on how the text arrives, so neither does what is said."""
+    with runtime.load(folders[tree], threads=1) as model:
+        assert model.manifest.cache_dtype == "int8"
+        want, routes = model.sequence().feed(IDS, last=60)
+        sequence = model.sequence()
+        sequence.feed(IDS[:20])
+        sequence.rewind(7)
+        got = [sequence.feed(IDS[7:18], last=11), *(sequence.feed([token]) for token in IDS[18:])]
+        assert np.concatenate([g[1] for g in got]).tolist() == routes[7:].tolist()
+        close(np.concatenate([g[0] for g in got]), want[7:])
+        batch = model.batch(2)
+        batch.feed([IDS[:9], IDS[:30]])
+        batch.reorder([1, 0, 1])
+        log_probs, taken = batch.step([IDS[30], IDS[9], IDS[30]])
+        assert taken.tolist() == [routes[30], routes[9], routes[30]]
+        close(log_probs, want[[30, 9, 30]])
+        assert {b.host().dtype for b in batch.caches.buffers.values()} == {np.dtype(np.int8)}
+
+
+def close(got: np.ndarray, want: np.ndarray) -> None:
+    """A sum that rounds otherwise can move a code by one, hence not the float cache's tolerance."""
+    kl = (np.exp(want) * (want - got)).sum(-1)
+    assert kl.mean() < TOLERANCES[KV_INT8].kl_mean / 10
+
+
+@pytest.mark.parametrize("scheme", [None, "int8", "int4", "int8-dynamic"])
+@pytest.mark.parametrize("tree", TREES)
+def test_exports_are_checked_exactly_but_for_the_cache(tree: str, scheme: str | None, tmp_path: Path) -> None:
+    source = saved_model(tmp_path / "source", **TREES[tree])
+    if scheme:
+        save_quantized(source, tmp_path / "quantized", scheme=scheme)
+        source = tmp_path / "quantized"
+    manifest = export_onnx(source, tmp_path / "onnx", kv_cache="int8")
+    parity = manifest["parity"]
+    assert parity["float_kernels"]["whole"]["max_abs_diff"] < 1e-4 < parity["whole"]["max_abs_diff"]
+    assert json.loads((tmp_path / "onnx" / "dmpt_manifest.json").read_text())["cache_dtype"] == "int8"
+    onnx.checker.check_model(str(tmp_path / "onnx" / "model.onnx"), full_check=True)
+
+
+@pytest.mark.parametrize("part", ["k_scale", "v_scale"])
+def test_wrong_scales_fail_the_check(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = saved_model(tmp_path / "source", **TREES["dual"])
+
+    def wrong(*args: Any) -> dict[str, np.ndarray]:
+        return {name: s / 20 if name.endswith(part) else s for name, s in calibrate(*args).items()}
+
+    monkeypatch.setattr(export_module, "calibrate", wrong)
+    with pytest.raises(ValidationError, match="scored as a whole"):
+        export_onnx(source, tmp_path / "onnx", kv_cache="int8")
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_impossible_options(tmp_path: Path) -> None:
+    source = saved_model(tmp_path / "source", **TREES["dual"])
+    with pytest.raises(InputError, match="int4"):
+        export_onnx(source, tmp_path / "onnx", kv_cache="int4")
+    with pytest.raises(InputError, match="--target cpu"):
+        export_onnx(source, tmp_path / "onnx", target="cuda", kv_cache="int8")
+
+
+def test_the_command_calibrates_on_a_text(tiny_dmpt: Path, sample_text: str, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text(sample_text)
+    (tmp_path / "empty").write_text("\n")
+    options = ["onnx", str(tiny_dmpt), str(tmp_path / "onnx"), "--kv-cache", "int8"]
+    assert main([*options, "--calibrate", str(tmp_path / "empty")]) == 3
+    assert main([*options[:3], "--calibrate", str(tmp_path / "text")]) == 2
+    assert main([*options, "--calibrate", str(tmp_path / "text")]) == 0
+    with runtime.load(tmp_path / "onnx", threads=1) as model:
+        assert isinstance(model, Model) and model.manifest.cache_dtype == "int8"
+        assert len(model.generate(model.encode("The"), max_new_tokens=5)) == 5
