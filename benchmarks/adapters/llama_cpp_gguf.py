@@ -37,7 +37,7 @@ class LlamaCpp:
         import llama_cpp
 
         self.api = llama_cpp
-        # self.quiet = quiet(llama_cpp)
+        self.quiet = quiet(llama_cpp)
         llama_cpp.llama_backend_init()
         self.model = llama_cpp.llama_model_load_from_file(
             str(Path(path) / "model.gguf").encode(), llama_cpp.llama_model_default_params()
