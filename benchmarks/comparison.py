@@ -67,10 +67,11 @@ class Comparison:
                 f"(windows of {scored.max_length}, stride {scored.stride})"
             )
         if timed := next((row.speed for row in self.rows if row.speed), None):
+            prefill, decode = timed.first("pp"), timed.first("tg")
             parts.append(
                 f"speed on {timed.threads} thread{'s' * (timed.threads > 1)}, batch 1: "
-                f"prefill of {timed.prompt_tokens} tokens, then {timed.generated_tokens} decoded; "
-                f"medians of {len(timed.decode)} interleaved rounds"
+                f"prefill of {prefill.case.tokens} tokens, then {decode.case.tokens} decoded; "
+                f"medians of {len(decode.tokens_per_s)} interleaved rounds"
             )
         cpu = f"{self.machine['cpu']}, {self.machine['cores']} cores"
         return ". ".join(part[0].upper() + part[1:] for part in [*parts, cpu]) + "."

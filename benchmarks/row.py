@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.quality import Quality
-from benchmarks.speed import Speed
+from benchmarks.results import Speed
 from benchmarks.table import megabytes
 
 HEADERS = (

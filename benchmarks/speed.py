@@ -1,42 +1,33 @@
 """How fast models prefill and decode, timed fairly.
 
 Every model runs in a fresh process of its own (benchmarks.worker), and all take turns in one interleaved
-schedule, A B C A B C ...: whatever else the machine does hits all of them alike. Same prompt, same number
-of threads, one warm-up round that does not count, medians with the least and the greatest value.
+schedule, A B C A B C ... for each test of each round: whatever else the machine does hits all of them alike. Same
+prompt, same number of threads, one warm-up round that does not count, medians with the least and the greatest value.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.bandwidth import buffer_bytes
+from benchmarks.cases import Case, cases
+from benchmarks.processes import Worker, worker
+from benchmarks.results import Speed
 from benchmarks.scorer import kind_of, onnx_size
+from runtime.manifest import read_manifest
 from training.errors import InputError
 
 DMPT_ONNX = "benchmarks.adapters.dmpt_onnx"
 SEED = 0  # of the random prompt used when no text is given
 SETTLE_S = 0.03  # between turns: thread pools spin for some milliseconds after their last run
-
-
-class WorkerFailed(RuntimeError):
-    """A model could not be measured; `exit_code` is that of the error in its process."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
 
 
 @dataclass(frozen=True)
@@ -47,44 +38,11 @@ class Target:
     path: str
     adapter: str = DMPT_ONNX  # module with load(path, threads, device); see benchmarks.adapters
     size_bytes: int = 0
+    touched_bytes: int | None = None  # of weights, by one decoding step; None: not known
+    python: str | None = None  # interpreter of its process; None: this one
 
-
-@dataclass(frozen=True)
-class Speed:
-    """Timings of one model; the samples are in the order of the rounds."""
-
-    name: str
-    decode: list[float]  # tokens/s of each round
-    prefill: list[float]  # tokens/s of each round
-    load_s: list[float]  # of each fresh process
-    peak_rss_bytes: int  # of the process that loaded, prefilled and decoded
-    size_bytes: int
-    threads: int
-    prompt_tokens: int
-    generated_tokens: int
-    switches: int  # of leaf, between the generated tokens of one round
-    idle_cpu_s: float = field(default=0.0)  # CPU time used while other models had their turn
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            **spread("decode_tokens_per_s", self.decode),
-            **spread("prefill_tokens_per_s", self.prefill),
-            **spread("load_s", self.load_s),
-            # one process is measured: the ends are there so that every figure has the same three keys
-            **dict.fromkeys(("peak_rss_bytes", "peak_rss_bytes_min", "peak_rss_bytes_max"), self.peak_rss_bytes),
-            "size_bytes": self.size_bytes,
-            "threads": self.threads,
-            "prompt_tokens": self.prompt_tokens,
-            "generated_tokens": self.generated_tokens,
-            "repetitions": len(self.decode),
-            "switches": self.switches,
-            "idle_cpu_s": self.idle_cpu_s,
-        }
-
-
-def spread(name: str, samples: Sequence[float]) -> dict[str, float]:
-    """Median under `name`, extremes under `name`_min and `name`_max."""
-    return {name: statistics.median(samples), f"{name}_min": min(samples), f"{name}_max": max(samples)}
+    def process(self) -> Any:
+        return worker(self.name, self.python)
 
 
 def target(name: str, path: str | Path) -> Target:
@@ -95,13 +53,14 @@ def target(name: str, path: str | Path) -> Target:
         raise InputError(
             f"{path} is no ONNX folder, so it has no speed yet: export it first: dmpt-export onnx {path} OUT"
         )
-    return Target(name, str(path), size_bytes=onnx_size(path))
+    touched: int = read_manifest(Path(path)).raw["bytes_touched_per_token"]
+    return Target(name, str(path), size_bytes=onnx_size(path), touched_bytes=touched)
 
 
 def measure(
     targets: Sequence[Target],
-    prompt: int = 128,
-    gen: int = 64,
+    prompt: int | Sequence[int] = 128,
+    gen: int | Sequence[int] = 64,
     repetitions: int = 5,
     threads: int | None = None,
     device: str = "cpu",
@@ -109,88 +68,81 @@ def measure(
     loads: int = 1,
     fixed_prompt: bool = False,
     fixed_gen: bool = False,
+    depth: Sequence[int] | None = None,
+    roof: bool = False,
 ) -> list[Speed]:
     """Time all targets in one interleaved schedule.
 
-    prompt, gen: tokens fed at once, tokens decoded one by one after them. Together they shrink to the smallest
-    context among the targets; one that is `fixed` does not, and must fit it (InputError).
+    prompt, gen: tokens fed at once, tokens decoded one by one; several make several tests. depth: tokens before the
+    decoded ones; default: the first prompt. Prompt and gen shrink to the smallest context among the targets; what is
+    `fixed`, and depth, does not, and must fit it (InputError).
     threads: None lets each adapter choose (the runtime takes what this process may use).
-    text: token ids to take the prompt from (the first `prompt`); default: random ids.
+    text: token ids to take the prompts from; default, and where it is too short: random ids.
     loads: fresh processes whose load time is taken, the one that is measured included.
+    roof: also measure, once a round, how fast memory is read, on one thread and on as many as the first target uses.
     Raises WorkerFailed with the exit code of the failing process.
     """
     load_s = [[start_and_stop(t, threads, device) for _ in range(loads - 1)] for t in targets]
     with ExitStack() as stack:
-        workers = [stack.enter_context(worker(t.name)) for t in targets]
+        workers = [stack.enter_context(t.process()) for t in targets]
         facts = []
         for w, t, seconds in zip(workers, targets, load_s, strict=True):
             facts.append(w.ask(do="load", adapter=t.adapter, path=t.path, threads=threads, device=device))
             seconds.append(facts[-1]["load_s"])
         context = min(fact["context"] for fact in facts)
-        prompt, gen = fit(prompt, gen, context, fixed_prompt, fixed_gen)
-        ids = prompt_ids(prompt, min(fact["vocab_size"] for fact in facts), text)
-        rounds = play(workers, ids, gen, repetitions)
+        tests = cases(_several(prompt), _several(gen), depth, context, fixed_prompt, fixed_gen)
+        longest = max(max(case.tokens, case.depth) for case in tests)
+        ids = prompt_ids(longest, min(fact["vocab_size"] for fact in facts), text)
+        memory = Roof(stack.enter_context(worker("memory")), sorted({1, facts[0]["threads"]})) if roof else None
+        rounds = play(workers, tests, ids, repetitions, memory)
         ends = [w.ask(do="finish") for w in workers]
     return [
-        result(t, fact, turns, seconds, end, prompt, gen)
+        Speed.of(t.name, turns, seconds, {**fact, **end}, t.size_bytes, t.touched_bytes, memory.seen if memory else {})
         for t, fact, turns, seconds, end in zip(targets, facts, rounds, load_s, ends, strict=True)
     ]
 
 
-def result(
-    t: Target,
-    fact: dict[str, Any],
-    turns: list[dict[str, Any]],
-    load_s: list[float],
-    end: dict[str, Any],
-    prompt: int,
-    gen: int,
-) -> Speed:
-    """One target's replies as a Speed."""
-    return Speed(
-        name=t.name,
-        decode=[gen / turn["decode_s"] for turn in turns],
-        prefill=[prompt / turn["prefill_s"] for turn in turns],
-        load_s=load_s,
-        peak_rss_bytes=end["peak_rss_bytes"],
-        size_bytes=t.size_bytes,
-        threads=fact["threads"],
-        prompt_tokens=prompt,
-        generated_tokens=gen,
-        switches=turns[-1]["switches"],
-        idle_cpu_s=end["idle_cpu_s"],
-    )
+def _several(counts: int | Sequence[int]) -> Sequence[int]:
+    return [counts] if isinstance(counts, int) else counts
 
 
-def play(workers: Sequence[Worker], ids: list[int], gen: int, repetitions: int) -> list[list[dict[str, Any]]]:
-    """The interleaved schedule: for each worker its turns, the warm-up left out."""
-    turns: list[list[dict[str, Any]]] = [[] for _ in workers]
-    with tqdm(total=(1 + repetitions) * len(workers), desc="bench", unit="turn", disable=None) as bar:
-        for _ in range(1 + repetitions):
-            for mine, w in zip(turns, workers, strict=True):
-                bar.set_postfix_str(w.name, refresh=True)
-                time.sleep(SETTLE_S if len(workers) > 1 else 0)
-                prefill = w.ask(do="prefill", ids=ids)
-                decode = w.ask(do="decode", ids=ids, n=gen)
-                switches = int(np.count_nonzero(np.diff(decode["routes"])))
-                mine.append({"prefill_s": prefill["seconds"], "decode_s": decode["seconds"], "switches": switches})
-                bar.update()
-    return [mine[1:] for mine in turns]
+class Roof:
+    """Reads of memory between the rounds, in a process of their own."""
+
+    def __init__(self, memory: Worker, threads: Sequence[int]) -> None:
+        self.memory, self.size = memory, buffer_bytes()
+        self.seen: dict[int, list[float]] = {t: [] for t in threads}  # threads -> bytes/s of each round
+
+    def read(self) -> None:
+        for threads, rates in self.seen.items():
+            rates.append(self.memory.ask(do="read", size=self.size, threads=threads)["bytes_per_s"])
 
 
-def fit(prompt: int, gen: int, context: int, fixed_prompt: bool = False, fixed_gen: bool = False) -> tuple[int, int]:
-    """Prompt and generated tokens that fit the context together; fixed ones stay as they are or InputError is raised.
+def play(
+    workers: Sequence[Worker], tests: Sequence[Case], ids: list[int], repetitions: int, memory: Roof | None = None
+) -> list[dict[Case, list[dict[str, Any]]]]:
+    """The interleaved schedule: for each worker the replies of its turns by test, the warm-up left out."""
+    turns: list[dict[Case, list[dict[str, Any]]]] = [{case: [] for case in tests} for _ in workers]
+    with tqdm(total=(1 + repetitions) * len(workers) * len(tests), desc="bench", unit="turn", disable=None) as bar:
+        for number in range(1 + repetitions):
+            if memory is not None and number:
+                memory.read()
+            for case in tests:
+                for mine, w in zip(turns, workers, strict=True):
+                    bar.set_postfix_str(f"{w.name} {case.name}", refresh=True)
+                    time.sleep(SETTLE_S if len(workers) > 1 else 0)
+                    mine[case].append(turn(w, case, ids))
+                    bar.update()
+    return [{case: replies[1:] for case, replies in mine.items()} for mine in turns]
 
-    >>> fit(128, 64, 1024), fit(128, 64, 96), fit(128, 8, 96), fit(90, 64, 96, fixed_prompt=True)
-    ((128, 64), (64, 32), (88, 8), (90, 6))
-    """
-    if prompt + gen > context and not fixed_gen:
-        gen = min(gen, max(1, context - prompt if fixed_prompt else context // 3))
-    if prompt + gen > context and not fixed_prompt:
-        prompt = max(1, context - gen)
-    if prompt + gen > context:
-        raise InputError(f"--prompt {prompt} and --gen {gen} do not fit a context of {context} tokens together")
-    return prompt, gen
+
+def turn(w: Worker, case: Case, ids: list[int]) -> dict[str, Any]:
+    """One test once: {"seconds", and of tg "native_s" (None: not known) and "switches" of leaf}."""
+    if case.kind == "pp":
+        return {"seconds": w.ask(do="prefill", ids=ids[: case.tokens])["seconds"]}
+    reply = w.ask(do="decode", ids=ids[: case.depth], n=case.tokens)
+    switches = int(np.count_nonzero(np.diff(reply["routes"])))
+    return {"seconds": reply["seconds"], "native_s": reply["native_s"], "switches": switches}
 
 
 def prompt_ids(n: int, vocab_size: int, text: Sequence[int] | None) -> list[int]:
@@ -199,73 +151,8 @@ def prompt_ids(n: int, vocab_size: int, text: Sequence[int] | None) -> list[int]
     return np.random.default_rng(SEED).integers(0, vocab_size, n).tolist()
 
 
-# --- worker processes -------------------------------------------------------------------------------
-
-
-class Worker:
-    """The parent's end of one `benchmarks.worker` process."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        root = str(Path(__file__).resolve().parents[1])
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            env={**os.environ, "PYTHONPATH": path},
-        )
-
-    def ask(self, **request: Any) -> dict[str, Any]:
-        """Send a request and wait for its reply; WorkerFailed when it says error, or died."""
-        assert self.process.stdin and self.process.stdout
-        try:
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise self.death()
-        reply: dict[str, Any] = json.loads(line)
-        if "error" in reply:
-            raise WorkerFailed(f"{self.name}: {reply['error']}", reply["exit_code"])
-        return reply
-
-    def death(self) -> WorkerFailed:
-        code = self.process.wait()
-        if code == -signal.SIGKILL:
-            return WorkerFailed(f"the process that timed {self.name} was killed: probably out of memory", 5)
-        return WorkerFailed(f"the process that timed {self.name} ended with code {code}: see what it said above", 1)
-
-    def close(self) -> None:
-        assert self.process.stdin and self.process.stdout
-        try:
-            self.process.stdin.close()
-            self.process.wait(timeout=10)
-        except (BrokenPipeError, subprocess.TimeoutExpired):
-            self.process.kill()
-            self.process.wait()
-        finally:
-            self.process.stdout.close()
-
-
-@contextmanager
-def worker(name: str) -> Iterator[Worker]:
-    w = Worker(name)
-    try:
-        yield w
-    except BaseException:  # also Ctrl-C: do not wait for a long request to end
-        w.process.kill()
-        raise
-    finally:
-        w.close()
-
-
 def start_and_stop(t: Target, threads: int | None, device: str) -> float:
     """Load time in a fresh process that does nothing else."""
-    with worker(t.name) as w:
+    with t.process() as w:
         seconds: float = w.ask(do="load", adapter=t.adapter, path=t.path, threads=threads, device=device)["load_s"]
         return seconds

@@ -2,4 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dmpt_export.transformers_model import DMPTOnnxForCausalLM
+
 __version__ = "0.1.0"
+__all__ = ["DMPTOnnxForCausalLM"]
+
+
+def __getattr__(name: str) -> Any:
+    """`DMPTOnnxForCausalLM`, when it is asked for. Raises MissingExtra where a package it needs is not installed."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from dmpt_export.extras import require
+
+    require("train", "cpu")
+    from dmpt_export import transformers_model
+
+    return getattr(transformers_model, name)

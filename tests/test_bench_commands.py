@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import subprocess
 import sys
@@ -105,8 +107,23 @@ def test_bench_of_several_models(exported: dict[str, str], capsys: pytest.Captur
     options = ("--threads", "1", "--repetitions", "1", "--loads", "1", "--prompt", "16", "--gen", "4")
     found = json.loads(run(capsys, "bench", *models, *options, "--json"))
     assert [m["name"] for m in found["models"]] == ["one", "dmpt"]
+    assert found["models"][0]["tests"][0]["ratio"] == 1
+    assert found["models"][1]["tests"][1]["ratio"] > 0
     table = run(capsys, "bench", models[0], *options)
-    assert "pp16" in table and "tg4" in table and "±" in table
+    assert "pp16" in table and "tg4 @ d16" in table and "±" in table and "GB/s on 1" in table
+    assert "ratio" not in table
+
+
+def test_bench_of_several_sizes_as_csv(exported: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("-t", "1", "-r", "2", "--loads", "1", "-p", "16,8", "-n", "4,2", "-d", "8,40", "--format", "csv")
+    rows = list(csv.DictReader(io.StringIO(run(capsys, "bench", exported["gpt2"], exported["dmpt"], *options))))
+    tests = ["pp16", "pp8", "tg4 @ d8", "tg4 @ d40", "tg2 @ d8", "tg2 @ d40"]
+    assert [(row["name"], row["test"]) for row in rows] == [(n, t) for n in ("gpt2", "dmpt") for t in tests]
+    for row in rows:
+        assert 0 < float(row["tokens_per_s_min"]) <= float(row["tokens_per_s"]) <= float(row["tokens_per_s_max"])
+        assert float(row["ratio"]) > 0 and int(row["rss_bytes"]) > 0
+        if row["test"].startswith("tg"):
+            assert 0 < float(row["python_share"]) < 1 and float(row["roof_share"]) > 0
 
 
 def test_the_greedy_tokens_that_are_timed_are_the_models_own(exported: dict[str, str]) -> None:
@@ -170,6 +187,7 @@ def test_bad_input_is_one_line_and_code_3(
         (("eval", gpt2, "--data", text, "--fast-k", "301"), "vocabulary size 300"),
         (("bench", gpt2), "dmpt-export onnx"),
         (("bench", exported["gpt2"], "--prompt", "64", "--gen", "1"), "do not fit"),
+        (("bench", exported["gpt2"], "--depth", "64"), "do not fit"),
         (("compare", gpt2, str(tmp_path / "gone")), "gone"),
         (("compare", gpt2, f"x={tmp_path / 'gone'}", "--data", text), "gone"),
     ):
@@ -182,6 +200,9 @@ def test_wrong_usage_is_code_2(tiny_gpt2: Path, text: str, capsys: pytest.Captur
         ("eval", gpt2),
         ("eval", gpt2, "--data", text, "--stride", "0"),
         ("bench",),
+        ("bench", gpt2, "-p", "8,x"),
+        ("bench", gpt2, "-p", "8,0"),
+        ("bench", gpt2, "--format", "xml"),
         ("compare",),
         ("compare", gpt2, "--control", "nobody"),
     ):

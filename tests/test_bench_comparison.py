@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 import benchmarks.picture as picture
+from benchmarks.cases import Case
 from benchmarks.comparison import Comparison, Entry, compare
 from benchmarks.quality import Quality
 from benchmarks.reading import reading
+from benchmarks.results import Speed, Timings
 from benchmarks.row import Row
 from benchmarks.scorer import named
-from benchmarks.speed import Speed
 from benchmarks.table import markdown
 from training.errors import InputError
 
@@ -33,7 +34,8 @@ def quality(perplexity: float, jitter: float = 0.1, seed: int = 1, text: str = "
 
 
 def speed(name: str, decode: float) -> Speed:
-    return Speed(name, [decode] * 3, [8 * decode] * 3, [0.2], 10**8, 7, 1, 128, 64, 3)
+    tests = [Timings(Case("pp", 128), [8 * decode] * 3), Timings(Case("tg", 64, 128), [decode] * 3, switches=3)]
+    return Speed(name, tests, [0.2], 10**8, 10**8, 7, 1)
 
 
 def row(

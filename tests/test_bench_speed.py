@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from benchmarks.speed import Target, WorkerFailed, fit, measure, prompt_ids, target, worker
+from benchmarks.bandwidth import LEAST, MOST, Reader, buffer_bytes
+from benchmarks.cases import Case, cases, fit
+from benchmarks.processes import WorkerFailed, worker
+from benchmarks.results import Speed, Timings, ratio
+from benchmarks.speed import Target, measure, prompt_ids, target
 from training.errors import InputError
 
 FAKE = "tests.bench_fakes"
@@ -24,7 +30,7 @@ def test_turns_are_interleaved_and_alike(tmp_path: Path) -> None:
     results = measure([fake(name, log=str(log)) for name in "ABC"], prompt=10, gen=4, repetitions=2)
     turns = [json.loads(line) for line in log.read_text().splitlines()]
     assert [(name, what) for name, what, _ in turns] == [
-        (name, what) for _ in range(3) for name in "ABC" for what in ("prefill", "decode")
+        (name, what) for _ in range(3) for what in ("prefill", "decode") for name in "ABC"
     ]
     prompts = {tuple(detail) for _, what, detail in turns if what == "prefill"}
     assert len(prompts) == 1 and len(*prompts) == 10
@@ -97,7 +103,7 @@ def test_workers_end_with_their_block() -> None:
 
 def test_prompt_and_generation_fit_the_smallest_context() -> None:
     results = measure([fake("A"), fake("B", context=30)], prompt=128, gen=64, repetitions=1)
-    assert {(r.prompt_tokens, r.generated_tokens) for r in results} == {(20, 10)}
+    assert {tuple(test.case for test in r.tests) for r in results} == {(Case("pp", 20), Case("tg", 10, 20))}
     assert fit(29, 1, 30) == (29, 1)
     for prompt, gen, fixed in ((30, 1, {"fixed_prompt": True}), (1, 30, {"fixed_gen": True}), (9, 9, {})):
         with pytest.raises(InputError, match="do not fit"):
@@ -116,3 +122,98 @@ def test_only_onnx_folders_have_a_speed(tiny_gpt2: Path, tmp_path: Path) -> None
         target("gpt2", tiny_gpt2)
     with pytest.raises(InputError, match="does not exist"):
         target("gone", tmp_path / "gone")
+
+
+# --- several tests, ratios, the roof ----------------------------------------------------------------
+
+
+def test_every_prompt_and_every_count_after_every_depth() -> None:
+    found = cases([512, 128], [64, 16], [128, 900], 1024)
+    assert [c.name for c in found] == [
+        "pp512", "pp128", "tg64 @ d128", "tg64 @ d900", "tg16 @ d128", "tg16 @ d900",
+    ]  # fmt: skip
+    assert [c.name for c in cases([512, 900], [128], None, 1024)] == ["pp512", "pp900", "tg128 @ d512"]
+    assert [c.name for c in cases([512, 128], [128, 64], [900], 1024)][2:] == ["tg124 @ d900", "tg64 @ d900"]
+    assert [c.name for c in cases([512, 40], [128], None, 64)] == ["pp43", "pp40", "tg21 @ d43"]
+
+
+@pytest.mark.parametrize("depths", [[64], [63]])
+def test_depths_must_fit(depths: list[int]) -> None:
+    with pytest.raises(InputError, match=f"--depth {depths[0]} and --gen"):
+        cases([8], [2], depths, 64, fixed_gen=True)
+    assert cases([8], [2], [62], 64, fixed_gen=True)
+    with pytest.raises(InputError, match="--prompt 65"):
+        cases([65], [2], [8], 64, fixed_prompt=True)
+
+
+def test_each_depth_is_fed_before_its_tokens(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    (found,) = measure([fake("A", log=str(log))], [8, 4], [3, 2], 1, depth=[5, 6])
+    lines = [json.loads(line)[1:] for line in log.read_text().splitlines()]
+    sizes = [len(detail) if what == "prefill" else detail for what, detail in lines[len(lines) // 2 :]]
+    assert sizes == [8, 4, 3, 3, 2, 2]
+    assert [test.case.depth for test in found.tests] == [0, 0, 5, 6, 5, 6]
+    assert found.to_json()["prompt_tokens"] == 8 and found.to_json()["generated_tokens"] == 3
+
+
+def speed(decode: list[float], **fields: Any) -> Speed:
+    case = Case("tg", 64, 128)
+    return Speed("x", [Timings(Case("pp", 8), [1.0] * len(decode)), Timings(case, decode)], [1.0], 1, 1, 1, 2, **fields)
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    # the machine was three times as slow in the last two rounds: medians would say 1 / 10
+    mine, its = speed([2, 20, 6]), speed([1, 10, 30])
+    assert ratio(mine, its, Case("tg", 64, 128)) == 2
+    assert mine.to_json(its)["tests"][1]["ratio"] == 2
+    assert mine.to_json()["tests"][1]["ratio"] is None
+
+
+def test_the_share_of_the_roof() -> None:
+    # 100 bytes a token at 2, 4, 3 tokens/s, memory at 1000 bytes/s on the two threads of the model
+    found = speed([2, 4, 3], touched_bytes=100, read_bytes_per_s={1: [7, 7, 7], 2: [1000, 2000, 1000]})
+    assert found.roof_share(found.first("tg")) == pytest.approx(0.2)
+    assert found.roof_share(found.first("pp")) is None
+    assert speed([2, 4, 3]).roof_share(found.first("tg")) is None
+
+
+def test_memory_is_read_once_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.speed.buffer_bytes", lambda: 1 << 20)
+    (found,) = measure([fake("A")], prompt=2, gen=2, repetitions=3, threads=2, roof=True)
+    assert {threads: len(rates) for threads, rates in found.read_bytes_per_s.items()} == {1: 3, 2: 3}
+    assert min(map(min, found.read_bytes_per_s.values())) > 1e8
+
+
+def test_the_buffer_outgrows_the_last_level_cache(tmp_path: Path) -> None:
+    for name, text in {"index0": "48K", "index2": "2048K", "index3": "480M"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "size").write_text(f"{text}\n")
+    assert buffer_bytes(tmp_path) == 600 << 20
+    assert buffer_bytes(tmp_path / "nothing") == LEAST
+    (tmp_path / "index3" / "size").write_text("4G")
+    assert buffer_bytes(tmp_path) == MOST
+    assert Reader(1 << 20).bytes_per_s(3) > 0
+
+
+def test_python_s_share_is_what_the_adapter_did_not_spend_inside() -> None:
+    (found,) = measure([fake("A", decode=0.5, native=0.4)], prompt=2, gen=2, repetitions=2)
+    assert found.first("tg").python_share == pytest.approx(0.2)
+    (silent,) = measure([fake("A")], prompt=2, gen=2, repetitions=1)
+    assert silent.first("tg").python_share is None
+
+
+def test_a_worker_scores_into_a_file_and_says_versions(tmp_path: Path) -> None:
+    told = json.dumps({"name": "A", "prefill": 1, "decode": 1})
+    with worker("A", sys.executable) as w:
+        w.ask(do="load", adapter=FAKE, path=told, threads=1, device="cpu")
+        w.ask(do="score", ids=[3, 4, 5], last=2, out=str(tmp_path / "scores.npy"))
+        found = w.ask(do="versions", packages=["numpy", "no-such-package"])
+    scores = np.load(tmp_path / "scores.npy", allow_pickle=False)
+    assert scores.dtype == np.float32 and scores.argmax(1).tolist() == [4, 5]
+    assert found["numpy"] == np.__version__ and found["no-such-package"] is None
+
+
+def test_an_interpreter_that_is_not_there_is_one_line() -> None:
+    with pytest.raises(WorkerFailed, match="A: /no/python cannot be started") as failed, worker("A", "/no/python"):
+        pass
+    assert failed.value.exit_code == 3

@@ -1,8 +1,13 @@
-"""Runtimes that can be timed, one small module each, with one function `load(path, threads, device) -> Adapter`."""
+"""Runtimes that can be timed, one small module each, with one function `load(path, threads, device) -> Adapter`.
+
+A module that wraps a peer (benchmarks.peers) also has `convert(source, out, scheme) -> facts`, which makes a folder
+that its `load` takes from a Hugging Face GPT-2 folder and says at least how many bytes of weights a token touches,
+{"touched_bytes"}. Both run in a process of their own (benchmarks.worker), perhaps of another Python.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Adapter(Protocol):
@@ -11,6 +16,7 @@ class Adapter(Protocol):
     context: int  # longest sequence, in tokens
     vocab_size: int
     threads: int
+    native_s: float | None  # may be absent. Of the last decode: seconds spent outside Python
 
     def prefill(self, ids: list[int]) -> float:
         """Time to feed a whole prompt into an empty sequence."""
@@ -18,4 +24,8 @@ class Adapter(Protocol):
 
     def decode(self, ids: list[int], n: int) -> tuple[float, list[int], list[int]]:
         """Feed `ids` untimed, then time `n` greedy one-token steps: (seconds, tokens fed, leaf index of each)."""
+        ...
+
+    def score(self, ids: list[int], last: int) -> Any:
+        """May be absent. Log-probs of the token after each of the last `last` of `ids`: float32 [last, vocab]."""
         ...

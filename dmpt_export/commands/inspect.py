@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,20 +13,44 @@ from dmpt_export.extras import require
 
 @click.command("inspect", short_help="Show a model's tree, parts, sizes and bits.")
 @click.argument("model")
+@click.option(
+    "--data", metavar="FILE", help="Text whose tokens are followed: which paths they take, which heads weigh."
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
-def command(model: str, as_json: bool) -> None:
-    """Show what MODEL is made of: the tree of paths, and parameters, bytes and bits of each part.
+def command(model: str, data: str | None, as_json: bool) -> None:
+    """Show what MODEL is made of: the tree of paths, parameters, bytes and bits of each part, how each tensor is
+    stored, and for an ONNX folder its operators; with --data also what a text makes it use (its first 4096 tokens).
 
     MODEL is a DMPT folder, a quantized folder, an ONNX folder, or a GPT-2 folder or hub id; an ONNX folder
-    is read without torch.
+    is read without torch. Head weights are told for checkpoints, an exported graph does not give them.
 
     \b
     Example:
-      dmpt-export inspect device
+      dmpt-export inspect device --data test.txt
     """
-    if not (Path(model) / "dmpt_manifest.json").is_file():
-        require("train")
-    from dmpt_export.summary import as_text, summarise
+    exported = (Path(model) / "dmpt_manifest.json").is_file()
+    require(*([] if exported else ["train"]), *(["cpu"] if exported and data else []))
+    from dmpt_export.summary import as_text, summarise, usage_lines
 
     summary = summarise(model)
-    click.echo(json.dumps(summary) if as_json else as_text(summary))
+    used = follow(model, data) if data else None
+    if as_json:
+        click.echo(json.dumps({**summary, "usage": used} if used else summary))
+    else:
+        click.echo("\n".join([as_text(summary), *(["", *usage_lines(used)] if used else [])]))
+
+
+def follow(model: str, text: str) -> dict[str, Any]:
+    """benchmarks.usage of a model on a text."""
+    from benchmarks.quality import read_tokens
+    from benchmarks.scorer import open_scorer
+    from benchmarks.usage import usage
+    from dmpt_export.commands.eval import dequantize
+    from training.data import check_source
+
+    check_source(text)
+    scorer = open_scorer(model, dequantize=dequantize)
+    try:
+        return usage(scorer, read_tokens(scorer, [text]))
+    finally:
+        scorer.close()

@@ -1,0 +1,45 @@
+"""How fast this machine reads memory: the roof over decoding, which reads every weight it touches once a token."""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+LEAST = 256 << 20  # bytes, where the caches are unknown or small
+MOST = 1 << 30  # bytes: a machine of that much cache has more memory to spare than the test needs
+
+
+def buffer_bytes(caches: Path = CACHES) -> int:
+    """A size that does not fit the last-level cache: a quarter more than it, from 256 MiB to 1 GiB."""
+    sizes = [cache_bytes(file) for file in caches.glob("index*/size")]
+    return min(MOST, max(LEAST, max(sizes, default=0) * 5 // 4))
+
+
+def cache_bytes(file: Path) -> int:
+    """Linux writes a cache's size as `480M` or `2048K`; 0 for what cannot be read."""
+    try:
+        found = re.fullmatch(r"(\d+)([KMG]?)", file.read_text(encoding="ascii").strip())
+    except OSError:
+        return 0
+    return int(found[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[found[2]] if found else 0
+
+
+class Reader:
+    """Reads one buffer again and again; numpy lets go of the interpreter's lock meanwhile."""
+
+    def __init__(self, size: int) -> None:
+        """size: bytes. Raises MemoryError."""
+        self.buffer = np.ones(size // 8, np.uint64)  # written, so that real pages lie under it
+
+    def bytes_per_s(self, threads: int = 1) -> float:
+        """One pass over the buffer, split among threads. An `or` costs nothing beside waiting for memory."""
+        parts = np.array_split(self.buffer, threads)
+        with ThreadPoolExecutor(threads) as pool:
+            start = perf_counter()
+            list(pool.map(np.bitwise_or.reduce, parts))
+            return self.buffer.nbytes / (perf_counter() - start)

@@ -1,0 +1,68 @@
+"""What is timed: prefill of so many tokens, or decoding of so many after a context of so many."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from training.errors import InputError
+
+
+@dataclass(frozen=True)
+class Case:
+    """One test in llama-bench's words: pp, `tokens` fed at once into an empty sequence; or tg, `tokens` decoded
+    greedily, one by one, after `depth` tokens that are fed untimed."""
+
+    kind: Literal["pp", "tg"]
+    tokens: int
+    depth: int = 0
+
+    @property
+    def name(self) -> str:
+        """
+        >>> Case("pp", 512).name, Case("tg", 128, 512).name
+        ('pp512', 'tg128 @ d512')
+        """
+        return f"{self.kind}{self.tokens}" + (f" @ d{self.depth}" if self.kind == "tg" else "")
+
+
+def cases(
+    prompts: Sequence[int],
+    gens: Sequence[int],
+    depths: Sequence[int] | None,
+    context: int,
+    fixed_prompt: bool = False,
+    fixed_gen: bool = False,
+) -> list[Case]:
+    """Every prompt, then every count of generated tokens after every depth (None: after the first prompt).
+
+    Sizes shrink to the context, except those that are `fixed`, and depths; those must fit it, or InputError is raised.
+    """
+    if depths is not None:
+        prompts = [fit(n, 0, context, fixed_prompt)[0] for n in prompts]
+        most = max(depths)
+        gens = [n if fixed_gen else min(n, max(1, context - most)) for n in gens]
+        if most + max(gens) > context:
+            raise InputError(f"--depth {most} and --gen {max(gens)} do not fit a context of {context} tokens together")
+    else:
+        first, most = fit(prompts[0], max(gens), context, fixed_prompt, fixed_gen)
+        others = [fit(n, 0, context, fixed_prompt)[0] for n in prompts[1:]]
+        prompts, gens, depths = [first, *others], [min(n, most) for n in gens], [first]
+    found = [Case("pp", n) for n in prompts] + [Case("tg", n, d) for n in gens for d in depths]
+    return list(dict.fromkeys(found))
+
+
+def fit(prompt: int, gen: int, context: int, fixed_prompt: bool = False, fixed_gen: bool = False) -> tuple[int, int]:
+    """Prompt and generated tokens that fit the context together; fixed ones stay as they are or InputError is raised.
+
+    >>> fit(128, 64, 1024), fit(128, 64, 96), fit(128, 8, 96), fit(90, 64, 96, fixed_prompt=True)
+    ((128, 64), (64, 32), (88, 8), (90, 6))
+    """
+    if prompt + gen > context and not fixed_gen:
+        gen = min(gen, max(1, context - prompt if fixed_prompt else context // 3))
+    if prompt + gen > context and not fixed_prompt:
+        prompt = max(1, context - gen)
+    if prompt + gen > context:
+        raise InputError(f"--prompt {prompt} and --gen {gen} do not fit a context of {context} tokens together")
+    return prompt, gen

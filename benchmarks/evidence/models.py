@@ -1,0 +1,80 @@
+"""Models of GPT-2 small's shape with random weights: what they say means nothing, how fast they say it does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Switching = Literal["natural", "never", "always"]
+SPLIT = 6
+SPREAD = 5.0  # of the final norm: predictions as far from uniform as a trained model's, so that garbage is seen
+MARK = 0.1  # in the one channel that tells positions apart; the other entries of an embedding are about 0.03
+SEED = 0
+NO_ENDS = {"bos_token_id": None, "eos_token_id": None}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What differs between the models of the speed table."""
+
+    heads: int = 8
+    switching: Switching = "natural"
+
+
+def make_gpt2(out: Path, **sizes: Any) -> None:
+    """A Hugging Face GPT-2 folder; sizes: other fields of GPT2Config than GPT-2 small's."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(SEED)
+    model = GPT2LMHeadModel(GPT2Config(**NO_ENDS, **sizes))
+    with torch.no_grad():
+        model.transformer.ln_f.weight.mul_(SPREAD)
+    model.save_pretrained(out)
+
+
+def make_dmpt(out: Path, shape: Shape, split: int = SPLIT, **sizes: Any) -> None:
+    """A dual DMPT checkpoint whose gate does as `shape.switching` says; sizes: other fields of DMPTConfig."""
+    import torch
+
+    from training.checkpoint import save_model
+    from training.config import DMPTConfig, even_allocation
+    from training.model import DMPTForCausalLM
+
+    allocation = even_allocation(["left", "right"], shape.heads)
+    torch.manual_seed(SEED)
+    fields = {"fast_k": 256, **NO_ENDS, **sizes}
+    model = DMPTForCausalLM(DMPTConfig(splits=[split], head_allocation=allocation, **fields))
+    with torch.no_grad():
+        for name in ("left", "right"):
+            model.get_parameter(f"paths.{name}.ln_f.weight").mul_(SPREAD)
+    rig(model, shape.switching)
+    save_model(model, out)
+
+
+def rig(model: Any, switching: Switching) -> None:
+    """Let the position alone decide the path: never the right one, the other one at every token, or by a coin.
+
+    Channel 0 of the residual stream is kept free of everything but a mark in the position embedding: no token and no
+    block of the trunk adds to it (zeros survive quantization), and the gate reads its sign. What is computed for a
+    token on its path is as much as in any model.
+    """
+    import torch
+
+    n = model.config.n_positions
+    coin = torch.randint(0, 2, (n,), generator=torch.Generator().manual_seed(SEED))
+    goes_right = {"never": torch.zeros(n), "always": torch.arange(n) % 2, "natural": coin}[switching]
+    first, second = model.gates["root"][0], model.gates["root"][2]
+    with torch.no_grad():
+        model.transformer.wte.weight[:, 0] = 0
+        model.transformer.wpe.weight[:, 0] = MARK * (2 * goes_right - 1)
+        for block in model.transformer.h.values():
+            for layer in (block.attn.c_proj, block.mlp.c_proj):
+                layer.weight[:, 0] = 0
+                layer.bias[0] = 0
+        for layer in (first, second):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        first.weight[0, 0] = 1
+        second.weight[1, 0] = 1  # logits (0, tanh(mark)): right where the mark is above zero

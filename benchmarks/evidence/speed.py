@@ -1,0 +1,205 @@
+"""Is DMPT as fast as GPT-2, and as anything that runs GPT-2 on a CPU? Makes every model and times all in one run.
+
+    python -m benchmarks.evidence.speed --work WORK [--threads 1,2] [--peer-python openvino=/venv/bin/python ...]
+
+Models have GPT-2 small's shape and random weights (benchmarks.evidence.models), are quantized and exported through
+the command line, and kept in WORK: a second run starts timing at once. Exports are not checked against torch here
+(--no-verify): the weights mean nothing, and the tests check exports of every kind. Peers that are installed (each
+perhaps in a Python of its own) are converted from the same GPT-2 and must say nearly what Transformers says in float32.
+Tables go to WORK/speed.md, all samples to WORK/speed-T.json for T threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import machine, peers
+from benchmarks.evidence import models
+from benchmarks.evidence.speed_report import DEEP, GEN, PROMPT, SHALLOW, report
+from benchmarks.processes import WorkerFailed
+from benchmarks.results import Speed
+from benchmarks.speed import Target, measure, target
+
+SCHEMES = {"int8": ("--scheme", "int8"), "int4": ("--scheme", "int4")}  # options of `dmpt-export quantize`
+REFERENCE = "transformers fp32"  # the peer that the others must agree with
+SCORED = 64  # tokens on which they are compared
+
+
+@dataclass(frozen=True)
+class Model:
+    """One exported model of the table."""
+
+    name: str
+    shape: models.Shape | None = None  # None: plain GPT-2
+    fast_k: int = 256
+
+    @property
+    def checkpoint(self) -> str:
+        return "gpt2" if self.shape is None else f"dmpt-{self.shape.heads}-{self.shape.switching}"
+
+
+MODELS = (
+    Model("GPT-2"),
+    Model("DMPT", models.Shape()),
+    Model("DMPT never", models.Shape(switching="never")),
+    Model("DMPT always", models.Shape(switching="always")),
+    Model("DMPT 16 heads", models.Shape(heads=16)),
+    Model("DMPT K=64", models.Shape(), 64),
+    Model("DMPT K=1024", models.Shape(), 1024),
+)
+
+
+class Workshop:
+    """Makes what is to be timed, once."""
+
+    def __init__(self, work: Path, sizes: dict[str, Any]) -> None:
+        self.work, self.sizes = work, sizes  # sizes: smaller than GPT-2 small, for a test
+        work.mkdir(parents=True, exist_ok=True)
+
+    def cli(self, *arguments: str | Path) -> None:
+        command = [sys.executable, "-m", "dmpt_export", *map(str, arguments)]
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+
+    def checkpoint(self, model: Model) -> Path:
+        """The float model; those of a DMPT are only kept until they are quantized."""
+        out = self.work / "float" / model.checkpoint
+        if not (out / "config.json").is_file():
+            shutil.rmtree(out, ignore_errors=True)
+            if model.shape is None:
+                models.make_gpt2(out, **self.sizes)
+            else:
+                models.make_dmpt(out, model.shape, split=self.sizes.get("n_layer", 12) // 2, **self.sizes)
+        return out
+
+    def quantized(self, model: Model, scheme: str) -> Path:
+        out = self.work / "quantized" / f"{model.checkpoint}-{scheme}"
+        if not out.is_dir():
+            self.cli("quantize", self.checkpoint(model), out, *SCHEMES[scheme])
+        return out
+
+    def exported(self, model: Model, scheme: str) -> Target:
+        out = self.work / "onnx" / f"{model.name.replace(' ', '_')}-{scheme}"
+        if not out.is_dir():
+            say(f"making {model.name} {scheme}")
+            fast_k = [] if model.shape is None else ["--fast-k", str(min(model.fast_k, self.vocab_size))]
+            self.cli("onnx", self.quantized(model, scheme), out, "--no-verify", *fast_k)
+        return target(f"{model.name} {scheme}", out)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.sizes.get("vocab_size", 50257))
+
+    def ours(self, schemes: list[str]) -> list[Target]:
+        """All exported models, one checkpoint after the other; what lies between is dropped when it is used up."""
+        found: dict[tuple[str, str], Target] = {}
+        for checkpoint in dict.fromkeys(model.checkpoint for model in MODELS):
+            same = [model for model in MODELS if model.checkpoint == checkpoint]
+            for scheme in schemes:
+                found |= {(model.name, scheme): self.exported(model, scheme) for model in same}
+                shutil.rmtree(self.work / "quantized" / f"{checkpoint}-{scheme}", ignore_errors=True)
+            if same[0].shape is not None:
+                shutil.rmtree(self.work / "float" / checkpoint, ignore_errors=True)
+        return [found[model.name, scheme] for scheme in schemes for model in MODELS]
+
+    def theirs(self, pythons: dict[str, str]) -> tuple[list[Target], list[str]]:
+        """The peers that are there, and for the others the line that says how to get them."""
+        found, absent = [], []
+        for name, peer in peers.PEERS.items():
+            if lacking := peers.missing(name, pythons.get(name)):
+                absent.append(f"{name} is not measured: it lacks {', '.join(lacking)}; {peer.install}")
+                continue
+            for scheme in peer.schemes:
+                out = self.work / "peers" / f"{name}-{scheme}"
+                say(f"preparing {name} {scheme}")
+                found.append(peers.prepare(name, scheme, self.checkpoint(MODELS[0]), out, pythons.get(name)))
+        return found, absent
+
+
+def agreement(targets: list[Target], vocab_size: int, context: int, work: Path) -> dict[str, dict[str, float]]:
+    """How far every way to run the same GPT-2 is from Transformers in float32, by target name; {} without it."""
+    reference = next((t for t in targets if t.name == REFERENCE), None)
+    if reference is None:
+        return {}
+    ids = np.random.default_rng(1).integers(0, vocab_size, min(2 * SCORED, context)).tolist()
+    expected = peers.scores(reference, ids, SCORED, work / "scores.npy")
+    found = {}
+    for t in targets:
+        found[t.name] = dict(peers.divergence(expected, peers.scores(t, ids, SCORED, work / "scores.npy")))
+    return found
+
+
+def say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+
+
+def run(options: argparse.Namespace, sizes: dict[str, Any]) -> str:
+    """Make, check, time; returns the tables."""
+    workshop = Workshop(options.work, sizes)
+    schemes = options.schemes.split(",")
+    theirs, absent = workshop.theirs(dict(pair.split("=", 1) for pair in options.peer_python))
+    ours = workshop.ours(schemes)
+    same = [t for t in ours if t.name.startswith("GPT-2")] + theirs
+    say("comparing what they say")
+    context = int(sizes.get("n_positions", 1024))
+    agreed = agreement(same, workshop.vocab_size, context, options.work)
+    tables = []
+    for threads in map(int, options.threads.split(",")):
+        prompt, gen, depths = min(PROMPT, context), min(GEN, context // 4), [min(SHALLOW, context // 4), DEEP]
+        depths[1] = min(DEEP, context - gen)
+        speeds = measure(
+            [*ours, *theirs], prompt, gen, options.repetitions, threads, depth=depths, roof=True, fixed_prompt=True,
+            fixed_gen=True,
+        )  # fmt: skip
+        tables.append(report(speeds, agreed, absent))
+        write(options.work / f"speed-{threads}.json", speeds, agreed, absent)
+    return "\n\n".join(tables) + "\n"
+
+
+def write(file: Path, speeds: list[Speed], agreed: dict[str, dict[str, float]], absent: list[str]) -> None:
+    about = {"machine": machine.machine(), "versions": machine.versions(), "agreement": agreed, "absent": absent}
+    rows = [{"name": speed.name, **speed.to_json(speeds[0])} for speed in speeds]
+    file.write_text(json.dumps({**about, "models": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None, sizes: dict[str, Any] | None = None) -> None:
+    """sizes: fields of the models' configuration that differ from GPT-2 small's."""
+    options = parse(arguments)
+    try:
+        text = run(options, sizes or {})
+    except WorkerFailed as error:
+        say(f"Error: {error}")
+        sys.exit(error.exit_code)
+    (options.work / "speed.md").write_text(text, encoding="utf-8")
+    sys.stdout.write(text)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for models and results")
+    parser.add_argument("--threads", default="1", help="one run for each: 1,2")
+    parser.add_argument("--schemes", default="int8,int4", help=f"of {', '.join(SCHEMES)}")
+    parser.add_argument("--repetitions", type=int, default=5, help="rounds that count")
+    parser.add_argument(
+        "--peer-python", action="append", default=[], metavar="NAME=PYTHON",
+        help=f"the interpreter that holds a peer ({', '.join(peers.PEERS)}); default: this one",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    for pair in options.peer_python:
+        if pair.split("=")[0] not in peers.PEERS or "=" not in pair:
+            parser.error(f"--peer-python {pair}: give NAME=PYTHON with one of {', '.join(peers.PEERS)}")
+    if unknown := set(options.schemes.split(",")) - set(SCHEMES):
+        parser.error(f"--schemes {','.join(sorted(unknown))}: known are {', '.join(SCHEMES)}")
+    return options
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""The speed targets, and what was measured against each."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from benchmarks.cases import Case
+from benchmarks.results import Speed, Timings, ratio
+from benchmarks.table import markdown, megabytes
+
+PROMPT, GEN, SHALLOW, DEEP = 512, 64, 128, 960  # tokens: prefill, decoded, context before them (to 1024)
+FASTEST = {"int8": ("openvino int8",), "int4": ("llama.cpp q4_0", "openvino int4")}
+NONE = "-"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line: `value` in the unit of `limit`; None where something it needs was not measured."""
+
+    what: str
+    limit: str
+    value: float | None
+    met: bool | None  # None: nothing to meet, or not measured
+
+    def cells(self) -> list[str]:
+        value = "not measured" if self.value is None else f"{self.value:.2f}x"
+        if self.value is not None and "%" in self.limit:
+            value = f"{100 * self.value:.1f} %"
+        return [self.what, self.limit, value, NONE if self.met is None else "met" if self.met else "MISSED"]
+
+
+class Figures:
+    """The models of one run by name; a figure that needs an absent one is None."""
+
+    def __init__(self, speeds: Sequence[Speed]) -> None:
+        self.by_name = {speed.name: speed for speed in speeds}
+
+    def test(self, name: str, kind: str, deep: bool = False) -> Timings:
+        """The prefill, or decoding at the shallow or the deep context."""
+        tests = [test for test in self.by_name[name].tests if test.case.kind == kind]
+        return max(tests, key=lambda t: t.case.depth) if deep else min(tests, key=lambda t: t.case.depth)
+
+    def case(self, name: str, kind: str, deep: bool = False) -> Case:
+        return self.test(name, kind, deep).case
+
+    def times(self, slow: str, fast: str) -> float | None:
+        """Decode time of one model over another's."""
+        return self.faster(fast, slow)
+
+    def faster(self, name: str, base: str, kind: str = "tg") -> float | None:
+        """Tokens/s of one model over another's, round by round."""
+        if not {name, base} <= self.by_name.keys():
+            return None
+        return ratio(self.by_name[name], self.by_name[base], self.case(name, kind))
+
+    def deeper(self, name: str) -> float | None:
+        """Decode time at the deep context over that at the shallow one."""
+        if name not in self.by_name:
+            return None
+        speed = self.by_name[name]
+        return ratio(speed, speed, self.case(name, "tg"), self.case(name, "tg", deep=True))
+
+    def of(self, name: str, figure: Callable[[Speed], float | None]) -> float | None:
+        return figure(self.by_name[name]) if name in self.by_name else None
+
+
+def rows(speeds: Sequence[Speed]) -> list[Row]:
+    """Every line of the speed table."""
+    figures = Figures(speeds)
+    schemes = [s for s in FASTEST if f"DMPT {s}" in figures.by_name]
+    out: list[Row] = []
+    for scheme in schemes:
+        ours = f"DMPT {scheme}"
+        at_most(out, f"{ours}: decode time over GPT-2 {scheme}", 1.10, figures.times(ours, f"GPT-2 {scheme}"))
+        at_most(out, f"{scheme}: switching always over never", 1.25,
+                figures.times(f"DMPT always {scheme}", f"DMPT never {scheme}"))  # fmt: skip
+        at_most(out, f"{scheme}: 16 heads over 8", 1.05, figures.times(f"DMPT 16 heads {scheme}", ours))
+        for k in (64, 1024):
+            say(out, f"{scheme}: K {k} over 256", figures.times(f"DMPT K={k} {scheme}", ours))
+        at_most(out, f"{ours}: decode time at context 1000 over 128", 1.4, figures.deeper(ours))
+        for peer in FASTEST[scheme]:
+            at_least(out, f"{ours}: tokens/s over {peer}", 1.0, figures.faster(ours, peer))
+        if scheme == "int8":
+            at_least(out, f"{ours}: prefill over openvino int8", 0.8, figures.faster(ours, "openvino int8", "pp"))
+        share = figures.of(ours, lambda s: s.roof_share(Figures([s]).test(s.name, "tg")))
+        at_least(out, f"{ours}: share of the memory roof", 0.6, share, "60 %")
+        resident = figures.of(ours, lambda s: s.rss_bytes / s.size_bytes)
+        at_most(out, f"{ours}: resident memory over file size", 1.3, resident)
+        python = figures.of(ours, lambda s: Figures([s]).test(s.name, "tg").python_share)
+        at_most(out, f"{ours}: Python in a step", 0.03, python, "3 %")
+    return out
+
+
+def at_most(out: list[Row], what: str, limit: float, value: float | None, unit: str | None = None) -> None:
+    out.append(Row(what, f"at most {unit or f'{limit:.2f}x'}", value, None if value is None else value <= limit))
+
+
+def at_least(out: list[Row], what: str, limit: float, value: float | None, unit: str | None = None) -> None:
+    out.append(Row(what, f"at least {unit or f'{limit:.2f}x'}", value, None if value is None else value >= limit))
+
+
+def say(out: list[Row], what: str, value: float | None) -> None:
+    out.append(Row(what, "say", value, None))
+
+
+def report(speeds: Sequence[Speed], agreed: Mapping[str, Mapping[str, float]], absent: Sequence[str]) -> str:
+    """The targets, then every model, as Markdown."""
+    threads = speeds[0].threads
+    rates = ", ".join(f"{statistics.median(r) / 1e9:.1f} GB/s on {t}" for t, r in speeds[0].read_bytes_per_s.items())
+    found = rows(speeds)
+    missed = [row.what for row in found if row.met is False]
+    lines = [
+        f"## {threads} thread{'s' * (threads > 1)}",
+        f"Medians of {len(speeds[0].tests[0].tokens_per_s)} interleaved rounds; memory is read at {rates}.",
+        markdown(["what", "must reach", "measured", ""], [row.cells() for row in found], left=2),
+        f"Missed: {'; '.join(missed)}." if missed else "Nothing was missed.",
+        everything(speeds, agreed),
+        *wrong_switches(speeds),
+        *absent,
+    ]
+    return "\n\n".join(lines)
+
+
+def everything(speeds: Sequence[Speed], agreed: Mapping[str, Mapping[str, float]]) -> str:
+    """Every model: tokens/s, and as multiples of Transformers in float32 where that was measured."""
+    figures = Figures(speeds)
+    base = "transformers fp32"
+    head = ["model", "pp tokens/s", "x fp32", "tg tokens/s", "x fp32", "tg deep", "roof", "python", "size", "resident",
+            "touched", "KL", "same top"]  # fmt: skip
+    table = []
+    for speed in speeds:
+        pp, tg, deep = (figures.test(speed.name, kind, d) for kind, d in (("pp", False), ("tg", False), ("tg", True)))
+        said = agreed.get(speed.name, {})
+        table.append([
+            speed.name,
+            rate(pp), times(figures.faster(speed.name, base, "pp")),
+            rate(tg), times(figures.faster(speed.name, base)),
+            rate(deep), percent(speed.roof_share(tg)), percent(tg.python_share),
+            *map(megabytes, (speed.size_bytes, speed.rss_bytes, speed.touched_bytes or 0)),
+            f"{said['mean_kl']:.4f}" if said else NONE, percent(said.get("same_top")),
+        ])  # fmt: skip
+    return markdown(head, table)
+
+
+def wrong_switches(speeds: Sequence[Speed]) -> list[str]:
+    """A line for each model whose routes were not what it was made for."""
+    wanted = {"DMPT never": lambda t: t.switches == 0, "DMPT always": lambda t: t.switches == t.case.tokens - 1}
+    return [
+        f"{speed.name} switched {test.switches} times in {test.case.name}: its lines mean nothing."
+        for speed in speeds
+        for test in speed.tests
+        for name, holds in wanted.items()
+        if speed.name.startswith(name) and test.case.kind == "tg" and not holds(test)
+    ]
+
+
+def rate(test: Timings) -> str:
+    return f"{statistics.median(test.tokens_per_s):.1f}"
+
+
+def times(value: float | None) -> str:
+    return NONE if value is None else f"{value:.2f}"
+
+
+def percent(share: float | None) -> str:
+    return NONE if share is None else f"{100 * share:.1f} %"

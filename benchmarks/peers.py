@@ -1,0 +1,105 @@
+"""Other ways to run GPT-2 on a CPU, each behind one module of benchmarks.adapters, perhaps in a Python of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.processes import Worker, worker
+from benchmarks.speed import Target
+
+FACTS = "facts.json"  # in a converted folder: what the conversion said, and the versions that made it
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One runtime."""
+
+    adapter: str  # module with load() and convert(), see benchmarks.adapters
+    schemes: tuple[str, ...]  # what its convert() makes
+    packages: tuple[str, ...]  # distributions that must be there
+    install: str  # the command that brings them
+
+
+PEERS = {
+    "transformers": Peer(
+        "benchmarks.adapters.torch_transformers",
+        ("fp32",),
+        ("torch", "transformers"),
+        "pip install torch transformers",
+    ),
+    "openvino": Peer(
+        "benchmarks.adapters.openvino_stateful",
+        ("int8", "int4"),
+        ("openvino", "nncf", "optimum-intel"),
+        "pip install 'optimum-intel[openvino]' (and pip uninstall torchvision beside a CPU build of torch)",
+    ),
+    "llama.cpp": Peer(
+        "benchmarks.adapters.llama_cpp_gguf",
+        ("q8_0", "q4_0"),
+        ("llama-cpp-python", "gguf", "safetensors"),
+        "pip install llama-cpp-python gguf safetensors (it compiles; where decoding crashes, leave AMX out: "
+        "CMAKE_ARGS='-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON')",
+    ),
+    "optimum": Peer(
+        "benchmarks.adapters.optimum_onnx",
+        ("fp32", "int8"),
+        ("optimum-onnx", "onnxruntime", "accelerate"),
+        "pip install 'optimum-onnx[onnxruntime]' accelerate",
+    ),
+}
+
+
+def missing(name: str, python: str | None = None) -> list[str]:
+    """The packages of a peer that its Python lacks. Raises WorkerFailed (3) when there is no such Python."""
+    with worker(name, python) as w:
+        found = w.ask(do="versions", packages=list(PEERS[name].packages))
+    return [package for package in PEERS[name].packages if found[package] is None]
+
+
+def prepare(name: str, scheme: str, source: Path, out: Path, python: str | None = None) -> Target:
+    """What to time of one peer: converted from a Hugging Face GPT-2 folder into `out`, unless that is done already.
+
+    Raises WorkerFailed when the conversion fails; its half-made folder is not taken for a whole one.
+    """
+    peer = PEERS[name]
+    if not (out / FACTS).is_file():
+        with worker(f"{name} {scheme}", python) as w:
+            facts = w.ask(do="convert", adapter=peer.adapter, source=str(source.resolve()), out=str(out), scheme=scheme)
+            facts["versions"] = w.ask(do="versions", packages=list(peer.packages))
+        (out / FACTS).write_text(json.dumps(facts), encoding="utf-8")
+    facts = read_facts(out)
+    sizes = {key: int(facts[key]) for key in ("size_bytes", "touched_bytes")}
+    return Target(f"{name} {scheme}", str(out), peer.adapter, python=python, **sizes)
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    return facts
+
+
+def scores(target: Target, ids: list[int], last: int, out: Path) -> NDArray[np.float32]:
+    """The target's log-probs after each of the last `last` tokens: float32 [last, vocab], by way of a file."""
+    with target.process() as w:
+        load(w, target, 1)
+        w.ask(do="score", ids=ids, last=last, out=str(out))
+    found: NDArray[np.float32] = np.load(out, allow_pickle=False)
+    out.unlink()
+    return found
+
+
+def load(w: Worker, target: Target, threads: int | None) -> dict[str, Any]:
+    return w.ask(do="load", adapter=target.adapter, path=target.path, threads=threads, device="cpu")
+
+
+def divergence(reference: NDArray[np.float32], found: NDArray[np.float32]) -> Mapping[str, float]:
+    """How far log-probs [n, vocab] are from a reference: mean KL(reference || found) in nats, same top token."""
+    r, f = reference.astype(np.float64), found.astype(np.float64)
+    kl = (np.exp(r) * (r - f)).sum(-1)
+    return {"mean_kl": float(kl.mean()), "same_top": float((r.argmax(-1) == f.argmax(-1)).mean())}

@@ -1,0 +1,58 @@
+"""What the graph of an ONNX folder is made of: operators by kind, and weights that are stored as floats."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from training.errors import InputError
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def graph_of(file: Path) -> onnx.GraphProto:
+    """The graph without its external weights. Raises InputError for a file that is no ONNX model."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        return onnx.load(file, load_external_data=False).graph
+    except (DecodeError, OSError) as error:
+        raise InputError(f"{file} is no ONNX model ({error}): export it again") from error
+
+
+def operators(graph: onnx.GraphProto) -> dict[str, dict[str, int]]:
+    """Nodes by operator: {"main": {operator: count}, "branches": the same inside the Ifs, both branches counted}."""
+    branches: Counter[str] = Counter()
+    waiting = list(inner_graphs(graph))
+    while waiting:
+        inner = waiting.pop()
+        branches.update(node.op_type for node in inner.node)
+        waiting += inner_graphs(inner)
+    main = Counter(node.op_type for node in graph.node)
+    return {"main": dict(main.most_common()), "branches": dict(branches.most_common())}
+
+
+def inner_graphs(graph: onnx.GraphProto) -> Iterable[onnx.GraphProto]:
+    return (attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g"))
+
+
+def float_tensors(graph: onnx.GraphProto, quantized: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Checkpoint tensors that the graph holds as floats, in the form of summary.tensors()."""
+    from onnx.helper import tensor_dtype_to_np_dtype
+
+    packed = set(quantized)
+    out = {}
+    for tensor in graph.initializer:
+        # A quantized tensor's parts are <its name>.packed, .scales ...; the exporter's own constants are const.*
+        if tensor.name.startswith("const.") or any(tensor.name.startswith(f"{name}.") for name in packed):
+            continue
+        dtype = tensor_dtype_to_np_dtype(tensor.data_type)
+        size = int(np.prod(list(tensor.dims))) * dtype.itemsize
+        out[tensor.name] = {"scheme": dtype.name, "bits": 8 * dtype.itemsize, "block": None, "bytes": size}
+    return out
