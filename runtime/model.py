@@ -159,7 +159,8 @@ class Model:
         top_p or seed is given; row i of a list has the seed plus i. stop: text or texts that end it. on_full: "stop",
         or "slide" to go on from the last half of a full context, read again as a new beginning. speculate: guess up to
         so many tokens from the text so far and check them in one run; for the greedy choice, which stays the same but
-        where two tokens are equally likely to within rounding. Afterwards the result's `ids`, `text` and `stop_reason`
+        where two tokens are equally likely to within the rounding of the kernels (1e-5 for float weights, a few
+        hundredths for int8 and int4, which round activations). Afterwards the result's `ids`, `text` and `stop_reason`
         ("end_of_text", "stop_string", "max_new_tokens" or "context_full") are complete; for a list, those of each of
         its `texts`. Raises RequestError before anything is computed.
         """

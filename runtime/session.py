@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from runtime.errors import ModelError, OutOfMemory, RequestError, SetupError
 from runtime.manifest import Manifest
 
+CLOSED = "the model is closed: load it again"
 DEVICES = ("cpu", "cuda")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 SEVERITY = {"cpu": 4, "cuda": 3}  # errors arrive as exceptions; why a CUDA library does not load is only logged
@@ -25,6 +27,18 @@ TYPES = {
 }
 
 
+class Binding:
+    """An onnxruntime.IOBinding that can be taken away from whoever holds it."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        if self.inner is None:
+            raise RequestError(CLOSED)
+        return getattr(self.inner, name)
+
+
 class Engine:
     """A loaded graph. Several sequences may share it, also from several threads."""
 
@@ -39,6 +53,7 @@ class Engine:
         self._ort = import_onnxruntime(device)
         self._errors = ort_errors(self._ort)
         self._session: Any = self._open(folder, threads, deterministic)
+        self._bindings: WeakSet[Binding] = WeakSet()
         self._tidy = self._ort.RunOptions()
         if device == "cpu":  # a long prompt needs ten times the memory of the steps after it
             self._tidy.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
@@ -59,8 +74,10 @@ class Engine:
         return session
 
     def binding(self) -> Any:
-        """A fresh onnxruntime.IOBinding."""
-        return self._ort.IOBinding(self._alive())
+        """A fresh onnxruntime.IOBinding; it is gone when the engine is closed."""
+        binding = Binding(self._ort.IOBinding(self._alive()))
+        self._bindings.add(binding)
+        return binding
 
     def run(self, binding: Any, tidy: bool = False) -> None:
         """One run over what is bound; `tidy` gives the memory it needed back to the system.
@@ -82,10 +99,12 @@ class Engine:
     def close(self) -> None:
         """Let go of the graph and its weights; sequences that still exist can no longer run."""
         self._session = None
+        for binding in self._bindings:  # each holds the graph, too
+            binding.inner = None
 
     def _alive(self) -> Any:
         if self._session is None:
-            raise RequestError("the model is closed: load it again")
+            raise RequestError(CLOSED)
         return self._session
 
 

@@ -208,6 +208,28 @@ def test_memory_that_runs_out_has_its_own_error() -> None:
     assert isinstance(error, OutOfMemory) and isinstance(error, MemoryError) and error.exit_code == 5
 
 
+def test_closing_frees_the_weights_at_once(tmp_path: Path, make_gpt2: Callable[..., Any]) -> None:
+    """Also while sequences, batches and half-made texts still exist: seen in what the process holds resident."""
+    make_gpt2(tmp_path / "source", n_embd=512, vocab_size=300, n_layer=8)  # 8 * 12 * 512 * 512 floats: 100 MB
+    export_onnx(tmp_path / "source", tmp_path / "onnx", verify=False)
+    code = (
+        "import runtime\n"
+        "def held():\n"
+        "    lines = [line.split() for line in open('/proc/self/status') if 'kB' in line]\n"
+        "    pages = {line[0]: int(line[1]) >> 10 for line in lines}\n"
+        "    return pages['RssAnon:'] + pages['RssFile:']\n"
+        f"model = runtime.load({str(tmp_path / 'onnx')!r}, threads=1)\n"
+        "sequence, batch, text = model.sequence(), model.batch(2), iter(model.stream([1, 2], 9))\n"
+        "sequence.feed([1]), batch.feed([[1], [2]]), next(text)\n"
+        "used = held()\n"
+        "model.close()\n"
+        "print(used - held())\n"
+    )
+    if not Path("/proc/self/status").exists():
+        pytest.skip("resident memory is read from /proc")
+    assert int(python(code)) > 80
+
+
 def test_released_models_do_not_pile_up(exported: Path) -> None:
     """The graph is freed with close(), although a sequence still holds its caches."""
     model = runtime.load(exported, threads=1)

@@ -229,6 +229,26 @@ def test_guesses_are_used(tree: str, models: dict[str, Model], monkeypatch: pyte
     assert runs < 29 * 60 - 20 and wrong > 20
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_where_activations_are_rounded_only_ties_may_go_another_way(scheme: str, tmp_path: Path) -> None:
+    """The first token that differs, if one does, was as likely as the other to within that rounding."""
+    saved_model(tmp_path / "source", **TREES["none"])
+    save_quantized(tmp_path / "source", tmp_path / "quantized", scheme=scheme)
+    export_onnx(tmp_path / "quantized", tmp_path / "onnx", verify=False)
+    with runtime.load(tmp_path / "onnx", threads=1) as model:
+        model.end_of_text = None
+        same = 0
+        for first in range(1, 25):
+            plain, fast = model.generate([first], 50), model.generate([first], 50, speculate=4)
+            assert isinstance(plain, list) and isinstance(fast, list)
+            at = next((i for i, (a, b) in enumerate(zip(plain, fast, strict=True)) if a != b), None)
+            same += at is None
+            if at is not None:
+                says = model.log_probs([first, *plain[:at]])[-1]
+                assert abs(says[plain[at]] - says[fast[at]]) < 0.2
+        assert same >= 18
+
+
 def test_schemes_that_round_rows_together_refuse_to_guess(tmp_path: Path) -> None:
     saved_model(tmp_path / "source", **TREES["dual"])
     save_quantized(tmp_path / "source", tmp_path / "quantized", scheme="int8-dynamic")

@@ -35,7 +35,7 @@ MOST_INPUT = 64 << 20  # bytes read from standard input; what fits the context i
 @click.option("--on-full", type=click.Choice(["stop", "slide"]), default="stop", show_default=True,
               help="When the context is full: stop, or read its last half again as a new beginning.")  # fmt: skip
 @click.option("--speculate", type=int, default=0, metavar="N", show_default=True, help="Guess up to N tokens from the "
-              "text so far and check them in one run: faster where text repeats, same result.")  # fmt: skip
+              "text so far and check them in one run: faster where text repeats.")  # fmt: skip
 @click.option("--batch", is_flag=True, help="Standard input has one prompt a line; they are continued together, and "
               "each gives one line of JSON, in their order.")  # fmt: skip
 @click.option("--threads", type=int, help="CPU threads. Default: what this process may use.")
