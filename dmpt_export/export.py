@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ def export_onnx(
         (temporary / "README.md").write_text(readme(manifest), encoding="utf-8")
         write_manifest(manifest, temporary)
         del model, weights  # checking needs the memory
+        gc.collect()  # nodes and values of the graph refer to each other
         if verify:
             from dmpt_export.verify import check_export
 
