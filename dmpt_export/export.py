@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from dmpt_export.graph.assemble import build
+from dmpt_export.graph.assemble import OPSET, OPSETS, build
 from dmpt_export.kv_cache import FLOAT, INT8, KINDS, calibrate
 from dmpt_export.manifest import ACTIVATIONS, MODEL_FILE, describe, write_manifest
 from quant.checkpoint import load_weights
@@ -31,6 +32,8 @@ def export_onnx(
     verify: bool = True,
     kv_cache: str = FLOAT,
     calibration: np.ndarray | None = None,
+    opset: int = OPSET,
+    atol: float | None = None,
 ) -> dict[str, Any]:
     """Write the ONNX folder of a checkpoint and return its manifest.
 
@@ -43,6 +46,8 @@ def export_onnx(
         kv_cache: "float" (the type of the activations), or "int8" (cpu): a quarter of the memory, and faster at
             long contexts, for a small loss.
         calibration: token ids of typical text to scale an int8 cache by; random ids where there are none.
+        opset: version of the standard operators.
+        atol: largest difference of a log-prob from torch's with float kernels, instead of the tolerance table's.
 
     Raises InputError (3) for an unusable source or option, ValidationError (4) when the exported model differs
     from the checkpoint beyond `dmpt_export.tolerances`; nothing is left behind then.
@@ -61,18 +66,24 @@ def export_onnx(
         raise InputError(f"unknown kv_cache '{kv_cache}': choose one of {', '.join(KINDS)}")
     if target == "cuda" and kv_cache == INT8:
         raise InputError("an int8 KV cache is for --target cpu: leave --kv-cache out")
+    if opset not in OPSETS:
+        raise InputError(f"opset {opset} cannot be used: give {OPSETS[0]} to {OPSETS[-1]}")
+    if atol is not None and (target == "cuda" or not verify):
+        raise InputError("atol is for the check of fp32 activations: leave it out for cuda or without a check")
     scales = calibrate(folder, config, calibration) if kv_cache == INT8 else None
-    model = build(config, weights, ACTIVATIONS[target], scales)
+    model = build(config, weights, ACTIVATIONS[target], scales, opset)
     with atomic_folder(Path(out), "onnx") as temporary:
         ir.save(model, temporary / MODEL_FILE, external_data=DATA_FILE, size_threshold_bytes=EXTERNAL_THRESHOLD)
         copy_tokenizer(folder, temporary)
-        manifest = describe(config, weights, target, folder, kv_cache)
+        manifest = describe(config, weights, target, folder, kv_cache, opset)
         (temporary / "README.md").write_text(readme(manifest), encoding="utf-8")
         write_manifest(manifest, temporary)
+        del model, weights  # checking needs the memory
+        gc.collect()  # nodes and values of the graph refer to each other
         if verify:
             from dmpt_export.verify import check_export
 
-            manifest["parity"] = check_export(temporary, manifest, folder, config)
+            manifest["parity"] = check_export(temporary, manifest, folder, config, atol)
             write_manifest(manifest, temporary)
     return manifest
 

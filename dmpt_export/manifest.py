@@ -24,7 +24,9 @@ MODEL_FILE = "model.onnx"
 ACTIVATIONS = {"cpu": ir.DataType.FLOAT, "cuda": ir.DataType.FLOAT16}  # by target
 
 
-def describe(config: DMPTConfig, weights: Weights, target: str, folder: Path, kv_cache: str = FLOAT) -> dict[str, Any]:
+def describe(
+    config: DMPTConfig, weights: Weights, target: str, folder: Path, kv_cache: str = FLOAT, opset: int = OPSET
+) -> dict[str, Any]:
     """Everything a runtime needs to drive the graph, and where it came from."""
     dtype = ACTIVATIONS[target]
     cache = ir.DataType.INT8 if kv_cache == INT8 else dtype
@@ -35,7 +37,7 @@ def describe(config: DMPTConfig, weights: Weights, target: str, folder: Path, kv
         "format_version": FORMAT_VERSION,
         "model": MODEL_FILE,
         "target": target,
-        "opset": OPSET,
+        "opset": opset,
         "activation_dtype": dtype.numpy().name,
         "cache_dtype": cache.numpy().name,
         "config": {

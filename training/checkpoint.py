@@ -152,7 +152,7 @@ def load_model(source: Source) -> DMPTForCausalLM:
 def model_from_tensors(config: DMPTConfig, tensors: Mapping[str, Tensor]) -> DMPTForCausalLM:
     """A model around given tensors (not copied), in eval mode. Raises InputError when they do not fit `config`."""
     check_tensors(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, "the model")
-    model = _skeleton(config)
+    model = empty_model(config)
     given = dict(tensors)
     if config.tie_word_embeddings:
         given[TIED_HEAD] = given["transformer.wte.weight"]
@@ -163,14 +163,15 @@ def model_from_tensors(config: DMPTConfig, tensors: Mapping[str, Tensor]) -> DMP
 
 def expected_shapes(config: DMPTConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor a checkpoint of `config` holds, with its shape, in the model's order."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in _skeleton(config).state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in empty_model(config).state_dict().items()}
     if config.tie_word_embeddings:
         shapes.pop(TIED_HEAD)
     return shapes
 
 
-def _skeleton(config: DMPTConfig) -> DMPTForCausalLM:
-    with torch.device("meta"):  # no memory, whatever sizes config claims
+def empty_model(config: DMPTConfig) -> DMPTForCausalLM:
+    """A model whose tensors have shapes but no memory, whatever sizes `config` claims."""
+    with torch.device("meta"):
         return DMPTForCausalLM(config)
 
 

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
               "long contexts, for a small loss (cpu only).")  # fmt: skip
 @click.option("--calibrate", metavar="FILE", help="Text like that which will be read, to scale an int8 KV cache by. "
               "Default: random tokens.")  # fmt: skip
+@click.option("--opset", type=click.IntRange(20, 24), default=21, show_default=True,
+              help="Version of the standard operators.")  # fmt: skip
+@click.option("--atol", type=click.FloatRange(min=0, min_open=True), help="Largest difference of a log-prob from "
+              "torch's, with float kernels (cpu only). Default: 1e-4.")  # fmt: skip
 @click.option("--no-verify", is_flag=True, help="Publish without running the model against torch.")
 def command(
     checkpoint: str,
@@ -35,6 +39,8 @@ def command(
     head_topk: int | None,
     kv_cache: str,
     calibrate: str | None,
+    opset: int,
+    atol: float | None,
     no_verify: bool,
 ) -> None:
     """Export CHECKPOINT to the folder OUT: one graph for prefill, decoding and scoring.
@@ -55,11 +61,13 @@ def command(
     """
     if calibrate and kv_cache == "float":
         raise click.UsageError("--calibrate is for --kv-cache int8")
+    if atol is not None and (no_verify or target == "cuda"):
+        raise click.UsageError("--atol is for the check of --target cpu: leave out --no-verify or --atol")
     require("train", "cpu")
     from dmpt_export.export import export_onnx
 
     ids = calibration_ids(checkpoint, calibrate) if calibrate else None
-    manifest = export_onnx(checkpoint, out, target, fast_k, head_topk, not no_verify, kv_cache, ids)
+    manifest = export_onnx(checkpoint, out, target, fast_k, head_topk, not no_verify, kv_cache, ids, opset, atol)
     click.echo(report(manifest, out), err=True)
 
 

@@ -14,8 +14,8 @@ from dmpt_export.graph.linear import Weights
 from dmpt_export.graph.routing import Router, Tail, cache_specs
 from training.config import ROOT, DMPTConfig
 
+OPSETS = range(20, 25)  # ReduceMax of bool and Gelu came with 20; tested up to 24
 OPSET = 21
-IR_VERSION = 10
 INT64, INT32, INT8 = ir.DataType.INT64, ir.DataType.INT32, ir.DataType.INT8
 BOOL, FLOAT = ir.DataType.BOOL, ir.DataType.FLOAT
 
@@ -52,7 +52,11 @@ def output_specs(config: DMPTConfig, dtype: ir.DataType, cache: ir.DataType) -> 
 
 
 def build(
-    config: DMPTConfig, weights: Weights, dtype: ir.DataType = FLOAT, scales: Mapping[str, np.ndarray] | None = None
+    config: DMPTConfig,
+    weights: Weights,
+    dtype: ir.DataType = FLOAT,
+    scales: Mapping[str, np.ndarray] | None = None,
+    opset: int = OPSET,
 ) -> ir.Model:
     """The graph of one model.
 
@@ -96,10 +100,10 @@ def build(
         outputs,
         nodes=b.nodes,
         initializers=list(b.initializers.values()),
-        opset_imports={"": OPSET, MSFT: 1},
+        opset_imports={"": opset, MSFT: 1},
         name="dmpt",
     )
-    return ir.Model(graph, ir_version=IR_VERSION, producer_name="dmpt-export")
+    return ir.Model(graph, ir_version=10 if opset < 23 else 11, producer_name="dmpt-export")
 
 
 def _single_leaf(
