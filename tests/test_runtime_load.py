@@ -119,10 +119,11 @@ def test_data_out_of_range_is_refused(key: str, value: str, folder: Path) -> Non
 def test_a_graph_that_is_not_the_manifests_is_refused(folder: Path) -> None:
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     model.graph.input.append(onnx.helper.make_tensor_value_info("extra", onnx.TensorProto.FLOAT, [1]))
-    next(o for o in model.graph.output if o.name == "log_probs").type.tensor_type.shape.dim[2].dim_value = 299
+    past = next(i for i in model.graph.input if i.name.startswith("past."))
+    past.type.tensor_type.shape.dim[1].dim_value = 299
     publish(folder, model)
     message = refusal(folder)
-    assert "extra is not in the manifest" in message and "log_probs is float32" in message
+    assert "extra is not in the manifest" in message and f"{past.name} is float32" in message
 
 
 def test_sizes_in_the_manifest_must_be_the_graphs(folder: Path) -> None:
