@@ -27,9 +27,9 @@ def calibrate(source: Path, config: DMPTConfig, text: np.ndarray | None = None) 
     """
     import torch
 
-    from quant.checkpoint import dequantized_model
+    from quant.lean import lean_model
 
-    model = dequantized_model(source)
+    model = lean_model(source)
     largest: dict[str, torch.Tensor] = {}
 
     def note(name: str, qkv: torch.Tensor) -> None:
