@@ -306,6 +306,11 @@ def test_a_tether_beside_the_fast_k_loss_leaves_it_as_it_is() -> None:
     assert tied.terms["nll"].item() == pytest.approx(plain.terms["nll"].item(), abs=ATOL)
 
 
+def test_what_cannot_be_trained_is_told_with_what_can() -> None:
+    with pytest.raises(InputError, match="unknown --train_path_selection 'gate_soff'.*gate_expected.*left_only"):
+        Objective(random_model([2], 4), only_nll("gate_soff"))
+
+
 def test_a_fast_k_loss_without_candidates_is_refused() -> None:
     with pytest.raises(InputError, match="needs --fast_k"):
         Objective(random_model([2], 4), only_nll("gate_soft", fast_k_loss=True))

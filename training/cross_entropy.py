@@ -37,7 +37,16 @@ def fast_k_gold(h: Tensor, heads: Sequence[Tensor], log_pi: Tensor, labels: Tens
     """
     flat, weights, wanted = h.flatten(0, -2), log_pi.flatten(0, -2), labels.flatten()
     parts = [
-        checkpoint(_fast_k_gold, flat[rows], weights[rows], wanted[rows], k, *heads, use_reentrant=False)
+        checkpoint(
+            _fast_k_gold,
+            flat[rows],
+            weights[rows],
+            wanted[rows],
+            k,
+            *heads,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
         for rows in _slices(flat)
     ]
     return torch.cat(parts).view(labels.shape)

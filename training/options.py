@@ -63,7 +63,9 @@ class TrainOptions:
     log_every: int = opt(100, "a line in metrics.jsonl")
     eval_every: int = opt(1000, "perplexity on the held-out text, and the best model so far is kept")
     save_every: int = opt(5000, "OUT/last is written, from which --resume continues")
-    eval_path_selection: str = opt("gate_hard", "as --train_path_selection; gate_hard is what is deployed")
+    eval_path_selection: str = opt(
+        "gate_hard", "gate_hard (what is deployed), gate_soft, max_prob, random, left_only, right_only, NODE_only"
+    )
     eval_length: int = opt(0, "tokens per evaluation window; 0: the model's context")
     eval_stride: int = opt(0, "tokens by which the windows advance; 0: half a window")
     eval_max_tokens: int = opt(0, "held-out tokens used, from the start; 0: all")
