@@ -56,7 +56,7 @@ def cli() -> None:
       dmpt-export demo
     Or step by step, from a GPT-2 folder or hub id:
       dmpt-export init gpt2 dmpt --splits 6 --heads 8 --fast-k 256
-      dmpt-export train dmpt tuned --data text.txt
+      dmpt-export train dmpt tuned --recipe deployed --data text.txt
       dmpt-export quantize tuned small --scheme int8
       dmpt-export onnx small device
       dmpt-export run device "Once upon a time"

@@ -307,7 +307,7 @@ def test_a_tether_beside_the_fast_k_loss_leaves_it_as_it_is() -> None:
 
 
 def test_what_cannot_be_trained_is_told_with_what_can() -> None:
-    with pytest.raises(InputError, match="unknown --train_path_selection 'gate_soff'.*gate_expected.*left_only"):
+    with pytest.raises(InputError, match=r"unknown --train_path_selection 'gate_soff'.*gate_expected.*left_only"):
         Objective(random_model([2], 4), only_nll("gate_soff"))
 
 
