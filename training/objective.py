@@ -28,7 +28,10 @@ def trained_leaves(model: DMPTForCausalLM, options: TrainOptions) -> list[str] |
         return None
     if mode == RANDOM:
         raise InputError("--train_path_selection random: random routing is a control for evaluation alone")
-    leaves = model.leaves_of_mode(mode)
+    try:
+        leaves = model.leaves_of_mode(mode)
+    except InputError as error:
+        raise InputError(f"{error}, {GATE_EXPECTED}") from error
     if leaves and len(leaves) > 1:
         names = ", ".join(f"{leaf}_only" for leaf in leaves)
         raise InputError(f"--train_path_selection {mode} has several leaves: {names}")
