@@ -37,6 +37,7 @@ class Worker:
                 text=True,
                 encoding="utf-8",
                 env={**os.environ, "PYTHONPATH": path},
+                start_new_session=True,  # Ctrl-C is for this process alone, which ends the worker without a traceback
             )
         except OSError as error:
             raise WorkerFailed(f"{name}: {python} cannot be started ({error.strerror})", 3) from error

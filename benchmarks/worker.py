@@ -135,10 +135,7 @@ def serve(requests: TextIO, replies: TextIO) -> None:
 def main() -> None:
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints must not end up between the replies
-    try:
-        serve(sys.stdin, replies)
-    except KeyboardInterrupt:
-        sys.exit(130)  # the parent got the same signal and reports it
+    serve(sys.stdin, replies)
 
 
 if __name__ == "__main__":

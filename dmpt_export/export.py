@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ def export_onnx(
         raise InputError(f"opset {opset} cannot be used: give {OPSETS[0]} to {OPSETS[-1]}")
     if atol is not None and (target == "cuda" or not verify):
         raise InputError("atol is for the check of fp32 activations: leave it out for cuda or without a check")
+    if atol is not None and not 0 < atol < math.inf:
+        raise InputError(f"atol {atol} must be a number above 0")
     scales = calibrate(folder, config, calibration) if kv_cache == INT8 else None
     model = build(config, weights, ACTIVATIONS[target], scales, opset)
     with atomic_folder(Path(out), "onnx") as temporary:

@@ -54,11 +54,21 @@ class Rows:
         if self.batch is not None:
             self.batch.reorder(beam_idx.cpu().numpy())
 
+    def crop(self, length: int) -> None:
+        """Forget all but the first `length` tokens, as lookup decoding asks; it has one row."""
+        assert self.single is not None
+        self.single.rewind(self.single.length - (self.length - length))
+        self.length = length
+
     def feed(self, rows: list[NDArray[np.int64]], last: int) -> Float32s:
         """Append tokens to every row: log-probs [B, last, V] of its last positions.
 
-        Raises RequestError when a row's context is full, InputError when a row has fewer than `last` tokens.
+        Raises RequestError when a row's context is full, InputError when a row has fewer than `last` tokens or for
+        another number of rows.
         """
+        held = 1 if self.batch is None else len(self.batch)
+        if len(rows) != held:
+            raise InputError(f"past_key_values holds {held} rows, input_ids has {len(rows)}")
         if min(map(len, rows)) < last:
             raise InputError(f"logits of {last} tokens are asked for, but some of these are padding")
         if self.single is not None:
@@ -127,10 +137,15 @@ class DMPTOnnxForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         """Log-probs as logits: input_ids (B, S), attention_mask (B, past + S) with 0 at left padding -> (B, N, V).
 
         N is logits_to_keep, or S for 0; rows of padding say nothing (all tokens alike). Raises InputError for padding
-        that is not on the left, RequestError for tokens that the model does not have or has no room for.
+        that is not on the left and shapes that do not fit, RequestError for tokens that the model does not have or has
+        no room for.
         """
         rows = unpadded(input_ids, attention_mask)
-        last = logits_to_keep or input_ids.shape[1]
+        if not (past_key_values is None or isinstance(past_key_values, Rows)):
+            raise InputError("past_key_values must come from this model: leave it out, the model makes its own")
+        if type(logits_to_keep) is not int or logits_to_keep < 0:
+            raise InputError(f"logits_to_keep {logits_to_keep!r} must be a whole number, 0 for all")
+        last = min(logits_to_keep or input_ids.shape[1], input_ids.shape[1])
         if past_key_values is None and use_cache:
             past_key_values = Rows(self.runtime, len(rows))
             kept = past_key_values.feed(rows, 1)
@@ -160,7 +175,7 @@ class DMPTOnnxForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         use_cache: bool | None = True,
         **_: object,
     ) -> dict[str, Any]:
-        seen = 0 if past_key_values is None else past_key_values.length
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         inputs = {"input_ids": input_ids[:, seen:], "past_key_values": past_key_values, "use_cache": use_cache}
         return inputs | {"attention_mask": attention_mask, "logits_to_keep": 1}
 
@@ -180,9 +195,16 @@ class DMPTOnnxForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
 def unpadded(input_ids: Tensor, attention_mask: Tensor | None) -> list[NDArray[np.int64]]:
     """Each row's own new tokens: (B, S), mask (B, past + S) -> B arrays. Raises InputError unless padding is left."""
+    if input_ids.ndim != 2 or 0 in input_ids.shape:
+        raise InputError(f"input_ids {list(input_ids.shape)} must be rows of one token or more")
     ids = input_ids.cpu().numpy()
     if attention_mask is None:
         return list(ids)
+    if attention_mask.ndim != 2 or len(attention_mask) != len(ids) or attention_mask.shape[1] < ids.shape[1]:
+        raise InputError(
+            f"attention_mask {list(attention_mask.shape)} does not fit input_ids {list(input_ids.shape)}: "
+            "give a row of 0 and 1 for each row"
+        )
     real = attention_mask[:, -ids.shape[1] :].cpu().numpy() != 0
     if not (real[:, -1].all() and (np.diff(real.astype(np.int8), axis=1) >= 0).all()):
         raise InputError("attention_mask has zeros that are not on the left: set tokenizer.padding_side = 'left'")

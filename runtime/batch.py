@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from runtime.cache import Caches, roomier
 from runtime.errors import RequestError
 from runtime.request import check_count, check_ids
+from runtime.sampling import is_whole
 from runtime.sequence import Sequence
 from runtime.session import Engine
 
@@ -125,7 +126,10 @@ class Batch:
         Beams that stay where they are cost nothing, others a copy of their keys and values. Raises RequestError for
         an index that is empty or names no row.
         """
-        order = np.asarray(index)
+        try:
+            order = np.asarray(index)
+        except ValueError:  # ragged lists
+            order = np.empty(0)
         if order.ndim != 1 or order.dtype.kind not in "iu" or not len(order):
             raise RequestError("the new order of rows must be one flat list of row numbers")
         if order.min() < 0 or order.max() >= len(self):
@@ -135,7 +139,9 @@ class Batch:
         self.bound = False
 
     def forget(self, row: int) -> None:
-        """Empty one row, for another text."""
+        """Empty one row, for another text. Raises RequestError for a row that is not there."""
+        if not (is_whole(row) and 0 <= row < len(self)):
+            raise RequestError(f"there is no row {row!r}: rows are 0 to {len(self) - 1}")
         self.lengths[row] = 0
 
     # --- memory and binding -------------------------------------------------------------------

@@ -7,6 +7,7 @@ model hands out log-probabilities (never above 0) and not logits, the repetition
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -68,7 +69,8 @@ def is_whole(value: object) -> bool:
 
 
 def is_number(value: object) -> bool:
-    return (is_whole(value) or isinstance(value, (float, np.floating))) and math.isfinite(value)  # type: ignore[arg-type]
+    number = is_whole(value) or isinstance(value, (float, np.floating))
+    return number and abs(value) <= sys.float_info.max  # type: ignore[arg-type]  # math.isfinite() refuses huge ints
 
 
 class Sampler:

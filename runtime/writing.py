@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -42,6 +43,8 @@ class Limits:
     speculate: int = 0  # tokens to guess from the text so far (runtime.lookup); greedy choice only
 
     def __post_init__(self) -> None:
+        many = isinstance(self.stop, Iterable) and not isinstance(self.stop, str)
+        object.__setattr__(self, "stop", tuple(self.stop) if many else (self.stop,))
         check_count("max_new_tokens", self.max_new_tokens)
         if not all(isinstance(text, str) and text for text in self.stops):
             raise RequestError("a stop string must be a text that is not empty")
@@ -52,7 +55,7 @@ class Limits:
 
     @property
     def stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else list(self.stop)
+        return list(self.stop)
 
 
 class Writing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -217,3 +218,18 @@ def test_an_interpreter_that_is_not_there_is_one_line() -> None:
     with pytest.raises(WorkerFailed, match="A: /no/python cannot be started") as failed, worker("A", "/no/python"):
         pass
     assert failed.value.exit_code == 3
+
+
+def test_ctrl_c_reaches_the_parent_of_a_worker_alone() -> None:
+    """A worker that is importing would answer it with a traceback."""
+    code = (
+        "import os, signal\n"
+        "from benchmarks.processes import Worker\n"
+        "worker = Worker('model')\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "os.killpg(0, signal.SIGINT)\n"
+        "worker.close()\n"
+        "print(worker.process.returncode)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, start_new_session=True)
+    assert (done.stdout, done.stderr) == ("0\n", "")

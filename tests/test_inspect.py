@@ -140,6 +140,7 @@ def test_bad_input_is_one_line_and_code_3(
     for arguments, said in (
         ([str(broken)], "no ONNX model"),
         ([folders["onnx"], "--data", str(tmp_path / "gone.txt")], "gone.txt"),
+        ([folders["onnx"], "--data", ""], "data file"),
         ([str(tmp_path / "gone")], "gone"),
     ):
         assert main(["inspect", *arguments]) == 3

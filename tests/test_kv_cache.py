@@ -135,6 +135,7 @@ def test_the_command_calibrates_on_a_text(tiny_dmpt: Path, sample_text: str, tmp
     (tmp_path / "empty").write_text("\n")
     options = ["onnx", str(tiny_dmpt), str(tmp_path / "onnx"), "--kv-cache", "int8"]
     assert main([*options, "--calibrate", str(tmp_path / "empty")]) == 3
+    assert main([*options, "--calibrate", ""]) == 3
     assert main([*options[:3], "--calibrate", str(tmp_path / "text")]) == 2
     assert main([*options, "--calibrate", str(tmp_path / "text")]) == 0
     with runtime.load(tmp_path / "onnx", threads=1) as model:

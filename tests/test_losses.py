@@ -316,6 +316,18 @@ def test_a_fast_k_loss_without_candidates_is_refused() -> None:
         Objective(random_model([2], 4), only_nll("gate_soft", fast_k_loss=True))
 
 
+def test_an_unknown_path_selection_names_all_there_are() -> None:
+    with pytest.raises(InputError, match=r"'gate_expect'.*gate_soft.*gate_expected"):
+        Objective(random_model([2], 4), only_nll("gate_expect"))
+
+
+@pytest.mark.parametrize("name", ["lr", "lb_coef", "gate_temp"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_options_that_are_no_numbers_are_refused(name: str, value: float) -> None:
+    with pytest.raises(InputError, match=f"--{name} {value} must be a number"):
+        TrainOptions(**{name: value}).check()
+
+
 def test_gate_hard_with_and_without_scoring_every_leaf_is_the_same() -> None:
     model, sparse, full = random_model([1, 2], 8), {}, {}
     ids = some_ids(model)

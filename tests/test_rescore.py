@@ -100,6 +100,9 @@ def test_atol_replaces_the_tables_limit(tmp_path: Path) -> None:
     assert export_onnx(source, tmp_path / "onnx", atol=1e-3)["parity"]["tolerance"]["max_abs"] == 1e-3
     with pytest.raises(ValidationError, match="allowed 1e-12"):
         export_onnx(source, tmp_path / "other", atol=1e-12)
+    for nothing in (float("nan"), float("inf"), 0.0):
+        with pytest.raises(InputError, match=f"atol {nothing} must be"):
+            export_onnx(source, tmp_path / "other", atol=nothing)
     with pytest.raises(InputError, match="opset 19"):
         export_onnx(source, tmp_path / "other", opset=19)
     assert not (tmp_path / "other").exists()

@@ -149,6 +149,10 @@ def test_rows_that_stay_are_not_copied(models: Any) -> None:
         (lambda model: model.batch(2).reorder([-1]), "row -1 of 2"),
         (lambda model: model.batch(2).reorder([]), "flat list of row numbers"),
         (lambda model: model.batch(2).reorder([[0]]), "flat list of row numbers"),
+        (lambda model: model.batch(2).reorder([[0], [0, 1]]), "flat list of row numbers"),
+        (lambda model: model.batch(2).forget(2), "no row 2"),
+        (lambda model: model.batch(2).forget(-1), "no row -1"),
+        (lambda model: model.batch(2).forget("a"), "no row 'a'"),
     ],
 )
 def test_bad_requests(call: Any, message: str, models: Any) -> None:

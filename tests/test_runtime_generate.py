@@ -125,6 +125,7 @@ def test_stop_strings_cut_the_text(model: Model) -> None:
     assert generation.stop_reason == "stop_string"
     assert generation.text == text[: text.index(stop)] == "".join(pieces)
     assert model.generate(PROMPT, max_new_tokens=40, seed=2, stop=stop) == generation.text
+    assert model.generate(PROMPT, max_new_tokens=40, seed=2, stop=iter([stop])) == generation.text
     assert model.generate(PROMPT, max_new_tokens=40, seed=2, stop="never seen") == text
 
 
@@ -152,6 +153,9 @@ def test_a_generation_is_made_once(model: Model) -> None:
         ("a", {"top_p": 2}, "top_p 2"),
         ("a", {"stop": [""]}, "stop string"),
         ("a", {"stop": [3]}, "stop string"),
+        ("a", {"stop": 3}, "stop string"),
+        ("a", {"stop": None}, "stop string"),
+        ("a", {"temperature": 10**400}, "temperature 10"),
     ],
 )
 def test_bad_requests_are_refused_before_anything_runs(

@@ -143,6 +143,8 @@ def test_json_is_one_object(model: str, capfd: pytest.CaptureFixture[str]) -> No
         (["{model}", "a", "--deterministic", "--threads", "2"], 3, "threads 2 and deterministic exclude each other"),
         (["{model}", "a", "--on-full", "wrap"], 2, "on-full"),
         (["{model}", "a", "--batch"], 2, "leave PROMPT out"),
+        (["{model}", "--batch", "--json"], 2, "leave --json and -v out"),
+        (["{model}", "--batch", "-v"], 2, "leave --json and -v out"),
         (["{model}", "a", "--colour"], 2, "No such option"),
         ([], 2, "Missing argument 'MODEL'"),
     ],

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
 
 from runtime import RequestError
 from tests.models import saved_model
@@ -109,6 +110,20 @@ def test_a_left_padded_batch_is_its_rows_alone(pair: tuple[Any, Any]) -> None:
         assert found[row, IDS.shape[1] :].tolist()[: len(tail)] == tail
 
 
+def test_lookup_decoding_says_what_greedy_says(pair: tuple[Any, Any]) -> None:
+    prompt = torch.cat([IDS[:1], IDS[:1]], dim=1)
+    expected, found = (
+        pair[1].generate(prompt, max_new_tokens=20, do_sample=False, pad_token_id=0, **options)
+        for options in ({}, {"prompt_lookup_num_tokens": 4})
+    )
+    wanted = expected.tolist()[0]
+    assert found.tolist()[0][: len(wanted)] == wanted  # transformers may write a guess more than asked for
+
+
+def test_more_logits_than_tokens_are_those_of_the_tokens(pair: tuple[Any, Any]) -> None:
+    assert pair[1](IDS, logits_to_keep=20).logits.shape == (3, 9, 97)
+
+
 def test_what_cannot_be_done_is_said(pair: tuple[Any, Any], tmp_path: Path) -> None:
     model = pair[1]
     with pytest.raises(InputError, match="not on the left"):
@@ -120,6 +135,22 @@ def test_what_cannot_be_done_is_said(pair: tuple[Any, Any], tmp_path: Path) -> N
     for rows in (1, 2):
         with pytest.raises(RequestError, match="context"):
             model.generate(IDS[:rows], max_new_tokens=64, do_sample=False, pad_token_id=0, eos_token_id=None)
+    with pytest.raises(InputError, match="must come from this model"):
+        model.generate(IDS, past_key_values=DynamicCache(), max_new_tokens=2, pad_token_id=0)
+    for rows, others in ((1, 2), (2, 1), (2, 3)):
+        past = model(IDS[:rows], use_cache=True).past_key_values
+        with pytest.raises(InputError, match=f"holds {rows} rows, input_ids has {others}"):
+            model(IDS[:others, :1], past_key_values=past)
+        assert past.get_seq_length() == IDS.shape[1]
+    for mask in (torch.ones(3, 8), torch.ones(2, 9), torch.ones(4, 9), torch.ones(9), torch.ones(3, 1, 9, 9)):
+        with pytest.raises(InputError, match=r"attention_mask .* does not fit"):
+            model(IDS, attention_mask=mask)
+    for ids in (IDS[0], IDS[:0], IDS[:, :0], IDS[None]):
+        with pytest.raises(InputError, match=r"input_ids .* must be rows"):
+            model(ids)
+    for keep in (-1, torch.tensor([0, 1])):
+        with pytest.raises(InputError, match="logits_to_keep"):
+            model(IDS, logits_to_keep=keep)
     with pytest.raises(InputError, match="copy"):
         model.save_pretrained(tmp_path)
 

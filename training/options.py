@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -82,6 +83,8 @@ class TrainOptions:
         if self.max_length < 1 or (self.max_steps < 1 and self.epochs < 1):
             raise InputError("--max_length and one of --max_steps and --epochs must be above 0")
         for name, value in asdict(self).items():
+            if type(value) is float and not math.isfinite(value):
+                raise InputError(f"--{name} {value} must be a number")
             if type(value) in (int, float) and value < 0:
                 raise InputError(f"--{name} {value} must not be negative")
         choices = {"optimizer": ("adamw", "adamw8bit"), "lr_schedule": ("linear", "cosine", "constant")}

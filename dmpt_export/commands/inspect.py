@@ -29,11 +29,11 @@ def command(model: str, data: str | None, as_json: bool) -> None:
       dmpt-export inspect device --data test.txt
     """
     exported = (Path(model) / "dmpt_manifest.json").is_file()
-    require(*([] if exported else ["train"]), *(["cpu"] if exported and data else []))
+    require(*([] if exported else ["train"]), *(["cpu"] if exported and data is not None else []))
     from dmpt_export.summary import as_text, summarise, usage_lines
 
     summary = summarise(model)
-    used = follow(model, data) if data else None
+    used = follow(model, data) if data is not None else None
     if as_json:
         click.echo(json.dumps({**summary, "usage": used} if used else summary))
     else:

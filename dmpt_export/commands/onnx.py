@@ -59,14 +59,14 @@ def command(
     OUT holds model.onnx, its data file, the tokenizer and dmpt_manifest.json; it can be moved anywhere, and
     running it needs neither torch nor transformers.
     """
-    if calibrate and kv_cache == "float":
+    if calibrate is not None and kv_cache == "float":
         raise click.UsageError("--calibrate is for --kv-cache int8")
     if atol is not None and (no_verify or target == "cuda"):
         raise click.UsageError("--atol is for the check of --target cpu: leave out --no-verify or --atol")
     require("train", "cpu")
     from dmpt_export.export import export_onnx
 
-    ids = calibration_ids(checkpoint, calibrate) if calibrate else None
+    ids = calibration_ids(checkpoint, calibrate) if calibrate is not None else None
     manifest = export_onnx(checkpoint, out, target, fast_k, head_topk, not no_verify, kv_cache, ids, opset, atol)
     click.echo(report(manifest, out), err=True)
 

@@ -65,6 +65,8 @@ def command(model: str, prompt: str | None, as_json: bool, verbose: bool, batch:
     session = {name: options.pop(name) for name in ("threads", "deterministic")}
     if batch and prompt is not None:
         raise click.UsageError("--batch reads its prompts from standard input, one a line: leave PROMPT out")
+    if batch and (as_json or verbose):
+        raise click.UsageError("--batch prints a line of JSON for each prompt, no statistics: leave --json and -v out")
     require(device)
     import runtime
     from runtime.generate import Generations
