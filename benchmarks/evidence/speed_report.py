@@ -109,11 +109,12 @@ def report(speeds: Sequence[Speed], agreed: Mapping[str, Mapping[str, float]], a
     """The targets, then every model, as Markdown."""
     threads = speeds[0].threads
     rates = ", ".join(f"{statistics.median(r) / 1e9:.1f} GB/s on {t}" for t, r in speeds[0].read_bytes_per_s.items())
+    read = f"; memory is read at {rates}" if rates else ""
     found = rows(speeds)
     missed = [row.what for row in found if row.met is False]
     lines = [
         f"## {threads} thread{'s' * (threads > 1)}",
-        f"Medians of {len(speeds[0].tests[0].tokens_per_s)} interleaved rounds; memory is read at {rates}.",
+        f"Medians of {len(speeds[0].tests[0].tokens_per_s)} interleaved rounds{read}.",
         markdown(["what", "must reach", "measured", ""], [row.cells() for row in found], left=2),
         f"Missed: {'; '.join(missed)}." if missed else "Nothing was missed.",
         everything(speeds, agreed),
