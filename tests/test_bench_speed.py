@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks import processes
 from benchmarks.bandwidth import LEAST, MOST, Reader, available_bytes, buffer_bytes
 from benchmarks.cases import Case, cases, fit
 from benchmarks.processes import WorkerFailed, worker
@@ -251,6 +252,13 @@ def test_a_worker_scores_into_a_file_and_says_versions(tmp_path: Path) -> None:
     scores = np.load(tmp_path / "scores.npy", allow_pickle=False)
     assert scores.dtype == np.float32 and scores.argmax(1).tolist() == [4, 5]
     assert found["numpy"] == np.__version__ and found["no-such-package"] is None
+
+
+def test_another_interpreter_needs_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "ROOT", Path("/venv/lib/python3.12/site-packages"))
+    with pytest.raises(WorkerFailed, match="A: peers need a checkout: /venv/") as failed, worker("A", "/other/python"):
+        pass
+    assert failed.value.exit_code == 3
 
 
 def test_an_interpreter_that_is_not_there_is_one_line() -> None:
