@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,15 +10,36 @@ from time import perf_counter
 
 import numpy as np
 
+MEMORY = Path("/proc/meminfo")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 LEAST = 256 << 20  # bytes, where the caches are unknown or small
 MOST = 1 << 30  # bytes: a machine of that much cache has more memory to spare than the test needs
 
 
-def buffer_bytes(caches: Path = CACHES) -> int:
-    """A size that does not fit the last-level cache: a quarter more than it, from 256 MiB to 1 GiB."""
-    sizes = [cache_bytes(file) for file in caches.glob("index*/size")]
-    return min(MOST, max(LEAST, max(sizes, default=0) * 5 // 4))
+def buffer_bytes(caches: Path = CACHES, memory: Path = MEMORY) -> int:
+    """A size that does not fit the last-level cache: a quarter more than it, from 256 MiB to 1 GiB.
+
+    At most a quarter of the memory that is free; raises MemoryError when that would fit the cache.
+    """
+    largest = min(MOST, max((cache_bytes(file) for file in caches.glob("index*/size")), default=0))
+    room = available_bytes(memory) // 4
+    if room <= largest:
+        raise MemoryError(f"a quarter of the free memory, {room >> 20} MiB, is no larger than the caches")
+    return min(MOST, max(LEAST, largest * 5 // 4), room)
+
+
+def available_bytes(memory: Path = MEMORY) -> int:
+    """Memory that can be had without swapping: what Linux estimates, elsewhere the pages that are free, or any."""
+    try:
+        found = re.search(r"^MemAvailable: +(\d+) kB$", memory.read_text(encoding="ascii"), re.MULTILINE)
+    except OSError:
+        found = None
+    if found:
+        return int(found[1]) << 10
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 4 * MOST  # not known: the largest buffer is not held back
 
 
 def cache_bytes(file: Path) -> int:

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.adapters import FACTS
 from benchmarks.processes import Worker, worker
 from benchmarks.speed import Target
-
-FACTS = "facts.json"  # in a converted folder: what the conversion said, and the versions that made it
 
 
 @dataclass(frozen=True)

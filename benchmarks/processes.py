@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]  # where the package benchmarks lies
+INSTALLED = ("site-packages", "dist-packages")  # folders of packages that pip fills
+
 
 class WorkerFailed(RuntimeError):
     """A model could not be measured; `exit_code` is that of the error in its process."""
@@ -25,10 +28,14 @@ class Worker:
     """One process, answering requests."""
 
     def __init__(self, name: str, python: str | None = None) -> None:
-        """python: the interpreter that runs it; None: this one. Raises WorkerFailed (3) when there is none."""
+        """python: the interpreter that runs it; None: this one.
+
+        Raises WorkerFailed (3) when there is none, or another one would find this one's packages beside benchmarks.
+        """
         self.name = name
-        root = str(Path(__file__).resolve().parents[1])
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        if python not in (None, sys.executable) and ROOT.name in INSTALLED:
+            raise WorkerFailed(f"{name}: peers need a checkout: {ROOT} also holds this Python's packages", 3)
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         try:
             self.process = subprocess.Popen(
                 [python or sys.executable, "-m", "benchmarks.worker"],

@@ -7,6 +7,7 @@ prompt, same number of threads, one warm-up round that does not count, medians w
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from benchmarks.bandwidth import buffer_bytes
 from benchmarks.cases import Case, cases
-from benchmarks.processes import Worker, worker
+from benchmarks.processes import Worker, WorkerFailed, worker
 from benchmarks.results import Speed
 from benchmarks.scorer import kind_of, onnx_size
 from runtime.manifest import read_manifest
@@ -79,7 +80,7 @@ def measure(
     threads: None lets each adapter choose (the runtime takes what this process may use).
     text: token ids to take the prompts from; default, and where it is too short: random ids.
     loads: fresh processes whose load time is taken, the one that is measured included.
-    roof: also measure, once a round, how fast memory is read, on one thread and on as many as the first target uses.
+    roof: also measure after each round how fast memory is read, on one thread and on as many as the first target uses.
     Raises WorkerFailed with the exit code of the failing process.
     """
     load_s = [[start_and_stop(t, threads, device) for _ in range(loads - 1)] for t in targets]
@@ -110,12 +111,18 @@ class Roof:
     """Reads of memory between the rounds, in a process of their own."""
 
     def __init__(self, memory: Worker, threads: Sequence[int]) -> None:
-        self.memory, self.size = memory, buffer_bytes()
+        self.memory, self.size = memory, 0
         self.seen: dict[int, list[float]] = {t: [] for t in threads}  # threads -> bytes/s of each round
 
     def read(self) -> None:
-        for threads, rates in self.seen.items():
-            rates.append(self.memory.ask(do="read", size=self.size, threads=threads)["bytes_per_s"])
+        """Where memory is too short nothing is seen from then on, and a line on standard error says so."""
+        try:
+            for threads, rates in self.seen.items():
+                self.size = self.size or buffer_bytes()
+                rates.append(self.memory.ask(do="read", size=self.size, threads=threads)["bytes_per_s"])
+        except (MemoryError, WorkerFailed) as error:
+            tqdm.write(f"the roof is not measured: {error}", file=sys.stderr)
+            self.seen = {}
 
 
 def play(
@@ -125,14 +132,16 @@ def play(
     turns: list[dict[Case, list[dict[str, Any]]]] = [{case: [] for case in tests} for _ in workers]
     with tqdm(total=(1 + repetitions) * len(workers) * len(tests), desc="bench", unit="turn", disable=None) as bar:
         for number in range(1 + repetitions):
-            if memory is not None and number:
-                memory.read()
+            if memory is not None and number > 1:
+                turn(workers[-1], tests[-1], ids)  # not timed: the caches hold what they do before any other turn
             for case in tests:
                 for mine, w in zip(turns, workers, strict=True):
                     bar.set_postfix_str(f"{w.name} {case.name}", refresh=True)
                     time.sleep(SETTLE_S if len(workers) > 1 else 0)
                     mine[case].append(turn(w, case, ids))
                     bar.update()
+            if memory is not None and number:
+                memory.read()
     return [{case: replies[1:] for case, replies in mine.items()} for mine in turns]
 
 

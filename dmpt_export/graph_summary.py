@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -47,12 +48,27 @@ def float_tensors(graph: onnx.GraphProto, quantized: Iterable[str]) -> dict[str,
     from onnx.helper import tensor_dtype_to_np_dtype
 
     packed = set(quantized)
-    out = {}
+    out: dict[str, dict[str, Any]] = {}
     for tensor in graph.initializer:
-        # A quantized tensor's parts are <its name>.packed, .scales ...; the exporter's own constants are const.*
-        if tensor.name.startswith("const.") or any(tensor.name.startswith(f"{name}.") for name in packed):
-            continue
-        dtype = tensor_dtype_to_np_dtype(tensor.data_type)
-        size = int(np.prod(list(tensor.dims))) * dtype.itemsize
-        out[tensor.name] = {"scheme": dtype.name, "bits": 8 * dtype.itemsize, "block": None, "bytes": size}
+        names = stored_names(tensor.name)
+        if names and packed.isdisjoint(names):
+            dtype = tensor_dtype_to_np_dtype(tensor.data_type)
+            size = int(np.prod(list(tensor.dims))) * dtype.itemsize // len(names)
+            stored = {"scheme": dtype.name, "bits": 8 * dtype.itemsize, "block": None, "bytes": size}
+            out |= {name: dict(stored) for name in names}
     return out
+
+
+def stored_names(initializer: str) -> list[str]:
+    """The checkpoint's tensors that an initializer holds, each an equal share; [] for what only the export has.
+
+    A quantized tensor's parts are <its name>.packed, .scales ...; heads.1_2.weight holds two heads (graph.rescore).
+
+    >>> stored_names("heads.1_2.weight.scales"), stored_names("const.ones.4")
+    (['heads.1.weight', 'heads.2.weight'], [])
+    """
+    if initializer.startswith("const.") or initializer.endswith((".attn.k_scale", ".attn.v_scale")):
+        return []  # the exporter's own constants, and the scales of an int8 cache
+    name = re.sub(r"(\.weight)\..*", r"\1", initializer)
+    heads = re.fullmatch(r"heads\.([\d_]+)\.weight", name)
+    return [f"heads.{j}.weight" for j in heads[1].split("_")] if heads else [name]

@@ -105,12 +105,19 @@ class DMPTOnnxForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | PathLike[str], device: str = "cpu", threads: int | None = None, *, verify: bool = True
+        cls,
+        folder: str | PathLike[str],
+        device: str = "cpu",
+        threads: int | None = None,
+        *,
+        verify: bool = True,
+        deterministic: bool = False,
     ) -> DMPTOnnxForCausalLM:
         """Open a folder made by `dmpt-export onnx`; arguments and errors are those of `runtime.load`."""
         import runtime
 
-        return cls(runtime.load(folder, device=device, threads=threads, verify=verify))
+        loaded = runtime.load(folder, device=device, threads=threads, verify=verify, deterministic=deterministic)
+        return cls(loaded)
 
     def save_pretrained(self, save_directory: str | PathLike[str], *_: Any, **__: Any) -> None:
         """Raises InputError: the folder is the model."""
@@ -127,19 +134,21 @@ class DMPTOnnxForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Rows | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
-        **_: object,
+        **others: object,
     ) -> CausalLMOutputWithPast:
         """Log-probs as logits: input_ids (B, S), attention_mask (B, past + S) with 0 at left padding -> (B, N, V).
 
         N is logits_to_keep, or S for 0; rows of padding say nothing (all tokens alike). Raises InputError for padding
-        that is not on the left and shapes that do not fit, RequestError for tokens that the model does not have or has
-        no room for.
+        that is not on the left, shapes that do not fit, labels and inputs_embeds, RequestError for tokens that the model
+        does not have or has no room for. What else Transformers' models take changes nothing.
         """
+        if input_ids is None or any(others.get(name) is not None for name in ("labels", "inputs_embeds")):
+            raise InputError("an exported model takes input_ids, neither labels nor inputs_embeds")
         rows = unpadded(input_ids, attention_mask)
         if not (past_key_values is None or isinstance(past_key_values, Rows)):
             raise InputError("past_key_values must come from this model: leave it out, the model makes its own")
@@ -211,5 +220,6 @@ def unpadded(input_ids: Tensor, attention_mask: Tensor | None) -> list[NDArray[n
     return [row[mask] for row, mask in zip(ids, real, strict=True)]
 
 
+# So that pipelines know the class: they complain about a model that is not among those of their task.
 AutoConfig.register(DMPTOnnxConfig.model_type, DMPTOnnxConfig, exist_ok=True)
 AutoModelForCausalLM.register(DMPTOnnxConfig, DMPTOnnxForCausalLM, exist_ok=True)

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from benchmarks.adapters import FACTS
+
 
 class FakeScorer:
     """Scores by `rule(ids) -> log-probs [S, V]`; keeps what it was asked."""
@@ -52,7 +54,7 @@ class FakeAdapter:
     """Behaves as its path says, a JSON object: {"prefill": s, "decode": s, "log": file, ...}."""
 
     def __init__(self, path: str, threads: int | None) -> None:
-        facts = Path(path, "facts.json") if path[0] != "{" else None  # what convert() said
+        facts = Path(path, FACTS) if path[0] != "{" else None  # what convert() said
         self.told: dict[str, Any] = json.loads(facts.read_text() if facts else path)
         self.context, self.vocab_size = self.told.get("context", 1024), self.told.get("vocab", 50)
         self.threads = threads or 2

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.bandwidth import LEAST, MOST, Reader, buffer_bytes
+from benchmarks import processes
+from benchmarks.bandwidth import LEAST, MOST, Reader, available_bytes, buffer_bytes
 from benchmarks.cases import Case, cases, fit
 from benchmarks.processes import WorkerFailed, worker
 from benchmarks.results import Speed, Timings, ratio
 from benchmarks.speed import Target, measure, prompt_ids, target
+from dmpt_export.commands.bench import as_text
 from training.errors import InputError
 
 FAKE = "tests.bench_fakes"
@@ -163,7 +165,7 @@ def speed(decode: list[float], **fields: Any) -> Speed:
 
 
 def test_ratios_are_taken_round_by_round() -> None:
-    # the machine was three times as slow in the last two rounds: medians would say 1 / 10
+    # ratios 2, 2 and 0.2 by round: the medians, 6 and 10, would say 0.6
     mine, its = speed([2, 20, 6]), speed([1, 10, 30])
     assert ratio(mine, its, Case("tg", 64, 128)) == 2
     assert mine.to_json(its)["tests"][1]["ratio"] == 2
@@ -179,20 +181,59 @@ def test_the_share_of_the_roof() -> None:
 
 
 def test_memory_is_read_once_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.speed.buffer_bytes", lambda: 1 << 20)
+    monkeypatch.setattr("benchmarks.speed.buffer_bytes", lambda: 1 << 24)
     (found,) = measure([fake("A")], prompt=2, gen=2, repetitions=3, threads=2, roof=True)
     assert {threads: len(rates) for threads, rates in found.read_bytes_per_s.items()} == {1: 3, 2: 3}
     assert min(map(min, found.read_bytes_per_s.values())) > 1e8
+
+
+def test_no_timed_turn_follows_a_read_of_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+
+    def read(_: object) -> None:
+        with log.open("a") as file:
+            file.write('["memory", "read", 0]\n')
+
+    monkeypatch.setattr("benchmarks.speed.Roof.read", read)
+    measure([fake(name, log=str(log)) for name in "AB"], prompt=2, gen=2, repetitions=2, roof=True)
+    turns = [tuple(json.loads(line)[:2]) for line in log.read_text().splitlines()]
+    one_round = [(name, what) for what in ("prefill", "decode") for name in "AB"]
+    reading = ("memory", "read")
+    # the turn between a read and the next round is not timed
+    assert turns == [*one_round, *one_round, reading, ("B", "decode"), *one_round, reading]
+
+
+@pytest.mark.parametrize("size", [None, 1 << 60])
+def test_without_memory_for_the_roof_the_rest_goes_on(
+    size: int | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_full() -> int:
+        raise MemoryError("too full")
+
+    monkeypatch.setattr("benchmarks.speed.buffer_bytes", too_full if size is None else lambda: size)
+    (found,) = measure([fake("A")], prompt=2, gen=2, repetitions=2, roof=True)
+    assert found.read_bytes_per_s == {} and found.to_json()["tests"][1]["roof_share"] is None
+    assert capsys.readouterr().err.count("the roof is not measured: ") == 1
+    assert "memory is read" not in as_text([found]) and "2 threads" in as_text([found])
 
 
 def test_the_buffer_outgrows_the_last_level_cache(tmp_path: Path) -> None:
     for name, text in {"index0": "48K", "index2": "2048K", "index3": "480M"}.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "size").write_text(f"{text}\n")
-    assert buffer_bytes(tmp_path) == 600 << 20
-    assert buffer_bytes(tmp_path / "nothing") == LEAST
+    memory = tmp_path / "meminfo"
+    memory.write_text("MemTotal:       64000000 kB\nMemAvailable:   32000000 kB\n")
+    assert buffer_bytes(tmp_path, memory) == 600 << 20
+    assert buffer_bytes(tmp_path / "nothing", memory) == LEAST
+    memory.write_text(f"MemAvailable:   {4 * 500 << 10} kB\n")
+    assert buffer_bytes(tmp_path, memory) == 500 << 20
+    memory.write_text(f"MemAvailable:   {4 * 400 << 10} kB\n")
+    with pytest.raises(MemoryError, match="400 MiB, is no larger than the caches"):
+        buffer_bytes(tmp_path, memory)
+    assert available_bytes(tmp_path / "nothing") > 0
+    memory.write_text("MemAvailable:   32000000 kB\n")
     (tmp_path / "index3" / "size").write_text("4G")
-    assert buffer_bytes(tmp_path) == MOST
+    assert buffer_bytes(tmp_path, memory) == MOST
     assert Reader(1 << 20).bytes_per_s(3) > 0
 
 
@@ -212,6 +253,13 @@ def test_a_worker_scores_into_a_file_and_says_versions(tmp_path: Path) -> None:
     scores = np.load(tmp_path / "scores.npy", allow_pickle=False)
     assert scores.dtype == np.float32 and scores.argmax(1).tolist() == [4, 5]
     assert found["numpy"] == np.__version__ and found["no-such-package"] is None
+
+
+def test_another_interpreter_needs_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "ROOT", Path("/venv/lib/python3.12/site-packages"))
+    with pytest.raises(WorkerFailed, match="A: peers need a checkout: /venv/") as failed, worker("A", "/other/python"):
+        pass
+    assert failed.value.exit_code == 3
 
 
 def test_an_interpreter_that_is_not_there_is_one_line() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.evidence import plan, report
+from benchmarks.evidence import plan, report, training
 from benchmarks.evidence.corpus import slices, train_tokenizer
 from benchmarks.evidence.plan import SCALES, VARIANTS
 from tests.models import random_model
@@ -88,6 +88,26 @@ def test_nats_per_byte_and_word_by_hand(tmp_path: Path) -> None:
 def test_training_with_random_routing_is_refused() -> None:
     with pytest.raises(InputError, match="evaluation alone"):
         Objective(random_model([2], 2), TrainOptions(train_path_selection="random"))
+
+
+def test_controls_are_held_against_the_same_seeds() -> None:
+    line = {"variant": "dual", "seed": 0, "mode": "gate_hard", "deployed": True, "perplexity": 10.0}
+    line["route_shares"] = {"left": 0.25, "right": 0.75}
+    control = {**line, "mode": "random", "perplexity": 12.0}
+    found = report._controls([line, {**line, "seed": 1, "perplexity": 30.0}], [control]).splitlines()[-1]
+    assert [cell.strip() for cell in found.strip("|").split("|")] == ["dual", "10.00", "12.00", "25/75"]
+
+
+def test_a_folder_of_another_plan_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(2):
+        training.claim(tmp_path / "new", SCALES["toy"])  # the same again is taken
+    (tmp_path / "old" / "runs").mkdir(parents=True)  # from before plans were kept
+    for folder, scale in (("new", "cpu"), ("old", "toy")):
+        with pytest.raises(SystemExit, match="holds runs of another plan: give another folder"):
+            training.claim(tmp_path / folder, SCALES[scale])
+    monkeypatch.setattr(plan, "TUNE_LR", 1.0)
+    with pytest.raises(SystemExit, match="another plan"):
+        training.claim(tmp_path / "new", SCALES["toy"])
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -19,6 +18,7 @@ from hypothesis import strategies as st
 import dmpt_export.export as export_module
 import runtime
 from dmpt_export.export import export_onnx
+from dmpt_export.graph_summary import stored_names
 from dmpt_export.measure import touched_per_token
 from dmpt_export.tolerances import TOLERANCES
 from quant.checkpoint import dequantized_model, load_weights, save_quantized
@@ -153,13 +153,6 @@ def test_every_tensor_is_a_main_graph_initializer_stored_once(name: str, ifs: in
             assert any(key in names for names in held), f"{key} is not in the graph"
         constants = sum(a.nbytes for key, a in stored.items() if key.startswith("const."))
         assert sum(a.nbytes for a in stored.values()) - constants == sum(w.nbytes for w in weights.values())
-
-
-def stored_names(initializer: str) -> list[str]:
-    """The checkpoint's tensors that an initializer holds: heads.1_2.weight.scales is part of two interleaved heads."""
-    name = re.sub(r"(\.weight)\..*", r"\1", initializer)
-    match = re.fullmatch(r"heads\.([\d_]+)\.weight", name)
-    return [f"heads.{j}.weight" for j in match[1].split("_")] if match else [name]
 
 
 def test_node_names_mirror_tensor_names(tmp_path: Path) -> None:

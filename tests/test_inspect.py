@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,24 @@ import pytest
 from dmpt_export.cli import main
 from dmpt_export.export import export_onnx
 from quant.checkpoint import save_quantized
+from training.config import even_allocation
 
 
 @pytest.fixture(scope="module")
-def folders(tiny_dmpt: Path, tiny_quad: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def folders(
+    tiny_dmpt: Path, tiny_quad: Path, make_dmpt: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
     out = tmp_path_factory.mktemp("inspect")
+    make_dmpt(out / "checkpoint-8", splits=[2], head_allocation=even_allocation(["left", "right"], 8), fast_k=16)
     save_quantized(tiny_dmpt, out / "quantized", scheme="int8")
-    for name, source in {"onnx": tiny_dmpt, "onnx-int8": out / "quantized", "onnx-quad": tiny_quad}.items():
+    save_quantized(out / "checkpoint-8", out / "quantized-8", scheme="int8")
+    sources = {
+        "onnx": tiny_dmpt, "onnx-int8": out / "quantized", "onnx-quad": tiny_quad,
+        "onnx-8": out / "checkpoint-8", "onnx-8-int8": out / "quantized-8",
+    }  # fmt: skip
+    for name, source in sources.items():
         export_onnx(source, out / name, verify=False)
+    export_onnx(tiny_dmpt, out / "onnx-cache", verify=False, kv_cache="int8")
     return {"checkpoint": str(tiny_dmpt), **{path.name: str(path) for path in out.iterdir()}}
 
 
@@ -37,7 +48,9 @@ def inspect(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("name", ["checkpoint", "quantized", "onnx", "onnx-int8", "onnx-quad"])
+@pytest.mark.parametrize(
+    "name", ["checkpoint", "quantized", "onnx", "onnx-int8", "onnx-quad", "onnx-8", "onnx-8-int8", "onnx-cache"]
+)
 def test_tensors_add_up_to_the_parts(name: str, folders: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     found = inspect(capsys, folders[name])
     assert sum(tensor["bytes"] for tensor in found["tensors"].values()) == found["bytes"]
@@ -46,9 +59,13 @@ def test_tensors_add_up_to_the_parts(name: str, folders: dict[str, str], capsys:
 
 
 def test_an_export_stores_what_its_checkpoint_does(folders: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    for checkpoint, onnx in (("checkpoint", "onnx"), ("quantized", "onnx-int8")):
+    pairs = {
+        "onnx": "checkpoint", "onnx-cache": "checkpoint", "onnx-8": "checkpoint-8", "onnx-8-int8": "quantized-8",
+        "onnx-int8": "quantized",
+    }  # fmt: skip
+    for onnx, checkpoint in pairs.items():
         expected, found = (inspect(capsys, folders[name])["tensors"] for name in (checkpoint, onnx))
-        assert found == expected
+        assert found == expected, onnx
     assert found["paths.left.h.2.mlp.c_fc.weight"] == {"scheme": "int8", "bits": 8, "block": 32, "bytes": 4608}
     assert found["gates.root.0.weight"]["scheme"] == "float32"
 

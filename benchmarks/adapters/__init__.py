@@ -1,13 +1,16 @@
 """Runtimes that can be timed, one small module each, with one function `load(path, threads, device) -> Adapter`.
 
 A module that wraps a peer (benchmarks.peers) also has `convert(source, out, scheme) -> facts`, which makes a folder
-that its `load` takes from a Hugging Face GPT-2 folder and says at least how many bytes of weights a token touches,
-{"touched_bytes"}. Both run in a process of their own (benchmarks.worker), perhaps of another Python.
+that its `load` takes from a Hugging Face GPT-2 folder and says at least how large the weights are and how many bytes
+of them a token touches (all but the position embedding), {"size_bytes", "touched_bytes"}; benchmarks.peers keeps that
+in the folder's FACTS. Both run in a process of their own (benchmarks.worker), perhaps of another Python.
 """
 
 from __future__ import annotations
 
 from typing import Any, Protocol
+
+FACTS = "facts.json"  # in a converted folder: what the conversion said, and the versions that made it
 
 
 class Adapter(Protocol):

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.adapters import FACTS
+
 
 class Transformers:
     """A loaded folder; see benchmarks.adapters.Adapter. Steps call forward(), without generate()'s loop."""
@@ -20,7 +22,7 @@ class Transformers:
 
         if threads:
             torch.set_num_threads(threads)
-        source = json.loads((Path(path) / "facts.json").read_text(encoding="utf-8"))["source"]
+        source = json.loads((Path(path) / FACTS).read_text(encoding="utf-8"))["source"]
         self.torch = torch
         self.model = GPT2LMHeadModel.from_pretrained(source).eval()
         self.context, self.vocab_size = self.model.config.n_positions, self.model.config.vocab_size

@@ -26,7 +26,7 @@ class Corpus:
 
 
 def prepare(data: Path, work: Path, sizes: dict[str, int], vocab_size: int) -> Corpus:
-    """Write the slices and the tokenizer into `work`, unless they are there from an earlier call.
+    """Write the slices and the tokenizer into `work`, unless they are there from an earlier call of the same sizes.
 
     sizes: bytes of text of `base`, `tune`, `tune_wiki2` (added to `tune`), `valid` and `test`, each from where
     its source begins (`tune` from where `base` ends); a source that is shorter gives all it has. Raises

@@ -110,7 +110,8 @@ def _controls(deployed: list[dict[str, Any]], lines: list[dict[str, Any]]) -> st
     modes = list(dict.fromkeys(line["mode"] for line in lines))
     rows = []
     for name in dict.fromkeys(line["variant"] for line in lines):
-        hard = [x for x in deployed if x["variant"] == name and x["deployed"]]
+        seeds = {x["seed"] for x in lines if x["variant"] == name}
+        hard = [x for x in deployed if x["variant"] == name and x["deployed"] and x["seed"] in seeds]
         cells = [[x["perplexity"] for x in lines if (x["variant"], x["mode"]) == (name, mode)] for mode in modes]
         shares = {leaf: f"{100 * share:.0f}" for x in hard[:1] for leaf, share in x["route_shares"].items()}
         rows.append([name, spread([x["perplexity"] for x in hard]), *map(spread, cells), "/".join(shares.values())])

@@ -28,6 +28,7 @@ from benchmarks.evidence.speed_report import DEEP, GEN, PROMPT, SHALLOW, report
 from benchmarks.processes import WorkerFailed
 from benchmarks.results import Speed
 from benchmarks.speed import Target, measure, target
+from training.errors import InputError
 
 SCHEMES = {"int8": ("--scheme", "int8"), "int4": ("--scheme", "int4")}  # options of `dmpt-export quantize`
 REFERENCE = "transformers fp32"  # the peer that the others must agree with
@@ -72,12 +73,14 @@ class Workshop:
     def checkpoint(self, model: Model) -> Path:
         """The float model; those of a DMPT are only kept until they are quantized."""
         out = self.work / "float" / model.checkpoint
-        if not (out / "config.json").is_file():
-            shutil.rmtree(out, ignore_errors=True)
+        if not out.is_dir():
+            part = out.with_name(f"{out.name}.part")  # what was stopped half-way is not taken for a whole one
+            shutil.rmtree(part, ignore_errors=True)
             if model.shape is None:
-                models.make_gpt2(out, **self.sizes)
+                models.make_gpt2(part, **self.sizes)
             else:
-                models.make_dmpt(out, model.shape, split=self.sizes.get("n_layer", 12) // 2, **self.sizes)
+                models.make_dmpt(part, model.shape, split=self.sizes.get("n_layer", 12) // 2, **self.sizes)
+            part.rename(out)
         return out
 
     def quantized(self, model: Model, scheme: str) -> Path:
@@ -111,7 +114,7 @@ class Workshop:
         return [found[model.name, scheme] for scheme in schemes for model in MODELS]
 
     def theirs(self, pythons: dict[str, str]) -> tuple[list[Target], list[str]]:
-        """The peers that are there, and for the others the line that says how to get them."""
+        """The peers that are there, and for the others the line that says how to get them, or why it failed."""
         found, absent = [], []
         for name, peer in peers.PEERS.items():
             if lacking := peers.missing(name, pythons.get(name)):
@@ -120,7 +123,10 @@ class Workshop:
             for scheme in peer.schemes:
                 out = self.work / "peers" / f"{name}-{scheme}"
                 say(f"preparing {name} {scheme}")
-                found.append(peers.prepare(name, scheme, self.checkpoint(MODELS[0]), out, pythons.get(name)))
+                try:
+                    found.append(peers.prepare(name, scheme, self.checkpoint(MODELS[0]), out, pythons.get(name)))
+                except WorkerFailed as error:
+                    absent.append(f"{name} {scheme} is not measured: {error}")
         return found, absent
 
 
@@ -175,9 +181,12 @@ def main(arguments: list[str] | None = None, sizes: dict[str, Any] | None = None
     options = parse(arguments)
     try:
         text = run(options, sizes or {})
-    except WorkerFailed as error:
+    except (WorkerFailed, InputError) as error:
         say(f"Error: {error}")
         sys.exit(error.exit_code)
+    except subprocess.CalledProcessError as error:
+        say(f"Error: dmpt-export {error.cmd[3]} failed: see what it said above")
+        sys.exit(error.returncode if error.returncode > 0 else 5)  # below 0: killed, probably out of memory
     (options.work / "speed.md").write_text(text, encoding="utf-8")
     sys.stdout.write(text)
 

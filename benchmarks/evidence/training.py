@@ -5,8 +5,9 @@
 
 DATA holds enwiki/train.txt.xz and wikitext/{wiki2.train.unk.txt.xz,wiki.valid.raw,wiki.test.raw}. Every finished
 training and measurement is a line of WORK/results.jsonl and is skipped when the command is given again, so it can
-be stopped at any time. The tables go to WORK/results.md. Settings are chosen on the validation text (--trials:
-so many steps a setting, judged there alone); the test text is only reported.
+be stopped at any time; WORK/plan.json keeps the plan, and a folder of another one is refused. The tables go to
+WORK/results.md. Settings are chosen on the validation text (--trials: so many steps a setting, judged there alone);
+the test text is only reported.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ class Evidence:
     """Everything that one work folder holds."""
 
     def __init__(self, data: Path, work: Path, scale: Scale, threads: int, bf16: bool) -> None:
+        """Exits when `work` holds what another plan made."""
+        claim(work, scale)
         self.work, self.scale, self.threads = work, scale, threads
         self.machine = [*(["--bf16"] if bf16 else []), "--cpu"]
         self.runs = work / "runs"
@@ -138,6 +141,18 @@ class Evidence:
             model = self.tuned(run)
             self.results.add(self.about(run, model) | {"mode": "trial", "fast_k": 0, "steps": run.steps})
             shutil.rmtree(model, ignore_errors=True)
+
+
+def claim(work: Path, scale: Scale) -> None:
+    """Keep the plan in the folder; exits when the folder has another one, or results of an unknown one."""
+    file = work / "plan.json"
+    settings = {"scale": asdict(scale), "common": plan.COMMON, "base_lr": plan.BASE_LR, "tune_lr": plan.TUNE_LR}
+    text = json.dumps(settings, indent=1) + "\n"
+    made = [name for name in ("results.jsonl", "runs", "tokenizer") if (work / name).exists()]
+    if file.read_text(encoding="utf-8") != text if file.is_file() else made:
+        sys.exit(f"{work} holds runs of another plan: give another folder")
+    work.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
 
 
 def cpu_seconds() -> float:

@@ -71,7 +71,7 @@ def command(
     prompt (random tokens, always the same) and threads. In the table, pp512 is prefill of 512 tokens and
     tg128 @ d512 greedy decoding of 128 tokens after 512 others, in tokens/s: median ± half the distance from least
     to greatest; ratio is to the first model, round by round. Roof is the share of memory's read rate, measured in
-    between, that reading the weights a token touches makes use of; python is what a step spends outside ONNX
+    between, that reading the weights a token touches makes use of (cpu only); python is what a step spends outside ONNX
     Runtime. Defaults shrink to the smallest context; numbers you give must fit it.
 
     \b
@@ -90,7 +90,7 @@ def command(
     given = [context.get_parameter_source(name) != ParameterSource.DEFAULT for name in ("prompt", "gen")]
     results = measure(
         targets, prompt, gen, repetitions, threads, device, loads=loads, fixed_prompt=given[0], fixed_gen=given[1],
-        depth=depth, roof=True,
+        depth=depth, roof=device == "cpu",
     )  # fmt: skip
     if form == "md" and not as_json:
         click.echo(as_text(results))
@@ -120,9 +120,12 @@ def as_text(results: Sequence[Speed]) -> str:
     if len(results) == 1:
         column = head.index("ratio")
         head, rows = head[:column] + head[column + 1 :], [row[:column] + row[column + 1 :] for row in rows]
-    rates = ", ".join(f"{median(r) / 1e9:.1f} GB/s on {t}" for t, r in results[0].read_bytes_per_s.items())
     threads = results[0].threads
-    return f"{markdown(head, rows)}\n\n{threads} thread{'s' * (threads > 1)}; memory is read at {rates}"
+    conditions = [f"{threads} thread{'s' * (threads > 1)}"]
+    if rates := results[0].read_bytes_per_s:
+        each = ", ".join(f"{median(r) / 1e9:.1f} GB/s on {t}" for t, r in rates.items())
+        conditions.append(f"memory is read at {each}")
+    return f"{markdown(head, rows)}\n\n{'; '.join(conditions)}"
 
 
 CSV = (
