@@ -144,8 +144,8 @@ class DMPTOnnxForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         """Log-probs as logits: input_ids (B, S), attention_mask (B, past + S) with 0 at left padding -> (B, N, V).
 
         N is logits_to_keep, or S for 0; rows of padding say nothing (all tokens alike). Raises InputError for padding
-        that is not on the left, shapes that do not fit, labels and inputs_embeds, RequestError for tokens that the model
-        does not have or has no room for. What else Transformers' models take changes nothing.
+        that is not on the left, shapes that do not fit, labels and inputs_embeds, RequestError for tokens that the
+        model does not have or has no room for. What else Transformers' models take changes nothing.
         """
         if input_ids is None or any(others.get(name) is not None for name in ("labels", "inputs_embeds")):
             raise InputError("an exported model takes input_ids, neither labels nor inputs_embeds")
