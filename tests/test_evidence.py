@@ -85,6 +85,21 @@ def test_nats_per_byte_and_word_by_hand(tmp_path: Path) -> None:
     assert found["word_perplexity"] == pytest.approx(math.exp(20 / 5))
 
 
+def test_touched_parameters_are_those_of_the_measurement() -> None:
+    def touched(deployed: int | None, fast_k: int) -> int:
+        rows = deployed or 100
+        shape = {
+            "config": {"vocab_size": 100, "n_embd": 8, "fast_k": deployed},
+            "head_allocation": {"left": [0, 1, 2], "right": [3, 4, 5]},
+            "parameters": {"total": 5000, "touched_per_token": 1000 + 100 * 8 + 2 * rows * 8},
+        }
+        return report.parameters(shape, fast_k)["touched_per_token"]
+
+    for deployed in (None, 10, 20):
+        assert touched(deployed, 0) == 1000 + 3 * 100 * 8
+        assert touched(deployed, 10) == 1000 + 100 * 8 + 2 * 10 * 8
+
+
 def test_training_with_random_routing_is_refused() -> None:
     with pytest.raises(InputError, match="evaluation alone"):
         Objective(random_model([2], 2), TrainOptions(train_path_selection="random"))

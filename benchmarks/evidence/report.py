@@ -58,11 +58,14 @@ def per_byte_and_word(quality: dict[str, Any], text: Path) -> dict[str, float]:
 
 
 def parameters(shape: dict[str, Any], fast_k: int) -> dict[str, int]:
-    """Parameters in all and touched per token, of `dmpt-export inspect --json`; fast_k 0: heads read in full."""
+    """Parameters in all and touched per token, of `dmpt-export inspect --json`; fast_k 0: heads read in full.
+
+    `shape` counts what the checkpoint's own fast_k touches, the measurement may have been under another.
+    """
     config, touched = shape["config"], shape["parameters"]["touched_per_token"]
     others = max(len(heads) for heads in shape["head_allocation"].values()) - 1
-    if fast_k:
-        touched -= others * (config["vocab_size"] - fast_k) * config["n_embd"]
+    rows, counted = (k or config["vocab_size"] for k in (fast_k, config["fast_k"]))
+    touched += others * (rows - counted) * config["n_embd"]
     return {"parameters": shape["parameters"]["total"], "touched_per_token": touched}
 
 
