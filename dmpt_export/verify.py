@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,16 +31,14 @@ class Outcome:
     first: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Reference(Outcome):
     """torch's outcome, with how close each position came to another route."""
 
-    margins: np.ndarray = field(
-        default_factory=lambda: np.empty(0)
-    )  # [S]: gap of the closest gate's logits, over their mean gap
+    margins: np.ndarray  # [S]: gap of the closest gate's logits, over their mean gap
 
     def since(self, first: int) -> Reference:
-        return Reference(self.log_probs[first:], self.routes[first:], first, self.margins[first:])
+        return Reference(self.log_probs[first:], self.routes[first:], first, margins=self.margins[first:])
 
 
 def check_export(
