@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 import runtime
 from dmpt_export.export import export_onnx
 from dmpt_export.tolerances import TOLERANCES
+from dmpt_export.verify import torch_reference
 from quant.checkpoint import save_quantized
 from runtime.errors import RequestError
 from runtime.model import Model
 from tests.models import saved_model
+from training.checkpoint import read_config
 
 EXACT = TOLERANCES[("float32", "float")].max_abs
 CONTEXT, VOCAB = 150, 97  # grows once: 128, 150
@@ -60,19 +62,30 @@ class Alone:
             results += [sequence.feed([token]) for token in ids][-1:]
         return np.concatenate([log_probs for log_probs, _ in results]), [int(routes[0]) for _, routes in results]
 
+    def margin(self, row: int) -> float:
+        """How close the row's last token came to another route, as the exporter's check measures it with torch.
 
-def assert_same(got: tuple[np.ndarray, np.ndarray], want: tuple[np.ndarray, list[int]], scheme: str) -> None:
+        That is in units of a text's usual gap: tokens that follow, up to a full context, make the text long enough.
+        """
+        source, ids = self.model.folder.with_name(self.model.folder.name.removesuffix(" onnx")), self.ids[row]
+        after = np.random.default_rng(0).integers(0, VOCAB, CONTEXT - len(ids))
+        reference = torch_reference(source, read_config(source), np.append(ids, after).astype(np.int64))
+        return float(reference.margins[len(ids) - 1])
+
+
+def assert_same(got: tuple[np.ndarray, np.ndarray], alone: Alone, scheme: str) -> None:
     """Routes exactly; log-probs to fp32 rounding, or within the line of kernels that quantize activations.
 
     Those may, once in thousands of rows, round an activation the other way where two routes are equally good.
     """
-    tolerance = TOLERANCES["float32", scheme]
+    want, tolerance = alone.say(), TOLERANCES["float32", scheme]
     if tolerance.max_abs is not None:
         assert got[1].tolist() == want[1]
         np.testing.assert_allclose(got[0], want[0], rtol=0, atol=tolerance.max_abs)
         return
     same = got[1] == want[1]
     assert (~same).sum() <= 1
+    assert all(alone.margin(row) < tolerance.gate_margin for row in np.flatnonzero(~same))
     kl = (np.exp(want[0]) * (want[0] - got[0])).sum(-1)[same]
     assert kl.mean() < tolerance.kl_mean
 
@@ -101,7 +114,19 @@ def test_rows_say_what_they_say_alone(kind: tuple[str, str], models: Any, data: 
         got = batch.step([ids[0] for ids in new]) if action == "step" else batch.feed(new)
         alone.ids = [[*old, *ids] for old, ids in zip(alone.ids, new, strict=True)]
         assert batch.lengths.tolist() == [len(ids) for ids in alone.ids]
-        assert_same(got, alone.say(), kind[1])
+        assert_same(got, alone, kind[1])
+
+
+def test_margins_tell_ties_from_faults(models: Any) -> None:
+    """Most tokens are no ties, and one that is none and goes another way is an error."""
+    alone = Alone(models["dual", "int8"], 30)
+    alone.ids = np.random.default_rng(8).integers(0, VOCAB, (30, 9)).tolist()
+    margins = [alone.margin(row) for row in range(30)]
+    assert 0 < min(margins) < TOLERANCES["float32", "int8"].gate_margin < float(np.median(margins))
+    log_probs, routes = alone.say()
+    routes[int(np.argmax(margins))] ^= 1
+    with pytest.raises(AssertionError):
+        assert_same((log_probs, np.array(routes)), alone, "int8")
 
 
 def test_room_grows_and_the_context_ends(models: Any) -> None:
@@ -115,13 +140,13 @@ def test_room_grows_and_the_context_ends(models: Any) -> None:
         got = batch.step([ids[0][100 + at], ids[1][120 + at]])
     alone.ids = [ids[0][:130], ids[1]]
     assert batch.caches.capacity == CONTEXT == batch.lengths[1]
-    assert_same(got, alone.say(), "float")
+    assert_same(got, alone, "float")
     for refused in (lambda: batch.step([1, 1]), lambda: batch.feed([[1], [1]])):
         with pytest.raises(RequestError, match="context"):
             refused()
     batch.reorder([0])
     alone.ids = [[*ids[0][:130], 7]]
-    assert_same(batch.step([7]), alone.say(), "float")
+    assert_same(batch.step([7]), alone, "float")
 
 
 def test_rows_that_stay_are_not_copied(models: Any) -> None:
