@@ -3,6 +3,9 @@
 Integer kernels round activations as they run, which hides small faults under their noise. With float kernels the
 exported weights, layout and routing must give torch's numbers to fp32 rounding, so a wrong scale or a swapped
 tensor shows; only then is the deployed graph judged, by its own looser line of the tolerance table.
+
+One thing this cannot see: integer products of head rows take a vector as its rounded value and the rest. Without
+rounding the rest is zero, so the columns that multiply it and add it up are judged by the deployed graph alone.
 """
 
 from __future__ import annotations

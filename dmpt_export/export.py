@@ -11,12 +11,12 @@ import numpy as np
 import onnx_ir as ir
 
 from dmpt_export.graph.assemble import OPSET, OPSETS, build
-from dmpt_export.kv_cache import FLOAT, INT8, KINDS, calibrate
+from dmpt_export.kv_cache import INT8, KINDS, KV_FLOAT, calibrate
 from dmpt_export.manifest import ACTIVATIONS, MODEL_FILE, describe, write_manifest
 from quant.checkpoint import load_weights
 from quant.tensor import QuantizedTensor
 from runtime.manifest import MANIFEST_NAME
-from training.checkpoint import atomic_folder, check_replaceable, copy_tokenizer, resolve
+from training.checkpoint import atomic_folder, check_replaceable, copy_tokenizer, read_config, resolve
 from training.config import DMPTConfig
 from training.errors import InputError
 
@@ -27,11 +27,12 @@ EXTERNAL_THRESHOLD = 1024  # bytes; smaller tensors stay inside model.onnx
 def export_onnx(
     source: str | Path,
     out: str | Path,
+    *,
     target: str = "cpu",
     fast_k: int | None = None,
     head_topk: int | None = None,
     verify: bool = True,
-    kv_cache: str = FLOAT,
+    kv_cache: str = KV_FLOAT,
     calibration: np.ndarray | None = None,
     opset: int = OPSET,
     atol: float | None = None,
@@ -53,27 +54,15 @@ def export_onnx(
     Raises InputError (3) for an unusable source or option, ValidationError (4) when the exported model differs
     from the checkpoint beyond `dmpt_export.tolerances`; nothing is left behind then.
     """
-    if target not in ACTIVATIONS:
-        raise InputError(f"unknown target '{target}': choose one of {', '.join(ACTIVATIONS)}")
+    check_options(target, verify, kv_cache, calibration, opset, atol)
     check_replaceable(Path(out), "onnx")
     folder = resolve(source)
+    config = deployed(read_config(folder), fast_k, head_topk)
+    scales = calibrate(folder, config, calibration) if kv_cache == INT8 else None  # before weights are in memory
     config, weights = load_weights(folder)
-    apply_overrides(config, fast_k, head_topk)
-    if (width := config.n_embd // config.n_head) % 8:
-        raise InputError(f"attention heads are {width} wide (n_embd / n_head): ONNX Runtime needs a multiple of 8")
+    config = deployed(config, fast_k, head_topk)
     if target == "cuda" and any(isinstance(w, QuantizedTensor) and w.per_row for w in weights.values()):
         raise InputError("int8-dynamic has no CUDA kernel in ONNX Runtime: quantize with --scheme int8 or int4 instead")
-    if kv_cache not in KINDS:
-        raise InputError(f"unknown kv_cache '{kv_cache}': choose one of {', '.join(KINDS)}")
-    if target == "cuda" and kv_cache == INT8:
-        raise InputError("an int8 KV cache is for --target cpu: leave --kv-cache out")
-    if opset not in OPSETS:
-        raise InputError(f"opset {opset} cannot be used: give {OPSETS[0]} to {OPSETS[-1]}")
-    if atol is not None and (target == "cuda" or not verify):
-        raise InputError("atol is for the check of fp32 activations: leave it out for cuda or without a check")
-    if atol is not None and not 0 < atol < math.inf:
-        raise InputError(f"atol {atol} must be a number above 0")
-    scales = calibrate(folder, config, calibration) if kv_cache == INT8 else None
     model = build(config, weights, ACTIVATIONS[target], scales, opset)
     with atomic_folder(Path(out), "onnx") as temporary:
         ir.save(model, temporary / MODEL_FILE, external_data=DATA_FILE, size_threshold_bytes=EXTERNAL_THRESHOLD)
@@ -91,13 +80,36 @@ def export_onnx(
     return manifest
 
 
-def apply_overrides(config: DMPTConfig, fast_k: int | None, head_topk: int | None) -> None:
-    """Set fast_k and head_topk from the command line and check them against the model."""
+def check_options(
+    target: str, verify: bool, kv_cache: str, calibration: np.ndarray | None, opset: int, atol: float | None
+) -> None:
+    """Raise InputError for options that are impossible for any model."""
+    if target not in ACTIVATIONS:
+        raise InputError(f"unknown target '{target}': choose one of {', '.join(ACTIVATIONS)}")
+    if kv_cache not in KINDS:
+        raise InputError(f"unknown kv_cache '{kv_cache}': choose one of {', '.join(KINDS)}")
+    if target == "cuda" and kv_cache == INT8:
+        raise InputError("an int8 KV cache is for --target cpu: leave --kv-cache out")
+    if calibration is not None and kv_cache != INT8:
+        raise InputError("calibration is for an int8 KV cache: leave it out, or give kv_cache 'int8'")
+    if opset not in OPSETS:
+        raise InputError(f"opset {opset} cannot be used: give {OPSETS[0]} to {OPSETS[-1]}")
+    if atol is not None and (target == "cuda" or not verify):
+        raise InputError("atol is for the check of fp32 activations: leave it out for cuda or without a check")
+    if atol is not None and not 0 < atol < math.inf:
+        raise InputError(f"atol {atol} must be a number above 0")
+
+
+def deployed(config: DMPTConfig, fast_k: int | None, head_topk: int | None) -> DMPTConfig:
+    """`config`, with fast_k and head_topk set where they are given; InputError where that cannot be exported."""
     if fast_k is not None:
         config.fast_k = fast_k or None
     if head_topk is not None:
         config.head_topk = head_topk or None
     config.check()
+    if (width := config.n_embd // config.n_head) % 8:
+        raise InputError(f"attention heads are {width} wide (n_embd / n_head): ONNX Runtime needs a multiple of 8")
+    return config
 
 
 def readme(manifest: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from dmpt_export.graph.assemble import OPSET, input_specs, output_specs
 from dmpt_export.graph.builder import Spec
 from dmpt_export.graph.linear import Weights
-from dmpt_export.kv_cache import FLOAT, INT8
+from dmpt_export.kv_cache import INT8, KV_FLOAT
 from dmpt_export.measure import n_parameters, parts_table, touched_per_token
 from quant.tensor import QuantizedTensor
 from runtime.manifest import FORMAT, FORMAT_VERSION, MANIFEST_NAME
@@ -25,7 +25,7 @@ ACTIVATIONS = {"cpu": ir.DataType.FLOAT, "cuda": ir.DataType.FLOAT16}  # by targ
 
 
 def describe(
-    config: DMPTConfig, weights: Weights, target: str, folder: Path, kv_cache: str = FLOAT, opset: int = OPSET
+    config: DMPTConfig, weights: Weights, target: str, folder: Path, kv_cache: str = KV_FLOAT, opset: int = OPSET
 ) -> dict[str, Any]:
     """Everything a runtime needs to drive the graph, and where it came from."""
     dtype = ACTIVATIONS[target]

@@ -6,6 +6,7 @@ rounding and, for integer kernels, the quantization of activations that they do 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 
@@ -35,3 +36,11 @@ TOLERANCES: dict[tuple[str, str], Tolerance] = {
     ("float16", "int8"): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5),
     ("float16", "int4"): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5),
 }
+
+
+def loosest(activations: str, schemes: Collection[str]) -> Tolerance:
+    """The line for weights stored in several schemes, one of which may be that of a few tensors only.
+
+    No lines are mixed: among those of the schemes, float where there are none, the one that allows the largest KL.
+    """
+    return max((TOLERANCES[activations, scheme] for scheme in schemes or ["float"]), key=lambda line: line.kl_mean)

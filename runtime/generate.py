@@ -71,7 +71,7 @@ def check_speculation(model: Model, sampling: Sampling) -> None:
         raise RequestError(
             "speculate needs the greedy choice: leave temperature, top_k, top_p and seed out, or speculate"
         )
-    if (model.manifest.raw["quantization"] or {}).get("scheme") == PER_TENSOR:
+    if PER_TENSOR in model.manifest.schemes:
         raise RequestError(
             f"speculate cannot keep the text as it is with {PER_TENSOR} weights, whose rounding depends on how many "
             "tokens are run at once: leave it out, or export int8 weights"

@@ -61,7 +61,7 @@ SCHEMA: dict[str, Any] = {
     "head_allocation": Each([ID]),
     "inputs": [TENSOR],
     "outputs": [TENSOR],
-    "quantization": OBJECT_OR_NULL,
+    "quantization": {"scheme": NAME, "tensors": Each({"scheme": NAME})},
     "parameters": {"total": COUNT, "touched_per_token": COUNT},
     "bytes_touched_per_token": COUNT,
     "files": Each({"sha256": SHA256, "size": ID}),
@@ -138,6 +138,11 @@ class Manifest:
     @property
     def nodes(self) -> dict[str, Node]:
         return {node.name: node for node in self.tree}
+
+    @property
+    def schemes(self) -> set[str]:
+        """How the quantized tensors are stored; empty where all are float."""
+        return {tensor["scheme"] for tensor in self.raw["quantization"]["tensors"].values()}
 
     def way(self, leaf: str) -> tuple[str, ...]:
         """Names of the nodes from the root down to a leaf."""

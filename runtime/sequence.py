@@ -24,6 +24,9 @@ from runtime.errors import ModelError
 from runtime.manifest import Node
 from runtime.request import check_count, check_ids
 from runtime.session import Engine
+from runtime.writing import MOST_SPECULATED
+
+FEW = 1 + MOST_SPECULATED  # tokens in a step; a run over more needs memory that steps do not
 
 
 class Sequence:
@@ -95,11 +98,16 @@ class Sequence:
         return log_probs, self.run(tokens, log_probs)
 
     def run(
-        self, ids: NDArray[np.int64] | list[int], log_probs: NDArray[np.float32], every_node: bool = False
+        self,
+        ids: NDArray[np.int64] | list[int],
+        log_probs: NDArray[np.float32],
+        every_node: bool = False,
+        tidy: bool = False,
     ) -> NDArray[np.int64]:
         """feed() without checks, for callers in a hurry: fills `log_probs` [last, vocab] (C order), returns routes.
 
         every_node: let all nodes catch up, also those that no position is routed to, so that nothing is pending.
+        tidy: give back the memory that the run needed, as is done after many tokens anyway.
         """
         size, start = len(ids), self.length
         total = start + size
@@ -112,7 +120,7 @@ class Sequence:
         self.bind_call(size, log_probs)
         self.bind_pending()
         self.bind_rows(start, size)
-        self.engine.run(self.binding, tidy=size > 1)
+        self.engine.run(self.binding, tidy=tidy or size > FEW)
         self.advance(total, every_node)
         return self.routes.copy()
 

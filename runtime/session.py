@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from threading import Lock
 from typing import Any
 from weakref import WeakSet
 
@@ -54,6 +55,7 @@ class Engine:
         self._errors = ort_errors(self._ort)
         self._session: Any = self._open(folder, threads, deterministic)
         self._bindings: WeakSet[Binding] = WeakSet()
+        self._closing = Lock()  # nothing is bound while the engine is closed, and nothing after
         self._tidy = self._ort.RunOptions()
         if device == "cpu":  # a long prompt needs ten times the memory of the steps after it
             self._tidy.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
@@ -75,8 +77,9 @@ class Engine:
 
     def binding(self) -> Any:
         """A fresh onnxruntime.IOBinding; it is gone when the engine is closed."""
-        binding = Binding(self._ort.IOBinding(self._alive()))
-        self._bindings.add(binding)
+        with self._closing:
+            binding = Binding(self._ort.IOBinding(self._alive()))
+            self._bindings.add(binding)
         return binding
 
     def run(self, binding: Any, tidy: bool = False) -> None:
@@ -98,9 +101,10 @@ class Engine:
 
     def close(self) -> None:
         """Let go of the graph and its weights; sequences that still exist can no longer run."""
-        self._session = None
-        for binding in self._bindings:  # each holds the graph, too
-            binding.inner = None
+        with self._closing:
+            self._session = None
+            for binding in self._bindings:  # each holds the graph, too
+                binding.inner = None
 
     def _alive(self) -> Any:
         if self._session is None:

@@ -12,7 +12,7 @@ from training.config import DMPTConfig, even_allocation, leaf_names
 from training.model import DMPTForCausalLM
 
 
-def random_model(splits: list[int], heads: int, seed: int = 0, **fields: Any) -> DMPTForCausalLM:
+def random_model(splits: list[int], heads: int, seed: int = 0, std: float = 0.15, **fields: Any) -> DMPTForCausalLM:
     """A tiny model: weights large enough that every layer, gate and head matters at fp32 tolerance."""
     sizes: dict[str, Any] = {"vocab_size": 97, "n_positions": 64, "n_embd": 32, "n_layer": 4, "n_head": 4} | fields
     sizes.setdefault("head_allocation", even_allocation(leaf_names(splits, sizes["n_layer"]), heads))
@@ -23,7 +23,7 @@ def random_model(splits: list[int], heads: int, seed: int = 0, **fields: Any) ->
     model = DMPTForCausalLM(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            torch.nn.init.normal_(parameter, std=1.0 if "gates" in name else 0.15)
+            torch.nn.init.normal_(parameter, std=1.0 if "gates" in name else std)
             if ".ln_" in name and name.endswith("weight"):
                 parameter += 1
     return model

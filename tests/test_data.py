@@ -175,6 +175,28 @@ def slow_tokens(text: str, tokenizer: Tokenizer, eot: int) -> list[int]:
     return out
 
 
+@pytest.mark.parametrize("n", [0, 1, 20, 10_000])
+def test_first_tokens_are_those_of_the_whole_text_and_the_rest_is_not_read(
+    n: int, tokenizer: Tokenizer, tmp_path: Path, sample_text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    real = data._encode
+    monkeypatch.setattr(data, "LINES_PER_BATCH", 1)
+    monkeypatch.setattr(data, "_encode", lambda lines, *more: read.append(len(lines)) or real(lines, *more))
+    (tmp_path / "text").write_text(sample_text)
+    got = data.first_tokens(tmp_path / "text", tokenizer, 0, n)
+    assert sum(read) <= 2 or n > 20  # lines
+    want = data.encode_lines(tmp_path / "text", tokenizer, 0)
+    assert got.dtype == np.int32 and got.tolist() == want[:n].tolist() and 20 < len(want) < 10_000
+
+
+def test_a_tokenizer_that_knows_more_than_the_model_is_refused(tokenizer: Tokenizer) -> None:
+    known = tokenizer.get_vocab_size()
+    data.check_vocabulary(tokenizer, known, "here")
+    with pytest.raises(InputError, match=f"in here knows {known} tokens, its model {known - 1}"):
+        data.check_vocabulary(tokenizer, known - 1, "here")
+
+
 def test_encode_lines_follows_the_protocol(tokenizer: Tokenizer, tmp_path: Path, sample_text: str) -> None:
     path = tmp_path / "text.txt"
     path.write_text(sample_text, encoding="utf-8")

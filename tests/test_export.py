@@ -22,6 +22,7 @@ from dmpt_export.graph_summary import stored_names
 from dmpt_export.measure import touched_per_token
 from dmpt_export.tolerances import TOLERANCES
 from quant.checkpoint import dequantized_model, load_weights, save_quantized
+from quant.rules import parse_rule
 from quant.schemes import SCHEMES
 from quant.tensor import QuantizedTensor
 from tests.models import random_model, saved_model
@@ -127,6 +128,14 @@ def test_quantized_onnx_follows_torch_with_dequantized_weights(name: str, scheme
     save_quantized(source, tmp_path / "quantized", scheme=scheme)
     parity = export_onnx(tmp_path / "quantized", tmp_path / "onnx")["parity"]  # raises beyond the table
     assert parity["whole"]["kl_mean"] > 0  # integer kernels round activations: exactly zero would mean float ran
+
+
+def test_mixed_schemes_are_held_to_the_loosest_of_their_lines(tmp_path: Path) -> None:
+    source, rule = saved_model(tmp_path / "source", **TREES["dual, fast-k"]), parse_rule("*.h.0.mlp.c_fc=int8-dynamic")
+    save_quantized(source, tmp_path / "quantized", scheme="int4", rules=[rule])
+    manifest = export_onnx(tmp_path / "quantized", tmp_path / "onnx")
+    assert manifest["quantization"]["scheme"] == "int4"  # what most tensors have
+    assert manifest["parity"]["tolerance"] == vars(TOLERANCES["float32", "int8-dynamic"])
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,15 @@ import torch
 import dmpt_export.export as export_module
 import runtime
 from dmpt_export.cli import main
+from dmpt_export.commands.onnx import calibration_ids
 from dmpt_export.export import export_onnx
 from dmpt_export.kv_cache import ROOM, SEED, SEQUENCES, calibrate
 from dmpt_export.tolerances import KV_INT8, TOLERANCES
 from quant.checkpoint import dequantized_model, save_quantized
 from runtime.model import Model
 from tests.models import random_model, saved_model
+from training.checkpoint import save_model
+from training.data import first_tokens, load_tokenizer
 from training.errors import InputError, ValidationError
 
 TREES: dict[str, dict[str, Any]] = {
@@ -64,8 +69,12 @@ def test_given_text_sets_the_scales(tmp_path: Path) -> None:
     name = "transformer.h.0.attn.k_scale"
     once, longer = (calibrate(source, config, IDS[:n])[name] for n in (5, 60))
     assert (once <= longer).all() and (once < longer).any()
-    tail = np.concatenate([IDS[:5], np.zeros(SEQUENCES * 64, np.int64)])  # more than is read
-    assert calibrate(source, config, tail)[name].shape == (32,)
+    read = np.resize(IDS, SEQUENCES * 64)
+    want, got = (calibrate(source, config, ids) for ids in (read, np.append(read, [97, -1])))  # illegal, and not read
+    assert want.keys() == got.keys() and all((got[key] == want[key]).all() for key in want)
+    for wrong, message in (([], "no text"), ([1, 97], "vocabulary of 97"), ([-1, 1], "vocabulary of 97")):
+        with pytest.raises(InputError, match=message):
+            calibrate(source, config, np.array(wrong))
 
 
 @pytest.mark.parametrize("tree", TREES)
@@ -126,6 +135,8 @@ def test_impossible_options(tmp_path: Path) -> None:
     source = saved_model(tmp_path / "source", **TREES["dual"])
     with pytest.raises(InputError, match="int4"):
         export_onnx(source, tmp_path / "onnx", kv_cache="int4")
+    with pytest.raises(InputError, match="calibration is for an int8 KV cache"):
+        export_onnx(source, tmp_path / "onnx", calibration=IDS)
     with pytest.raises(InputError, match="--target cpu"):
         export_onnx(source, tmp_path / "onnx", target="cuda", kv_cache="int8")
 
@@ -137,7 +148,34 @@ def test_the_command_calibrates_on_a_text(tiny_dmpt: Path, sample_text: str, tmp
     assert main([*options, "--calibrate", str(tmp_path / "empty")]) == 3
     assert main([*options, "--calibrate", ""]) == 3
     assert main([*options[:3], "--calibrate", str(tmp_path / "text")]) == 2
+    ids = first_tokens(tmp_path / "text", load_tokenizer(tiny_dmpt), 0, SEQUENCES * 64)
+    assert (calibration_ids(str(tiny_dmpt), str(tmp_path / "text")) == ids).all() and len(ids) == SEQUENCES * 64
     assert main([*options, "--calibrate", str(tmp_path / "text")]) == 0
     with runtime.load(tmp_path / "onnx", threads=1) as model:
         assert isinstance(model, Model) and model.manifest.cache_dtype == "int8"
         assert len(model.generate(model.encode("The"), max_new_tokens=5)) == 5
+
+
+@pytest.mark.parametrize("scheme", [None, "int8"])
+def test_an_export_needs_less_than_two_float_models(scheme: str | None, tmp_path: Path) -> None:
+    """Calibrating, building and checking follow each other, none keeps what it loaded; seen in the process's peak."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("the peak of resident memory is read from /proc")
+    model = random_model([1], 4, n_embd=384, n_head=6, vocab_size=4000, n_layer=3, std=0.02)
+    save_model(model, tmp_path / "source")
+    size = sum(p.numel() * 4 for p in model.parameters()) >> 20
+    if scheme:
+        save_quantized(tmp_path / "source", tmp_path / "quantized", scheme=scheme)
+    source = tmp_path / ("quantized" if scheme else "source")
+    code = (
+        "import torch, onnxruntime, runtime, dmpt_export.verify, quant.lean\n"
+        "from dmpt_export.export import export_onnx\n"
+        "def peak():\n"
+        "    lines = [line.split() for line in open('/proc/self/status')]\n"
+        "    return next(int(line[1]) >> 10 for line in lines if line[0] == 'VmHWM:')\n"
+        "before = peak()\n"
+        f"export_onnx({str(source)!r}, {str(tmp_path / 'onnx')!r}, kv_cache='int8', atol=1e-3)\n"
+        "print(peak() - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert size > 60 and int(done.stdout) < 2 * size

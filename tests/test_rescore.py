@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
@@ -13,11 +14,13 @@ import torch
 from onnx import load
 
 from dmpt_export.cli import main
+from dmpt_export.commands.onnx import command as onnx_command
 from dmpt_export.exact import use_float_kernels
 from dmpt_export.export import export_onnx
-from dmpt_export.graph.assemble import OPSETS
+from dmpt_export.graph.assemble import OPSET, OPSETS
 from dmpt_export.graph.builder import MSFT, Builder
 from dmpt_export.graph.rescore import REST, TOP, candidate_logits, groups
+from dmpt_export.tolerances import EXACT, TOLERANCES
 from quant.checkpoint import dequantized_model, save_quantized
 from quant.lean import lean_model
 from quant.schemes import SCHEMES
@@ -100,12 +103,21 @@ def test_atol_replaces_the_tables_limit(tmp_path: Path) -> None:
     assert export_onnx(source, tmp_path / "onnx", atol=1e-3)["parity"]["tolerance"]["max_abs"] == 1e-3
     with pytest.raises(ValidationError, match="allowed 1e-12"):
         export_onnx(source, tmp_path / "other", atol=1e-12)
-    for nothing in (float("nan"), float("inf"), 0.0):
+    for nothing in (float("nan"), float("inf"), 0.0, -1e-3):
         with pytest.raises(InputError, match=f"atol {nothing} must be"):
             export_onnx(source, tmp_path / "other", atol=nothing)
     with pytest.raises(InputError, match="opset 19"):
         export_onnx(source, tmp_path / "other", opset=19)
     assert not (tmp_path / "other").exists()
+
+
+def test_the_command_offers_what_the_library_takes() -> None:
+    """Its help is shown without importing what knows these."""
+    options = {option.name: option for option in onnx_command.params}
+    kind = options["opset"].type
+    assert isinstance(kind, click.IntRange)
+    assert (kind.min, kind.max, options["opset"].default) == (OPSETS[0], OPSETS[-1], OPSET)
+    assert f"table's, {TOLERANCES[EXACT].max_abs:.0e}.".replace("e-0", "e-") in str(options["atol"].help)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("options", [["--opset", "19"], ["--atol", "0"], ["--atol", "1e-4", "--no-verify"],

@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -229,6 +231,30 @@ def test_closing_frees_the_weights_at_once(tmp_path: Path, make_gpt2: Callable[.
     if not Path("/proc/self/status").exists():
         pytest.skip("resident memory is read from /proc")
     assert int(python(code)) > 80
+
+
+def test_closing_while_another_thread_binds(exported: Path) -> None:
+    """A binding that is being made when the engine closes is taken away, too: close() waits for it."""
+    model = runtime.load(exported, threads=1)
+    engine, making, made = model.engine, threading.Event(), []
+
+    class Slow:
+        """onnxruntime, whose bindings take a while."""
+
+        def IOBinding(self, session: Any) -> object:
+            making.set()
+            time.sleep(0.2)
+            return object()
+
+    engine._ort = Slow()
+    thread = threading.Thread(target=lambda: made.append(engine.binding()))
+    thread.start()
+    making.wait()
+    model.close()
+    thread.join()
+    assert made[0].inner is None
+    with pytest.raises(RequestError, match="closed"):
+        engine.binding()
 
 
 def test_released_models_do_not_pile_up(exported: Path) -> None:

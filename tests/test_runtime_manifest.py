@@ -116,12 +116,21 @@ def test_a_sound_manifest_is_read(folder: Path) -> None:
     assert manifest.nodes["left"].caches == ["paths.left.h.1.key", "paths.left.h.1.value"]
     assert manifest.inputs["pending.left"].shape == ("batch", "p", 8)
     assert manifest.head_allocation == {"left": (0, 1), "right": (2,)}
-    assert manifest.raw == sound()
+    assert manifest.raw == sound() and manifest.schemes == set()
+
+
+def test_how_tensors_are_stored_is_checked() -> None:
+    tensors = {"a": {"scheme": "int8", "bits": 8}, "b": {"scheme": "int4"}}
+    assert parse_manifest(damaged("quantization", "tensors", value=tensors)).schemes == {"int8", "int4"}
+    for wrong in ([], {"a": 3}, {"a": {"scheme": 4}}, {"a": {}}):
+        assert "quantization.tensors" in refusal(
+            lambda wrong=wrong: parse_manifest(damaged("quantization", "tensors", value=wrong))
+        )
 
 
 def leaves_of(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The path of every field that the runtime promises to check."""
-    if isinstance(value, dict) and path[:1] not in {("tools",), ("source",), ("quantization",)}:
+    if isinstance(value, dict) and path[:1] not in {("tools",), ("source",)}:
         return [inner for key, item in value.items() for inner in leaves_of(item, (*path, key))]
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return [inner for i, item in enumerate(value) for inner in leaves_of(item, (*path, i))]

@@ -19,6 +19,7 @@ from runtime.cache import FIRST_CAPACITY
 from runtime.errors import RequestError
 from runtime.model import SCORED_AT_ONCE, Model
 from runtime.sequence import Sequence
+from runtime.writing import MOST_SPECULATED
 from tests.tolerances import TOLERANCE
 from training.checkpoint import load_model
 
@@ -274,3 +275,15 @@ class Recorder:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
+
+
+def test_memory_is_given_back_after_long_runs_only(models: dict[str, Model], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps, guesses and the chunks of scoring would only ask for it again."""
+    model, tidied = models["dual"], []
+    run = model.engine.run
+    monkeypatch.setattr(model.engine, "run", lambda binding, tidy: tidied.append(tidy) or run(binding, tidy))
+    sequence = model.sequence()
+    for size in (1, 1 + MOST_SPECULATED, 2 + MOST_SPECULATED):
+        sequence.feed(IDS[:size])
+    model.score(IDS[:150])
+    assert tidied == [False, False, True, False, False, True]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import runtime
 from dmpt_export.export import export_onnx
 from quant.checkpoint import save_quantized
+from quant.rules import parse_rule
 from runtime import generate as generate_module
 from runtime.errors import RequestError
 from runtime.generate import Generation, Generations
@@ -249,9 +250,14 @@ def test_where_activations_are_rounded_only_ties_may_go_another_way(scheme: str,
         assert same >= 18
 
 
-def test_schemes_that_round_rows_together_refuse_to_guess(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "rules"),
+    [("int8-dynamic", []), ("int4", ["*.h.0.mlp.c_fc=int8-dynamic"]), ("int8-dynamic", ["*.h.*.mlp.*=int8"])],
+)
+def test_schemes_that_round_rows_together_refuse_to_guess(scheme: str, rules: list[str], tmp_path: Path) -> None:
+    """However few tensors are stored that way."""
     saved_model(tmp_path / "source", **TREES["dual"])
-    save_quantized(tmp_path / "source", tmp_path / "quantized", scheme="int8-dynamic")
+    save_quantized(tmp_path / "source", tmp_path / "quantized", scheme=scheme, rules=[parse_rule(r) for r in rules])
     export_onnx(tmp_path / "quantized", tmp_path / "onnx", verify=False)
     with runtime.load(tmp_path / "onnx", threads=1) as model, pytest.raises(RequestError, match="int8-dynamic"):
         model.stream([1], speculate=4)

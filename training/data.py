@@ -21,8 +21,8 @@ from training.files import first_line, read_json
 from training.sources import FIELD, check_source, content_hash, is_dataset, read_lines, read_text
 
 __all__ = [
-    "END_OF_TEXT", "FIELD", "check_source", "encode_lines", "end_of_text_id", "is_dataset", "load_tokenizer",
-    "read_lines", "read_text", "token_cache", "token_chunks", "windows",
+    "END_OF_TEXT", "FIELD", "check_source", "check_vocabulary", "encode_lines", "end_of_text_id", "first_tokens",
+    "is_dataset", "load_tokenizer", "read_lines", "read_text", "token_cache", "token_chunks", "windows",
 ]  # fmt: skip
 
 END_OF_TEXT = "<|endoftext|>"
@@ -79,6 +79,16 @@ def end_of_text_id(tokenizer: Tokenizer, config: Any = None) -> int:
     raise InputError(f"the tokenizer has no {END_OF_TEXT} and the model's eos_token_id ({eos}) is no token of it")
 
 
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, folder: object) -> None:
+    """Raise InputError for a tokenizer that knows more tokens than the model in `folder`."""
+    known = tokenizer.get_vocab_size()
+    if known > vocab_size:
+        raise InputError(
+            f"the tokenizer in {folder} knows {known} tokens, its model {vocab_size}: "
+            "they do not belong together; put the model's own tokenizer beside it"
+        )
+
+
 # --- tokens -----------------------------------------------------------------------------------------
 
 
@@ -116,6 +126,20 @@ def encode_lines(sources: Source | Iterable[Source], tokenizer: Tokenizer, eot: 
     """
     chunks = list(token_chunks(sources, tokenizer, eot, field))
     return np.concatenate(chunks) if chunks else np.empty(0, np.int32)
+
+
+def first_tokens(source: Source, tokenizer: Tokenizer, eot: int, n: int, field: str = FIELD) -> np.ndarray:
+    """The first `n` of encode_lines(), or all where there are fewer; no more of the text is tokenised than that takes.
+
+    Raises InputError as read_lines.
+    """
+    chunks, missing = [np.empty(0, np.int32)], n
+    for chunk in token_chunks(source, tokenizer, eot, field):
+        chunks.append(chunk[:missing])
+        missing -= len(chunks[-1])
+        if not missing:
+            break
+    return np.concatenate(chunks)
 
 
 def token_cache(

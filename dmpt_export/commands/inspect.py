@@ -42,15 +42,15 @@ def command(model: str, data: str | None, as_json: bool) -> None:
 
 def follow(model: str, text: str) -> dict[str, Any]:
     """benchmarks.usage of a model on a text."""
-    from benchmarks.quality import read_tokens
     from benchmarks.scorer import open_scorer
-    from benchmarks.usage import usage
+    from benchmarks.usage import MOST, usage
     from dmpt_export.commands.eval import dequantize
-    from training.data import check_source
+    from training.data import check_source, check_vocabulary, first_tokens
 
     check_source(text)
     scorer = open_scorer(model, dequantize=dequantize)
     try:
-        return usage(scorer, read_tokens(scorer, [text]))
+        check_vocabulary(scorer.tokenizer, scorer.vocab_size, scorer.folder)
+        return usage(scorer, first_tokens(Path(text), scorer.tokenizer, scorer.end_of_text, MOST))
     finally:
         scorer.close()

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @click.option("--opset", type=click.IntRange(20, 24), default=21, show_default=True,
               help="Version of the standard operators.")  # fmt: skip
 @click.option("--atol", type=click.FloatRange(min=0, min_open=True), help="Largest difference of a log-prob from "
-              "torch's, with float kernels (cpu only). Default: 1e-4.")  # fmt: skip
+              "torch's, with float kernels (cpu only). Default: the tolerance table's, 1e-4.")  # fmt: skip
 @click.option("--no-verify", is_flag=True, help="Publish without running the model against torch.")
 def command(
     checkpoint: str,
@@ -67,29 +67,28 @@ def command(
     from dmpt_export.export import export_onnx
 
     ids = calibration_ids(checkpoint, calibrate) if calibrate is not None else None
-    manifest = export_onnx(checkpoint, out, target, fast_k, head_topk, not no_verify, kv_cache, ids, opset, atol)
+    manifest = export_onnx(
+        checkpoint, out, target=target, fast_k=fast_k, head_topk=head_topk, verify=not no_verify, kv_cache=kv_cache,
+        calibration=ids, opset=opset, atol=atol,
+    )  # fmt: skip
     click.echo(report(manifest, out), err=True)
 
 
 def calibration_ids(checkpoint: str, file: str) -> np.ndarray:
     """The first tokens of a text file, as many as calibration reads."""
-    import numpy as np
-
     from dmpt_export.kv_cache import SEQUENCES
     from training.checkpoint import read_config, resolve
-    from training.data import end_of_text_id, load_tokenizer, token_chunks
+    from training.data import check_vocabulary, end_of_text_id, first_tokens, load_tokenizer
     from training.errors import InputError
 
-    folder, config = resolve(checkpoint), read_config(checkpoint)
-    tokenizer = load_tokenizer(folder)
-    chunks: list[np.ndarray] = []
-    for chunk in token_chunks(Path(file), tokenizer, end_of_text_id(tokenizer, config)):
-        chunks.append(chunk)
-        if sum(map(len, chunks)) >= SEQUENCES * config.n_positions:
-            break
-    if not chunks:
+    folder = resolve(checkpoint)
+    config, tokenizer = read_config(folder), load_tokenizer(folder)
+    check_vocabulary(tokenizer, config.vocab_size, folder)
+    eot = end_of_text_id(tokenizer, config)
+    ids = first_tokens(Path(file), tokenizer, eot, SEQUENCES * config.n_positions)
+    if not len(ids):
         raise InputError(f"{file} has no text to calibrate with")
-    return np.concatenate(chunks)
+    return ids
 
 
 def report(manifest: dict[str, Any], out: str) -> str:

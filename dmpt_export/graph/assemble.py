@@ -29,7 +29,7 @@ def input_specs(config: DMPTConfig, dtype: ir.DataType, cache: ir.DataType) -> l
         Spec("seqlens_k", INT32, ("batch",)),
         Spec("total_length", INT32, ()),
         Spec("last", INT64, ()),
-        *(Spec("every_node", BOOL, ()) for _ in nodes[1:2]),  # where there is something to choose
+        *([Spec("every_node", BOOL, ())] if len(nodes) > 1 else []),
         *(Spec(f"pending.{n.name}", dtype, ("batch", f"pending_{n.name}", config.n_embd)) for n in nodes[1:]),
         *cache_specs(config, cache, [p for n in nodes for p in block_prefixes(n)], "past"),
     ]

@@ -2,11 +2,11 @@
 
     linear          y = x W + b of a block          (float: MatMul, n-bit: MatMulNBits, W8A8: DynamicQuantizeMatMul)
     project         all logits of a head            (float: FusedMatMul with the rows as they are stored)
-    gather_rows     some rows of a head or embedding (float: Gather, n-bit: GatherBlockQuantized)
+    gather_rows     some rows of the embedding       (float: Gather, n-bit: GatherBlockQuantized)
 
-A matrix used both ways (a tied embedding, a head that is one leaf's anchor and another's candidate) is
-stored once: the n-bit tensor [N, blocks, bytes] serves MatMulNBits as it is and GatherBlockQuantized along
-its last axis; only the scales need a second shape.
+Rows of heads on candidates are read by dmpt_export.graph.rescore. A matrix used both ways (a tied embedding, a head
+that is one leaf's anchor and another's candidate) is stored once: the n-bit tensor [N, blocks, bytes] serves
+MatMulNBits as it is and GatherBlockQuantized along its last axis; only the scales need a second shape.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def project(b: Builder, weights: Weights, name: str, x: ir.Value) -> ir.Value:
 
 
 def gather_rows(b: Builder, weights: Weights, weight_name: str, ids: ir.Value, name: str) -> ir.Value:
-    """Rows of a matrix stored [V, E]: ids [...] -> [..., E]. Ids must be valid: the kernel does not check."""
+    """Rows of a matrix stored [V, E]: ids [B, S] -> [B, S, E]. Ids must be valid: the kernel does not check."""
     weight = weights[weight_name]
     if not isinstance(weight, QuantizedTensor):
         return b.op("Gather", float_weight(b, weights, weight_name), ids, name=name)
@@ -77,7 +77,7 @@ def gather_rows(b: Builder, weights: Weights, weight_name: str, ids: ir.Value, n
         quantize_axis=2,
     )  # (..., blocks, block)
     width = weight.packed.shape[1] * weight.block
-    # 0 copies a leading dimension; ids of the graph are always [n, K] or [B, S]. No -1: there may be no rows.
+    # 0 copies a leading dimension of the ids [B, S]. No -1: there may be no rows.
     flat = b.op("Reshape", rows, b.ints(0, 0, width), name=f"{name}.flat")
     if width == weight.shape[1]:
         return flat
