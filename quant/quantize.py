@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,9 +60,8 @@ def quantize_tensor(name: str, array: NDArray[np.float32], rule: Rule) -> tuple[
     transposed = is_transposed(name)
     matrix = np.ascontiguousarray(array.T if transposed else array)  # (N, K)
     options: dict[str, Any] = {} if rule.block is None else {"block": rule.block}
-    scheme: Callable[..., QuantizedTensor] = SCHEMES[rule.scheme]
     try:
-        tensor = replace(scheme(matrix, **options), transposed=transposed)
+        tensor = replace(SCHEMES[rule.scheme](matrix, **options), transposed=transposed)
     except InputError as error:
         raise InputError(f"tensor '{name}': {error}") from error
     stored = (tensor.scheme, None if tensor.per_row else tensor.block)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from quant.schemes import NO_ROWS, SCHEMES
+from quant.schemes import SCHEMES
 from quant.tensor import fit_block
 from training.errors import InputError
 
@@ -52,7 +52,7 @@ def parse_rule(text: str) -> Rule:
         raise InputError(f"rule '{text}' has not the form PATTERN=SCHEME or PATTERN=SCHEME:BLOCK")
     if scheme != FLOAT and scheme not in SCHEMES:
         raise InputError(f"rule '{text}': unknown scheme '{scheme}', choose one of {', '.join([*SCHEMES, FLOAT])}")
-    if colon and (scheme == FLOAT or scheme in NO_ROWS):
+    if colon and (scheme == FLOAT or not SCHEMES[scheme].blocks):
         raise InputError(f"rule '{text}': {scheme} has no blocks, leave out ':{number}'")
     if colon:
         fit_block(int(number), int(number))
@@ -68,9 +68,10 @@ def default_rules(scheme: str, block: int | None = None) -> list[Rule]:
         raise InputError(f"unknown scheme '{scheme}': choose one of {', '.join(SCHEMES)}")
     if block is not None:
         fit_block(block, block)
-    rows = "int8" if scheme in NO_ROWS else scheme
+    how = SCHEMES[scheme]
+    rows = scheme if how.rows else "int8"
     layers = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-    rules = [Rule(f"*.h.*.{layer}.weight", scheme, None if scheme in NO_ROWS else block) for layer in layers]
+    rules = [Rule(f"*.h.*.{layer}.weight", scheme, block if how.blocks else None) for layer in layers]
     return [*rules, Rule("heads.*.weight", rows, block), Rule(EMBEDDING, rows, block)]
 
 
@@ -125,10 +126,10 @@ def _check_rule(rule: Rule, shapes: Mapping[str, Sequence[int]], matched: list[s
             f"or put a rule PATTERN={FLOAT} for it first"
         )
     rows = [name for name in won if ROWS.fullmatch(name)]
-    if rows and rule.scheme in NO_ROWS:
+    if rows and not SCHEMES[rule.scheme].rows:
         raise InputError(
             f"rule '{rule}' names {_listed(rows)}, whose rows are looked up one by one, which {rule.scheme} "
-            f"cannot do: use {' or '.join(scheme for scheme in SCHEMES if scheme not in NO_ROWS)} for it"
+            f"cannot do: use {' or '.join(name for name, scheme in SCHEMES.items() if scheme.rows)} for it"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from quant.rules import FLOAT, Rule, assign, default_rules, is_transposed, parse_rule
-from quant.schemes import NO_ROWS, SCHEMES
+from quant.schemes import SCHEMES
 from training.checkpoint import expected_shapes
 from training.config import DMPTConfig
 from training.errors import InputError
@@ -36,7 +36,7 @@ def test_defaults_take_all_linears_heads_and_the_embedding_and_nothing_else(sche
     rows = {"transformer.wte.weight", *(f"heads.{j}.weight" for j in range(4))}
     assert set(chosen) == {*blocks(), *rows}
     assert {chosen[name] for name in blocks()} == {scheme}
-    assert {chosen[name] for name in rows} == {"int8" if scheme in NO_ROWS else scheme}
+    assert {chosen[name] for name in rows} == {scheme if SCHEMES[scheme].rows else "int8"}
 
 
 def test_only_block_weights_are_transposed() -> None:

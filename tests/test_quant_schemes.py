@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from quant.schemes import NO_ROWS, SCHEMES
+from quant.schemes import SCHEMES
 from quant.schemes.blockwise import CHUNK, int4, quantize
 from training.errors import InputError
 
@@ -115,4 +115,4 @@ def test_what_is_no_matrix_is_refused(scheme: str) -> None:
 def test_the_registry_and_the_tensor_agree(scheme: str) -> None:
     tensor = SCHEMES[scheme](np.ones((4, 300), np.float32))
     assert tensor.scheme == scheme
-    assert tensor.per_row == (scheme in NO_ROWS)
+    assert tensor.per_row == (not SCHEMES[scheme].rows)
