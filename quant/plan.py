@@ -1,0 +1,187 @@
+"""Bits by measured damage: which way to store each group of tensors, under a size or a divergence.
+
+    groups -> damage of each candidate alone (KL on calibration text) -> knapsack -> the whole plan, measured jointly
+
+Damages of small changes add up roughly, not exactly: a plan for a size says what it was predicted and measured to
+cost; a plan for a divergence is made stricter until the measured one holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from quant.knapsack import Frontier
+from quant.rules import EMBEDDING, FLOAT, LINEAR, ROWS, Rule, parse_rule
+from quant.schemes import SCHEMES
+from training.errors import InputError
+
+CANDIDATES = "int8,int4:128,int4:32"
+JOINT_TRIES = 8  # plans measured as a whole for a target of divergence
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to store a group, measured alone."""
+
+    scheme: str  # as in a rule: "int4:32"
+    bytes: int
+    kl: float  # nats per token, all else float32
+
+    def bits(self, weights: int) -> float:
+        return 8 * self.bytes / weights
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors that are stored the same way."""
+
+    pattern: str  # of a rule
+    tensors: tuple[str, ...]
+    weights: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was chosen for each group, and what it costs. `options` are all that were measured, by group."""
+
+    groups: list[Group]
+    options: list[list[Option]]
+    chosen: list[int]
+    other_bytes: int  # tensors that stay float32
+    total_weights: int
+    predicted_kl: float
+    measured_kl: float
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors as they are stored, without the file's header."""
+        return self.other_bytes + sum(o[i].bytes for o, i in zip(self.options, self.chosen, strict=True))
+
+    @property
+    def bits(self) -> float:
+        """Per weight of the whole model, float32 tensors included."""
+        return 8 * self.bytes / self.total_weights
+
+    def rules(self) -> list[Rule]:
+        return [
+            parse_rule(f"{group.pattern}={options[i].scheme}")
+            for group, options, i in zip(self.groups, self.options, self.chosen, strict=True)
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "bytes": self.bytes,
+            "bits_per_weight": self.bits,
+            "predicted_kl": self.predicted_kl,
+            "measured_kl": self.measured_kl,
+            "rules": [str(rule) for rule in self.rules()],
+            "groups": [
+                asdict(group) | {"chosen": options[i].scheme, "options": [asdict(option) for option in options]}
+                for group, options, i in zip(self.groups, self.options, self.chosen, strict=True)
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a plan must hold: one of the three is given."""
+
+    size: int | None = None  # bytes of all tensors
+    kl: float | None = None  # nats per token on the calibration text
+    bits: float | None = None  # per weight of the whole model
+
+    def __str__(self) -> str:
+        if self.size is not None:
+            return f"{self.size / 1e6:g} MB"
+        return f"a KL of {self.kl:g}" if self.kl is not None else f"{self.bits:g} bits per weight"
+
+
+def groups_of(shapes: Mapping[str, Sequence[int]]) -> list[Group]:
+    """Attention and MLP of each block, the embedding (with a tied head), and each further head, in this order."""
+    members: dict[str, list[str]] = {}
+    for name in shapes:
+        if LINEAR.fullmatch(name):
+            block, _, _ = name.partition(".attn." if ".attn." in name else ".mlp.")
+            members.setdefault(f"{block}.{'attn' if '.attn.' in name else 'mlp'}.*", []).append(name)
+        elif ROWS.fullmatch(name):
+            members.setdefault(name.removesuffix(".weight"), []).append(name)
+    order = sorted(members.items(), key=lambda item: (item[1][0] == EMBEDDING, bool(ROWS.fullmatch(item[1][0]))))
+    return [
+        Group(pattern, tuple(names), sum(math.prod(shapes[name]) for name in names)) for pattern, names in order
+    ]
+
+
+def candidates_of(group: Group, text: str) -> list[Rule]:
+    """The candidates of a comma-separated list that can store the group. Raises InputError when there are none.
+
+    An embedding that is no head is multiplied with nothing, so calibrated schemes have nothing to go by.
+    """
+    rules = [parse_rule(f"{group.pattern}={scheme.strip()}") for scheme in text.split(",")]
+    looked_up = any(ROWS.fullmatch(name) for name in group.tensors)
+    fit = [rule for rule in rules if rule.scheme != FLOAT and (SCHEMES[rule.scheme].rows or not looked_up)]
+    if not fit:
+        raise InputError(f"none of --candidates {text} can store {group.pattern}: add int8 or int4 to them")
+    return fit
+
+
+def make_plan(
+    groups: list[Group], options: list[list[Option]], target: Target, sizes: tuple[int, int],
+    joint: Callable[[list[int]], float],
+) -> Plan:  # fmt: skip
+    """Choose an option for each group. Raises InputError for an impossible target, with the least that is possible.
+
+    sizes: bytes of the tensors that are in no group, and weights of the whole model. joint: the measured KL of a whole
+    choice.
+    """
+    other, weights = sizes
+    pairs = [[(option.bytes, option.kl) for option in group] for group in options]
+    least = other + sum(min(size for size, _ in group) for group in pairs)
+    largest = sum(max(size for size, _ in group) for group in pairs)
+    size = target.size if target.bits is None else int(target.bits * weights / 8)
+
+    def plan(chosen: list[int], measured: float) -> Plan:
+        predicted = sum(group[i].kl for group, i in zip(options, chosen, strict=True))
+        return Plan(groups, options, chosen, other, weights, predicted, measured)
+
+    if size is not None:
+        chosen = Frontier(pairs, min(size - other, largest)).within(size - other) if size >= least else None
+        if chosen is None and size >= least:  # the frontier rounds sizes up
+            chosen = [min(range(len(group)), key=lambda i: group[i][0]) for group in pairs]
+        if chosen is None:
+            raise InputError(
+                f"no plan fits {target}: the least is {least / 1e6:.2f} MB ({8 * least / weights:.2f} bits per weight) "
+                f"with these candidates"
+            )
+        return plan(chosen, joint(chosen))
+    assert target.kl is not None
+    return plan(*_within_kl(Frontier(pairs, largest), pairs, target.kl, joint))
+
+
+def _within_kl(
+    frontier: Frontier, pairs: list[list[tuple[int, float]]], most: float, joint: Callable[[list[int]], float]
+) -> tuple[list[int], float]:
+    """The smallest choice whose measured KL is at most `most`: bisection over the predicted one."""
+    best = [min(range(len(group)), key=lambda i: group[i][1]) for group in pairs]
+    found, measured = best, joint(best)
+    if measured > most:
+        raise InputError(f"no plan has a KL of {most:g}: the least is {measured:.3g} with these candidates")
+    low, high = sum(group[i][1] for group, i in zip(pairs, best, strict=True)), 2 * most
+    for _ in range(JOINT_TRIES):
+        middle = (low + high) / 2
+        chosen = frontier.smallest(middle)
+        if chosen is None:
+            low = middle
+        elif (kl := joint(chosen)) <= most:
+            low = middle
+            if _bytes(pairs, chosen) < _bytes(pairs, found):
+                found, measured = chosen, kl
+        else:
+            high = middle
+    return found, measured
+
+
+def _bytes(pairs: list[list[tuple[int, float]]], chosen: list[int]) -> int:
+    return sum(group[i][0] for group, i in zip(pairs, chosen, strict=True))
