@@ -22,7 +22,7 @@ from tqdm import tqdm
 from quant.calibration import Calibration, Inputs, observe
 from quant.damage import Damage
 from quant.plan import Group, Option
-from quant.quantize import quantize_tensor
+from quant.quantize import TensorReport, quantize_tensor
 from quant.rules import Rule
 from quant.schemes import SCHEMES
 from quant.tensor import QuantizedTensor
@@ -52,7 +52,7 @@ class Measurements:
         self.damage = Damage(self.model, windows[: max(1, rows // windows.shape[1])])
         self.path = cache / f"damage-{self._key(config)}.json"
         self.known: dict[str, Any] = self._remembered()
-        self.stored: dict[tuple[str, str], QuantizedTensor] = {}  # (tensor, scheme with its options)
+        self.stored: dict[tuple[str, str], tuple[QuantizedTensor, TensorReport]] = {}  # by tensor and how(rule)
 
     def options(self, groups: Sequence[Group], candidates: Sequence[Sequence[Rule]]) -> list[list[Option]]:
         """Every candidate of every group, measured alone, with a progress bar and an estimate of the time left."""
@@ -70,8 +70,10 @@ class Measurements:
                 bar.update()
         return [[Option(**self.known[str(rule)]) for rule in rules] for rules in candidates]
 
-    def tensors(self, groups: Sequence[Group], rules: Sequence[Rule]) -> dict[str, QuantizedTensor]:
-        """All tensors of the groups, each quantized by its group's rule."""
+    def quantized(
+        self, groups: Sequence[Group], rules: Sequence[Rule]
+    ) -> dict[str, tuple[QuantizedTensor, TensorReport]]:
+        """All tensors of the groups, each quantized by its group's rule, with what that did."""
         pairs = set(zip(groups, rules, strict=True))
         missing = {pair for pair in pairs if any((name, how(pair[1])) not in self.stored for name in pair[0].tensors)}
         for _ in self._quantized(missing):
@@ -80,13 +82,8 @@ class Measurements:
 
     def joint(self, groups: Sequence[Group], rules: Sequence[Rule]) -> float:
         """KL of the whole plan."""
-        tensors = self.tensors(groups, rules)
-        return self.damage.of({name: tensor.dequantize() for name, tensor in tensors.items()})
-
-    def alone(self, tensors: Mapping[str, QuantizedTensor]) -> dict[str, float]:
-        """KL of each tensor with all others float, with a progress bar."""
-        bar = tqdm(tensors.items(), desc="measure damage", unit=" tensors", leave=False, disable=None)
-        return {name: self.damage.of({name: tensor.dequantize()}) for name, tensor in bar}
+        quantized = self.quantized(groups, rules)
+        return self.damage.of({name: tensor.dequantize() for name, (tensor, _) in quantized.items()})
 
     def _quantized(
         self, wanted: set[tuple[Group, Rule]]
@@ -110,9 +107,8 @@ class Measurements:
         out = {}
         for name in group.tensors:
             if (name, how(rule)) not in self.stored:
-                tensor, _ = quantize_tensor(name, self.arrays[name], rule, inputs.get(name))
-                self.stored[name, how(rule)] = tensor
-            out[name] = self.stored[name, how(rule)]
+                self.stored[name, how(rule)] = quantize_tensor(name, self.arrays[name], rule, inputs.get(name))
+            out[name], _ = self.stored[name, how(rule)]
         return out
 
     # --- what is remembered -----------------------------------------------------------------------

@@ -1,0 +1,75 @@
+"""Quantize a checkpoint by a plan: measure, choose, verify as a whole, write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from quant.calibration import Calibration
+from quant.checkpoint import check_unquantized, note_of, write_quantized
+from quant.measure import Measurements
+from quant.plan import CANDIDATES, Plan, Target, candidates_of, groups_of, make_plan
+from quant.quantize import TensorReport, float_report
+from quant.rules import parse_rule
+from quant.tensor import Weight
+from training.checkpoint import Source, check_replaceable, load_state
+from training.errors import InputError
+from training.files import read_json
+
+SCHEME = "planned"  # how a folder is called whose tensors are stored in several ways
+Files = Callable[[Sequence[TensorReport], Plan | None], Mapping[str, str]]  # further files of the folder, by name
+
+
+def save_planned(
+    source: Source,
+    out: Source | None,
+    target: Target,
+    calibration: Calibration,
+    cache: Path,
+    candidates: str = CANDIDATES,
+    files: Files = lambda reports, plan: {},
+) -> tuple[Plan, list[TensorReport]]:
+    """Quantize `source` into the folder `out` by the plan that costs least under `target`; without `out`, only plan.
+
+    cache: folder where measured damages are remembered. Raises InputError for an unusable or already quantized source,
+    a target that no plan reaches (with the least that is possible), unknown candidates, or an unusable `out`.
+    """
+    if out is not None:
+        check_replaceable(Path(out), "quantized")
+    folder = check_unquantized(source)
+    config, arrays = load_state(folder)
+    groups = groups_of({name: array.shape for name, array in arrays.items()})
+    rules = [candidates_of(group, candidates) for group in groups]
+    grouped = {name for group in groups for name in group.tensors}
+    sizes = (
+        sum(array.nbytes for name, array in arrays.items() if name not in grouped),
+        sum(array.size for array in arrays.values()),
+    )
+    measured = Measurements(config, arrays, calibration, cache)
+    options = measured.options(groups, rules)
+    plan = make_plan(
+        groups, options, target, sizes,
+        lambda chosen: measured.joint(groups, [rules[g][i] for g, i in enumerate(chosen)]),
+    )  # fmt: skip
+    quantized = measured.quantized(groups, plan.rules())
+    weights: dict[str, Weight] = {
+        name: quantized[name][0] if name in quantized else array for name, array in arrays.items()
+    }
+    reports = [
+        quantized[name][1] if name in quantized else float_report(name, array) for name, array in arrays.items()
+    ]
+    if out is not None:
+        recorded = {"rules": [rule.as_dict() for rule in plan.rules()], "calibration": calibration.as_dict()}
+        write_quantized(
+            out, config, weights, SCHEME, recorded, tokenizer_from=folder,
+            note=note_of(source, f"planned for {target}", reports), files=files(reports, plan),
+        )  # fmt: skip
+    return plan, reports
+
+
+def read_rules(path: str | Path) -> list[str]:
+    """The rules of a plan.json, to be used again. Raises InputError when it holds none."""
+    rules = read_json(Path(path)).get("rules")
+    if not isinstance(rules, list) or not rules or not all(isinstance(rule, str) for rule in rules):
+        raise InputError(f"{path} is no plan: give the plan.json of a planned quantized folder")
+    return [str(parse_rule(rule)) for rule in rules]
