@@ -1,4 +1,4 @@
-"""Calibration text, and what each layer sees of it.
+"""Calibration text, and what each layer sees of it in the float model.
 
 Every path reads the whole context, so all tokens count for the layers of all paths; a head only sees the rows that
 are routed to a leaf that uses it.
@@ -6,7 +6,9 @@ are routed to a leaf that uses it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+import math
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +20,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from training import data
-from training.checkpoint import Source, resolve
+from training.checkpoint import Source, load_model, read_config, resolve
 from training.config import DMPTConfig
 from training.errors import InputError
 from training.model import Conv1D, DMPTForCausalLM
 
 TOKENS = 8192  # of calibration text by default
 LONGEST = 512  # tokens of a calibration window
+JUDGED = 1024  # tokens by which a text is judged to be foreign to the model
+# A matrix that is both embedding and head: beside the error of logits, that of the rows themselves, as much as if
+# all inputs were independent and of the mean size. With 0 the whole model loses more than by plain rounding.
+LOOKED_UP = 1.0
 Visit = Callable[[str, Tensor], None]  # (tensor's name, the rows [n, K] that it is multiplied with)
 
 
@@ -37,11 +43,44 @@ class Inputs:
     largest: NDArray[np.float32]  # max |x| of each input, [K]
 
 
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """A text in windows, and what is recorded of it."""
+
+    windows: Tensor  # int64 [n, S]
+    sha256: str  # of the file
+    perplexity: float  # of the float model on the beginning
+    vocab_size: int
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the model does worse than guessing: such text says nothing about what its layers usually see."""
+        return self.perplexity > self.vocab_size
+
+    def as_dict(self) -> dict[str, Any]:
+        """What a quantized folder records."""
+        return {"sha256": self.sha256, "tokens": self.windows.numel(), "perplexity": self.perplexity}
+
+
+def read_calibration(text: str | Path, source: Source, tokens: int = TOKENS) -> Calibration:
+    """The first `tokens` tokens of a text file, judged by the float model; raises as load_model and read_windows."""
+    folder = resolve(source)
+    windows = read_windows(text, folder, read_config(folder), tokens)
+    model = load_model(folder)
+    with open(text, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Calibration(windows, digest, perplexity(model, windows), model.config.vocab_size)
+
+
 def read_windows(text: str | Path, source: Source, config: DMPTConfig, tokens: int = TOKENS) -> Tensor:
     """The first `tokens` tokens of a text file, in windows: int64 [n, S], S at most LONGEST and the context.
 
     Raises InputError for a text of less than one window, of other tokens than the model's, or unreadable.
     """
+    if tokens < 2:
+        raise InputError(f"{tokens} calibration tokens are too few: give thousands")
+    if not Path(text).is_file():
+        raise InputError(f"calibration text {text} is no file")
     folder = resolve(source)
     tokenizer = data.load_tokenizer(folder)
     data.check_vocabulary(tokenizer, config.vocab_size, folder)
@@ -53,13 +92,24 @@ def read_windows(text: str | Path, source: Source, config: DMPTConfig, tokens: i
     return torch.from_numpy(ids[:whole].astype(np.int64)).view(-1, length)
 
 
+@torch.inference_mode()
+def perplexity(model: DMPTForCausalLM, windows: Tensor) -> float:
+    """Of the model as it is deployed, on the first JUDGED tokens or so of windows [n, S], S above 1."""
+    judged = windows[: max(1, JUDGED // windows.shape[1])]
+    losses = []
+    for window in judged:
+        log_probs = model.log_probs(window[None, :-1], fast_k=model.config.fast_k)[0]
+        losses.append(-log_probs.gather(1, window[1:, None]).mean())
+    return math.exp(min(float(torch.stack(losses).mean()), 700.0))
+
+
 @contextmanager
-def watching(model: DMPTForCausalLM, visit: Visit) -> Iterator[None]:
-    """Call `visit` for every block layer that runs inside the context."""
+def watching(module: nn.Module, prefix: str, visit: Visit) -> Iterator[None]:
+    """Call `visit` for every linear layer under `module`, filed under `prefix`, that runs inside the context."""
     with ExitStack() as stack:
-        for name, module in model.named_modules():
-            if isinstance(module, Conv1D):
-                stack.callback(module.register_forward_pre_hook(_hook(f"{name}.weight", visit)).remove)
+        for name, layer in module.named_modules():
+            if isinstance(layer, Conv1D):
+                stack.callback(layer.register_forward_pre_hook(_hook(f"{prefix}{name}.weight", visit)).remove)
         yield
 
 
@@ -67,31 +117,73 @@ def _hook(name: str, visit: Visit) -> Callable[[nn.Module, tuple[Any, ...]], Non
     return lambda module, args: visit(name, args[0].flatten(0, -2))
 
 
+def observe(model: DMPTForCausalLM, windows: Tensor, wanted: Collection[str]) -> Iterator[dict[str, Inputs]]:
+    """Inputs of the `wanted` matrices, those of a block at a time in the order they run, of the heads last.
+
+    One pass of the model over `windows` [n, S]. No more than a block's second moments are held at once; a head that
+    no token is routed to has counted 0 rows.
+    """
+    ends: dict[str, Tensor] = {}  # raw output of nodes that fork, all windows
+    gates: dict[str, Tensor] = {}
+    leaves: dict[str, Tensor] = {}
+    for node in model.tree.values():
+        segment = model.segment(node)
+        with torch.inference_mode():
+            x = model.embed(windows) if node.parent is None else ends[node.parent]
+        for index, block in segment.h.items():
+            inputs, x = _run_block(block, f"{node.prefix}.h.{index}.", x, wanted)
+            yield inputs
+        with torch.inference_mode():
+            if node.children is None:
+                leaves[node.name] = segment.ln_f(x)
+            else:
+                ends[node.name], gates[node.name] = x, model.gates[node.name](x)
+    for name in dict.fromkeys(
+        model.config.head_name(j) for heads in model.config.head_allocation.values() for j in heads
+    ):
+        if name in wanted:
+            yield {name: _head_inputs(model, name, gates, leaves)}
+
+
+class Sum:
+    """Rows [n, K] as they come -> Inputs."""
+
+    def __init__(self, width: int) -> None:
+        self.count = 0
+        self.moment = torch.zeros(width, width, dtype=torch.float64)
+        self.largest = torch.zeros(width)
+
+    def add(self, x: Tensor) -> None:
+        if len(x):
+            self.count += len(x)
+            self.moment += x.T @ x
+            self.largest = torch.maximum(self.largest, x.abs().amax(0))
+
+    def inputs(self) -> Inputs:
+        return Inputs(self.count, self.moment.numpy(), self.largest.numpy())
+
+
 @torch.inference_mode()
-def observe(model: DMPTForCausalLM, windows: Tensor, visit: Visit) -> None:
-    """Run the model over calibration windows [n, S], calling `visit` for every block layer and every head."""
-    config = model.config
-    for window in windows:
-        with watching(model, visit):
-            hidden = model.hidden(window[None])
-        routes = model.routes(hidden.gates)[0] if hidden.gates else window.new_zeros(len(window))
-        for i, (leaf, h) in enumerate(hidden.leaves.items()):
-            rows = h[0][routes == i]
-            for j in config.head_allocation[leaf] if len(rows) else ():
-                visit(config.head_name(j), rows)
+def _run_block(block: nn.Module, prefix: str, x: Tensor, wanted: Collection[str]) -> tuple[dict[str, Inputs], Tensor]:
+    """What a block's layers see of rows [n, S, E], and its output."""
+    sums: dict[str, Sum] = {}
+
+    def visit(name: str, rows: Tensor) -> None:
+        if name in wanted:
+            sums.setdefault(name, Sum(rows.shape[-1])).add(rows)
+
+    with watching(block, prefix, visit):  # a window at a time: the widest rows of all would fill the memory
+        out = torch.cat([block(window, None, None) for window in x.split(1)])
+    return {name: total.inputs() for name, total in sums.items()}, out
 
 
-def input_statistics(model: DMPTForCausalLM, windows: Tensor) -> dict[str, Inputs]:
-    """Inputs of every matrix by name, from one pass of the float model over `windows` [n, S]."""
-    sums: dict[str, list[Any]] = {}
-
-    def add(name: str, x: Tensor) -> None:
-        moment, largest = (x.T @ x).double(), x.abs().amax(0)
-        if name not in sums:
-            sums[name] = [len(x), moment, largest]
-        else:
-            seen = sums[name]
-            seen[0], seen[1], seen[2] = seen[0] + len(x), seen[1].add_(moment), torch.maximum(seen[2], largest)
-
-    observe(model, windows, add)
-    return {name: Inputs(n, moment.numpy(), largest.numpy()) for name, (n, moment, largest) in sums.items()}
+@torch.inference_mode()
+def _head_inputs(model: DMPTForCausalLM, name: str, gates: dict[str, Tensor], leaves: dict[str, Tensor]) -> Inputs:
+    """What a head sees: the rows of the leaves that use it, where they are the routed ones."""
+    config, total = model.config, Sum(model.config.n_embd)
+    for i, (leaf, h) in enumerate(leaves.items()):
+        if name in map(config.head_name, config.head_allocation[leaf]):
+            total.add(h[model.routes(gates) == i] if gates else h.flatten(0, 1))
+    if name == "transformer.wte.weight":
+        total.moment.diagonal().add_(LOOKED_UP * total.moment.diagonal().mean())
+    return total.inputs()

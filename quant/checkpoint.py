@@ -6,7 +6,7 @@ tensor; every other tensor is float32 under its own name. Exporting reads these 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,11 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from quant.calibration import Calibration, Inputs, observe
 from quant.quantize import TensorReport, quantize_tensors
 from quant.rules import FLOAT, Rule, assign, default_rules
+from quant.schemes import SCHEMES
+from quant.smooth import Arrays, smooth
 from quant.tensor import QuantizedTensor, Weight
 from training.checkpoint import (
     Source,
@@ -79,28 +82,76 @@ def dequantized_model(source: Source) -> DMPTForCausalLM:
 
 
 def save_quantized(
-    source: Source, out: Source, scheme: str, block: int | None = None, rules: Sequence[Rule] = ()
+    source: Source,
+    out: Source,
+    scheme: str,
+    block: int | None = None,
+    rules: Sequence[Rule] = (),
+    *,
+    asymmetric: bool = False,
+    calibration: Calibration | None = None,
+    alpha: float | None = None,
 ) -> list[TensorReport]:
     """Quantize a DMPT or GPT-2 folder (or hub id) into the folder `out`, atomically; returns a report per tensor.
 
-    `rules` come before the scheme's own (quant.rules); `block` replaces the scheme's default block. Raises
-    InputError for an unusable or already quantized source, an impossible rule, or an `out` that is no
-    quantized folder; nothing is left behind then.
+    `rules` come before the scheme's own (quant.rules); `block` replaces the scheme's default block, `asymmetric` asks
+    for zero points. `calibration` text is what calibrated schemes go by, and balancing (`alpha`, see quant.smooth).
+    Raises InputError for an unusable or already quantized source, an impossible rule, a scheme that lacks its
+    calibration, or an `out` that is no quantized folder; nothing is left behind then.
     """
     check_replaceable(Path(out), "quantized")
-    defaults = default_rules(scheme, block)
-    folder = resolve(source)
-    if is_quantized(read_config(folder)):
-        raise InputError(f"{folder} is already quantized: give the float checkpoint it was made from")
+    defaults = default_rules(scheme, block, asymmetric)
+    folder = check_unquantized(source)
     config, arrays = load_state(folder)
     shapes = {name: array.shape for name, array in arrays.items()}
     plan = assign(shapes, rules, defaults, config.tie_word_embeddings)
     if not plan:
         raise InputError(f"no tensor of {folder} would be quantized: drop the rules that keep all of them {FLOAT}")
-    weights, reports = quantize_tensors(arrays, plan)
-    recorded = [rule.as_dict() for rule in [*rules, *defaults]]
+    recorded: dict[str, Any] = {"rules": [rule.as_dict() for rule in [*rules, *defaults]]}
+    if calibration is not None:
+        recorded["calibration"] = calibration.as_dict()
+    if alpha is not None:
+        arrays = balance(config, arrays, plan, calibration, alpha)
+        recorded["smooth"] = alpha
+    weights, reports = quantize_tensors(arrays, plan, observed_inputs(config, arrays, plan, calibration))
     write_quantized(out, config, weights, scheme, recorded, tokenizer_from=folder, note=_note(source, scheme, reports))
     return reports
+
+
+def observed_inputs(
+    config: DMPTConfig, arrays: Arrays, plan: Mapping[str, Rule], calibration: Calibration | None
+) -> Iterator[dict[str, Inputs]]:
+    """What the tensors of calibrated schemes see, as quantize_tensors takes it.
+
+    Raises InputError at once when there are such and no calibration.
+    """
+    wanted = {name for name, rule in plan.items() if SCHEMES[rule.scheme].calibrated}
+    if not wanted:
+        return iter(())
+    if calibration is None:
+        name = min(wanted)
+        raise InputError(f"{plan[name].scheme} (of {name}) goes by calibration text: give some with --calib FILE")
+    return observe(_model(config, arrays), calibration.windows, wanted)
+
+
+def balance(
+    config: DMPTConfig, arrays: Arrays, plan: Mapping[str, Rule], calibration: Calibration | None, alpha: float
+) -> Arrays:
+    """The tensors with those of int8-dynamic layers balanced. Raises InputError without any, or without calibration."""
+    chosen = {name for name, rule in plan.items() if rule.scheme == "int8-dynamic"}
+    if not chosen:
+        raise InputError("smoothing is for int8-dynamic, which no tensor gets: leave it out")
+    if calibration is None:
+        raise InputError("smoothing goes by calibration text: give some with --calib FILE")
+    largest: dict[str, NDArray[np.float32]] = {}
+    for inputs in observe(_model(config, arrays), calibration.windows, chosen):
+        largest |= {name: seen.largest for name, seen in inputs.items()}
+    return smooth(arrays, largest, alpha)
+
+
+def _model(config: DMPTConfig, arrays: Arrays) -> DMPTForCausalLM:
+    """The float model around the arrays, not copied."""
+    return model_from_tensors(config, {name: torch.from_numpy(array) for name, array in arrays.items()})
 
 
 def write_quantized(
@@ -108,19 +159,19 @@ def write_quantized(
     config: DMPTConfig,
     weights: Mapping[str, Weight],
     scheme: str,
-    rules: list[dict[str, Any]],
+    recorded: Mapping[str, Any],
     tokenizer_from: Source | None = None,
     note: str | None = None,
 ) -> None:
     """Write a quantized folder atomically; `load_weights` gives back the same bits.
 
-    `scheme` and `rules` are recorded as what was asked for; `note` goes into the model card. Raises InputError
-    when `out` holds something else than a quantized checkpoint.
+    `scheme` and `recorded` (rules, calibration) say what was asked for; `note` goes into the model card. Raises
+    InputError when `out` holds something else than a quantized checkpoint.
     """
     quantization = {
         "scheme": scheme,
         "format_version": FORMAT_VERSION,
-        "rules": rules,
+        **recorded,
         "tensors": {
             name: {
                 "scheme": weight.scheme,
@@ -152,6 +203,14 @@ def _note(source: Source, scheme: str, reports: Sequence[TensorReport]) -> str:
         f"Quantized with `dmpt-export quantize --scheme {scheme}` from `{name}`: {len(quantized)} of {len(reports)} "
         f"tensors, {before:.1f} MB to {after:.1f} MB. config.json records the scheme, bits and block of each."
     )
+
+
+def check_unquantized(source: Source) -> Path:
+    """The folder of a float checkpoint. Raises InputError for a quantized one."""
+    folder = resolve(source)
+    if is_quantized(read_config(folder)):
+        raise InputError(f"{folder} is already quantized: give the float checkpoint it was made from")
+    return folder
 
 
 def is_quantized(config: DMPTConfig) -> bool:

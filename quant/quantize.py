@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from quant.calibration import Inputs
 from quant.rules import FLOAT, Rule, is_transposed
 from quant.schemes import SCHEMES
 from quant.tensor import QuantizedTensor, Weight
@@ -32,36 +33,53 @@ class TensorReport:
 
 
 def quantize_tensors(
-    arrays: dict[str, NDArray[np.float32]], plan: Mapping[str, Rule]
+    arrays: dict[str, NDArray[np.float32]],
+    plan: Mapping[str, Rule],
+    observed: Iterable[Mapping[str, Inputs]] = (),
 ) -> tuple[dict[str, Weight], list[TensorReport]]:
     """Quantize what `plan` names and pass the rest through, with a progress bar on a terminal.
 
-    Empties `arrays` as it goes, so that float and quantized weights are never both whole in memory.
+    `observed` gives the inputs of calibrated tensors, some at a time (quant.calibration.observe). Empties `arrays` as
+    it goes, so that float and quantized weights are never both whole in memory.
     """
+    order = list(arrays)
     weights: dict[str, Weight] = {}
-    reports: list[TensorReport] = []
+    reports: dict[str, TensorReport] = {}
     total = sum(arrays[name].size for name in plan)
     with tqdm(total=total, unit=" weights", unit_scale=True, desc="quantize", leave=False, disable=None) as bar:
-        for name in list(arrays):
-            array = arrays.pop(name)
-            if name not in plan:
-                weights[name] = array
-                reports.append(TensorReport(name, FLOAT, None, array.size, array.nbytes, array.nbytes, 0.0))
-                continue
+
+        def take(name: str, inputs: Inputs | None) -> None:
             bar.set_postfix_str(name)
-            weights[name], report = quantize_tensor(name, array, plan[name])
-            reports.append(report)
+            array = arrays.pop(name)
+            weights[name], reports[name] = quantize_tensor(name, array, plan[name], inputs)
             bar.update(array.size)
-    return weights, reports
+
+        for seen in observed:
+            for name, inputs in seen.items():
+                take(name, inputs)
+        for name in [name for name in order if name in arrays]:
+            if name in plan:
+                take(name, None)
+            else:
+                array = weights[name] = arrays.pop(name)
+                reports[name] = TensorReport(name, FLOAT, None, array.size, array.nbytes, array.nbytes, 0.0)
+    return {name: weights[name] for name in order}, [reports[name] for name in order]
 
 
-def quantize_tensor(name: str, array: NDArray[np.float32], rule: Rule) -> tuple[QuantizedTensor, TensorReport]:
+def quantize_tensor(
+    name: str, array: NDArray[np.float32], rule: Rule, inputs: Inputs | None = None
+) -> tuple[QuantizedTensor, TensorReport]:
     """One tensor in the checkpoint's layout -> quantized, with its report. Raises InputError naming the tensor."""
     transposed = is_transposed(name)
     matrix = np.ascontiguousarray(array.T if transposed else array)  # (N, K)
+    scheme = SCHEMES[rule.scheme]
     options: dict[str, Any] = {} if rule.block is None else {"block": rule.block}
+    if rule.asymmetric:
+        options["symmetric"] = False
+    if scheme.calibrated:
+        options["inputs"] = inputs
     try:
-        tensor = replace(SCHEMES[rule.scheme](matrix, **options), transposed=transposed)
+        tensor = replace(scheme(matrix, **options), transposed=transposed)
     except InputError as error:
         raise InputError(f"tensor '{name}': {error}") from error
     stored = (tensor.scheme, None if tensor.per_row else tensor.block)

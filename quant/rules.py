@@ -1,8 +1,9 @@
 """Which tensors are quantized, and how: an ordered list of rules, the first that matches a tensor wins.
 
-A rule is PATTERN=SCHEME[:BLOCK]. The pattern (shell wildcards; `*` also crosses dots) is held against the
-checkpoint's tensor names with and without their `.weight`; a tied head answers to its own name and to
-transformer.wte.weight. Layer norms, biases, positions, gates and head gates always stay float32.
+A rule is PATTERN=SCHEME[:BLOCK][:asymmetric], or the same with a number of bits for the scheme. The pattern (shell
+wildcards; `*` also crosses dots) is held against the checkpoint's tensor names with and without their `.weight`; a
+tied head answers to its own name and to transformer.wte.weight. Layer norms, biases, positions, gates and head gates
+always stay float32.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ LINEAR = re.compile(r"(transformer|paths\.\w+)\.h\.\d+\.(attn\.c_attn|attn\.c_pr
 ROWS = re.compile(r"transformer\.wte\.weight|heads\.\d+\.weight")  # looked up by row, too
 EMBEDDING, TIED_HEAD = "transformer.wte.weight", "heads.0.weight"
 MOST_NAMED = 5  # names in one error line
+ASYMMETRIC = "asymmetric"
+BITS = {"32": FLOAT, "16": "fp16", "8": "int8", "4": "int4", "3": "int3", "2": "int2"}  # a width's usual scheme
 
 
 @dataclass(frozen=True)
@@ -32,47 +35,75 @@ class Rule:
     pattern: str
     scheme: str
     block: int | None = None
+    asymmetric: bool = False  # with zero points, where that is a choice
 
     def __str__(self) -> str:
-        return f"{self.pattern}={self.scheme}" + (f":{self.block}" if self.block else "")
+        options = [self.scheme, *([str(self.block)] if self.block else []), *([ASYMMETRIC] if self.asymmetric else [])]
+        return f"{self.pattern}={':'.join(options)}"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def parse_rule(text: str) -> Rule:
+def parse_rule(text: str, calibrated: bool = False) -> Rule:
     """'heads.*=int4:64' -> Rule. Raises InputError naming what is wrong with it.
 
+    A number of bits stands for the scheme of that width; `calibrated`: for its GPTQ form where there is one.
+
     >>> parse_rule("heads.*=int4:64")
-    Rule(pattern='heads.*', scheme='int4', block=64)
+    Rule(pattern='heads.*', scheme='int4', block=64, asymmetric=False)
+    >>> parse_rule("*.c_fc=3:asymmetric", calibrated=True)
+    Rule(pattern='*.c_fc', scheme='int3-gptq', block=None, asymmetric=True)
     """
     pattern, _, what = text.partition("=")
-    scheme, colon, number = what.partition(":")
-    if not pattern or not scheme or (colon and not number.isdecimal()):
-        raise InputError(f"rule '{text}' has not the form PATTERN=SCHEME or PATTERN=SCHEME:BLOCK")
+    scheme, *options = what.split(":")
+    asymmetric = options[-1:] == [ASYMMETRIC]
+    numbers = options[:-1] if asymmetric else options
+    if not pattern or not scheme or len(numbers) > 1 or not all(number.isdecimal() for number in numbers):
+        raise InputError(f"rule '{text}' has not the form PATTERN=SCHEME, PATTERN=SCHEME:BLOCK or ...:{ASYMMETRIC}")
+    if scheme.isdecimal() and scheme not in BITS:
+        raise InputError(f"rule '{text}': no scheme has {scheme} bits, choose one of {', '.join(BITS)}")
+    scheme = BITS.get(scheme, scheme)
+    if calibrated and what.split(":")[0] in BITS and f"{scheme}-gptq" in SCHEMES:
+        scheme = f"{scheme}-gptq"
     if scheme != FLOAT and scheme not in SCHEMES:
         raise InputError(f"rule '{text}': unknown scheme '{scheme}', choose one of {', '.join([*SCHEMES, FLOAT])}")
-    if colon and (scheme == FLOAT or not SCHEMES[scheme].blocks):
-        raise InputError(f"rule '{text}': {scheme} has no blocks, leave out ':{number}'")
-    if colon:
-        fit_block(int(number), int(number))
-    return Rule(pattern, scheme, int(number) if colon else None)
+    block = int(numbers[0]) if numbers else None
+    try:
+        check_options(scheme, block, asymmetric)
+    except InputError as error:
+        raise InputError(f"rule '{text}': {error}") from error
+    return Rule(pattern, scheme, block, asymmetric)
 
 
-def default_rules(scheme: str, block: int | None = None) -> list[Rule]:
+def check_options(scheme: str, block: int | None, asymmetric: bool) -> None:
+    """Raise InputError for a block or zero points that `scheme` (a registered one, or FLOAT) does not have."""
+    how = SCHEMES.get(scheme)
+    if block is not None and (how is None or not how.blocks):
+        raise InputError(f"{scheme} has no blocks, leave out ':{block}'")
+    if asymmetric and (how is None or not how.zero_points):
+        raise InputError(f"zero points are no choice with {scheme}, leave out '{ASYMMETRIC}'")
+    if how is not None and block is not None:
+        fit_block(block, block)
+        low, high = how.block_range
+        if not low <= block <= high:
+            raise InputError(f"{scheme} has a fast kernel for blocks from {low} to {high} only, not {block}")
+
+
+def default_rules(scheme: str, block: int | None = None, asymmetric: bool = False) -> list[Rule]:
     """The rules of one scheme for the whole model: all block layers, the embedding and the heads.
 
     A scheme whose rows cannot be looked up (int8-dynamic) leaves the embedding and the heads to int8.
     """
     if scheme not in SCHEMES:
         raise InputError(f"unknown scheme '{scheme}': choose one of {', '.join(SCHEMES)}")
-    if block is not None:
-        fit_block(block, block)
     how = SCHEMES[scheme]
     rows = scheme if how.rows else "int8"
+    check_options(scheme if how.blocks else rows, block, False)
+    check_options(scheme, None, asymmetric)
     layers = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-    rules = [Rule(f"*.h.*.{layer}.weight", scheme, block if how.blocks else None) for layer in layers]
-    return [*rules, Rule("heads.*.weight", rows, block), Rule(EMBEDDING, rows, block)]
+    rules = [Rule(f"*.h.*.{layer}.weight", scheme, block if how.blocks else None, asymmetric) for layer in layers]
+    return [*rules, Rule("heads.*.weight", rows, block, asymmetric), Rule(EMBEDDING, rows, block, asymmetric)]
 
 
 def is_quantizable(name: str) -> bool:

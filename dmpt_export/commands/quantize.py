@@ -36,11 +36,28 @@ class SchemeName(click.ParamType):  # type: ignore[type-arg]  # generic only fro
 @click.argument("out", type=click.Path())
 @click.option("--scheme", type=SchemeName(), required=True, help="How to store weights; see above.")
 @click.option("--block", type=click.Choice(["16", "32", "64", "128", "256"]), help="Weights that share a scale: "
-              "fewer are closer to the original, and larger. Default: 128 for int8, 32 for int4.")  # fmt: skip
-@click.option("--rule", "rules", metavar="PATTERN=SCHEME[:BLOCK]", multiple=True,
+              "fewer are closer to the original, and larger. Default: 128 for int8, 64 for int2, else 32.")  # fmt: skip
+@click.option("--asymmetric", is_flag=True, help="Store a zero point per block, too: closer, and a little larger.")
+@click.option("--rule", "--layer-bits", "rules", metavar="PATTERN=SCHEME[:BLOCK][:asymmetric]", multiple=True,
               help="Another scheme, or float32, for the tensors whose name matches; repeat for more, the first "
-                   "that matches wins.")  # fmt: skip
-def command(checkpoint: str, out: str, scheme: str, block: str | None, rules: tuple[str, ...]) -> None:
+                   "that matches wins. A number of bits stands for a scheme, with --calib for GPTQ's.")  # fmt: skip
+@click.option("--calib", metavar="FILE", type=click.Path(), help="Calibration text, like what the model will read: for "
+              "the gptq schemes and --smooth.")  # fmt: skip
+@click.option("--calib-tokens", type=click.IntRange(min=2), default=8192, show_default=True,
+              help="How much of the calibration text to use.")  # fmt: skip
+@click.option("--smooth", "alpha", type=click.FloatRange(0, 1), metavar="ALPHA", help="For int8-dynamic: balance "
+              "activations (1) against weights (0) first; 0.5 is usual.")  # fmt: skip
+def command(
+    checkpoint: str,
+    out: str,
+    scheme: str,
+    block: str | None,
+    asymmetric: bool,
+    rules: tuple[str, ...],
+    calib: str | None,
+    calib_tokens: int,
+    alpha: float | None,
+) -> None:
     """Quantize the weights of CHECKPOINT into the folder OUT and say what it cost.
 
     CHECKPOINT is a DMPT folder, or a GPT-2 folder or hub id. All linear layers of the blocks, the token
@@ -48,24 +65,40 @@ def command(checkpoint: str, out: str, scheme: str, block: str | None, rules: tu
 
     \b
     int8          8 bits per weight, a scale per block; close to lossless
-    int4          4 bits per weight, a scale per block; the smallest and fastest to decode
+    int4          4 bits per weight, a scale per block; small and fast to decode
+    int4-hqq      4 bits and zero points, fitted to most weights rather than to outliers
+    int4-gptq     4 bits, rounded for the least error on calibration text (--calib)
+    int3, int3-gptq  3 bits stored in 4, for comparison: no smaller than int4
+    int2, int2-gptq  2 bits; for single layers, see --layer-bits
     int8-dynamic  8 bits, a scale per output; activations are rounded too (CPU only): the fastest to read
                   long prompts, but check the quality with `dmpt-export eval`
 
     \b
     Example:
-      dmpt-export quantize tuned small --scheme int4 --rule 'transformer.wte=int8:64'
+      dmpt-export quantize tuned small --scheme int4-gptq --calib train.txt --rule 'transformer.wte=int8:64'
       dmpt-export onnx small device
 
     The table gives, for each way of storing, the size and the tensor that lost most (relative error: the norm
     of the difference over the norm of the weights).
     """
     require("train")
-    from quant.checkpoint import save_quantized
+    from quant.calibration import read_calibration
+    from quant.checkpoint import check_unquantized, save_quantized
     from quant.rules import parse_rule
 
-    parsed = [parse_rule(rule) for rule in rules]
-    reports = save_quantized(checkpoint, out, scheme, int(block) if block else None, parsed)
+    parsed = [parse_rule(rule, calibrated=calib is not None) for rule in rules]
+    check_unquantized(checkpoint)
+    calibration = read_calibration(calib, checkpoint, calib_tokens) if calib else None
+    if calibration is not None and calibration.foreign:
+        click.echo(
+            f"warning: on {calib} the model's perplexity is {calibration.perplexity:.0f}, worse than guessing among "
+            f"its {calibration.vocab_size} tokens: give text of the kind that it was trained on",
+            err=True,
+        )
+    reports = save_quantized(
+        checkpoint, out, scheme, int(block) if block else None, parsed,
+        asymmetric=asymmetric, calibration=calibration, alpha=alpha,
+    )  # fmt: skip
     click.echo(table(reports))
     click.echo(f"wrote {out}; next: dmpt-export onnx {out} DEVICE_FOLDER", err=True)
 
