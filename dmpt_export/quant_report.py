@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any
 
@@ -31,6 +31,18 @@ def report_json(reports: Sequence[TensorReport], plan: Plan | None) -> dict[str,
 
 def _json(value: Any) -> str:
     return json.dumps(value, indent=1) + "\n"
+
+
+def show(reports: Sequence[TensorReport], plan: Plan | None, tensors: bool) -> str:
+    """All tables that were asked for, and what a user should look at."""
+    parts = [tensor_table(reports)] if tensors else []
+    if plan is not None:
+        parts.append(plan_table(plan))
+    parts.append(table(reports))
+    zero = [report.name for report in reports if report.all_zero and report.scheme != FLOAT]
+    if zero:
+        parts.append(f"all-zero tensors: {', '.join(zero)}")
+    return "\n\n".join(parts)
 
 
 # --- tables -------------------------------------------------------------------------------------------
@@ -170,10 +182,6 @@ def _dot(x: float, y: float, dot: Dot, label: str) -> str:
     colour = COLOURS.get(math.floor(bits), "#009E73")
     fill = colour if chosen else "none"
     told = f"{label}: {scheme}, {bits:.2f} bits per weight, {damage:.3g}"
-    return f'<circle cx="{x:.1f}" cy="{y:g}" r="5" fill="{fill}" stroke="{colour}"><title>{escape(told)}</title></circle>'
-
-
-def warnings(reports: Sequence[TensorReport]) -> list[str]:
-    """What a user should look at."""
-    zero: Mapping[str, Any] = {r.name: r for r in reports if r.all_zero}
-    return [f"all-zero: {', '.join(zero)}"] if zero else []
+    return (
+        f'<circle cx="{x:.1f}" cy="{y:g}" r="5" fill="{fill}" stroke="{colour}"><title>{escape(told)}</title></circle>'
+    )

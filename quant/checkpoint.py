@@ -6,8 +6,9 @@ tensor; every other tensor is float32 under its own name. Exporting reads these 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from quant.calibration import Calibration, Inputs, observe
+from quant.measure import with_damage
 from quant.quantize import TensorReport, quantize_tensors
 from quant.rules import FLOAT, Rule, assign, default_rules
 from quant.schemes import SCHEMES
@@ -42,6 +44,7 @@ from training.model import DMPTForCausalLM
 
 FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
+PLANNED = "planned"  # how a folder is called whose tensors follow a plan's rules
 PARTS = ("packed", "scales", "zero_points")
 
 
@@ -83,24 +86,29 @@ def dequantized_model(source: Source) -> DMPTForCausalLM:
 
 def save_quantized(
     source: Source,
-    out: Source,
-    scheme: str,
+    out: Source | None,
+    scheme: str | None,
     block: int | None = None,
     rules: Sequence[Rule] = (),
     *,
     asymmetric: bool = False,
     calibration: Calibration | None = None,
     alpha: float | None = None,
+    files: Callable[[Sequence[TensorReport]], Mapping[str, str]] = lambda reports: {},
 ) -> list[TensorReport]:
     """Quantize a DMPT or GPT-2 folder (or hub id) into the folder `out`, atomically; returns a report per tensor.
 
+    Without `out` nothing is written; without a `scheme` what no rule names stays float32.
+
     `rules` come before the scheme's own (quant.rules); `block` replaces the scheme's default block, `asymmetric` asks
-    for zero points. `calibration` text is what calibrated schemes go by, and balancing (`alpha`, see quant.smooth).
+    for zero points. `calibration` text is what calibrated schemes go by, and balancing (`alpha`, see quant.smooth), and
+    what the damage of each tensor is measured on. `files`: texts to be written beside the weights, by file name.
     Raises InputError for an unusable or already quantized source, an impossible rule, a scheme that lacks its
     calibration, or an `out` that is no quantized folder; nothing is left behind then.
     """
-    check_replaceable(Path(out), "quantized")
-    defaults = default_rules(scheme, block, asymmetric)
+    if out is not None:
+        check_replaceable(Path(out), "quantized")
+    defaults = default_rules(scheme, block, asymmetric) if scheme else []
     folder = check_unquantized(source)
     config, arrays = load_state(folder)
     shapes = {name: array.shape for name, array in arrays.items()}
@@ -113,8 +121,13 @@ def save_quantized(
     if alpha is not None:
         arrays = balance(config, arrays, plan, calibration, alpha)
         recorded["smooth"] = alpha
-    weights, reports = quantize_tensors(arrays, plan, observed_inputs(config, arrays, plan, calibration))
-    write_quantized(out, config, weights, scheme, recorded, tokenizer_from=folder, note=_note(source, scheme, reports))
+    observed = observed_inputs(config, arrays, plan, calibration)
+    weights, reports = quantize_tensors(dict(arrays) if calibration else arrays, plan, observed)
+    if calibration is not None:
+        reports = with_damage(_model(config, arrays), weights, reports, calibration)
+    if out is not None:
+        note = note_of(source, f"`dmpt-export quantize --scheme {scheme}`" if scheme else "a plan's rules", reports)
+        write_quantized(out, config, weights, scheme or PLANNED, recorded, folder, note, files(reports))
     return reports
 
 
@@ -162,6 +175,7 @@ def write_quantized(
     recorded: Mapping[str, Any],
     tokenizer_from: Source | None = None,
     note: str | None = None,
+    files: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write a quantized folder atomically; `load_weights` gives back the same bits.
 
@@ -191,16 +205,18 @@ def write_quantized(
         write_json(tmp / "config.json", config_fields(config) | {"quantization": quantization})
         if tokenizer_from is not None:
             copy_tokenizer(tokenizer_from, tmp)
-        (tmp / "README.md").write_text(model_card(config, Path(out).resolve().name, note), encoding="utf-8")
+        card = {"README.md": model_card(config, Path(out).resolve().name, note)}
+        for name, text in (card | dict(files)).items():
+            (tmp / name).write_text(text, encoding="utf-8")
 
 
-def _note(source: Source, scheme: str, reports: Sequence[TensorReport]) -> str:
+def note_of(source: Source, how: str, reports: Sequence[TensorReport]) -> str:
     """What the model card says about where the weights come from."""
     name = Path(source).resolve().name if Path(source).is_dir() else str(source)  # a hub id as it was given
     quantized = [report for report in reports if report.scheme != FLOAT]
     before, after = (sum(getattr(r, f"bytes_{when}") for r in reports) / 1e6 for when in ("before", "after"))
     return (
-        f"Quantized with `dmpt-export quantize --scheme {scheme}` from `{name}`: {len(quantized)} of {len(reports)} "
+        f"Quantized with {how} from `{name}`: {len(quantized)} of {len(reports)} "
         f"tensors, {before:.1f} MB to {after:.1f} MB. config.json records the scheme, bits and block of each."
     )
 

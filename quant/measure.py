@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,11 @@ from quant.plan import Group, Option
 from quant.quantize import TensorReport, quantize_tensor
 from quant.rules import Rule
 from quant.schemes import SCHEMES
-from quant.tensor import QuantizedTensor
+from quant.tensor import QuantizedTensor, Weight
 from training.atomic import atomic_file
 from training.checkpoint import model_from_tensors
 from training.config import DMPTConfig
+from training.model import DMPTForCausalLM
 
 DAMAGE_TOKENS = 1024  # of the calibration text that damage is measured on
 LOGITS = 2**28  # log-probs kept at once at most (1 GB): fewer tokens for a larger vocabulary
@@ -47,9 +48,7 @@ class Measurements:
     ) -> None:
         self.arrays, self.calibration = arrays, calibration
         self.model = model_from_tensors(config, {name: torch.from_numpy(array) for name, array in arrays.items()})
-        windows = calibration.windows
-        rows = min(tokens, LOGITS // config.vocab_size)
-        self.damage = Damage(self.model, windows[: max(1, rows // windows.shape[1])])
+        self.damage = damage_on(self.model, calibration, tokens)
         self.path = cache / f"damage-{self._key(config)}.json"
         self.known: dict[str, Any] = self._remembered()
         self.stored: dict[tuple[str, str], tuple[QuantizedTensor, TensorReport]] = {}  # by tensor and how(rule)
@@ -85,18 +84,14 @@ class Measurements:
         quantized = self.quantized(groups, rules)
         return self.damage.of({name: tensor.dequantize() for name, (tensor, _) in quantized.items()})
 
-    def _quantized(
-        self, wanted: set[tuple[Group, Rule]]
-    ) -> Iterator[tuple[Group, Rule, dict[str, QuantizedTensor]]]:
+    def _quantized(self, wanted: set[tuple[Group, Rule]]) -> Iterator[tuple[Group, Rule, dict[str, QuantizedTensor]]]:
         """Quantize the wanted groups: calibrated ones as their block is observed, then the others."""
         calibrated = {pair for pair in wanted if SCHEMES[pair[1].scheme].calibrated}
         names = {name for group, _ in calibrated for name in group.tensors}
         seen = observe(self.model, self.calibration.windows, names) if names else iter(())
         pending = set(calibrated)
         for inputs in chain(seen, [None]):
-            ready = {
-                pair for pair in pending if inputs is None or any(name in inputs for name in pair[0].tensors)
-            }
+            ready = {pair for pair in pending if inputs is None or any(name in inputs for name in pair[0].tensors)}
             pending -= ready
             for group, rule in sorted(ready, key=str):
                 yield group, rule, self._quantize(group, rule, inputs or {})
@@ -117,9 +112,9 @@ class Measurements:
         digest = hashlib.sha256(f"damage-{FORMAT} {config.fast_k} {config.head_topk} {config.head_allocation}".encode())
         for name, array in self.arrays.items():
             digest.update(name.encode())
-            digest.update(np.ascontiguousarray(array))
+            digest.update(np.ascontiguousarray(array).data)
         for part in (self.calibration.windows, self.damage.windows):
-            digest.update(part.contiguous().numpy())
+            digest.update(part.contiguous().numpy().data)
         return digest.hexdigest()[:32]
 
     def _remembered(self) -> dict[str, Any]:
@@ -134,6 +129,26 @@ class Measurements:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(self.path) as temporary:
             temporary.write_text(json.dumps(self.known, indent=1), encoding="utf-8")
+
+
+def damage_on(model: DMPTForCausalLM, calibration: Calibration, tokens: int = DAMAGE_TOKENS) -> Damage:
+    """What measures damage on the beginning of a calibration text: whole windows, about as many tokens as asked."""
+    rows = min(tokens, LOGITS // model.config.vocab_size)
+    windows = calibration.windows
+    return Damage(model, windows[: max(1, rows // windows.shape[1])])
+
+
+def with_damage(
+    model: DMPTForCausalLM, weights: Mapping[str, Weight], reports: Sequence[TensorReport], calibration: Calibration
+) -> list[TensorReport]:
+    """The reports with the KL of each quantized tensor alone, all others float; a progress bar on a terminal."""
+    damage, out = damage_on(model, calibration), []
+    for report in tqdm(reports, desc="measure damage", unit=" tensors", leave=False, disable=None):
+        weight = weights[report.name]
+        if isinstance(weight, QuantizedTensor):
+            report = replace(report, kl=damage.of({report.name: weight.dequantize()}))
+        out.append(report)
+    return out
 
 
 def how(rule: Rule) -> str:

@@ -18,7 +18,7 @@ from quant.rules import EMBEDDING, FLOAT, LINEAR, ROWS, Rule, parse_rule
 from quant.schemes import SCHEMES
 from training.errors import InputError
 
-CANDIDATES = "int8,int4:128,int4:32"
+CANDIDATES = "int8,int4-gptq:16,int4-gptq:32,int4-gptq:64,int4-gptq:128"
 JOINT_TRIES = 8  # plans measured as a whole for a target of divergence
 
 
@@ -109,9 +109,7 @@ def groups_of(shapes: Mapping[str, Sequence[int]]) -> list[Group]:
         elif ROWS.fullmatch(name):
             members.setdefault(name.removesuffix(".weight"), []).append(name)
     order = sorted(members.items(), key=lambda item: (item[1][0] == EMBEDDING, bool(ROWS.fullmatch(item[1][0]))))
-    return [
-        Group(pattern, tuple(names), sum(math.prod(shapes[name]) for name in names)) for pattern, names in order
-    ]
+    return [Group(pattern, tuple(names), sum(math.prod(shapes[name]) for name in names)) for pattern, names in order]
 
 
 def candidates_of(group: Group, text: str) -> list[Rule]:

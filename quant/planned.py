@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from quant.calibration import Calibration
-from quant.checkpoint import check_unquantized, note_of, write_quantized
+from quant.checkpoint import PLANNED, check_unquantized, note_of, write_quantized
 from quant.measure import Measurements
 from quant.plan import CANDIDATES, Plan, Target, candidates_of, groups_of, make_plan
 from quant.quantize import TensorReport, float_report
@@ -16,7 +16,6 @@ from training.checkpoint import Source, check_replaceable, load_state
 from training.errors import InputError
 from training.files import read_json
 
-SCHEME = "planned"  # how a folder is called whose tensors are stored in several ways
 Files = Callable[[Sequence[TensorReport], Plan | None], Mapping[str, str]]  # further files of the folder, by name
 
 
@@ -55,14 +54,12 @@ def save_planned(
     weights: dict[str, Weight] = {
         name: quantized[name][0] if name in quantized else array for name, array in arrays.items()
     }
-    reports = [
-        quantized[name][1] if name in quantized else float_report(name, array) for name, array in arrays.items()
-    ]
+    reports = [quantized[name][1] if name in quantized else float_report(name, array) for name, array in arrays.items()]
     if out is not None:
         recorded = {"rules": [rule.as_dict() for rule in plan.rules()], "calibration": calibration.as_dict()}
         write_quantized(
-            out, config, weights, SCHEME, recorded, tokenizer_from=folder,
-            note=note_of(source, f"planned for {target}", reports), files=files(reports, plan),
+            out, config, weights, PLANNED, recorded, folder,
+            note_of(source, f"`dmpt-export quantize`, planned for {target},", reports), files(reports, plan),
         )  # fmt: skip
     return plan, reports
 

@@ -30,6 +30,13 @@ class TensorReport:
     bytes_before: int
     bytes_after: int
     relative_error: float  # ||W - dequantized|| / ||W||, Frobenius; 0 for an all-zero tensor
+    all_zero: bool = False
+    kl: float | None = None  # nats per token on calibration text, with this tensor alone quantized; None: not measured
+
+    @property
+    def bits(self) -> float:
+        """Per weight, scales and zero points included."""
+        return 8 * self.bytes_after / self.weights
 
 
 def quantize_tensors(
@@ -62,7 +69,7 @@ def quantize_tensors(
                 take(name, None)
             else:
                 array = weights[name] = arrays.pop(name)
-                reports[name] = TensorReport(name, FLOAT, None, array.size, array.nbytes, array.nbytes, 0.0)
+                reports[name] = float_report(name, array)
     return {name: weights[name] for name in order}, [reports[name] for name in order]
 
 
@@ -84,7 +91,13 @@ def quantize_tensor(
         raise InputError(f"tensor '{name}': {error}") from error
     stored = (tensor.scheme, None if tensor.per_row else tensor.block)
     damage = relative_error(tensor, matrix)
-    return tensor, TensorReport(name, *stored, array.size, array.nbytes, tensor.nbytes, damage)
+    sizes = (array.size, array.nbytes, tensor.nbytes)
+    return tensor, TensorReport(name, *stored, *sizes, damage, all_zero=not matrix.any())
+
+
+def float_report(name: str, array: NDArray[np.float32]) -> TensorReport:
+    """Of a tensor that stays as it is."""
+    return TensorReport(name, FLOAT, None, array.size, array.nbytes, array.nbytes, 0.0, all_zero=not array.any())
 
 
 def relative_error(tensor: QuantizedTensor, matrix: NDArray[np.float32]) -> float:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,7 +13,12 @@ import click
 from dmpt_export.extras import require
 
 if TYPE_CHECKING:
+    from quant.calibration import Calibration
+    from quant.plan import Plan, Target
     from quant.quantize import TensorReport
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+CACHE = Path("~/.cache/dmpt-export")
 
 
 class SchemeName(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.4 on
@@ -31,10 +39,22 @@ class SchemeName(click.ParamType):  # type: ignore[type-arg]  # generic only fro
         return str(value)
 
 
+class Size(click.ParamType):  # type: ignore[type-arg]
+    """A number of bytes: 200MB, 1.5GB, 190MiB, 200000000."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        found = re.fullmatch(r"(\d+\.?\d*)\s*([A-Za-z]*)", str(value).strip())
+        if not found or found[2].upper() not in UNITS or float(found[1]) <= 0:
+            self.fail(f"'{value}' is no size: give one like 200MB, 1.5GB or 190MiB.", param, ctx)
+        return int(float(found[1]) * UNITS[found[2].upper()])
+
+
 @click.command("quantize", short_help="Store a checkpoint's weights in fewer bits.")
 @click.argument("checkpoint")
-@click.argument("out", type=click.Path())
-@click.option("--scheme", type=SchemeName(), required=True, help="How to store weights; see above.")
+@click.argument("out", type=click.Path(), required=False)
+@click.option("--scheme", type=SchemeName(), help="How to store weights; see above.")
 @click.option("--block", type=click.Choice(["16", "32", "64", "128", "256"]), help="Weights that share a scale: "
               "fewer are closer to the original, and larger. Default: 128 for int8, 64 for int2, else 32.")  # fmt: skip
 @click.option("--asymmetric", is_flag=True, help="Store a zero point per block, too: closer, and a little larger.")
@@ -42,22 +62,25 @@ class SchemeName(click.ParamType):  # type: ignore[type-arg]  # generic only fro
               help="Another scheme, or float32, for the tensors whose name matches; repeat for more, the first "
                    "that matches wins. A number of bits stands for a scheme, with --calib for GPTQ's.")  # fmt: skip
 @click.option("--calib", metavar="FILE", type=click.Path(), help="Calibration text, like what the model will read: for "
-              "the gptq schemes and --smooth.")  # fmt: skip
+              "the gptq schemes, --smooth, plans, and the damage of each tensor in the report.")  # fmt: skip
 @click.option("--calib-tokens", type=click.IntRange(min=2), default=8192, show_default=True,
               help="How much of the calibration text to use.")  # fmt: skip
 @click.option("--smooth", "alpha", type=click.FloatRange(0, 1), metavar="ALPHA", help="For int8-dynamic: balance "
               "activations (1) against weights (0) first; 0.5 is usual.")  # fmt: skip
-def command(
-    checkpoint: str,
-    out: str,
-    scheme: str,
-    block: str | None,
-    asymmetric: bool,
-    rules: tuple[str, ...],
-    calib: str | None,
-    calib_tokens: int,
-    alpha: float | None,
-) -> None:
+@click.option("--target-size", type=Size(), help="Plan: the least damage within this size, such as 200MB.")
+@click.option("--target-kl", type=click.FloatRange(0, min_open=True), metavar="NATS",
+              help="Plan: the smallest model whose KL to the float one on that text is at most this.")  # fmt: skip
+@click.option("--target-bits", type=click.FloatRange(0, min_open=True), metavar="BITS",
+              help="Plan: the least damage within so many bits per weight, all tensors counted.")  # fmt: skip
+@click.option("--candidates", metavar="SCHEME,...", help="What a plan chooses from, for each group of tensors, such as "
+              "int8,int4:32,int2-gptq.  [int8, and int4-gptq in blocks of 16 to 128]")  # fmt: skip
+@click.option("--plan", "replay", metavar="PLAN.json", type=click.Path(), help="Use the rules of an earlier plan.")
+@click.option("--dry-run", is_flag=True, help="Print what would be done, write no model; OUT may be left out.")
+@click.option("--cache-dir", type=click.Path(path_type=Path), default=CACHE, show_default=True,
+              help="Where damages are remembered: a killed plan goes on, another target is quick.")  # fmt: skip
+@click.option("--tensors", is_flag=True, help="Print a line for each tensor, too.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with everything.")
+def command(checkpoint: str, out: str | None, **options: Any) -> None:
     """Quantize the weights of CHECKPOINT into the folder OUT and say what it cost.
 
     CHECKPOINT is a DMPT folder, or a GPT-2 folder or hub id. All linear layers of the blocks, the token
@@ -73,58 +96,106 @@ def command(
     int8-dynamic  8 bits, a scale per output; activations are rounded too (CPU only): the fastest to read
                   long prompts, but check the quality with `dmpt-export eval`
 
+    With --target-size, --target-kl or --target-bits each attention, MLP, embedding and head gets bits by
+    the damage it was measured to take: KL to the float model on the calibration text.
+
     \b
-    Example:
+    Examples:
       dmpt-export quantize tuned small --scheme int4-gptq --calib train.txt --rule 'transformer.wte=int8:64'
+      dmpt-export quantize tuned small --target-size 200MB --calib train.txt
       dmpt-export onnx small device
 
-    The table gives, for each way of storing, the size and the tensor that lost most (relative error: the norm
-    of the difference over the norm of the weights).
+    OUT gets quantization_report.json and .svg: bits, error and damage of every tensor; a plan also plan.json.
     """
+    planned = sum(options[name] is not None for name in ("target_size", "target_kl", "target_bits"))
+    check_usage(out, planned, options)
     require("train")
-    from quant.calibration import read_calibration
-    from quant.checkpoint import check_unquantized, save_quantized
-    from quant.rules import parse_rule
+    from quant.checkpoint import check_unquantized
 
-    parsed = [parse_rule(rule, calibrated=calib is not None) for rule in rules]
     check_unquantized(checkpoint)
-    calibration = read_calibration(calib, checkpoint, calib_tokens) if calib else None
-    if calibration is not None and calibration.foreign:
+    calibration = read_calibration(checkpoint, options["calib"], options["calib_tokens"])
+    if planned:
+        _planned(checkpoint, out, calibration, options)
+    else:
+        _by_rules(checkpoint, out, calibration, options)
+    if out and not options["dry_run"]:
+        click.echo(f"wrote {out}; next: dmpt-export onnx {out} DEVICE_FOLDER", err=True)
+
+
+def check_usage(out: str | None, planned: int, options: dict[str, Any]) -> None:
+    """Raise UsageError for options that do not go together."""
+    if out is None and not options["dry_run"]:
+        raise click.UsageError("Missing argument 'OUT': the folder to write.")
+    if planned > 1:
+        raise click.UsageError("give one of --target-size, --target-kl and --target-bits")
+    others = [name for name in ("scheme", "block", "asymmetric", "rules", "alpha", "replay") if options[name]]
+    if planned and others:
+        told = {"rules": "--rule", "alpha": "--smooth", "replay": "--plan"}
+        raise click.UsageError(
+            f"a plan chooses by itself: leave out {told.get(others[0], f'--{others[0]}')}, or name what it may choose "
+            "from with --candidates"
+        )
+    if planned and not options["calib"]:
+        raise click.UsageError("a plan measures damage on calibration text: give some with --calib FILE")
+    if not planned and options["candidates"]:
+        raise click.UsageError("--candidates are for a plan: give --target-size, --target-kl or --target-bits")
+    if not planned and not options["scheme"] and not options["replay"]:
+        raise click.UsageError("give --scheme, or a target for a plan such as --target-size 200MB, or --plan PLAN.json")
+
+
+def read_calibration(checkpoint: str, text: str | None, tokens: int) -> Calibration | None:
+    from quant import calibration
+
+    if text is None:
+        return None
+    read = calibration.read_calibration(text, checkpoint, tokens)
+    if read.foreign:
         click.echo(
-            f"warning: on {calib} the model's perplexity is {calibration.perplexity:.0f}, worse than guessing among "
-            f"its {calibration.vocab_size} tokens: give text of the kind that it was trained on",
+            f"warning: on {text} the model's perplexity is {read.perplexity:.0f}, worse than guessing among "
+            f"its {read.vocab_size} tokens: give text of the kind that it was trained on",
             err=True,
         )
+    return read
+
+
+def _by_rules(checkpoint: str, out: str | None, calibration: Calibration | None, options: dict[str, Any]) -> None:
+    from dmpt_export.quant_report import report_files
+    from quant.checkpoint import save_quantized
+    from quant.planned import read_rules
+    from quant.rules import parse_rule
+
+    rules = [*options["rules"], *(read_rules(options["replay"]) if options["replay"] else [])]
+    block = int(options["block"]) if options["block"] else None
     reports = save_quantized(
-        checkpoint, out, scheme, int(block) if block else None, parsed,
-        asymmetric=asymmetric, calibration=calibration, alpha=alpha,
+        checkpoint, None if options["dry_run"] else out, options["scheme"], block,
+        [parse_rule(rule, calibrated=calibration is not None) for rule in rules], asymmetric=options["asymmetric"],
+        calibration=calibration, alpha=options["alpha"], files=lambda reports: report_files(reports, None),
     )  # fmt: skip
-    click.echo(table(reports))
-    click.echo(f"wrote {out}; next: dmpt-export onnx {out} DEVICE_FOLDER", err=True)
+    tell(reports, None, options)
 
 
-def table(reports: Sequence[TensorReport]) -> str:
-    """One line for each way of storing, the most weights first, and the total."""
-    groups: dict[str, list[TensorReport]] = {}
-    for report in reports:
-        groups.setdefault(report.scheme + (f" block {report.block}" if report.block else ""), []).append(report)
-    ordered = sorted(groups.items(), key=lambda item: -sum(report.weights for report in item[1]))
-    lines = [("stored as", "tensors", "weights", "bits/weight", "MB before", "MB after", "worst relative error")]
-    for label, group in [*ordered, ("total", list(reports))]:
-        worst = max(group, key=lambda report: report.relative_error)
-        told = label != "total" and worst.relative_error > 0
-        lines.append((*_sums(label, group), f"{worst.relative_error:.4f} {worst.name}" if told else ""))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(_row(line, widths) for line in lines)
+def _planned(checkpoint: str, out: str | None, calibration: Calibration | None, options: dict[str, Any]) -> None:
+    from dmpt_export.quant_report import report_files
+    from quant.plan import CANDIDATES
+    from quant.planned import save_planned
+
+    assert calibration is not None
+    plan, reports = save_planned(
+        checkpoint, None if options["dry_run"] else out, _target(options), calibration,
+        options["cache_dir"].expanduser(), options["candidates"] or CANDIDATES, report_files,
+    )  # fmt: skip
+    tell(reports, plan, options)
 
 
-def _sums(label: str, group: Sequence[TensorReport]) -> tuple[str, str, str, str, str, str]:
-    weights, before, after = (sum(getattr(r, f) for r in group) for f in ("weights", "bytes_before", "bytes_after"))
-    sizes = (f"{weights:,}", f"{8 * after / weights:.2f}", f"{before / 1e6:.2f}", f"{after / 1e6:.2f}")
-    return (label, str(len(group)), *sizes)
+def tell(reports: Sequence[TensorReport], plan: Plan | None, options: dict[str, Any]) -> None:
+    from dmpt_export.quant_report import report_json, show
+
+    click.echo(
+        json.dumps(report_json(reports, plan)) if options["as_json"] else show(reports, plan, options["tensors"])
+    )
 
 
-def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
-    """The first and the last column to the left, numbers to the right."""
-    numbers = (cell.rjust(width) for cell, width in zip(cells[1:-1], widths[1:-1], strict=True))
-    return "  ".join([cells[0].ljust(widths[0]), *numbers, cells[-1]]).rstrip()
+def _target(options: dict[str, Any]) -> Target:
+    from quant.plan import Target
+
+    return Target(options["target_size"], options["target_kl"], options["target_bits"])
