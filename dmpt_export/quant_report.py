@@ -11,6 +11,7 @@ from typing import Any
 from quant.plan import Group, Option, Plan
 from quant.quantize import TensorReport
 from quant.rules import FLOAT
+from quant.schemes import SCHEMES
 
 REPORT, PICTURE, PLAN = "quantization_report.json", "quantization_report.svg", "plan.json"
 
@@ -106,8 +107,8 @@ def _aligned(lines: Sequence[Sequence[str]]) -> str:
 # --- picture ------------------------------------------------------------------------------------------
 
 ROW, TOP, LEFT, WIDTH, RIGHT = 18, 64, 250, 900, 30  # pixels
-# Okabe and Ito's palette for all kinds of colour vision: by bits per weight, rounded up.
-COLOURS = {2: "#CC79A7", 3: "#E69F00", 4: "#D55E00", 5: "#D55E00", 8: "#0072B2", 9: "#0072B2"}
+# Okabe and Ito's palette for all kinds of colour vision: by the bits of a code.
+COLOURS = {2: "#CC79A7", 3: "#E69F00", 4: "#D55E00", 8: "#0072B2", 16: "#009E73"}
 Dot = tuple[float, float, str, bool]  # (damage, bits per weight, scheme, whether it was chosen)
 
 
@@ -171,15 +172,15 @@ def _axis(powers: Sequence[int], x: Callable[[float], float], height: int, what:
 
 def _legend() -> list[str]:
     parts = []
-    for i, (bits, label) in enumerate(((2, "2 bits"), (3, "3"), (4, "4"), (8, "8"))):
-        parts.append(f'<circle cx="{LEFT + 8 + 70 * i}" cy="40" r="5" fill="{COLOURS[bits]}"/>')
-        parts.append(f'<text x="{LEFT + 18 + 70 * i}" y="44">{label}</text>')
-    return [*parts, f'<text x="{LEFT + 290}" y="44">filled: chosen; hollow: measured</text>']
+    for i, (bits, label) in enumerate(((2, "2 bits"), (3, "3"), (4, "4"), (8, "8"), (16, "16"))):
+        parts.append(f'<circle cx="{LEFT + 8 + 60 * i}" cy="40" r="5" fill="{COLOURS[bits]}"/>')
+        parts.append(f'<text x="{LEFT + 18 + 60 * i}" y="44">{label}</text>')
+    return [*parts, f'<text x="{LEFT + 320}" y="44">filled: chosen; hollow: measured</text>']
 
 
 def _dot(x: float, y: float, dot: Dot, label: str) -> str:
     damage, bits, scheme, chosen = dot
-    colour = COLOURS.get(math.floor(bits), "#009E73")
+    colour = COLOURS.get(SCHEMES[scheme.partition(":")[0]].bits, "#009E73")
     fill = colour if chosen else "none"
     told = f"{label}: {scheme}, {bits:.2f} bits per weight, {damage:.3g}"
     return (

@@ -26,8 +26,7 @@ from quant.quantize import TensorReport, quantize_tensor
 from quant.rules import Rule
 from quant.schemes import SCHEMES
 from quant.tensor import QuantizedTensor, Weight
-from training.atomic import atomic_file
-from training.checkpoint import model_from_tensors
+from training.checkpoint import atomic_file, model_from_tensors
 from training.config import DMPTConfig
 from training.model import DMPTForCausalLM
 

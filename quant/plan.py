@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from quant.knapsack import Frontier
-from quant.rules import EMBEDDING, FLOAT, LINEAR, ROWS, Rule, parse_rule
+from quant.rules import FLOAT, LINEAR, ROWS, Rule, parse_rule
 from quant.schemes import SCHEMES
 from training.errors import InputError
 
@@ -108,7 +108,11 @@ def groups_of(shapes: Mapping[str, Sequence[int]]) -> list[Group]:
             members.setdefault(f"{block}.{'attn' if '.attn.' in name else 'mlp'}.*", []).append(name)
         elif ROWS.fullmatch(name):
             members.setdefault(name.removesuffix(".weight"), []).append(name)
-    order = sorted(members.items(), key=lambda item: (item[1][0] == EMBEDDING, bool(ROWS.fullmatch(item[1][0]))))
+    # the trunk's blocks, the paths', the embedding, the heads
+    order = sorted(
+        members.items(),
+        key=lambda item: (bool(ROWS.fullmatch(item[1][0])), not item[0].startswith("transformer.")),
+    )
     return [Group(pattern, tuple(names), sum(math.prod(shapes[name]) for name in names)) for pattern, names in order]
 
 

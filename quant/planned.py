@@ -12,9 +12,8 @@ from quant.plan import CANDIDATES, Plan, Target, candidates_of, groups_of, make_
 from quant.quantize import TensorReport, float_report
 from quant.rules import parse_rule
 from quant.tensor import Weight
-from training.checkpoint import Source, check_replaceable, load_state
+from training.checkpoint import Source, check_replaceable, load_state, read_json
 from training.errors import InputError
-from training.files import read_json
 
 Files = Callable[[Sequence[TensorReport], Plan | None], Mapping[str, str]]  # further files of the folder, by name
 

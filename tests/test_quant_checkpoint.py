@@ -290,7 +290,7 @@ def test_a_gpt2_folder_is_taken_as_it_is(tiny_gpt2: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["{model}", "{out}"], 2, "Missing option '--scheme'"),
+        (["{model}", "{out}"], 2, "give --scheme, or a target"),
         (["{model}", "{out}", "--scheme", "int5"], 2, "'int5' is not one of int8, int8-dynamic, int4"),
         (["{model}", "{out}", "--scheme", "int4", "--block", "24"], 2, "'24' is not one of"),
         (["{model}", "{out}", "--scheme", "int4", "--rule", "x=int4"], 3, "Error: rule 'x=int4' matches no tensor"),

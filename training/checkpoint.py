@@ -36,6 +36,7 @@ __all__ = [
     "model_from_tensors",
     "read_checkpoint",
     "read_config",
+    "read_json",
     "recover",
     "resolve",
     "save_model",
