@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from training.checkpoint import save_model
+from quant.calibration import Calibration
+from training.checkpoint import read_config, save_model
 from training.config import DMPTConfig, even_allocation, leaf_names
 from training.model import DMPTForCausalLM
 
@@ -33,3 +34,11 @@ def saved_model(out: Path, splits: list[int], heads: int, seed: int = 0, **field
     """A checkpoint folder of random_model()."""
     save_model(random_model(splits, heads, seed, **fields), out)
     return out
+
+
+def random_calibration(source: Path) -> Calibration:
+    """Random tokens for a checkpoint that has no tokenizer."""
+    config = read_config(source)
+    length = min(32, config.n_positions)
+    windows = torch.randint(config.vocab_size, (6, length), generator=torch.Generator().manual_seed(5))
+    return Calibration(windows, "0" * 64, perplexity=50.0, vocab_size=config.vocab_size)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from quant.checkpoint import dequantized_model, load_weights, save_quantized
 from quant.rules import parse_rule
 from quant.schemes import SCHEMES
 from quant.tensor import QuantizedTensor
-from tests.models import random_model, saved_model
+from tests.models import random_calibration, random_model, saved_model
 from training.errors import InputError, ValidationError
 
 FLOAT = TOLERANCES[("float32", "float")]
@@ -121,11 +120,19 @@ def test_random_trees_sizes_and_chunkings(data: Any, tmp_path_factory: pytest.Te
         assert_follows(model, want, routes, ids, cuts)
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4", "int8-dynamic"])
-@pytest.mark.parametrize("name", ["gpt2", "dual, fast-k", "quad, fast-k", "shared heads", "odd sizes"])
+LAYOUTS = ("int8", "int4", "int2", "int8-dynamic")  # the other schemes store one of these
+EVERY_KIND = [
+    (name, scheme)
+    for scheme in SCHEMES
+    for name in ("dual, fast-k", "odd sizes", *(("gpt2", "quad, fast-k", "shared heads") if scheme in LAYOUTS else ()))
+]
+
+
+@pytest.mark.parametrize(("name", "scheme"), EVERY_KIND)
 def test_quantized_onnx_follows_torch_with_dequantized_weights(name: str, scheme: str, tmp_path: Path) -> None:
     source = saved_model(tmp_path / "source", **TREES[name])
-    save_quantized(source, tmp_path / "quantized", scheme=scheme)
+    calibration = random_calibration(source) if SCHEMES[scheme].calibrated else None
+    save_quantized(source, tmp_path / "quantized", scheme, calibration=calibration)
     parity = export_onnx(tmp_path / "quantized", tmp_path / "onnx")["parity"]  # raises beyond the table
     assert parity["whole"]["kl_mean"] > 0  # integer kernels round activations: exactly zero would mean float ran
 
@@ -138,11 +145,13 @@ def test_mixed_schemes_are_held_to_the_loosest_of_their_lines(tmp_path: Path) ->
     assert manifest["parity"]["tolerance"] == vars(TOLERANCES["float32", "int8-dynamic"])
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_stored_zero_points_reach_the_graph(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("scheme", ["int8", "int4", "int3", "int2"])
+def test_stored_zero_points_reach_the_graph(scheme: str, tmp_path: Path) -> None:
     """In multiplications and in looked-up rows; the check with float kernels sees a missing one."""
-    monkeypatch.setitem(SCHEMES, scheme, partial(SCHEMES[scheme], symmetric=False))
-    save_quantized(saved_model(tmp_path / "source", **TREES["shared heads"]), tmp_path / "quantized", scheme=scheme)
+    source = saved_model(tmp_path / "source", **TREES["shared heads"])
+    save_quantized(source, tmp_path / "quantized", scheme, asymmetric=True)
+    _, weights = load_weights(tmp_path / "quantized")
+    assert all(w.zero_points is not None for w in weights.values() if isinstance(w, QuantizedTensor))
     assert export_onnx(tmp_path / "quantized", tmp_path / "onnx")["parity"]["float_kernels"]["whole"]["routes_equal"]
 
 
@@ -208,7 +217,7 @@ def all_scales(weight: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("scheme", [None, "int8", "int4"])
+@pytest.mark.parametrize("scheme", [None, "int8", "int4", "int2"])
 @pytest.mark.parametrize(
     ("tensor", "fault"),
     [

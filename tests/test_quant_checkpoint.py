@@ -22,7 +22,7 @@ from quant.quantize import quantize_tensor, quantize_tensors
 from quant.rules import Rule, parse_rule
 from quant.schemes import SCHEMES
 from quant.tensor import QuantizedTensor
-from tests.models import saved_model
+from tests.models import random_calibration, saved_model
 from training.checkpoint import load_model, load_state
 from training.config import DMPTConfig
 from training.errors import InputError
@@ -70,10 +70,10 @@ def test_a_folder_gives_back_the_same_bits(
     rule = Rule("*", scheme, None if scheme == "int8-dynamic" else block)
     chosen = {name: rule for name in arrays if name.startswith("heads") or name.endswith("c_fc.weight")}
     weights, _ = quantize_tensors(arrays, chosen)
-    if scheme != "int8-dynamic" and not symmetric:  # a tensor with stored zero points
+    if SCHEMES[scheme].zero_points and not symmetric:  # a tensor with stored zero points
         head = next(w for name, w in weights.items() if name.startswith("heads") and isinstance(w, QuantizedTensor))
         weights["heads.1.weight"] = SCHEMES[scheme](head.dequantize(), block=head.block, symmetric=False)
-    write_quantized(folder / "out", config, weights, scheme, [rule.as_dict()])
+    write_quantized(folder / "out", config, weights, scheme, {"rules": [rule.as_dict()]})
     again, loaded = load_weights(folder / "out")
     assert loaded.keys() == weights.keys()
     assert all(same(weights[name], loaded[name]) for name in weights)
@@ -86,7 +86,9 @@ def test_the_torch_reference_has_each_dequantized_weight(
     scheme: str, model: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     source: Path = request.getfixturevalue(model)
-    reports = {report.name: report for report in save_quantized(source, tmp_path / "out", scheme)}
+    calibration = random_calibration(source) if SCHEMES[scheme].calibrated else None
+    done = save_quantized(source, tmp_path / "out", scheme, calibration=calibration)
+    reports = {report.name: report for report in done}
     _, weights = load_weights(tmp_path / "out")
     float_model, reference = load_model(source), dequantized_model(tmp_path / "out")
     assert not reference.training
@@ -100,7 +102,7 @@ def test_the_torch_reference_has_each_dequantized_weight(
             continue
         np.testing.assert_array_equal(tensor.numpy(), weight.dequantize())
         error = float((tensor - expected[name]).norm() / expected[name].norm())
-        assert 0 < error < {"int4": 0.15, "int8": 0.01, "int8-dynamic": 0.01}[scheme]
+        assert 0 < error < {8: 0.01, 4: 0.15, 3: 0.3, 2: 0.6}[SCHEMES[scheme].bits]
         assert reports[kept].relative_error == pytest.approx(error, rel=1e-4)
     ids = torch.arange(20)[None]
     with torch.inference_mode():
@@ -123,7 +125,7 @@ def test_the_folder_records_what_was_done(small: Path) -> None:
     record = fields["quantization"]
     assert fields["model_type"] == "dmpt" and fields["fast_k"] == 16
     assert (record["scheme"], record["format_version"]) == ("int4", 1)
-    assert record["rules"][0] == {"pattern": "heads.1", "scheme": "int8", "block": 16}
+    assert record["rules"][0] == {"pattern": "heads.1", "scheme": "int8", "block": 16, "asymmetric": False}
     entry = {"scheme": "int8", "bits": 8, "block": 16, "shape": [300, 32], "transposed": False}
     assert record["tensors"]["heads.1.weight"] == entry
     entry = {"scheme": "int4", "bits": 4, "block": 32, "shape": [96, 32], "transposed": True}
@@ -295,6 +297,12 @@ def test_a_gpt2_folder_is_taken_as_it_is(tiny_gpt2: Path, tmp_path: Path) -> Non
         (["{model}", "{out}", "--scheme", "int4", "--block", "24"], 2, "'24' is not one of"),
         (["{model}", "{out}", "--scheme", "int4", "--rule", "x=int4"], 3, "Error: rule 'x=int4' matches no tensor"),
         (["{model}", "{out}", "--scheme", "int4", "--rule", "heads.1"], 3, "has not the form"),
+        (["{model}", "{out}", "--scheme", "int4-gptq"], 3, "int4-gptq (of heads.1.weight) goes by calibration text"),
+        (["{model}", "{out}", "--scheme", "int8", "--layer-bits", "heads.1=5"], 3, "no scheme has 5 bits"),
+        (["{model}", "{out}", "--scheme", "int2", "--block", "256"], 3, "blocks from 32 to 128 only"),
+        (["{model}", "{out}", "--scheme", "int8", "--smooth", "0.5"], 3, "smoothing is for int8-dynamic"),
+        (["{model}", "{out}", "--scheme", "int8-dynamic", "--smooth", "2"], 2, "--smooth"),
+        (["{small}", "{out}", "--scheme", "int4-gptq", "--calib", "x.txt"], 3, "already quantized"),
         (["{model}-absent", "{out}", "--scheme", "int4"], 3, "does not exist"),
         (["{small}", "{out}", "--scheme", "int4"], 3, "already quantized"),
         (["{model}", "{model}", "--scheme", "int4"], 3, "no quantized folder"),

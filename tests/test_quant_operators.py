@@ -69,7 +69,7 @@ def rounding(x: NDArray[np.float32], matrix: NDArray[np.float32]) -> NDArray[np.
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_matmul_nbits_multiplies_by_the_dequantized_matrix(bits: int, block: int, symmetric: bool) -> None:
     for n, k in SHAPES:
         tensor = random_tensor(n, k, bits, block, symmetric)
@@ -89,7 +89,7 @@ def test_matmul_nbits_multiplies_by_the_dequantized_matrix(bits: int, block: int
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_gather_block_quantized_gives_the_dequantized_rows_exactly(bits: int, block: int, symmetric: bool) -> None:
     """Symmetric tensors need no zero points: for uint8 data the operator's own is 2**(bits-1), like ours."""
     for n, k in SHAPES:
@@ -97,7 +97,7 @@ def test_gather_block_quantized_gives_the_dequantized_rows_exactly(bits: int, bl
         ids = np.array([[0, n - 1], [1, 0]], np.int64)
         zero_points = None if symmetric else tensor.offsets[:, :, None]
         scales = tensor.scales[:, :, None]
-        attributes = {"bits": bits, "block_size": tensor.block, "gather_axis": 0, "quantize_axis": 2}
+        attributes = {"bits": tensor.bits, "block_size": tensor.block, "gather_axis": 0, "quantize_axis": 2}
         rows = run_gather(tensor, ids, scales, zero_points, attributes)
         assert rows.shape == (2, 2, tensor.n_blocks, tensor.block)
         flat = rows.reshape(2, 2, -1)

@@ -73,6 +73,50 @@ def test_int4_asymmetric_by_hand() -> None:
     assert tensor.dequantize().tolist() == [first + second]
 
 
+def test_int2_symmetric_by_hand() -> None:
+    # -2 takes code 0 and sets the scale to 1; code 2 is zero.
+    row = [-2, -1, 0, 1, 1, 1, -2, -2] + [0] * 8
+    tensor = quantize(np.array([row], np.float32), 2, 16)
+    assert tensor.scales.tolist() == [[1.0]]
+    # codes 0 1 2 3 | 3 3 0 0 | 2 2 2 2 | 2 2 2 2
+    assert tensor.packed.tolist() == [[[0b11_10_01_00, 0b00_00_11_11, 0b10_10_10_10, 0b10_10_10_10]]]
+    assert (tensor.bits, tensor.zero_points) == (2, None)
+    assert tensor.dequantize().tolist() == [row]
+
+
+def test_int2_asymmetric_by_hand() -> None:
+    # From -1 to 2, from 0 to 3, from -3 to 0 and from -2 to 1: zero is code 1, 0, 3 and 2; four of them in a byte.
+    rows = [[-1, 2, 0, 1, *[0] * 12], [0, 3, 1, 2, *[0] * 12], [-3, 0, -1, -2, *[0] * 12], [-2, 1, 0, -1, *[0] * 12]]
+    row = np.array(rows, np.float32).reshape(1, 64)
+    tensor = quantize(row, 2, 16, symmetric=False)
+    assert tensor.scales.tolist() == [[1.0] * 4]
+    assert tensor.zero_points is not None
+    assert tensor.zero_points.tolist() == [[0b10_11_00_01]]
+    assert tensor.packed[0, :, 0].tolist() == [0b10_01_11_00, 0b10_01_11_00, 0b01_10_11_00, 0b01_10_11_00]
+    assert tensor.packed[0, :, 1:].tolist() == [[0b01010101] * 3, [0] * 3, [0xFF] * 3, [0b10101010] * 3]
+    assert tensor.dequantize().tolist() == row.tolist()
+
+
+def test_int3_symmetric_in_four_bits_by_hand() -> None:
+    # -4 sets the scale to 1. Codes are stored around 8, which is what a 4-bit kernel takes off: 4..11 and no others.
+    row = [-4, -3, 0, 1, 2, 3, -1, -2] + [0] * 8
+    tensor = quantize(np.array([row], np.float32), 3, 16)
+    assert (tensor.bits, tensor.zero_points, tensor.scales.tolist()) == (4, None, [[1.0]])
+    # codes 4 5 8 9 10 11 7 6 8 8 8 8 8 8 8 8
+    assert tensor.packed.tolist() == [[[0x54, 0x98, 0xBA, 0x67, 0x88, 0x88, 0x88, 0x88]]]
+    assert tensor.dequantize().tolist() == [row]
+
+
+def test_int3_asymmetric_in_four_bits_by_hand() -> None:
+    # From -2 to 5 in 7 steps of 1: zero is code 2; from 0 to 7: code 0. Stored as they are, 0..7.
+    first, second = [-2, 5, 0, 1] + [0] * 12, [0, 7, 3, 1] + [0] * 12
+    tensor = quantize(np.array([first + second], np.float32), 3, 16, symmetric=False)
+    assert tensor.zero_points is not None
+    assert (tensor.bits, tensor.scales.tolist(), tensor.zero_points.tolist()) == (4, [[1.0, 1.0]], [[0x02]])
+    assert tensor.packed.tolist() == [[[0x70, 0x32] + [0x22] * 6, [0x70, 0x13] + [0x00] * 6]]
+    assert tensor.dequantize().tolist() == [first + second]
+
+
 def test_int8_symmetric_by_hand() -> None:
     row = [-128, 127, 0, 1, -1, 64] + [0] * 10
     tensor = quantize(np.array([row], np.float32), 8, 16)
@@ -99,8 +143,9 @@ def test_all_zero_rows_stay_exactly_zero(scheme: str) -> None:
     values = tensor.dequantize()
     assert not values[[0, 2]].any()
     assert not tensor.scales[[0, 2]].any()
-    codes = tensor.packed[[0, 2]]
-    assert np.unique(codes).tolist() == [{"int8": 128, "int4": 0x88, "int8-dynamic": 0}[scheme]]
+    if not tensor.per_row:  # every code is the zero point
+        codes = unpack(tensor.packed[[0, 2]].view(np.uint8), tensor.bits, tensor.block)
+        assert (codes == tensor.offsets[[0, 2], :, None]).all()
 
 
 def test_values_too_small_for_a_scale_become_zero() -> None:

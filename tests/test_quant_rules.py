@@ -83,6 +83,14 @@ def test_float_can_be_claimed_before_a_wide_rule() -> None:
         ("zzz=int4", r"names look like transformer\."),
         ("heads.1=int8-dynamic", r"heads\.1\.weight, whose rows are looked up .* use int8 or int4"),
         ("heads.1=int5", "unknown scheme 'int5', choose one of int8"),
+        ("heads.1=5", "no scheme has 5 bits, choose one of 32, 16, 8, 4, 3, 2"),
+        ("heads.1=int2:256", "blocks from 32 to 128 only, not 256"),
+        ("heads.1=int2:16", "blocks from 32 to 128 only, not 16"),
+        ("*.c_fc=int8-dynamic:asymmetric", "zero points are no choice with int8-dynamic"),
+        ("heads.1=int4-hqq:asymmetric", "zero points are no choice with int4-hqq"),
+        ("heads.1=float32:asymmetric", "zero points are no choice with float32"),
+        ("heads.1=int4:asymmetric:64", "PATTERN=SCHEME"),
+        ("heads.1=int4:64:symmetric", "PATTERN=SCHEME"),
         ("heads.1=int4:48", "power of two"),
         ("*.c_fc=int8-dynamic:64", "has no blocks"),
         ("heads.1=float32:64", "has no blocks"),
@@ -110,6 +118,31 @@ def test_an_unknown_scheme_names_the_known_ones() -> None:
 
 
 def test_rules_read_back_as_written() -> None:
-    for text in ("heads.*=int4:64", "*.c_fc=int8", "transformer.wte=float32"):
+    for text in (
+        "heads.*=int4:64",
+        "*.c_fc=int8",
+        "transformer.wte=float32",
+        "*=int4:asymmetric",
+        "*=int2:64:asymmetric",
+    ):
         assert str(parse_rule(text)) == text
-    assert Rule("a", "int4", 32).as_dict() == {"pattern": "a", "scheme": "int4", "block": 32}
+    assert Rule("a", "int4", 32).as_dict() == {"pattern": "a", "scheme": "int4", "block": 32, "asymmetric": False}
+
+
+def test_bits_stand_for_schemes() -> None:
+    plain = {"32": FLOAT, "8": "int8", "4": "int4", "3": "int3", "2": "int2"}
+    for bits, scheme in plain.items():
+        assert parse_rule(f"heads.*={bits}").scheme == scheme
+        calibrated = parse_rule(f"heads.*={bits}", calibrated=True).scheme
+        assert calibrated == (scheme if bits in ("32", "8") else f"{scheme}-gptq")
+    assert parse_rule("heads.*=int4", calibrated=True).scheme == "int4"  # named, not counted
+    assert str(parse_rule("heads.*=2:64:asymmetric", calibrated=True)) == "heads.*=int2-gptq:64:asymmetric"
+    assert plan("int8", "heads.1=2", "heads.*=4:16")["heads.1.weight"] == "int2"
+
+
+def test_zero_points_reach_every_default() -> None:
+    assert {rule.asymmetric for rule in default_rules("int4", asymmetric=True)} == {True}
+    with pytest.raises(InputError, match="no choice with int8-dynamic"):
+        default_rules("int8-dynamic", asymmetric=True)
+    with pytest.raises(InputError, match="blocks from 32 to 128"):
+        default_rules("int2", 256)

@@ -34,6 +34,16 @@ def brute_force(blocks: NDArray[np.float64], bits: int) -> float:
     return float(best.mean())
 
 
+@pytest.mark.parametrize("bits", [3, 2])
+@pytest.mark.parametrize("kind", DISTRIBUTIONS)
+def test_scales_of_few_bits_are_near_the_best_there_are(kind: str, bits: int) -> None:
+    array = DISTRIBUTIONS[kind](np.random.default_rng(0), (64, 512)).astype(np.float32)
+    for block in (32, 128):
+        best = brute_force(array.reshape(-1, block).astype(np.float64), bits)
+        error = float(np.square(quantize(array, bits, block).dequantize() - array).mean())
+        assert error < 1.04 * best
+
+
 @pytest.mark.parametrize("block", [32, 128])
 @pytest.mark.parametrize("kind", DISTRIBUTIONS)
 def test_int4_scales_are_near_the_best_there_are(kind: str, block: int) -> None:
@@ -46,7 +56,7 @@ def test_int4_scales_are_near_the_best_there_are(kind: str, block: int) -> None:
     assert error < 0.9 * plain
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [3, 4, 8])
 def test_zero_points_help_weights_off_centre(bits: int) -> None:
     array = np.random.default_rng(0).normal(1, 0.5, (64, 256)).astype(np.float32)
     with_zero, without = (np.square(quantize(array, bits, 32, s).dequantize() - array).mean() for s in (False, True))
@@ -55,7 +65,7 @@ def test_zero_points_help_weights_off_centre(bits: int) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    bits=st.sampled_from([4, 8]),
+    bits=st.sampled_from([2, 3, 4, 8]),
     block=st.sampled_from([16, 32, 64, 128, 256]),
     shape=st.tuples(st.integers(1, 5), st.integers(1, 300)),
     symmetric=st.booleans(),
@@ -72,7 +82,8 @@ def test_every_code_is_the_nearest_to_its_weight(
     columns = np.arange(shape[1]) // tensor.block
     scale = tensor.scales[:, columns].astype(np.float64)
     zero = tensor.offsets[:, columns].astype(np.float64)
-    reach = np.sort(np.stack([-zero * scale, (2**bits - 1 - zero) * scale]), axis=0)  # what the block can express
+    low = 2 ** (bits - 1) if symmetric else zero  # codes below zero; symmetric: stored around the field's middle
+    reach = np.sort(np.stack([-low * scale, (2**bits - 1 - low) * scale]), axis=0)  # what the block can express
     nearest = array.clip(*reach)
     step = np.abs(scale) * (0.5 + 1e-5) + 1e-6 * np.abs(nearest)  # half a step, and float32 rounding of the quotient
     assert (np.abs(tensor.dequantize() - nearest) <= step).all()

@@ -4,6 +4,8 @@ Minimises sum |x - q|^P over a block, P below 1, by half-quadratic splitting: an
 errors out of the fit (the soft threshold that belongs to |.|^P), then scale and zero point are fitted to x - e by
 least squares. Source: Badri & Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023). They fit
 a float zero point to a fixed scale; kernels that look up rows want whole zero points, so the scale is fitted, too.
+
+On the models at hand a lower objective brings no lower KL than the squares that int4 with zero points minimises.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from quant.tensor import QuantizedTensor
 
 P = 0.7
 ROUNDS = 20
-BETA, GROWTH = 10.0, 1.01  # how firmly e is held to the error, for blocks whose largest value is 1
+BETA, GROWTH = 2.0, 1.01  # how firmly e is held to the error, in units of a step
 
 
 def int4_hqq(array: NDArray[np.float32], block: int = 32) -> QuantizedTensor:
@@ -27,8 +29,8 @@ def int4_hqq(array: NDArray[np.float32], block: int = 32) -> QuantizedTensor:
 def fit(x: NDArray[np.float32], bits: int = 4) -> Found:
     """Scale and whole zero point of each block: (B, block) -> (B,), (B,); never worse than the plain search's."""
     scale, zero = search(x, bits, symmetric=False)
-    size = safe(np.abs(x).max(axis=1))
-    x, scale = x / size[:, None], scale / size
+    step = safe(np.abs(scale))
+    x, scale = x / step[:, None], scale / step
     best = [objective(x, scale, zero, bits), scale, zero]
     for i in range(ROUNDS):
         c = round_codes(x, safe(scale)[:, None], zero[:, None], bits)
@@ -36,7 +38,7 @@ def fit(x: NDArray[np.float32], bits: int = 4) -> Found:
         scale, zero = _least_squares(target, c + zero[:, None], scale, bits)
         now = [objective(x, scale, zero, bits), scale, zero]
         best = [np.where(now[0] < best[0], new, old) for new, old in zip(now, best, strict=True)]
-    return best[1] * size, best[2]
+    return best[1] * step, best[2]
 
 
 def objective(
