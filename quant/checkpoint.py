@@ -1,7 +1,8 @@
 """The quantized checkpoint folder: config.json says how each tensor is stored, model.safetensors holds the bytes.
 
 `<name>.packed`, `<name>.scales` and, where there are any, `<name>.zero_points` stand for a quantized
-tensor; every other tensor is float32 under its own name. Exporting reads these bytes as they are.
+tensor, and factors `<name>.left` and `<name>.right` of such parts for a head delta; every other tensor is float32
+under its own name. Exporting reads these bytes as they are.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from quant.deltas import assemble, record
 from quant.quantize import TensorReport, quantize_tensors
-from quant.rules import FLOAT, Rule, assign, default_rules
-from quant.tensor import QuantizedTensor, Weight
+from quant.rules import FLOAT, Rule, anchors_of, assign, default_rules
+from quant.schemes.low_rank import DELTAS
+from quant.tensor import DeltaTensor, QuantizedTensor, Weight
 from training.checkpoint import (
     Source,
     atomic_folder,
@@ -55,8 +58,15 @@ def load_weights(source: Source) -> tuple[DMPTConfig, dict[str, Weight]]:
         return config, dict(arrays)
     stored = _read_arrays(folder / WEIGHTS)
     weights: dict[str, Weight] = {}
-    for name, entry in _entries(config.quantization, folder).items():
-        weights[name] = _assemble(stored, name, entry, folder)
+    entries = _entries(config.quantization, folder)
+    deltas = {name: entry for name, entry in entries.items() if entry["scheme"] in DELTAS}
+    for name in entries.keys() - deltas.keys():
+        weights[name] = _assemble(stored, name, entries[name], folder)
+    try:
+        weights |= assemble(stored, deltas, stored | weights)
+    except InputError as error:
+        raise InputError(f"{folder / WEIGHTS}: {error}: copy or quantize it again") from error
+    weights = {name: weights[name] for name in entries}
     twice = sorted(weights.keys() & stored.keys())
     if twice:
         raise InputError(f"{folder / WEIGHTS} holds {', '.join(twice)} both quantized and float: quantize it again")
@@ -74,7 +84,7 @@ def dequantized_model(source: Source) -> DMPTForCausalLM:
     config, weights = load_weights(source)
     tensors = {}
     for name, weight in weights.items():
-        tensors[name] = torch.from_numpy(weight.dequantize() if isinstance(weight, QuantizedTensor) else weight)
+        tensors[name] = torch.from_numpy(weight if isinstance(weight, np.ndarray) else weight.dequantize())
     return model_from_tensors(config, tensors)
 
 
@@ -94,10 +104,11 @@ def save_quantized(
         raise InputError(f"{folder} is already quantized: give the float checkpoint it was made from")
     config, arrays = load_state(folder)
     shapes = {name: array.shape for name, array in arrays.items()}
-    plan = assign(shapes, rules, defaults, config.tie_word_embeddings)
+    anchors = anchors_of(config)
+    plan = assign(shapes, rules, defaults, config.tie_word_embeddings, anchors)
     if not plan:
         raise InputError(f"no tensor of {folder} would be quantized: drop the rules that keep all of them {FLOAT}")
-    weights, reports = quantize_tensors(arrays, plan)
+    weights, reports = quantize_tensors(arrays, plan, anchors)
     recorded = [rule.as_dict() for rule in [*rules, *defaults]]
     write_quantized(out, config, weights, scheme, recorded, tokenizer_from=folder, note=_note(source, scheme, reports))
     return reports
@@ -128,9 +139,10 @@ def write_quantized(
                 "block": weight.block,
                 "shape": list(weight.shape),
                 "transposed": weight.transposed,
+                **(record(weight) if isinstance(weight, DeltaTensor) else {}),
             }
             for name, weight in weights.items()
-            if isinstance(weight, QuantizedTensor)
+            if not isinstance(weight, np.ndarray)
         },
     }
     with atomic_folder(out, "quantized") as tmp:
@@ -161,7 +173,7 @@ def is_quantized(config: DMPTConfig) -> bool:
 
 def checkpoint_shape(weight: Weight) -> tuple[int, ...]:
     """A weight's shape in the float checkpoint."""
-    if not isinstance(weight, QuantizedTensor):
+    if isinstance(weight, np.ndarray):
         return weight.shape
     return weight.shape[::-1] if weight.transposed else weight.shape
 
@@ -169,10 +181,10 @@ def checkpoint_shape(weight: Weight) -> tuple[int, ...]:
 def _stored_arrays(weights: Mapping[str, Weight]) -> dict[str, NDArray[Any]]:
     arrays: dict[str, NDArray[Any]] = {}
     for name, weight in weights.items():
-        if isinstance(weight, QuantizedTensor):
-            arrays |= {f"{name}.{part}": array for part, array in weight.parts().items()}
-        else:
+        if isinstance(weight, np.ndarray):
             arrays[name] = weight
+        else:
+            arrays |= {f"{name}.{part}": array for part, array in weight.parts().items()}
     return arrays
 
 

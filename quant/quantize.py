@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from quant.deltas import anchor_of, groups, quantize_group
 from quant.rules import FLOAT, Rule, is_transposed
 from quant.schemes import SCHEMES
-from quant.tensor import QuantizedTensor, Weight
+from quant.tensor import DeltaTensor, QuantizedTensor, Stored, Weight
 from training.errors import InputError
+
+if TYPE_CHECKING:
+    from quant.calibration import Inputs
 
 ERROR_ROWS = 4096  # output rows compared at a time, so that a large embedding is never whole in float twice
 
@@ -29,20 +33,28 @@ class TensorReport:
     bytes_before: int
     bytes_after: int
     relative_error: float  # ||W - dequantized|| / ||W||, Frobenius; 0 for an all-zero tensor
+    delta_error: float | None = None  # of a head delta: the same difference over ||W - anchor as stored||
 
 
 def quantize_tensors(
-    arrays: dict[str, NDArray[np.float32]], plan: Mapping[str, Rule]
+    arrays: dict[str, NDArray[np.float32]],
+    plan: Mapping[str, Rule],
+    anchors: Mapping[str, set[str]] | None = None,
+    inputs: Mapping[str, Inputs] | None = None,
 ) -> tuple[dict[str, Weight], list[TensorReport]]:
     """Quantize what `plan` names and pass the rest through, with a progress bar on a terminal.
 
-    Empties `arrays` as it goes, so that float and quantized weights are never both whole in memory.
+    Empties `arrays` as it goes, so that float and quantized weights are never both whole in memory; heads that the
+    plan makes deltas come last. `anchors`: see quant.rules.anchors_of; `inputs`: what layers see on calibration text.
     """
     weights: dict[str, Weight] = {}
     reports: list[TensorReport] = []
+    order = list(arrays)
+    deltas = list(groups(plan, anchors or {}))
+    late = {name for _, _, names in deltas for name in names}
     total = sum(arrays[name].size for name in plan)
     with tqdm(total=total, unit=" weights", unit_scale=True, desc="quantize", leave=False, disable=None) as bar:
-        for name in list(arrays):
+        for name in [name for name in order if name not in late]:
             array = arrays.pop(name)
             if name not in plan:
                 weights[name] = array
@@ -52,7 +64,22 @@ def quantize_tensors(
             weights[name], report = quantize_tensor(name, array, plan[name])
             reports.append(report)
             bar.update(array.size)
-    return weights, reports
+        for anchor, rule, names in deltas:
+            bar.set_postfix_str(", ".join(names))
+            heads = {name: arrays.pop(name) for name in names}
+            for name, tensor in quantize_group(heads, anchor, weights[anchor], rule, inputs).items():
+                weights[name] = tensor
+                reports.append(delta_report(name, heads[name], tensor))
+                bar.update(heads[name].size)
+    reports.sort(key=lambda report: order.index(report.name))
+    return {name: weights[name] for name in order}, reports
+
+
+def delta_report(name: str, head: NDArray[np.float32], tensor: DeltaTensor) -> TensorReport:
+    damage = relative_error(tensor, head)
+    size = float(np.linalg.norm(head - anchor_of(tensor)))
+    lost = damage * float(np.linalg.norm(head)) / size if size else 0.0
+    return TensorReport(name, tensor.scheme, tensor.block, head.size, head.nbytes, tensor.nbytes, damage, lost)
 
 
 def quantize_tensor(name: str, array: NDArray[np.float32], rule: Rule) -> tuple[QuantizedTensor, TensorReport]:
@@ -69,7 +96,7 @@ def quantize_tensor(name: str, array: NDArray[np.float32], rule: Rule) -> tuple[
     return tensor, TensorReport(name, *stored, array.size, array.nbytes, tensor.nbytes, damage)
 
 
-def relative_error(tensor: QuantizedTensor, matrix: NDArray[np.float32]) -> float:
+def relative_error(tensor: Stored, matrix: NDArray[np.float32]) -> float:
     """||matrix - dequantized|| / ||matrix|| (Frobenius) for a matrix [N, K]; 0 for an all-zero one."""
     damage = norm = 0.0
     for start in range(0, len(matrix), ERROR_ROWS):
