@@ -53,8 +53,14 @@ def command(checkpoint: str, out: str, scheme: str, block: str | None, rules: tu
                   long prompts, but check the quality with `dmpt-export eval`
 
     \b
+    In rules for heads also:
+    delta-rN      as its path's first head (the anchor) plus a delta of rank N (16, 32, 64, 128, 256); the heads of
+                  a path share the larger factor, so a row of 4-bit codes serves all of them
+
+    \b
     Example:
       dmpt-export quantize tuned small --scheme int4 --rule 'transformer.wte=int8:64'
+      dmpt-export quantize tuned small --scheme int4 --rule 'heads.*=delta-r64'
       dmpt-export onnx small device
 
     The table gives, for each way of storing, the size and the tensor that lost most (relative error: the norm
@@ -80,7 +86,8 @@ def table(reports: Sequence[TensorReport]) -> str:
     for label, group in [*ordered, ("total", list(reports))]:
         worst = max(group, key=lambda report: report.relative_error)
         told = label != "total" and worst.relative_error > 0
-        lines.append((*_sums(label, group), f"{worst.relative_error:.4f} {worst.name}" if told else ""))
+        of_delta = "" if worst.delta_error is None else f", {worst.delta_error:.4f} of its delta"
+        lines.append((*_sums(label, group), f"{worst.relative_error:.4f} {worst.name}{of_delta}" if told else ""))
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(_row(line, widths) for line in lines)
 
