@@ -16,7 +16,7 @@ from dmpt_export.graph.builder import Spec
 from dmpt_export.graph.linear import Weights
 from dmpt_export.kv_cache import INT8, KV_FLOAT
 from dmpt_export.measure import n_parameters, parts_table, touched_per_token
-from quant.tensor import QuantizedTensor
+from quant.tensor import Stored
 from runtime.manifest import FORMAT, FORMAT_VERSION, MANIFEST_NAME
 from training.config import DMPTConfig
 
@@ -63,7 +63,7 @@ def describe(
         "outputs": [_io(spec) for spec in output_specs(config, dtype, cache)],
         "quantization": {
             "scheme": scheme_of(weights),
-            "tensors": {n: _storage(w) for n, w in weights.items() if isinstance(w, QuantizedTensor)},
+            "tensors": {n: _storage(w) for n, w in weights.items() if not isinstance(w, np.ndarray)},
         },
         "parameters": {
             "total": sum(n_parameters(w) for w in weights.values()),
@@ -80,8 +80,8 @@ def describe(
 
 def scheme_of(weights: Weights) -> str:
     """One word for the manifest: the scheme of the blocks' layers, or "float"."""
-    schemes = [w.scheme for w in weights.values() if isinstance(w, QuantizedTensor) and w.transposed]
-    schemes = schemes or [w.scheme for w in weights.values() if isinstance(w, QuantizedTensor)]
+    schemes = [w.scheme for w in weights.values() if not isinstance(w, np.ndarray) and w.transposed]
+    schemes = schemes or [w.scheme for w in weights.values() if not isinstance(w, np.ndarray)]
     return max(set(schemes), key=schemes.count) if schemes else "float"
 
 
@@ -89,7 +89,7 @@ def _io(spec: Spec) -> dict[str, Any]:
     return {"name": spec.name, "dtype": spec.dtype.numpy().name, "shape": list(spec.shape)}
 
 
-def _storage(weight: QuantizedTensor) -> dict[str, Any]:
+def _storage(weight: Stored) -> dict[str, Any]:
     return {"scheme": weight.scheme, "bits": weight.bits, "block": weight.block, "bytes": weight.nbytes}
 
 
@@ -98,7 +98,7 @@ def fingerprint(config: DMPTConfig, weights: Weights) -> str:
     digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True, default=str).encode())
     for name in sorted(weights):
         weight = weights[name]
-        parts = weight.parts() if isinstance(weight, QuantizedTensor) else {"": weight}
+        parts = {"": weight} if isinstance(weight, np.ndarray) else weight.parts()
         for label in sorted(parts):
             digest.update(f"{name}.{label}".encode())
             digest.update(np.ascontiguousarray(parts[label]).data)

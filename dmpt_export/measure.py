@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from dmpt_export.graph.linear import Weights
-from quant.tensor import QuantizedTensor
+from quant.tensor import DeltaTensor, Weight
 from training.config import DMPTConfig
 
 
-def n_parameters(weight: np.ndarray | QuantizedTensor) -> int:
+def n_parameters(weight: Weight) -> int:
     return int(np.prod(weight.shape))
 
 
@@ -38,4 +38,9 @@ def parts_table(weights: Weights) -> dict[str, dict[str, int]]:
 def touched_per_token(config: DMPTConfig, weights: Weights) -> tuple[int, int]:
     """(parameters, bytes) that one decoding step reads, see DMPTConfig.touched_per_token."""
     parameters = {name: n_parameters(weight) for name, weight in weights.items()}
-    return config.touched_per_token(parameters), config.touched_per_token({n: w.nbytes for n, w in weights.items()})
+    sizes = {name: weight.nbytes for name, weight in weights.items()}
+    if config.fast_k:  # of a delta only the rows of `left` are read by candidate, `right` whole
+        for name, weight in weights.items():
+            if isinstance(weight, DeltaTensor):
+                sizes[name] += round(weight.right.nbytes * (config.vocab_size / config.fast_k - 1))
+    return config.touched_per_token(parameters), config.touched_per_token(sizes)

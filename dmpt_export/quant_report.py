@@ -59,7 +59,8 @@ def table(reports: Sequence[TensorReport]) -> str:
     for label, group in [*ordered, ("total", list(reports))]:
         worst = max(group, key=lambda report: report.relative_error)
         told = label != "total" and worst.relative_error > 0
-        lines.append((*_sums(label, group), f"{worst.relative_error:.4f} {worst.name}" if told else ""))
+        of_delta = "" if worst.delta_error is None else f", {worst.delta_error:.4f} of its delta"
+        lines.append((*_sums(label, group), f"{worst.relative_error:.4f} {worst.name}{of_delta}" if told else ""))
     return _aligned(lines)
 
 
@@ -80,7 +81,7 @@ def plan_table(plan: Plan) -> str:
     for group, options, i in zip(plan.groups, plan.options, plan.chosen, strict=True):
         all_of_it = "  ".join(f"{option.scheme} {option.kl:.5f}" for option in options)
         size, kl = f"{options[i].bytes / 1e6:.3f}", f"{options[i].kl:.5f}"
-        lines.append((group.pattern, f"{group.weights:,}", options[i].scheme, size, kl, all_of_it))
+        lines.append((str(group), f"{group.weights:,}", options[i].scheme, size, kl, all_of_it))
     return (
         f"{_aligned(lines)}\n"
         f"{plan.bytes / 1e6:.2f} MB, {plan.bits:.2f} bits per weight; KL on the calibration text: "
@@ -107,15 +108,16 @@ def _aligned(lines: Sequence[Sequence[str]]) -> str:
 # --- picture ------------------------------------------------------------------------------------------
 
 ROW, TOP, LEFT, WIDTH, RIGHT = 18, 64, 250, 900, 30  # pixels
+DELTA = 0  # instead of bits: a delta of low rank
 # Okabe and Ito's palette for all kinds of colour vision: by the bits of a code.
-COLOURS = {2: "#CC79A7", 3: "#E69F00", 4: "#D55E00", 8: "#0072B2", 16: "#009E73"}
+COLOURS = {DELTA: "#56B4E9", 2: "#CC79A7", 3: "#E69F00", 4: "#D55E00", 8: "#0072B2", 16: "#009E73"}
 Dot = tuple[float, float, str, bool]  # (damage, bits per weight, scheme, whether it was chosen)
 
 
 def picture(reports: Sequence[TensorReport], plan: Plan | None) -> str:
     """An SVG with a row for each group or tensor: damage to the right, on a log scale; the chosen dot is filled."""
     if plan is not None:
-        rows = [(g.pattern, _dots(g, o, i)) for g, o, i in zip(plan.groups, plan.options, plan.chosen, strict=True)]
+        rows = [(str(g), _dots(g, o, i)) for g, o, i in zip(plan.groups, plan.options, plan.chosen, strict=True)]
         what = "KL of the group alone, nats per token"
     else:
         measured = any(r.kl is not None for r in reports)
@@ -172,15 +174,16 @@ def _axis(powers: Sequence[int], x: Callable[[float], float], height: int, what:
 
 def _legend() -> list[str]:
     parts = []
-    for i, (bits, label) in enumerate(((2, "2 bits"), (3, "3"), (4, "4"), (8, "8"), (16, "16"))):
+    for i, (bits, label) in enumerate(((2, "2 bits"), (3, "3"), (4, "4"), (8, "8"), (16, "16"), (DELTA, "delta"))):
         parts.append(f'<circle cx="{LEFT + 8 + 60 * i}" cy="40" r="5" fill="{COLOURS[bits]}"/>')
         parts.append(f'<text x="{LEFT + 18 + 60 * i}" y="44">{label}</text>')
-    return [*parts, f'<text x="{LEFT + 320}" y="44">filled: chosen; hollow: measured</text>']
+    return [*parts, f'<text x="{LEFT + 380}" y="44">filled: chosen; hollow: measured</text>']
 
 
 def _dot(x: float, y: float, dot: Dot, label: str) -> str:
     damage, bits, scheme, chosen = dot
-    colour = COLOURS.get(SCHEMES[scheme.partition(":")[0]].bits, "#009E73")
+    name = scheme.partition(":")[0]
+    colour = COLOURS[SCHEMES[name].bits if name in SCHEMES else DELTA]
     fill = colour if chosen else "none"
     told = f"{label}: {scheme}, {bits:.2f} bits per weight, {damage:.3g}"
     return (

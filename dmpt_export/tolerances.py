@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from quant.schemes.low_rank import DELTAS
+
 
 @dataclass(frozen=True)
 class Tolerance:
@@ -38,6 +40,8 @@ TOLERANCES: dict[tuple[str, str], Tolerance] = {
     ("float32", "int2-gptq"): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5),
     ("float32", "int8-dynamic"): Tolerance(max_abs=None, kl_mean=0.06, top1=0.80, gate_margin=0.5),
     KV_INT8: Tolerance(max_abs=None, kl_mean=0.06, top1=0.80, gate_margin=0.5),
+    **{("float32", delta): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5) for delta in DELTAS},
+    **{("float16", delta): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5) for delta in DELTAS},
     ("float16", "float"): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5),
     ("float16", "int8"): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5),
     ("float16", "int4"): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5),

@@ -1,7 +1,8 @@
 """The quantized checkpoint folder: config.json says how each tensor is stored, model.safetensors holds the bytes.
 
 `<name>.packed`, `<name>.scales` and, where there are any, `<name>.zero_points` stand for a quantized
-tensor; every other tensor is float32 under its own name. Exporting reads these bytes as they are.
+tensor, and factors `<name>.left` and `<name>.right` of such parts for a head delta; every other tensor is float32
+under its own name. Exporting reads these bytes as they are.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from quant.calibration import Calibration, Inputs, observe
+from quant.deltas import assemble, record
 from quant.measure import with_damage
 from quant.quantize import TensorReport, quantize_tensors
-from quant.rules import FLOAT, Rule, assign, default_rules
+from quant.rules import FLOAT, Rule, anchors_of, assign, default_rules
 from quant.schemes import SCHEMES
+from quant.schemes.low_rank import DELTAS
 from quant.smooth import Arrays, smooth
-from quant.tensor import QuantizedTensor, Weight
+from quant.tensor import DeltaTensor, QuantizedTensor, Weight
 from training.checkpoint import (
     Source,
     atomic_folder,
@@ -61,8 +64,15 @@ def load_weights(source: Source) -> tuple[DMPTConfig, dict[str, Weight]]:
         return config, dict(arrays)
     stored = _read_arrays(folder / WEIGHTS)
     weights: dict[str, Weight] = {}
-    for name, entry in _entries(config.quantization, folder).items():
-        weights[name] = _assemble(stored, name, entry, folder)
+    entries = _entries(config.quantization, folder)
+    deltas = {name: entry for name, entry in entries.items() if entry["scheme"] in DELTAS}
+    for name in entries.keys() - deltas.keys():
+        weights[name] = _assemble(stored, name, entries[name], folder)
+    try:
+        weights |= assemble(stored, deltas, stored | weights)
+    except InputError as error:
+        raise InputError(f"{folder / WEIGHTS}: {error}: copy or quantize it again") from error
+    weights = {name: weights[name] for name in entries}
     twice = sorted(weights.keys() & stored.keys())
     if twice:
         raise InputError(f"{folder / WEIGHTS} holds {', '.join(twice)} both quantized and float: quantize it again")
@@ -80,7 +90,7 @@ def dequantized_model(source: Source) -> DMPTForCausalLM:
     config, weights = load_weights(source)
     tensors = {}
     for name, weight in weights.items():
-        tensors[name] = torch.from_numpy(weight.dequantize() if isinstance(weight, QuantizedTensor) else weight)
+        tensors[name] = torch.from_numpy(weight if isinstance(weight, np.ndarray) else weight.dequantize())
     return model_from_tensors(config, tensors)
 
 
@@ -112,7 +122,8 @@ def save_quantized(
     folder = check_unquantized(source)
     config, arrays = load_state(folder)
     shapes = {name: array.shape for name, array in arrays.items()}
-    plan = assign(shapes, rules, defaults, config.tie_word_embeddings)
+    anchors = anchors_of(config)
+    plan = assign(shapes, rules, defaults, config.tie_word_embeddings, anchors)
     if not plan:
         raise InputError(f"no tensor of {folder} would be quantized: drop the rules that keep all of them {FLOAT}")
     recorded: dict[str, Any] = {"rules": [rule.as_dict() for rule in [*rules, *defaults]]}
@@ -122,7 +133,7 @@ def save_quantized(
         arrays = balance(config, arrays, plan, calibration, alpha)
         recorded["smooth"] = alpha
     observed = observed_inputs(config, arrays, plan, calibration)
-    weights, reports = quantize_tensors(dict(arrays) if calibration else arrays, plan, observed)
+    weights, reports = quantize_tensors(dict(arrays) if calibration else arrays, plan, observed, anchors)
     if calibration is not None:
         reports = with_damage(_model(config, arrays), weights, reports, calibration)
     if out is not None:
@@ -138,7 +149,10 @@ def observed_inputs(
 
     Raises InputError at once when there are such and no calibration.
     """
-    wanted = {name for name, rule in plan.items() if SCHEMES[rule.scheme].calibrated}
+    wanted = {name for name, rule in plan.items() if rule.scheme in SCHEMES and SCHEMES[rule.scheme].calibrated}
+    better = {name for name, rule in plan.items() if rule.scheme in DELTAS}  # deltas do without
+    if calibration is not None:
+        wanted |= better
     if not wanted:
         return iter(())
     if calibration is None:
@@ -193,9 +207,10 @@ def write_quantized(
                 "block": weight.block,
                 "shape": list(weight.shape),
                 "transposed": weight.transposed,
+                **(record(weight) if isinstance(weight, DeltaTensor) else {}),
             }
             for name, weight in weights.items()
-            if isinstance(weight, QuantizedTensor)
+            if not isinstance(weight, np.ndarray)
         },
     }
     with atomic_folder(out, "quantized") as tmp:
@@ -236,7 +251,7 @@ def is_quantized(config: DMPTConfig) -> bool:
 
 def checkpoint_shape(weight: Weight) -> tuple[int, ...]:
     """A weight's shape in the float checkpoint."""
-    if not isinstance(weight, QuantizedTensor):
+    if isinstance(weight, np.ndarray):
         return weight.shape
     return weight.shape[::-1] if weight.transposed else weight.shape
 
@@ -244,10 +259,10 @@ def checkpoint_shape(weight: Weight) -> tuple[int, ...]:
 def _stored_arrays(weights: Mapping[str, Weight]) -> dict[str, NDArray[Any]]:
     arrays: dict[str, NDArray[Any]] = {}
     for name, weight in weights.items():
-        if isinstance(weight, QuantizedTensor):
-            arrays |= {f"{name}.{part}": array for part, array in weight.parts().items()}
-        else:
+        if isinstance(weight, np.ndarray):
             arrays[name] = weight
+        else:
+            arrays |= {f"{name}.{part}": array for part, array in weight.parts().items()}
     return arrays
 
 

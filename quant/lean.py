@@ -6,11 +6,12 @@ rows it is asked for. As slow as it is small: for checking a few tokens, not for
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from quant.checkpoint import load_weights
-from quant.tensor import QuantizedTensor
+from quant.tensor import QuantizedTensor, Stored
 from training.checkpoint import Source, empty_model
 from training.model import DMPTForCausalLM
 
@@ -32,7 +33,7 @@ class StoredLayer(nn.Module):
 class StoredRows(nn.Module):
     """An embedding (called with ids) or a head (called with hidden rows; `weight[ids]` are some of its rows)."""
 
-    def __init__(self, weight: QuantizedTensor) -> None:
+    def __init__(self, weight: Stored) -> None:
         super().__init__()
         self.stored = weight
 
@@ -60,12 +61,12 @@ def lean_model(source: Source) -> DMPTForCausalLM:
         path, _, kind = name.rpartition(".")
         parent_path, _, child = path.rpartition(".")
         parent = model.get_submodule(parent_path)
-        if not isinstance(weight, QuantizedTensor):
+        if isinstance(weight, np.ndarray):
             if not isinstance(getattr(parent, child), StoredLayer):  # whose bias was taken along
                 setattr(getattr(parent, child), kind, nn.Parameter(torch.from_numpy(weight), requires_grad=False))
-        elif weight.transposed:
+        elif isinstance(weight, QuantizedTensor) and weight.transposed:
             bias = weights[f"{path}.bias"]
-            assert not isinstance(bias, QuantizedTensor)
+            assert isinstance(bias, np.ndarray)
             setattr(parent, child, StoredLayer(weight, torch.from_numpy(bias)))
         else:
             _put(parent, child, StoredRows(weight))

@@ -21,11 +21,13 @@ from tqdm import tqdm
 
 from quant.calibration import Calibration, Inputs, observe
 from quant.damage import Damage
+from quant.deltas import quantize_group
 from quant.plan import Group, Option
-from quant.quantize import TensorReport, quantize_tensor
-from quant.rules import Rule
+from quant.quantize import TensorReport, delta_report, quantize_tensor
+from quant.rules import ROWS, Rule, parse_rule
 from quant.schemes import SCHEMES
-from quant.tensor import QuantizedTensor, Weight
+from quant.schemes.low_rank import DELTAS
+from quant.tensor import DeltaTensor, QuantizedTensor, Stored, Weight
 from training.checkpoint import atomic_file, model_from_tensors
 from training.config import DMPTConfig
 from training.model import DMPTForCausalLM
@@ -50,60 +52,92 @@ class Measurements:
         self.damage = damage_on(self.model, calibration, tokens)
         self.path = cache / f"damage-{self._key(config)}.json"
         self.known: dict[str, Any] = self._remembered()
-        self.stored: dict[tuple[str, str], tuple[QuantizedTensor, TensorReport]] = {}  # by tensor and how(rule)
+        self.stored: dict[tuple[str, str], tuple[Stored, TensorReport]] = {}  # by tensor and scheme
+        self.inputs: dict[str, Inputs] = {}  # of heads
 
-    def options(self, groups: Sequence[Group], candidates: Sequence[Sequence[Rule]]) -> list[list[Option]]:
+    def options(self, groups: Sequence[Group], candidates: Sequence[Sequence[str]]) -> list[list[Option]]:
         """Every candidate of every group, measured alone, with a progress bar and an estimate of the time left."""
-        wanted = {
-            (group, rule) for group, rules in zip(groups, candidates, strict=True) for rule in rules
-            if str(rule) not in self.known
-        }  # fmt: skip
+        pairs = [(group, scheme) for group, schemes in zip(groups, candidates, strict=True) for scheme in schemes]
+        wanted = [pair for pair in pairs if key(*pair) not in self.known]
         with tqdm(total=len(wanted), desc="measure damage", unit=" groups", leave=False, disable=None) as bar:
-            for group, rule, tensors in self._quantized(wanted):
-                bar.set_postfix_str(str(rule))
-                kl = self.damage.of({name: tensor.dequantize() for name, tensor in tensors.items()})
-                size = sum(tensor.nbytes for tensor in tensors.values())
-                self.known[str(rule)] = asdict(Option(str(rule).removeprefix(f"{group.pattern}="), size, kl))
+            for group, scheme in self._quantized(wanted):
+                bar.set_postfix_str(key(group, scheme))
+                tensors = (
+                    self._deltas(group, scheme, self.arrays)
+                    if group.anchor and is_delta(scheme)
+                    else {name: self.stored[name, scheme] for name in group.tensors}
+                )
+                kl = self.damage.of({name: tensor.dequantize() for name, (tensor, _) in tensors.items()})
+                size = sum(tensor.nbytes for tensor, _ in tensors.values())
+                self.known[key(group, scheme)] = asdict(Option(scheme, size, kl))
                 self._remember()
                 bar.update()
-        return [[Option(**self.known[str(rule)]) for rule in rules] for rules in candidates]
+        return [
+            [Option(**self.known[key(group, scheme)]) for scheme in schemes]
+            for group, schemes in zip(groups, candidates, strict=True)
+        ]
 
-    def quantized(
-        self, groups: Sequence[Group], rules: Sequence[Rule]
-    ) -> dict[str, tuple[QuantizedTensor, TensorReport]]:
-        """All tensors of the groups, each quantized by its group's rule, with what that did."""
-        pairs = set(zip(groups, rules, strict=True))
-        missing = {pair for pair in pairs if any((name, how(pair[1])) not in self.stored for name in pair[0].tensors)}
-        for _ in self._quantized(missing):
+    def quantized(self, groups: Sequence[Group], schemes: Sequence[str]) -> dict[str, tuple[Stored, TensorReport]]:
+        """All tensors of the groups, each stored as its group's scheme says, with what that did."""
+        pairs = list(zip(groups, schemes, strict=True))
+        for _ in self._quantized([pair for pair in pairs if not self._is_known(*pair)]):
             pass
-        return {name: self.stored[name, how(rule)] for group, rule in pairs for name in group.tensors}
+        out = {
+            name: self.stored[name, scheme] for group, scheme in pairs if not is_delta(scheme) for name in group.tensors
+        }
+        anchors = {name: tensor for name, (tensor, _) in out.items()}
+        for group, scheme in pairs:
+            if is_delta(scheme):
+                out |= self._deltas(group, scheme, anchors)
+        return out
 
-    def joint(self, groups: Sequence[Group], rules: Sequence[Rule]) -> float:
+    def joint(self, groups: Sequence[Group], schemes: Sequence[str]) -> float:
         """KL of the whole plan."""
-        quantized = self.quantized(groups, rules)
+        quantized = self.quantized(groups, schemes)
         return self.damage.of({name: tensor.dequantize() for name, (tensor, _) in quantized.items()})
 
-    def _quantized(self, wanted: set[tuple[Group, Rule]]) -> Iterator[tuple[Group, Rule, dict[str, QuantizedTensor]]]:
-        """Quantize the wanted groups: calibrated ones as their block is observed, then the others."""
-        calibrated = {pair for pair in wanted if SCHEMES[pair[1].scheme].calibrated}
+    def _is_known(self, group: Group, scheme: str) -> bool:
+        if is_delta(scheme):
+            return all(name in self.inputs for name in group.tensors)
+        return all((name, scheme) in self.stored for name in group.tensors)
+
+    def _quantized(self, wanted: Sequence[tuple[Group, str]]) -> Iterator[tuple[Group, str]]:
+        """Quantize the wanted groups and yield each: calibrated ones as their block is observed, then the others.
+
+        Deltas are left for when their anchor is known; what their heads see is kept.
+        """
+        calibrated = [pair for pair in wanted if is_delta(pair[1]) or SCHEMES[parse(pair[1]).scheme].calibrated]
         names = {name for group, _ in calibrated for name in group.tensors}
         seen = observe(self.model, self.calibration.windows, names) if names else iter(())
-        pending = set(calibrated)
-        for inputs in chain(seen, [None]):
-            ready = {pair for pair in pending if inputs is None or any(name in inputs for name in pair[0].tensors)}
-            pending -= ready
-            for group, rule in sorted(ready, key=str):
-                yield group, rule, self._quantize(group, rule, inputs or {})
-        for group, rule in sorted(wanted - calibrated, key=str):
-            yield group, rule, self._quantize(group, rule, {})
+        pending = list(calibrated)
+        for inputs in chain(seen, [{}]):
+            self.inputs |= {name: given for name, given in inputs.items() if ROWS.fullmatch(name)}
+            known = self.inputs | inputs
+            ready = [pair for pair in pending if not inputs or all(name in known for name in pair[0].tensors)]
+            pending = [pair for pair in pending if pair not in ready]
+            for group, scheme in ready:
+                self._quantize(group, scheme, known)
+                yield group, scheme
+        for group, scheme in [pair for pair in wanted if pair not in calibrated]:
+            self._quantize(group, scheme, {})
+            yield group, scheme
 
-    def _quantize(self, group: Group, rule: Rule, inputs: Mapping[str, Inputs]) -> dict[str, QuantizedTensor]:
-        out = {}
+    def _quantize(self, group: Group, scheme: str, inputs: Mapping[str, Inputs]) -> None:
+        if is_delta(scheme):
+            return
         for name in group.tensors:
-            if (name, how(rule)) not in self.stored:
-                self.stored[name, how(rule)] = quantize_tensor(name, self.arrays[name], rule, inputs.get(name))
-            out[name], _ = self.stored[name, how(rule)]
-        return out
+            if (name, scheme) not in self.stored:
+                tensor = quantize_tensor(name, self.arrays[name], parse(scheme), inputs.get(name))
+                self.stored[name, scheme] = tensor
+
+    def _deltas(
+        self, group: Group, scheme: str, anchors: Mapping[str, Weight]
+    ) -> dict[str, tuple[Stored, TensorReport]]:
+        assert group.anchor is not None
+        heads = {name: self.arrays[name] for name in group.tensors}
+        inputs = {name: self.inputs[name] for name in heads if name in self.inputs}
+        tensors = quantize_group(heads, group.anchor, anchors[group.anchor], parse(scheme), inputs)
+        return {name: (tensor, delta_report(name, heads[name], tensor)) for name, tensor in tensors.items()}
 
     # --- what is remembered -----------------------------------------------------------------------
 
@@ -144,12 +178,20 @@ def with_damage(
     damage, out = damage_on(model, calibration), []
     for report in tqdm(reports, desc="measure damage", unit=" tensors", leave=False, disable=None):
         weight = weights[report.name]
-        if isinstance(weight, QuantizedTensor):
+        if isinstance(weight, QuantizedTensor | DeltaTensor):
             report = replace(report, kl=damage.of({report.name: weight.dequantize()}))
         out.append(report)
     return out
 
 
-def how(rule: Rule) -> str:
-    """A rule without its pattern."""
-    return str(rule).removeprefix(f"{rule.pattern}=")
+def key(group: Group, scheme: str) -> str:
+    return f"{group}={scheme}"
+
+
+def parse(scheme: str) -> Rule:
+    """'int4:32' -> a rule for every tensor."""
+    return parse_rule(f"*={scheme}")
+
+
+def is_delta(scheme: str) -> bool:
+    return parse(scheme).scheme in DELTAS

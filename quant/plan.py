@@ -16,6 +16,7 @@ from typing import Any
 from quant.knapsack import Frontier
 from quant.rules import FLOAT, LINEAR, ROWS, Rule, parse_rule
 from quant.schemes import SCHEMES
+from quant.schemes.low_rank import DELTAS
 from training.errors import InputError
 
 CANDIDATES = "int8,int4-gptq:16,int4-gptq:32,int4-gptq:64,int4-gptq:128"
@@ -38,9 +39,13 @@ class Option:
 class Group:
     """Tensors that are stored the same way."""
 
-    pattern: str  # of a rule
+    patterns: tuple[str, ...]  # of the rules that name them
     tensors: tuple[str, ...]
     weights: int
+    anchor: str | None = None  # of heads that could be deltas to it
+
+    def __str__(self) -> str:
+        return " ".join(self.patterns)
 
 
 @dataclass(frozen=True)
@@ -67,9 +72,14 @@ class Plan:
 
     def rules(self) -> list[Rule]:
         return [
-            parse_rule(f"{group.pattern}={options[i].scheme}")
-            for group, options, i in zip(self.groups, self.options, self.chosen, strict=True)
+            parse_rule(f"{pattern}={scheme}")
+            for group, scheme in zip(self.groups, self.schemes(), strict=True)
+            for pattern in group.patterns
         ]
+
+    def schemes(self) -> list[str]:
+        """What was chosen for each group, as in a rule."""
+        return [options[i].scheme for options, i in zip(self.options, self.chosen, strict=True)]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -99,33 +109,45 @@ class Target:
         return f"a KL of {self.kl:g}" if self.kl is not None else f"{self.bits:g} bits per weight"
 
 
-def groups_of(shapes: Mapping[str, Sequence[int]]) -> list[Group]:
-    """Attention and MLP of each block, the embedding (with a tied head), and each further head, in this order."""
+def groups_of(shapes: Mapping[str, Sequence[int]], anchors: Mapping[str, set[str]]) -> list[Group]:
+    """Attention and MLP of each block, the embedding (with a tied head), anchor heads, and the other heads of a leaf.
+
+    anchors: see quant.rules.anchors_of. Trunk first, then paths, then heads.
+    """
     members: dict[str, list[str]] = {}
     for name in shapes:
         if LINEAR.fullmatch(name):
             block, _, _ = name.partition(".attn." if ".attn." in name else ".mlp.")
             members.setdefault(f"{block}.{'attn' if '.attn.' in name else 'mlp'}.*", []).append(name)
         elif ROWS.fullmatch(name):
-            members.setdefault(name.removesuffix(".weight"), []).append(name)
-    # the trunk's blocks, the paths', the embedding, the heads
+            shared = " ".join(sorted(anchors.get(name, ())))
+            members.setdefault(f"deltas to {shared}" if shared in shapes else name, []).append(name)
     order = sorted(
         members.items(),
         key=lambda item: (bool(ROWS.fullmatch(item[1][0])), not item[0].startswith("transformer.")),
     )
-    return [Group(pattern, tuple(names), sum(math.prod(shapes[name]) for name in names)) for pattern, names in order]
+    groups = []
+    for key, names in order:
+        anchor = key.removeprefix("deltas to ") if key.startswith("deltas to ") else None
+        rows = ROWS.fullmatch(names[0])
+        patterns = tuple(name.removesuffix(".weight") for name in names) if rows else (key,)
+        groups.append(Group(patterns, tuple(names), sum(math.prod(shapes[name]) for name in names), anchor))
+    return groups
 
 
-def candidates_of(group: Group, text: str) -> list[Rule]:
-    """The candidates of a comma-separated list that can store the group. Raises InputError when there are none.
-
-    An embedding that is no head is multiplied with nothing, so calibrated schemes have nothing to go by.
-    """
-    rules = [parse_rule(f"{group.pattern}={scheme.strip()}") for scheme in text.split(",")]
+def candidates_of(group: Group, text: str) -> list[str]:
+    """Those of a comma-separated list of schemes that can store the group. Raises InputError when there are none."""
     looked_up = any(ROWS.fullmatch(name) for name in group.tensors)
-    fit = [rule for rule in rules if rule.scheme != FLOAT and (SCHEMES[rule.scheme].rows or not looked_up)]
+
+    def fits(scheme: str) -> bool:
+        rule = parse_rule(f"{group.patterns[0]}={scheme}")
+        if rule.scheme in DELTAS:
+            return group.anchor is not None
+        return rule.scheme != FLOAT and (SCHEMES[rule.scheme].rows or not looked_up)
+
+    fit = [scheme.strip() for scheme in text.split(",") if fits(scheme.strip())]
     if not fit:
-        raise InputError(f"none of --candidates {text} can store {group.pattern}: add int8 or int4 to them")
+        raise InputError(f"none of --candidates {text} can store {group}: add int8 or int4 to them")
     return fit
 
 

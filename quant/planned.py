@@ -10,7 +10,7 @@ from quant.checkpoint import PLANNED, check_unquantized, note_of, write_quantize
 from quant.measure import Measurements
 from quant.plan import CANDIDATES, Plan, Target, candidates_of, groups_of, make_plan
 from quant.quantize import TensorReport, float_report
-from quant.rules import parse_rule
+from quant.rules import anchors_of, parse_rule
 from quant.tensor import Weight
 from training.checkpoint import Source, check_replaceable, load_state, read_json
 from training.errors import InputError
@@ -36,20 +36,20 @@ def save_planned(
         check_replaceable(Path(out), "quantized")
     folder = check_unquantized(source)
     config, arrays = load_state(folder)
-    groups = groups_of({name: array.shape for name, array in arrays.items()})
-    rules = [candidates_of(group, candidates) for group in groups]
+    groups = groups_of({name: array.shape for name, array in arrays.items()}, anchors_of(config))
+    schemes = [candidates_of(group, candidates) for group in groups]
     grouped = {name for group in groups for name in group.tensors}
     sizes = (
         sum(array.nbytes for name, array in arrays.items() if name not in grouped),
         sum(array.size for array in arrays.values()),
     )
     measured = Measurements(config, arrays, calibration, cache)
-    options = measured.options(groups, rules)
+    options = measured.options(groups, schemes)
     plan = make_plan(
         groups, options, target, sizes,
-        lambda chosen: measured.joint(groups, [rules[g][i] for g, i in enumerate(chosen)]),
+        lambda chosen: measured.joint(groups, [schemes[g][i] for g, i in enumerate(chosen)]),
     )  # fmt: skip
-    quantized = measured.quantized(groups, plan.rules())
+    quantized = measured.quantized(groups, plan.schemes())
     weights: dict[str, Weight] = {
         name: quantized[name][0] if name in quantized else array for name, array in arrays.items()
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from quant.calibration import Inputs
+from quant.deltas import anchor_of, groups, quantize_group
 from quant.rules import FLOAT, Rule, is_transposed
 from quant.schemes import SCHEMES
-from quant.tensor import QuantizedTensor, Weight
+from quant.tensor import DeltaTensor, QuantizedTensor, Stored, Weight
 from training.errors import InputError
 
 ERROR_ROWS = 4096  # output rows compared at a time, so that a large embedding is never whole in float twice
@@ -32,6 +34,7 @@ class TensorReport:
     relative_error: float  # ||W - dequantized|| / ||W||, Frobenius; 0 for an all-zero tensor
     all_zero: bool = False
     kl: float | None = None  # nats per token on calibration text, with this tensor alone quantized; None: not measured
+    delta_error: float | None = None  # of a head delta: the same difference over ||W - anchor as stored||
 
     @property
     def bits(self) -> float:
@@ -43,15 +46,19 @@ def quantize_tensors(
     arrays: dict[str, NDArray[np.float32]],
     plan: Mapping[str, Rule],
     observed: Iterable[Mapping[str, Inputs]] = (),
+    anchors: Mapping[str, set[str]] = MappingProxyType({}),
 ) -> tuple[dict[str, Weight], list[TensorReport]]:
     """Quantize what `plan` names and pass the rest through, with a progress bar on a terminal.
 
-    `observed` gives the inputs of calibrated tensors, some at a time (quant.calibration.observe). Empties `arrays` as
-    it goes, so that float and quantized weights are never both whole in memory.
+    `observed` gives the inputs of calibrated tensors, some at a time (quant.calibration.observe); `anchors`: see
+    quant.rules.anchors_of. Empties `arrays` as it goes, so that float and quantized weights are never both whole in
+    memory; heads that the plan makes deltas come last.
     """
     order = list(arrays)
     weights: dict[str, Weight] = {}
     reports: dict[str, TensorReport] = {}
+    deltas = list(groups(plan, anchors))
+    late: dict[str, Inputs | None] = {name: None for _, _, names in deltas for name in names}
     total = sum(arrays[name].size for name in plan)
     with tqdm(total=total, unit=" weights", unit_scale=True, desc="quantize", leave=False, disable=None) as bar:
 
@@ -63,14 +70,33 @@ def quantize_tensors(
 
         for seen in observed:
             for name, inputs in seen.items():
-                take(name, inputs)
-        for name in [name for name in order if name in arrays]:
+                if name in late:
+                    late[name] = inputs
+                else:
+                    take(name, inputs)
+        for name in [name for name in order if name in arrays and name not in late]:
             if name in plan:
                 take(name, None)
             else:
                 array = weights[name] = arrays.pop(name)
                 reports[name] = float_report(name, array)
+        for anchor, rule, names in deltas:
+            bar.set_postfix_str(", ".join(names))
+            heads = {name: arrays.pop(name) for name in names}
+            known = {name: given for name in names if (given := late[name])}
+            for name, tensor in quantize_group(heads, anchor, weights[anchor], rule, known).items():
+                weights[name], reports[name] = tensor, delta_report(name, heads[name], tensor)
+                bar.update(heads[name].size)
     return {name: weights[name] for name in order}, [reports[name] for name in order]
+
+
+def delta_report(name: str, head: NDArray[np.float32], tensor: DeltaTensor) -> TensorReport:
+    """Of a head stored as a delta."""
+    damage = relative_error(tensor, head)
+    size = float(np.linalg.norm(head - anchor_of(tensor)))
+    lost = damage * float(np.linalg.norm(head)) / size if size else 0.0
+    sizes = (head.size, head.nbytes, tensor.nbytes)
+    return TensorReport(name, tensor.scheme, tensor.block, *sizes, damage, all_zero=not head.any(), delta_error=lost)
 
 
 def quantize_tensor(
@@ -100,7 +126,7 @@ def float_report(name: str, array: NDArray[np.float32]) -> TensorReport:
     return TensorReport(name, FLOAT, None, array.size, array.nbytes, array.nbytes, 0.0, all_zero=not array.any())
 
 
-def relative_error(tensor: QuantizedTensor, matrix: NDArray[np.float32]) -> float:
+def relative_error(tensor: Stored, matrix: NDArray[np.float32]) -> float:
     """||matrix - dequantized|| / ||matrix|| (Frobenius) for a matrix [N, K]; 0 for an all-zero one."""
     damage = norm = 0.0
     for start in range(0, len(matrix), ERROR_ROWS):

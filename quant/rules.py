@@ -13,11 +13,15 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quant.schemes import SCHEMES
+from quant.schemes.low_rank import DELTAS
 from quant.tensor import fit_block
 from training.errors import InputError
+
+if TYPE_CHECKING:
+    from training.config import DMPTConfig
 
 FLOAT = "float32"  # the scheme of a rule that keeps tensors as they are
 LINEAR = re.compile(r"(transformer|paths\.\w+)\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
@@ -66,8 +70,8 @@ def parse_rule(text: str, calibrated: bool = False) -> Rule:
     scheme = BITS.get(scheme, scheme)
     if calibrated and what.split(":")[0] in BITS and f"{scheme}-gptq" in SCHEMES:
         scheme = f"{scheme}-gptq"
-    if scheme != FLOAT and scheme not in SCHEMES:
-        raise InputError(f"rule '{text}': unknown scheme '{scheme}', choose one of {', '.join([*SCHEMES, FLOAT])}")
+    if scheme not in (known := [*SCHEMES, *DELTAS, FLOAT]):
+        raise InputError(f"rule '{text}': unknown scheme '{scheme}', choose one of {', '.join(known)}")
     block = int(numbers[0]) if numbers else None
     try:
         check_options(scheme, block, asymmetric)
@@ -79,13 +83,13 @@ def parse_rule(text: str, calibrated: bool = False) -> Rule:
 def check_options(scheme: str, block: int | None, asymmetric: bool) -> None:
     """Raise InputError for a block or zero points that `scheme` (a registered one, or FLOAT) does not have."""
     how = SCHEMES.get(scheme)
-    if block is not None and (how is None or not how.blocks):
+    if block is not None and scheme not in DELTAS and (how is None or not how.blocks):
         raise InputError(f"{scheme} has no blocks, leave out ':{block}'")
     if asymmetric and (how is None or not how.zero_points):
         raise InputError(f"zero points are no choice with {scheme}, leave out '{ASYMMETRIC}'")
-    if how is not None and block is not None:
+    if block is not None:
         fit_block(block, block)
-        low, high = how.block_range
+        low, high = how.block_range if how else (block, block)
         if not low <= block <= high:
             raise InputError(f"{scheme} has a fast kernel for blocks from {low} to {high} only, not {block}")
 
@@ -95,6 +99,8 @@ def default_rules(scheme: str, block: int | None = None, asymmetric: bool = Fals
 
     A scheme whose rows cannot be looked up (int8-dynamic) leaves the embedding and the heads to int8.
     """
+    if scheme in DELTAS:
+        raise InputError(f"{scheme} is for heads: give a scheme for the rest and a rule 'heads.*={scheme}'")
     if scheme not in SCHEMES:
         raise InputError(f"unknown scheme '{scheme}': choose one of {', '.join(SCHEMES)}")
     how = SCHEMES[scheme]
@@ -115,18 +121,37 @@ def is_transposed(name: str) -> bool:
     return LINEAR.fullmatch(name) is not None
 
 
+def anchors_of(config: DMPTConfig) -> dict[str, set[str]]:
+    """The anchors, by tensor name, of every head that is none: one, unless leaves with other anchors share it."""
+    anchors = {config.head_name(heads[0]) for heads in config.head_allocation.values()}
+    out: dict[str, set[str]] = {}
+    for heads in config.head_allocation.values():
+        anchor, *others = (config.head_name(j) for j in heads)
+        for name in others:
+            if name not in anchors and name != EMBEDDING:
+                out.setdefault(name, set()).add(anchor)
+    return out
+
+
 def assign(
-    shapes: Mapping[str, Sequence[int]], rules: Iterable[Rule], defaults: Iterable[Rule], tied: bool
+    shapes: Mapping[str, Sequence[int]],
+    rules: Iterable[Rule],
+    defaults: Iterable[Rule],
+    tied: bool,
+    anchors: Mapping[str, set[str]] | None = None,
 ) -> dict[str, Rule]:
     """The rule of every tensor to be quantized, by name, in the order of `shapes`.
 
     `rules` are the user's and come first; each must match something and must not ask for a matrix that stays
-    float32, else InputError. Wildcards may sweep over vectors (biases, norms), which are never quantized.
+    float32, else InputError. Wildcards may sweep over vectors (biases, norms), which are never quantized. `anchors`
+    (see anchors_of) says which heads can be deltas; a rule for deltas leaves anchors to the rules after it.
     """
     taken: dict[str, Rule] = {}
     for rule in rules:
         matched = [name for name in shapes if _matches(rule.pattern, name, tied)]
         won = [name for name in matched if name not in taken]
+        if won and rule.scheme in DELTAS:
+            won = _heads_besides_anchors(rule, won, anchors or {})
         _check_rule(rule, shapes, matched, won)
         taken |= dict.fromkeys(won, rule)
     for rule in defaults:
@@ -134,6 +159,25 @@ def assign(
         taken |= dict.fromkeys([name for name in matched if name not in taken], rule)
     chosen = {name: taken[name] for name in shapes if name in taken and is_quantizable(name)}
     return {name: rule for name, rule in chosen.items() if rule.scheme != FLOAT}
+
+
+def _heads_besides_anchors(rule: Rule, won: list[str], anchors: Mapping[str, set[str]]) -> list[str]:
+    """What a rule for deltas is for. Raises InputError where it names nothing of the kind, or something else."""
+    deltas = [name for name in won if name in anchors]
+    other = [name for name in won if name not in anchors and not ROWS.fullmatch(name)]
+    if other or not deltas:
+        raise InputError(
+            f"rule '{rule}' names {_listed(other or won)}: only a head can be a delta, and not one that is an anchor "
+            "or the embedding"
+        )
+    for name in deltas:
+        if len(anchors[name]) > 1:
+            several = ", ".join(sorted(anchors[name]))
+            raise InputError(
+                f"rule '{rule}': {name} is shared by leaves with different anchors ({several}), so it cannot be a "
+                "delta to one: give it another scheme by a rule before this one"
+            )
+    return deltas
 
 
 def _matches(pattern: str, name: str, tied: bool) -> bool:
@@ -157,7 +201,7 @@ def _check_rule(rule: Rule, shapes: Mapping[str, Sequence[int]], matched: list[s
             f"or put a rule PATTERN={FLOAT} for it first"
         )
     rows = [name for name in won if ROWS.fullmatch(name)]
-    if rows and not SCHEMES[rule.scheme].rows:
+    if rows and rule.scheme in SCHEMES and not SCHEMES[rule.scheme].rows:
         raise InputError(
             f"rule '{rule}' names {_listed(rows)}, whose rows are looked up one by one, which {rule.scheme} "
             f"cannot do: use {' or '.join(name for name, scheme in SCHEMES.items() if scheme.rows)} for it"

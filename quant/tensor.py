@@ -145,4 +145,68 @@ class QuantizedTensor:
         return np.ascontiguousarray(values.T if self.transposed else values)
 
 
-Weight = NDArray[np.float32] | QuantizedTensor  # one tensor of a checkpoint, float or quantized
+@dataclass(frozen=True, eq=False)
+class DeltaTensor:
+    """A vocabulary head [V, E] as its anchor's matrix plus a product of two thin ones, left [V, r] @ right [r, E].
+
+    Heads of one leaf share `left`: what they learnt beyond their anchor lies in one space of r dimensions, and one
+    row of it serves all of them. `anchor` is the matrix as it is stored, rounded or not, so errors do not add up.
+    """
+
+    anchor: NDArray[np.float32] | QuantizedTensor  # [V, E]
+    left: QuantizedTensor  # [V, r]
+    right: QuantizedTensor  # [r, E]
+    scheme: str  # its name in quant.schemes.low_rank.DELTAS
+    anchor_name: str  # the anchor's tensor in the checkpoint
+    sharers: tuple[str, ...]  # the heads with this `left`, in their order; the first one's file name is its own
+    place: int  # of this head among them
+    transposed = False
+
+    def __post_init__(self) -> None:
+        """Raise InputError when the parts do not fit together (a damaged or foreign file)."""
+        (rows, rank), (inner, width) = self.left.shape, self.right.shape
+        if rank != inner or tuple(self.anchor.shape) != (rows, width):
+            raise InputError(
+                f"factors {[rows, rank]} and {[inner, width]} do not make a delta to {list(self.anchor.shape)}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.left.shape[0], self.right.shape[1]
+
+    @property
+    def bits(self) -> int:
+        """Of a code of `left`."""
+        return self.left.bits
+
+    @property
+    def block(self) -> int:
+        return self.left.block
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored for this head: `right` and an equal share of `left`; the sum over heads is what is on disk."""
+        share, rest = divmod(self.left.nbytes, len(self.sharers))
+        return self.right.nbytes + share + (self.place < rest)
+
+    @cached_property
+    def _right(self) -> NDArray[np.float32]:
+        return self.right.dequantize()
+
+    def parts(self) -> dict[str, NDArray[Any]]:
+        """The stored arrays by the suffix they are filed under; `left` belongs to the first of its heads."""
+        factors = {"right": self.right} if self.place else {"left": self.left, "right": self.right}
+        return {f"{side}.{part}": a for side, factor in factors.items() for part, a in factor.parts().items()}
+
+    def rows(self, index: slice | NDArray[np.integer]) -> NDArray[np.float32]:
+        """Dequantized rows: float32 [len(index), E]."""
+        anchor = self.anchor.rows(index) if isinstance(self.anchor, QuantizedTensor) else self.anchor[index]
+        return anchor + self.left.rows(index) @ self._right
+
+    def dequantize(self) -> NDArray[np.float32]:
+        """The whole head: float32 [V, E]."""
+        return self.rows(slice(None))
+
+
+Stored = QuantizedTensor | DeltaTensor  # every way to keep a matrix in fewer bits
+Weight = NDArray[np.float32] | Stored  # one tensor of a checkpoint, float or quantized

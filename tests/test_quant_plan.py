@@ -101,7 +101,7 @@ def test_rounding_never_takes_more_than_it_is_given() -> None:
 
 def test_a_target_of_divergence_holds_when_damages_do_not_add_up() -> None:
     """The whole costs three times the sum of its parts: the plan must be stricter than its prediction."""
-    groups = [Group(f"heads.{i}", (f"heads.{i}.weight",), 100) for i in range(4)]
+    groups = [Group((f"heads.{i}",), (f"heads.{i}.weight",), 100) for i in range(4)]
     options = [[Option("int8", 100, 0.001), Option("int4", 50, 0.01)] for _ in groups]
     parts = {0: 0.001, 1: 0.01}
     plan = make_plan(groups, options, Target(kl=0.07), (10, 410), lambda chosen: 3 * sum(parts[i] for i in chosen))
@@ -121,7 +121,7 @@ def test_damage_equals_a_whole_run_of_the_changed_model(model: str, text: Path, 
     float_model = load_model(folder)
     damage = measure.damage_on(float_model, calibration)
     want = log_probs(float_model, calibration)
-    for group in [*groups_of({name: array.shape for name, array in arrays.items()}), everything(arrays)]:
+    for group in [*groups_of({name: array.shape for name, array in arrays.items()}, {}), everything(arrays)]:
         changed = {}
         for name in group.tensors:
             tensor, _ = quantize_tensor(name, arrays[name], parse_rule(f"{name}=int4"))
@@ -136,8 +136,8 @@ def test_damage_equals_a_whole_run_of_the_changed_model(model: str, text: Path, 
 
 
 def everything(arrays: dict[str, Any]) -> Group:
-    groups = groups_of({name: array.shape for name, array in arrays.items()})
-    return Group("*", tuple(name for group in groups for name in group.tensors), 0)
+    groups = groups_of({name: array.shape for name, array in arrays.items()}, {})
+    return Group(("*",), tuple(name for group in groups for name in group.tensors), 0)
 
 
 def log_probs(model: Any, calibration: Calibration) -> torch.Tensor:
@@ -172,12 +172,16 @@ def test_planned_model_is_as_large_as_planned_and_as_good_as_measured(
 
 
 def test_a_calibrated_plan_replays_too(quantize: Callable[..., Any], tmp_path: Path) -> None:
-    options = ("--target-kl", "0.2", "--candidates", "int4-gptq,int4-gptq:16,int8")
+    options = ("--target-kl", "0.2", "--candidates", "int4-gptq,int4-gptq:16,int8,delta-r16")
     assert quantize("planned", *options)[0] == quantize("again", *options)[0] == 0
     assert quantize("replayed", "--plan", str(tmp_path / "planned/plan.json"))[0] == 0
     files = {(tmp_path / name / "model.safetensors").read_bytes() for name in ("planned", "again", "replayed")}
     assert len(files) == 1
-    assert json.loads((tmp_path / "planned/plan.json").read_text())["measured_kl"] <= 0.2
+    plan = json.loads((tmp_path / "planned/plan.json").read_text())
+    assert plan["measured_kl"] <= 0.2
+    heads = {group["patterns"][0]: group for group in plan["groups"] if group["anchor"]}
+    assert heads["heads.1"]["anchor"] == "heads.0.weight" and heads["heads.3"]["anchor"] == "heads.2.weight"
+    assert all("delta-r16" in [option["scheme"] for option in group["options"]] for group in heads.values())
 
 
 def test_a_killed_plan_goes_on(tiny_dmpt: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,8 +100,14 @@ def command(checkpoint: str, out: str | None, **options: Any) -> None:
     the damage it was measured to take: KL to the float model on the calibration text.
 
     \b
+    In rules for heads also:
+    delta-rN      as its path's first head (the anchor) plus a delta of rank N (16, 32, 64, 128, 256); the heads of
+                  a path share the larger factor, so a row of 4-bit codes serves all of them
+
+    \b
     Examples:
       dmpt-export quantize tuned small --scheme int4-gptq --calib train.txt --rule 'transformer.wte=int8:64'
+      dmpt-export quantize tuned small --scheme int4 --rule 'heads.*=delta-r64'
       dmpt-export quantize tuned small --target-size 200MB --calib train.txt
       dmpt-export onnx small device
 

@@ -12,8 +12,10 @@ import numpy as np
 import onnx_ir as ir
 
 from dmpt_export.graph.builder import Builder
+from dmpt_export.graph.deltas import full_logits
 from dmpt_export.graph.linear import Weights, float_weight, project
-from dmpt_export.graph.rescore import candidate_logits
+from dmpt_export.graph.rescore import candidate_logits, deltas_of, groups
+from quant.tensor import DeltaTensor
 from training.config import DMPTConfig
 
 
@@ -30,21 +32,38 @@ def leaf_log_probs(b: Builder, config: DMPTConfig, weights: Weights, leaf: str, 
         weight_of = [_column(b, log_pi, i, f"{name}.log_pi.{i}") for i in range(1 + len(others))]  # each (n, 1)
         parts = [b.op("Add", log_anchor, weight_of[0], name=f"{name}.part")]
         for log_w, j in zip(weight_of[1:], others, strict=True):
-            full = _log_softmax(b, project(b, weights, head(config, j), h), head(config, j))
+            full = _log_softmax(b, _full_logits(b, config, weights, j, h, log_anchor), head(config, j))
             parts.append(b.op("Add", full, log_w, name=f"{name}.part"))
         return _log_sum_exp(b, parts, name)
     k = b.ints(config.fast_k)
     log_c, candidates = b.ops("TopK", log_anchor, k, name=f"{name}.candidates", outputs=2, axis=-1, sorted=0)
     mass = b.op("ReduceLogSumExp", log_c, b.ints(2), name=f"{name}.mass", keepdims=1)
-    logits = [to_float(b, part, name) for part in candidate_logits(b, config, weights, leaf, h, candidates)]
     # The anchor's log-probs of the candidates serve as its logits: normalised over them, they are log_c - mass.
     anchors = b.op("Unsqueeze", log_c, b.ints(2), name=f"{name}.anchor")
+    logits = []
+    for group, part in zip(
+        groups(config, weights, leaf), candidate_logits(b, config, weights, leaf, h, candidates), strict=True
+    ):
+        part = to_float(b, part, name)
+        delta = deltas_of(config, weights, group)
+        logits.append(b.op("Add", part, anchors, name=f"{name}.deltas") if delta else part)
     within = b.op("Concat", anchors, *logits, name=f"{name}.logits", axis=2)  # (1, n, H, K)
     within = b.op("LogSoftmax", within, name=f"{name}.log_softmax", axis=-1)
     weighed = b.op("Add", within, b.op("Unsqueeze", log_pi, b.ints(2), name=f"{name}.log_pi"), name=f"{name}.weighed")
     mixed = b.op("ReduceLogSumExp", weighed, b.ints(2), name=f"{name}.within", keepdims=0)
     log_c = b.op("Add", mass, mixed, name=f"{name}.log_c")
     return b.op("ScatterElements", log_anchor, candidates, log_c, name=name, axis=2)
+
+
+def _full_logits(
+    b: Builder, config: DMPTConfig, weights: Weights, j: int, h: ir.Value, log_anchor: ir.Value
+) -> ir.Value:
+    """Logits of a head besides the anchor over the vocabulary, up to a number for each row: [1, n, E] -> [1, n, V]."""
+    name, weight = head(config, j), weights[config.head_name(j)]
+    if not isinstance(weight, DeltaTensor):
+        return project(b, weights, name, h)
+    added = to_float(b, full_logits(b, name, weight, h), name)
+    return b.op("Add", log_anchor, added, name=name)
 
 
 def head(config: DMPTConfig, j: int) -> str:

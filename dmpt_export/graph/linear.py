@@ -17,9 +17,9 @@ import numpy as np
 import onnx_ir as ir
 
 from dmpt_export.graph.builder import MSFT, Builder
-from quant.tensor import QuantizedTensor
+from quant.tensor import QuantizedTensor, Weight
 
-Weights = Mapping[str, "np.ndarray | QuantizedTensor"]
+Weights = Mapping[str, Weight]
 # Level 4 lets the kernel quantize activations to int8 block by block: 0.4-0.9 % of the largest output in error,
 # a hundred times faster than level 0 for 8-bit weights.
 ACCURACY_LEVEL = 4
@@ -28,7 +28,7 @@ ACCURACY_LEVEL = 4
 def float_weight(b: Builder, weights: Weights, name: str) -> ir.Value:
     """An initializer that is float in every scheme, in the graph's activation type."""
     array = weights[name]
-    if isinstance(array, QuantizedTensor):
+    if not isinstance(array, np.ndarray):
         raise TypeError(f"{name} is quantized as {array.scheme} but no quantized operator reads it")
     return b.weight(name, array.astype(b.dtype.numpy(), copy=False))
 
@@ -40,7 +40,7 @@ def linear(b: Builder, weights: Weights, name: str, x: ir.Value) -> ir.Value:
     if isinstance(weight, QuantizedTensor):
         if weight.scheme == "int8-dynamic":
             return _dynamic_matmul(b, name, weight, x, bias)
-        return _nbits_matmul(b, name, weight, x, bias)
+        return nbits_matmul(b, name, f"{name}.weight", weight, x, bias)
     y = b.op("MatMul", x, float_weight(b, weights, f"{name}.weight"), name=name)
     return b.op("Add", y, bias, name=f"{name}.bias_add")
 
@@ -49,7 +49,7 @@ def project(b: Builder, weights: Weights, name: str, x: ir.Value) -> ir.Value:
     """Logits over the whole vocabulary: [..., E] -> [..., V], for a matrix stored [V, E]."""
     weight = weights[f"{name}.weight"]
     if isinstance(weight, QuantizedTensor):
-        return _nbits_matmul(b, name, weight, x, None)
+        return nbits_matmul(b, name, f"{name}.weight", weight, x)
     # transB keeps the rows contiguous, so that the same initializer can be gathered from.
     matrix = float_weight(b, weights, f"{name}.weight")
     return b.op("FusedMatMul", x, matrix, name=name, domain=MSFT, transB=1)
@@ -60,10 +60,21 @@ def gather_rows(b: Builder, weights: Weights, weight_name: str, ids: ir.Value, n
     weight = weights[weight_name]
     if not isinstance(weight, QuantizedTensor):
         return b.op("Gather", float_weight(b, weights, weight_name), ids, name=name)
+    rows = gather_blocks(b, weight_name, weight, ids, name)
+    width = weight.packed.shape[1] * weight.block
+    # 0 copies a leading dimension of the ids [B, S]. No -1: there may be no rows.
+    flat = b.op("Reshape", rows, b.ints(0, 0, width), name=f"{name}.flat")
+    if width == weight.shape[1]:
+        return flat
+    return b.op("Slice", flat, b.ints(0), b.ints(weight.shape[1]), b.ints(2), name=f"{name}.unpad")
+
+
+def gather_blocks(b: Builder, weight_name: str, weight: QuantizedTensor, ids: ir.Value, name: str) -> ir.Value:
+    """Rows of a blockwise matrix as they are parted: ids [...] -> [..., blocks, block]."""
     zero_points = None
     if weight.zero_points is not None:  # the operator wants a byte for each block
         zero_points = b.weight(f"{weight_name}.zero_points.rows", weight.offsets[..., None])
-    rows = b.op(
+    return b.op(
         "GatherBlockQuantized",
         b.weight(f"{weight_name}.packed", weight.packed),
         ids,
@@ -75,24 +86,21 @@ def gather_rows(b: Builder, weights: Weights, weight_name: str, ids: ir.Value, n
         block_size=weight.block,
         gather_axis=0,
         quantize_axis=2,
-    )  # (..., blocks, block)
-    width = weight.packed.shape[1] * weight.block
-    # 0 copies a leading dimension of the ids [B, S]. No -1: there may be no rows.
-    flat = b.op("Reshape", rows, b.ints(0, 0, width), name=f"{name}.flat")
-    if width == weight.shape[1]:
-        return flat
-    return b.op("Slice", flat, b.ints(0), b.ints(weight.shape[1]), b.ints(2), name=f"{name}.unpad")
+    )
 
 
-def _nbits_matmul(b: Builder, name: str, weight: QuantizedTensor, x: ir.Value, bias: ir.Value | None) -> ir.Value:
+def nbits_matmul(
+    b: Builder, name: str, weight_name: str, weight: QuantizedTensor, x: ir.Value, bias: ir.Value | None = None
+) -> ir.Value:
+    """x W^T + bias for a blockwise matrix [N, K]: [..., K] -> [..., N]."""
     zero_points = None
     if weight.zero_points is not None:
-        zero_points = b.weight(f"{name}.weight.zero_points", weight.zero_points)
+        zero_points = b.weight(f"{weight_name}.zero_points", weight.zero_points)
     return b.op(
         "MatMulNBits",
         x,
-        b.weight(f"{name}.weight.packed", weight.packed),
-        _scales(b, f"{name}.weight", weight, ""),
+        b.weight(f"{weight_name}.packed", weight.packed),
+        _scales(b, weight_name, weight, ""),
         zero_points,
         None,
         bias,

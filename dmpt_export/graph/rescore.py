@@ -13,7 +13,8 @@ Reading is what costs, so nothing is gathered that need not be:
 - Two 4-bit codes share a byte, low + 16 high, for inputs x and y. As (low + 16 high) y / 16 = low y / 16 +
   high y, the whole bytes times y / 16 and the low codes times x - y / 16 make x low + y high: no shift.
 
-Rows with zero points, and fp16 graphs (no MatMulInteger on a GPU for these types), are dequantized.
+Heads that are deltas to their anchor go by dmpt_export.graph.deltas: what they add to the anchor's logits is all that
+is computed here. Rows with zero points, and fp16 graphs (no MatMulInteger on a GPU for these types), are dequantized.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ import numpy as np
 import onnx_ir as ir
 
 from dmpt_export.graph.builder import MSFT, Builder
+from dmpt_export.graph.deltas import candidate_logits as delta_logits
 from dmpt_export.graph.linear import Weights
-from quant.tensor import QuantizedTensor
+from quant.tensor import DeltaTensor, QuantizedTensor, Weight
 from training.config import DMPTConfig
 
 TOP = 64  # the largest rounded value of h: two products with bytes fit 16 bits, where older processors add them
@@ -37,12 +39,27 @@ TINY = np.finfo(np.float32).tiny
 def candidate_logits(
     b: Builder, config: DMPTConfig, weights: Weights, leaf: str, h: ir.Value, candidates: ir.Value
 ) -> list[ir.Value]:
-    """Logits of all heads but the anchor, in their order: h [1, n, E], candidates [1, n, K] -> [1, n, heads, K]."""
-    return [_Rows(b, config, weights, group).logits(h, candidates) for group in groups(config, weights, leaf)]
+    """Logits of all heads but the anchor, by groups(): h [1, n, E], candidates [1, n, K] -> [1, n, heads, K] each.
+
+    Heads that are deltas yield what they add to the anchor's logits.
+    """
+    out = []
+    for group in groups(config, weights, leaf):
+        if deltas := deltas_of(config, weights, group):
+            out.append(delta_logits(b, config, group, deltas, h, candidates))
+        else:
+            out.append(_Rows(b, config, weights, group).logits(h, candidates))
+    return out
+
+
+def deltas_of(config: DMPTConfig, weights: Weights, group: list[int]) -> list[DeltaTensor]:
+    """The group's heads where they are stored as deltas, else nothing."""
+    stored = [weights[config.head_name(j)] for j in group]
+    return [weight for weight in stored if isinstance(weight, DeltaTensor)]
 
 
 def groups(config: DMPTConfig, weights: Weights, leaf: str) -> list[list[int]]:
-    """The leaf's heads besides its anchor, in their order; those in one list are stored interleaved."""
+    """The leaf's heads besides its anchor, in their order; those in one list are stored and read together."""
     allocated = [j for heads in config.head_allocation.values() for j in heads]
     anchors = {heads[0] for heads in config.head_allocation.values()}
     _, *others = config.head_allocation[leaf]
@@ -60,7 +77,9 @@ def groups(config: DMPTConfig, weights: Weights, leaf: str) -> list[list[int]]:
     return out
 
 
-def _layout(weight: np.ndarray | QuantizedTensor) -> tuple[int, int, bool] | None:
+def _layout(weight: Weight) -> object:
+    if isinstance(weight, DeltaTensor):
+        return weight.sharers
     return (weight.bits, weight.block, weight.zero_points is None) if isinstance(weight, QuantizedTensor) else None
 
 
@@ -72,7 +91,7 @@ class _Rows:
         self.width = config.n_embd
         self.k = config.fast_k or 0
         names = [config.head_name(j) for j in heads]
-        self.stored = [weights[name] for name in names]
+        self.stored: list[np.ndarray | QuantizedTensor] = [weights[name] for name in names]  # type: ignore[misc]
         numbers = "_".join(str(j) for j in heads)
         self.weight_name = names[0] if len(heads) == 1 else f"heads.{numbers}.weight"
         self.name = f"{self.weight_name.removesuffix('.weight')}.rows"

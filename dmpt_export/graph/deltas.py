@@ -1,0 +1,57 @@
+"""Logits of heads stored as their anchor plus left @ right: what the anchor says, and a small product.
+
+    h [1, n, E] -- right (of all heads, one MatMulNBits) --> [1, n, heads, r] --+
+    candidates [1, n, K] -- gather rows of left, once for all heads --> [1, n, K, r] --+-- product [1, n, heads, K]
+
+The anchor's log-probs serve as its logits: they differ by one number for all tokens of a position, which the softmax
+behind takes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import onnx_ir as ir
+
+from dmpt_export.graph.builder import MSFT, Builder
+from dmpt_export.graph.linear import gather_blocks, nbits_matmul
+from quant.tensor import DeltaTensor, QuantizedTensor
+from training.config import DMPTConfig
+
+
+def full_logits(b: Builder, name: str, delta: DeltaTensor, h: ir.Value) -> ir.Value:
+    """What a head adds to its anchor's logits: [1, n, E] -> [1, n, V]. `name` is the head's, without `.weight`."""
+    small = nbits_matmul(b, f"{name}.right", f"{name}.weight.right", delta.right, h)
+    return nbits_matmul(b, f"{name}.left", left_name(delta), delta.left, small)
+
+
+def candidate_logits(
+    b: Builder, config: DMPTConfig, heads: Sequence[int], deltas: Sequence[DeltaTensor], h: ir.Value, ids: ir.Value
+) -> ir.Value:
+    """What `heads`, of one left factor, add to the anchor's logits: h [1, n, E], ids [1, n, K] -> [1, n, heads, K]."""
+    first = deltas[0]
+    rank = first.left.shape[1]
+    numbers = "_".join(str(j) for j in heads)
+    name = f"heads.{numbers}"
+    small = nbits_matmul(b, f"{name}.right", f"{name}.weight.right", stacked(deltas), h)  # (1, n, heads * r)
+    small = b.op("Reshape", small, b.ints(0, 0, len(heads), rank), name=f"{name}.right.by_head")
+    rows = gather_blocks(b, left_name(first), first.left, ids, f"{name}.left")  # (1, n, K, blocks, block)
+    rows = b.op("Reshape", rows, b.ints(0, 0, config.fast_k or 0, rank), name=f"{name}.left.rows")
+    return b.op("FusedMatMul", small, rows, name=f"{name}.rows", domain=MSFT, transB=1)
+
+
+def left_name(delta: DeltaTensor) -> str:
+    """The initializer that all heads with this factor share."""
+    numbers = "_".join(name.split(".")[1] for name in delta.sharers)
+    return f"heads.{numbers}.weight.left"
+
+
+def stacked(deltas: Sequence[DeltaTensor]) -> QuantizedTensor:
+    """The right factors of several heads, one under the other: [heads * r, E]."""
+    rights = [delta.right for delta in deltas]
+    if len(rights) == 1:
+        return rights[0]
+    packed, scales = (np.concatenate([getattr(right, part) for right in rights]) for part in ("packed", "scales"))
+    return replace(rights[0], packed=packed, scales=scales, shape=(len(packed), rights[0].shape[1]))
