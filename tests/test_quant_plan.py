@@ -180,7 +180,7 @@ def test_a_calibrated_plan_replays_too(quantize: Callable[..., Any], tmp_path: P
     plan = json.loads((tmp_path / "planned/plan.json").read_text())
     assert plan["measured_kl"] <= 0.2
     heads = {group["patterns"][0]: group for group in plan["groups"] if group["anchor"]}
-    assert heads["heads.1"]["anchor"] == "heads.0.weight" and heads["heads.3"]["anchor"] == "heads.2.weight"
+    assert heads["heads.1"]["anchor"] == "transformer.wte.weight" and heads["heads.3"]["anchor"] == "heads.2.weight"
     assert all("delta-r16" in [option["scheme"] for option in group["options"]] for group in heads.values())
 
 
