@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-import zipfile
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.progress import fingerprint, key_of
+from benchmarks.progress import fingerprint, key_of, read_arrays
 from benchmarks.scorer import Scorer, Window, pieces
 from training.data import atomic_file
 from training.errors import InputError, ValidationError
@@ -126,11 +125,7 @@ class Base:
 
     def _read(self, file: Path, window: Window, targets: NDArray[np.integer]) -> tuple[Float, Float]:
         hint = f"delete {file.parent} and run again"
-        try:
-            with np.load(file, allow_pickle=False) as stored:
-                codes, rows, gold, digest = (stored[name] for name in ("codes", "rows", "gold", "window"))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise InputError(f"{file} is damaged ({error}): {hint}") from error
+        codes, rows, gold, digest = read_arrays(file, ("codes", "rows", "gold", "window"), hint)
         if not np.array_equal(digest, window_digest(window, targets)):
             raise InputError(f"{file} holds the log-probs of another window than its name says: {hint}")
         n = len(targets)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,19 @@ EVERY_S = 10.0  # between two writes: all that a kill costs
 def key_of(**facts: Any) -> str:
     """32 hex digits for whatever decides the numbers."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def read_arrays(file: Path, names: Iterable[str], hint: str) -> list[NDArray[Any]]:
+    """Arrays of an .npz file; InputError, ending with what to do, when it is damaged or lacks one."""
+    try:
+        with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as stored:  # load leaks what it opens
+            return [stored[name] for name in names]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{file} is damaged ({first_line(error)}): {hint}") from error
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def fingerprint(scorer: Scorer) -> str:
@@ -85,15 +98,12 @@ class Findings:
         self.saved = time.monotonic()
 
     def _load(self, file: Path) -> None:
-        try:
-            with np.load(file, allow_pickle=False) as stored:
-                windows, done = (int(n) for n in stored["counts"])
-                found = {name: stored[name] for name in self.arrays}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise InputError(f"{file} is damaged ({error}): delete it, and the evaluation starts again") from error
+        hint = "delete it, and the evaluation starts again"
+        counts, *stored = read_arrays(file, ["counts", *self.arrays], hint)
+        (windows, done), found = counts.tolist(), dict(zip(self.arrays, stored, strict=True))
         for name, array in self.arrays.items():
             if found[name].dtype != array.dtype or found[name].shape != (done, *array.shape[1:]) or done > len(array):
-                raise InputError(f"{file} is not of this evaluation: delete it, and the evaluation starts again")
+                raise InputError(f"{file} is not of this evaluation: {hint}")
             array[:done] = found[name]
         self.windows, self.complete, self.done = windows, done, done
 
