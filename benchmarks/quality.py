@@ -259,9 +259,8 @@ def head_shares(
     scorer: Scorer, weights: NDArray[np.float32], mine: dict[str, NDArray[np.bool_]]
 ) -> dict[str, dict[int, float]]:
     """Mean weight of each head over the tokens of its leaf: leaf -> head -> weight; 0 where the leaf has no token."""
-    allocation: dict[str, list[int]] = getattr(scorer, "head_allocation", {})
     sums = {leaf: weights[on].sum(0, dtype=np.float64) / max(1, int(on.sum())) for leaf, on in mine.items()}
-    return {leaf: {j: float(sums[leaf][j]) for j in heads} for leaf, heads in allocation.items()}
+    return {leaf: {j: float(sums[leaf][j]) for j in heads} for leaf, heads in scorer.head_allocation.items()}
 
 
 def estimate(nll: NDArray[np.float64]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -57,6 +57,7 @@ class Scorer(Protocol):
     parameters: int
     parameters_touched_per_token: int
     size_bytes: int  # graph and weights, without tokenizer
+    head_allocation: Mapping[str, Sequence[int]]  # leaf -> its heads
     mode: str  # path mode: "gate_hard" as deployed, or another of training.model's
     end_of_text: int
     tokenizer: Tokenizer
@@ -181,7 +182,8 @@ class OnnxScorer:
         self.name, self.folder, self.mode, self.device = name, folder, mode, device
         self.context, self.vocab_size = manifest.config.n_positions, manifest.config.vocab_size
         self.leaves = list(manifest.leaves)
-        n_heads = len({j for heads in manifest.head_allocation.values() for j in heads})
+        self.head_allocation = manifest.head_allocation
+        n_heads = len({j for heads in self.head_allocation.values() for j in heads})
         self.family = family_of(len(self.leaves), n_heads)
         self.scheme = scheme_of(manifest.raw)
         self.parameters = manifest.raw["parameters"]["total"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -179,13 +178,19 @@ def test_a_full_disk(
 # --- going on -----------------------------------------------------------------------------------------
 
 
-def test_a_killed_evaluation_goes_on_to_the_same_digits(tiny_dmpt: Path, tiny_gpt2: Path, tmp_path: Path) -> None:
+def test_a_killed_evaluation_goes_on_to_the_same_digits(
+    tiny_dmpt: Path,
+    tiny_gpt2: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     def command_of(*more: str) -> list[str]:
         models = [str(tiny_dmpt), "--data", str(tmp_path / "text"), "--base", str(tiny_gpt2)]
         return ["eval", *models, "--max-length", "32", "--stride", "2", "--batch", "3", "--json", *more]
 
     (tmp_path / "text").write_text("The tide mill turns the wheel .\n" * 12, encoding="utf-8")
-    code = (
+    dying = (
         "import os, signal, sys\n"
         "import benchmarks.progress as progress, benchmarks.quality as quality\n"
         "progress.EVERY_S = 0\n"
@@ -195,27 +200,25 @@ def test_a_killed_evaluation_goes_on_to_the_same_digits(tiny_dmpt: Path, tiny_gp
         "    for piece in pieces(scorer, windows):\n"
         "        yield piece\n"
         "        if len(seen) == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "if sys.argv[1] == 'die': quality.pieces = dying\n"
-        "else: quality.pieces = lambda scorer, windows: seen.append(windows) or pieces(scorer, windows)\n"
+        "quality.pieces = dying\n"
         "from dmpt_export.cli import main\n"
-        "code = main(sys.argv[2:])\n"
-        "print(len(seen), file=sys.stderr)\n"
-        "sys.exit(code)\n"
+        "main(sys.argv[1:])\n"
     )
+    pieces, seen = benchmarks.quality.pieces, []
+    monkeypatch.setattr(benchmarks.quality, "pieces", lambda scorer, asked: seen.append(asked) or pieces(scorer, asked))
 
-    def run(how: str, *more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-c", code, how, *command_of(*more)], capture_output=True, text=True, env=dict(os.environ)
-        )
+    def run(*more: str) -> tuple[dict[str, Any], int]:
+        seen.clear()
+        assert main(command_of(*more)) == 0
+        return json.loads(capsys.readouterr().out), len(seen)
 
-    whole = run("live")
-    assert run("die", "--resume", str(tmp_path / "state")).returncode == -signal.SIGKILL
-    (state,) = (tmp_path / "state").iterdir()
-    assert state.name.startswith("eval-")
-    rest = run("live", "--resume", str(tmp_path / "state"))
-    assert json.loads(rest.stdout) == json.loads(whole.stdout)
-    assert int(rest.stderr.split()[-1]) == int(whole.stderr.split()[-1]) - 4
-    assert not list((tmp_path / "state").iterdir())
+    whole, batches = run()
+    state = tmp_path / "state"
+    victim = subprocess.run([sys.executable, "-c", dying, *command_of("--resume", str(state))], capture_output=True)
+    assert victim.returncode == -signal.SIGKILL
+    assert [file.name[:5] for file in state.iterdir()] == ["eval-"]
+    assert run("--resume", str(state)) == (whole, batches - 4)
+    assert not list(state.iterdir())
 
 
 def test_an_interrupt_keeps_what_was_found(tiny_dmpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

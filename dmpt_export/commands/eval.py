@@ -113,7 +113,7 @@ def command(
     if as_json:
         click.echo(json.dumps({"model": model, **result.to_json()}, allow_nan=False))
     else:
-        click.echo(as_text(model, result))
+        click.echo(as_text(model, result, any(len(heads) > 1 for heads in scorer.head_allocation.values())))
 
 
 def dequantize(source: str | Path) -> DMPTForCausalLM:
@@ -123,8 +123,8 @@ def dequantize(source: str | Path) -> DMPTForCausalLM:
     return dequantized_model(str(source))
 
 
-def as_text(model: str, result: Quality) -> str:
-    """The result for people."""
+def as_text(model: str, result: Quality, several_heads: bool = False) -> str:
+    """The result for people. several_heads: whether a path of the model has heads to weigh."""
     lines = {
         "model": model,
         "tokens": f"{result.tokens_scored:,} scored of {result.tokens:,} "
@@ -139,19 +139,21 @@ def as_text(model: str, result: Quality) -> str:
         lines["accuracy"] += f", among the top five {100 * result.top5_accuracy:.2f} %"
     if len(result.route_shares) > 1:
         lines |= paths(result)
+    for leaf, shares in (result.head_shares or {}).items():
+        if len(shares) > 1:
+            lines[f"heads {leaf}"] = ", ".join(f"{head}: {100 * weight:.1f} %" for head, weight in shares.items())
+    if several_heads and result.head_shares is None:
+        lines["heads"] = "not told by an exported graph or a mixing mode: evaluate the checkpoint, with gate_hard"
     if result.base:
         lines |= against(result.base)
-    return "\n".join(f"{key:<12}{value}" for key, value in lines.items())
+    return "\n".join(f"{key:<11} {value}" for key, value in lines.items())
 
 
 def paths(result: Quality) -> dict[str, str]:
-    """Each path's share of the tokens, its perplexity there, and what its heads weigh."""
+    """Each path's share of the tokens, and its perplexity there."""
     lines = {"routes": ", ".join(f"{leaf} {100 * share:.1f} %" for leaf, share in result.route_shares.items())}
     own = ", ".join(f"{leaf} {perplexity:.2f}" for leaf, perplexity in result.path_perplexity.items())
     lines["on each"] = f"perplexity {own}"
-    for leaf, shares in (result.head_shares or {}).items():
-        if len(shares) > 1:
-            lines[f"heads {leaf}"[:11]] = ", ".join(f"{head}: {100 * weight:.1f} %" for head, weight in shares.items())
     return lines
 
 
