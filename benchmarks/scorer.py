@@ -182,7 +182,7 @@ class OnnxScorer:
         self.name, self.folder, self.mode, self.device = name, folder, mode, device
         self.context, self.vocab_size = manifest.config.n_positions, manifest.config.vocab_size
         self.leaves = list(manifest.leaves)
-        self.head_allocation = manifest.head_allocation
+        self.head_allocation: Mapping[str, Sequence[int]] = manifest.head_allocation
         n_heads = len({j for heads in self.head_allocation.values() for j in heads})
         self.family = family_of(len(self.leaves), n_heads)
         self.scheme = scheme_of(manifest.raw)
@@ -225,7 +225,8 @@ class TorchScorer:
         self.model = model.to(device).eval()  # type: ignore[arg-type]  # transformers' stub of `to`
         config = model.config
         self.mode, self.name, self.folder, self.scheme, self.device = mode, name, folder, scheme, device
-        self.fast_k, self.head_allocation = config.fast_k, config.head_allocation
+        self.fast_k = config.fast_k
+        self.head_allocation: Mapping[str, Sequence[int]] = config.head_allocation
         # only a mode that takes one leaf per token has weights to tell
         self.n_heads = config.n_vocab_heads if mode in (GATE_HARD, RANDOM) else 0
         self.context, self.vocab_size, self.leaves = config.n_positions, config.vocab_size, config.leaves
