@@ -7,8 +7,10 @@ quantized folder (config.json, "quantization") -> TorchScorer, when the caller s
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -30,6 +32,18 @@ Float = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class Piece:
+    """What a model says after some consecutive tokens of a window. The next piece may overwrite the arrays."""
+
+    log_probs: Float  # [n, V]
+    routes: Ints | None  # [n] leaf indices; None for path modes that choose none
+    head_weights: Float | None = None  # [n, heads] by head number, 0 for those of other leaves; None: not told
+
+
+Window = tuple[NDArray[np.integer], int]  # ids [S], and after how many of the last of them something is asked
+
+
 class Scorer(Protocol):
     """A model that can be asked for log-probabilities."""
 
@@ -43,6 +57,7 @@ class Scorer(Protocol):
     parameters: int
     parameters_touched_per_token: int
     size_bytes: int  # graph and weights, without tokenizer
+    head_allocation: Mapping[str, Sequence[int]]  # leaf -> its heads
     mode: str  # path mode: "gate_hard" as deployed, or another of training.model's
     end_of_text: int
     tokenizer: Tokenizer
@@ -63,6 +78,19 @@ def kind_of(source: str | Path) -> str:
     if (folder / MANIFEST_NAME).is_file():
         return "onnx"
     return "quantized" if "quantization" in config_json(folder) else "float"
+
+
+def pieces(scorer: Scorer, windows: Sequence[Window]) -> Iterator[Piece]:
+    """What `scorer` says of windows, row after row in their order, a few rows at a time where it can.
+
+    A window's pieces follow each other, and none holds rows of two windows. A scorer without `pieces` of its own is
+    asked for whole windows.
+    """
+    if hasattr(scorer, "pieces"):
+        yield from scorer.pieces(windows)
+        return
+    for ids, last in windows:
+        yield Piece(*scorer.score(ids, last))
 
 
 def named(arguments: Sequence[str]) -> list[tuple[str, str]]:
@@ -151,10 +179,11 @@ class OnnxScorer:
 
         self.model = runtime.load(folder, device=device, threads=threads)
         manifest = self.model.manifest
-        self.name, self.folder, self.mode = name, folder, mode
+        self.name, self.folder, self.mode, self.device = name, folder, mode, device
         self.context, self.vocab_size = manifest.config.n_positions, manifest.config.vocab_size
         self.leaves = list(manifest.leaves)
-        n_heads = len({j for heads in manifest.head_allocation.values() for j in heads})
+        self.head_allocation: Mapping[str, Sequence[int]] = manifest.head_allocation
+        n_heads = len({j for heads in self.head_allocation.values() for j in heads})
         self.family = family_of(len(self.leaves), n_heads)
         self.scheme = scheme_of(manifest.raw)
         self.parameters = manifest.raw["parameters"]["total"]
@@ -164,6 +193,12 @@ class OnnxScorer:
 
     def score(self, ids: NDArray[np.integer], last: int) -> tuple[Float, Ints | None]:
         return self.model.score(ids, last)
+
+    def pieces(self, windows: Sequence[Window]) -> Iterator[Piece]:
+        """As the function pieces(). An exported graph keeps its head weights to itself."""
+        for ids, last in windows:
+            for log_probs, routes in self.model.score_pieces(ids, last):
+                yield Piece(log_probs, routes)
 
     def close(self) -> None:
         self.model.close()
@@ -189,7 +224,11 @@ class TorchScorer:
             torch.set_num_threads(threads)
         self.model = model.to(device).eval()  # type: ignore[arg-type]  # transformers' stub of `to`
         config = model.config
-        self.mode, self.name, self.folder, self.scheme = mode, name, folder, scheme
+        self.mode, self.name, self.folder, self.scheme, self.device = mode, name, folder, scheme, device
+        self.fast_k = config.fast_k
+        self.head_allocation: Mapping[str, Sequence[int]] = config.head_allocation
+        # only a mode that takes one leaf per token has weights to tell
+        self.n_heads = config.n_vocab_heads if mode in (GATE_HARD, RANDOM) else 0
         self.context, self.vocab_size, self.leaves = config.n_positions, config.vocab_size, config.leaves
         self.family = family_of(len(config.leaves), config.n_vocab_heads)
         sizes = {name: tensor.numel() for name, tensor in model.named_parameters()}
@@ -199,32 +238,49 @@ class TorchScorer:
         self.tokenizer, self.end_of_text = tokenizer_of(folder, config.to_dict())
 
     def score(self, ids: NDArray[np.integer], last: int) -> tuple[Float, Ints | None]:
+        found = list(self.pieces([(ids, last)]))
+        routes = [piece.routes for piece in found if piece.routes is not None]
+        return np.concatenate([piece.log_probs for piece in found]), np.concatenate(routes) if routes else None
+
+    def pieces(self, windows: Sequence[Window]) -> Iterator[Piece]:
+        """As the function pieces(). Windows of one length go through the blocks together."""
         import torch
 
-        with torch.inference_mode():
-            batch = torch.as_tensor(np.asarray(ids, dtype=np.int64), device=self.model.device)[None]
-            if self.mode in (GATE_HARD, RANDOM):
-                return self.score_picked(batch, last)
-            out = self.model.log_probs(batch, self.mode, self.model.config.fast_k, last)
-            return out[0].cpu().numpy(), None
+        for _, together in itertools.groupby(windows, key=lambda window: len(window[0])):
+            group = list(together)
+            with torch.inference_mode():
+                ids = np.stack([np.asarray(ids, dtype=np.int64) for ids, _ in group])
+                batch, lasts = torch.as_tensor(ids, device=self.model.device), [last for _, last in group]
+                yield from (self.picked if self.mode in (GATE_HARD, RANDOM) else self.whole)(batch, lasts)
 
-    def score_picked(self, batch: Any, last: int) -> tuple[Float, Ints]:
-        """Routes and log-probs from one pass over the blocks: (1, S) -> [last, V], [last]."""
-        import torch
+    def whole(self, batch: Any, lasts: Sequence[int]) -> Iterator[Piece]:
+        """(B, S) in a mode that mixes or compares leaves: their distributions are needed together."""
+        out = self.model.log_probs(batch, self.mode, self.model.config.fast_k, max(lasts))
+        for row, last in zip(out, lasts, strict=True):
+            yield Piece(row[-last:].cpu().numpy(), None)
 
-        model, fast_k = self.model, self.model.config.fast_k
+    def picked(self, batch: Any, lasts: Sequence[int]) -> Iterator[Piece]:
+        """(B, S) in a mode that takes one leaf per token: one pass over the blocks, heads for a few rows at once."""
+        model, size = self.model, batch.shape[1]
         hidden = model.hidden(batch)
-        h = {leaf: x[:, -last:] for leaf, x in hidden.leaves.items()}
-        gates = {node: g[:, -last:] for node, g in hidden.gates.items()}
-        chosen = gates and self.mode == GATE_HARD
-        routes = model.routes(gates) if chosen else model.random_routes(batch, last)
-        parts = [
-            model.pick(
-                {leaf: x[:, i : i + ROWS_AT_ONCE] for leaf, x in h.items()}, routes[:, i : i + ROWS_AT_ONCE], fast_k
-            )
-            for i in range(0, last, ROWS_AT_ONCE)
-        ]
-        return torch.cat(parts, dim=1)[0].cpu().numpy(), routes[0].cpu().numpy()
+        chosen = hidden.gates and self.mode == GATE_HARD
+        routes = model.routes(hidden.gates) if chosen else model.random_routes(batch, size)
+        for i, last in enumerate(lasts):
+            for start in range(size - last, size, ROWS_AT_ONCE):
+                rows = slice(start, min(start + ROWS_AT_ONCE, size))
+                h, taken = {leaf: x[i : i + 1, rows] for leaf, x in hidden.leaves.items()}, routes[i : i + 1, rows]
+                log_probs = model.pick(h, taken, model.config.fast_k)
+                yield Piece(log_probs[0].cpu().numpy(), taken[0].cpu().numpy(), self.head_weights(h, taken))
+
+    def head_weights(self, h: dict[str, Any], routes: Any) -> Float:
+        """Weights of the heads, by number: hidden rows (1, n, E) by leaf and the leaf of each (1, n) -> [n, heads]."""
+        config = self.model.config
+        out = np.zeros((routes.shape[1], config.n_vocab_heads), np.float32)
+        for i, (leaf, heads) in enumerate(config.head_allocation.items()):
+            mine = (routes[0] == i).cpu().numpy()
+            weights = self.model.head_log_weights(leaf, h[leaf][0][routes[0] == i]).exp().float()
+            out[np.ix_(mine, heads)] = weights.cpu().numpy()
+        return out
 
     def close(self) -> None:
         del self.model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from os import PathLike
 from pathlib import Path
@@ -118,7 +118,7 @@ class Model:
         tokens = check_ids(ids, self.vocab_size, self.context)
         last = check_count("last", len(tokens) if last is None else last, len(tokens))
         log_probs = np.empty((last, self.vocab_size), np.float32)
-        return log_probs, self._score(tokens, log_probs)
+        return log_probs, np.concatenate(list(self._pieces(tokens, last, lambda row, n: log_probs[row : row + n])))
 
     def log_probs(self, ids: ArrayLike) -> NDArray[np.float32]:
         """Log of the deployed distribution, float32 [len(ids), vocab]: row t is that of token t + 1."""
@@ -128,16 +128,28 @@ class Model:
         """Name of the path (leaf) that each token takes."""
         return [self.manifest.leaves[leaf] for leaf in self.score(ids)[1]]
 
-    def _score(self, tokens: NDArray[np.int64], log_probs: NDArray[np.float32]) -> NDArray[np.int64]:
-        """Fill `log_probs` [last, vocab] chunk by chunk; returns routes [last]."""
-        routes = np.empty(len(log_probs), np.int64)
+    def score_pieces(
+        self, ids: ArrayLike, last: int | None = None
+    ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+        """score() in pieces of 64 positions, for who wants figures of the rows and not the rows themselves.
+
+        The next piece overwrites the log-probs of this one. Raises RequestError before anything is computed.
+        """
+        tokens = check_ids(ids, self.vocab_size, self.context)
+        last = check_count("last", len(tokens) if last is None else last, len(tokens))
+        room = np.empty((min(last, SCORED_AT_ONCE), self.vocab_size), np.float32)
+        return ((room[: len(taken)], taken) for taken in self._pieces(tokens, last, lambda row, n: room[:n]))
+
+    def _pieces(
+        self, tokens: NDArray[np.int64], last: int, room: Callable[[int, int], NDArray[np.float32]]
+    ) -> Iterator[NDArray[np.int64]]:
+        """Score chunk by chunk into room(first row, rows) [rows, vocab]; yields the routes of each."""
         sequence = self.sequence(len(tokens))
-        skipped = len(tokens) - len(routes)  # the tokens before the first wanted one ride along in the first chunk
-        for row in range(0, len(routes), SCORED_AT_ONCE):
-            until = min(row + SCORED_AT_ONCE, len(routes))
-            ids, rows = tokens[sequence.length : skipped + until], log_probs[row:until]
-            routes[row:until] = sequence.run(ids, rows, tidy=until == len(routes))
-        return routes
+        skipped = len(tokens) - last  # the tokens before the first wanted one ride along in the first chunk
+        for row in range(0, last, SCORED_AT_ONCE):
+            until = min(row + SCORED_AT_ONCE, last)
+            ids = tokens[sequence.length : skipped + until]
+            yield sequence.run(ids, room(row, until - row), tidy=until == last)
 
     # --- writing ------------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ class FakeScorer:
         self.rule, self.routes = rule, routes
         self.name, self.folder, self.mode = "fake", Path("fake"), "gate_hard"
         self.context, self.vocab_size = context, vocab_size
-        self.leaves = ["left", "right"]
+        self.leaves, self.head_allocation = ["left", "right"], {"left": [0], "right": [1]}
         self.tokenizer, self.end_of_text = tokenizer, 0
         self.asked: list[tuple[list[int], int]] = []
 

@@ -90,6 +90,10 @@ def test_score_routes_and_log_probs_agree_with_one_run(
         got, taken = model.score(ids, last=last)
         assert got.shape == (last, 300) and taken.tolist() == routes[-last:].tolist()
         np.testing.assert_allclose(got, want[-last:], rtol=0, atol=FLOAT)
+        parts = [(rows.copy(), leaves) for rows, leaves in model.score_pieces(ids, last)]
+        assert all(0 < len(rows) <= SCORED_AT_ONCE for rows, _ in parts)
+        assert np.array_equal(np.concatenate([rows for rows, _ in parts]), got)
+        assert np.array_equal(np.concatenate([leaves for _, leaves in parts]), taken)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "dual", "quad"])

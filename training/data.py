@@ -18,11 +18,12 @@ from tqdm import tqdm
 from training.atomic import atomic_file
 from training.errors import InputError
 from training.files import first_line, read_json
-from training.sources import FIELD, check_source, content_hash, is_dataset, read_lines, read_text
+from training.sources import FIELD, check_source, content_hash, is_dataset, read_lines, read_rows, read_text
 
 __all__ = [
-    "END_OF_TEXT", "FIELD", "check_source", "check_vocabulary", "encode_lines", "end_of_text_id", "first_tokens",
-    "is_dataset", "load_tokenizer", "read_lines", "read_text", "token_cache", "token_chunks", "windows",
+    "END_OF_TEXT", "FIELD", "atomic_file", "check_source", "check_vocabulary", "encode_lines", "end_of_text_id",
+    "first_tokens", "is_dataset", "load_tokenizer", "read_lines", "read_rows", "read_text",
+    "token_cache", "token_chunks", "windows",
 ]  # fmt: skip
 
 END_OF_TEXT = "<|endoftext|>"
@@ -169,7 +170,7 @@ def token_cache(
 # --- evaluation windows -----------------------------------------------------------------------------
 
 
-def windows(n_tokens: int, max_length: int, stride: int) -> Iterator[tuple[int, int, int]]:
+def windows(n_tokens: int, max_length: int, stride: int, beginning: bool = False) -> Iterator[tuple[int, int, int]]:
     """(start, stop, n_scored) of each evaluation window: tokens [start, stop), its last n_scored predictions count.
 
     Windows of `max_length` tokens advance by `stride`; each scores its last `stride` predictions, the last
@@ -182,7 +183,7 @@ def windows(n_tokens: int, max_length: int, stride: int) -> Iterator[tuple[int, 
     """
     if max_length < 2 or not 1 <= stride <= max_length:
         raise InputError(f"stride {stride} must be from 1 to the window's length {max_length}, and that at least 2")
-    start, done = 0, max_length - stride
+    start, done = 0, 0 if beginning else max_length - stride
     while done < n_tokens:
         stop = min(start + max_length, n_tokens)
         n_scored = min(stop - done, stop - start - 1)

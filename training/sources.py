@@ -106,6 +106,18 @@ def read_text(path: str | os.PathLike[str], field: str = FIELD) -> str:
     return text
 
 
+def read_rows(path: str | os.PathLike[str], field: str = FIELD) -> Iterator[str]:
+    """The rows of a source as the WikiText datasets of the hub hold them: a plain file's lines with their newlines,
+    else the texts as they are; "" for one of white space alone. Raises InputError as read_lines."""
+    path, found = Path(path), False
+    for text in _texts(path, None, field):
+        blank = not text.strip()
+        found |= not blank
+        yield "" if blank else text
+    if not found:
+        raise InputError(f"data file {path} is empty: give a file with text")
+
+
 def content_hash(path: str | os.PathLike[str], field: str = FIELD) -> bytes:
     """What the tokens of a source depend on beside the tokenizer: its content and kind, not its name or date."""
     path = Path(path)
