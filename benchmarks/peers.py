@@ -29,7 +29,7 @@ class Peer:
 PEERS = {
     "transformers": Peer(
         "benchmarks.adapters.torch_transformers",
-        ("fp32",),
+        ("fp32", "bf16"),
         ("torch", "transformers"),
         "pip install torch transformers",
     ),
@@ -51,6 +51,18 @@ PEERS = {
         ("fp32", "int8"),
         ("optimum-onnx", "onnxruntime", "accelerate"),
         "pip install 'optimum-onnx[onnxruntime]' accelerate",
+    ),
+    "bitsandbytes": Peer(
+        "benchmarks.adapters.bitsandbytes_transformers",
+        ("int8", "nf4"),
+        ("bitsandbytes", "torch", "transformers", "accelerate"),
+        "pip install bitsandbytes transformers accelerate",
+    ),
+    "ctranslate2": Peer(
+        "benchmarks.adapters.ctranslate2_generator",
+        ("fp32", "int8"),
+        ("ctranslate2", "torch", "transformers"),
+        "pip install ctranslate2 torch transformers",
     ),
 }
 
