@@ -68,6 +68,23 @@ PEERS = {
 }
 
 
+def parse(argument: str) -> tuple[str, str, str] | None:
+    """(peer, scheme, GPT-2 folder or hub id) of a peer given as PEER:SCHEME@GPT2; None for anything else.
+
+    Raises InputError for a scheme that the peer does not know.
+
+    >>> parse("openvino:int8@./gpt2"), parse("gpt2"), parse("run:1@home")
+    (('openvino', 'int8', './gpt2'), None, None)
+    """
+    head, at, source = argument.partition("@")
+    name, colon, scheme = head.partition(":")
+    if not (at and colon and source and name in PEERS):
+        return None
+    if scheme not in PEERS[name].schemes:
+        raise InputError(f"{argument}: {name} is measured as {' or '.join(PEERS[name].schemes)}, not '{scheme}'")
+    return name, scheme, source
+
+
 def missing(name: str, python: str | None = None) -> list[str]:
     """The packages of a peer that its Python lacks. Raises WorkerFailed (3) when there is no such Python."""
     with worker(name, python) as w:
@@ -102,9 +119,12 @@ def gpt2_folder(source: str | Path, out: Path) -> Path:
     return out
 
 
-def prepare(name: str, scheme: str, source: Path, out: Path, python: str | None = None) -> Target:
+def prepare(
+    name: str, scheme: str, source: Path, out: Path, python: str | None = None, called: str | None = None
+) -> Target:
     """What to time of one peer: converted from a Hugging Face GPT-2 folder into `out`, unless that is done already.
 
+    called: its name in the results, if not "NAME SCHEME".
     Raises WorkerFailed when the conversion fails; its half-made folder is not taken for a whole one.
     """
     peer = PEERS[name]
@@ -115,7 +135,7 @@ def prepare(name: str, scheme: str, source: Path, out: Path, python: str | None 
         (out / FACTS).write_text(json.dumps(facts), encoding="utf-8")
     facts = read_facts(out)
     sizes = {key: int(facts[key]) for key in ("size_bytes", "touched_bytes")}
-    return Target(f"{name} {scheme}", str(out), peer.adapter, python=python, **sizes)
+    return Target(called or f"{name} {scheme}", str(out), peer.adapter, python=python, **sizes)
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

@@ -20,11 +20,13 @@ adapter imports, so that it also runs in another Python that holds a peer.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
 import platform
 import sys
+import traceback
 from importlib.metadata import PackageNotFoundError, version
 from time import perf_counter, process_time
 from typing import Any, TextIO
@@ -91,6 +93,8 @@ class Desk:
     def score(self, ids: list[int], last: int, out: str) -> dict[str, Any]:
         import numpy as np
 
+        if not hasattr(self.model, "score"):
+            return {"error": "it gives no probabilities, so it has no perplexity", "exit_code": 3}
         np.save(out, np.asarray(self.model.score(ids, last), np.float32), allow_pickle=False)
         return {}
 
@@ -114,10 +118,13 @@ class Desk:
             return getattr(self, request.pop("do"))(**request)
         except MemoryError:
             return {"error": "out of memory", "exit_code": 5}
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # a peer may raise anything; it must not end the others
             code = getattr(error, "exit_code", None)
-            if not isinstance(code, int):
-                raise  # a bug: its traceback goes to standard error
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                return {"error": f"{error.strerror}: free some, or choose another place", "exit_code": 5}
+            if not isinstance(code, int):  # a bug of ours or a peer's: its traceback goes to standard error
+                traceback.print_exc()
+                return {"error": f"{type(error).__name__}: {error}", "exit_code": 1}
             return {"error": str(error), "exit_code": code}
 
 

@@ -27,7 +27,18 @@ from training.files import read_json
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
 # What a folder of ours may hold. Anything else in a folder that is about to be replaced is somebody's work.
-OWN_FILES = ["*.json", "*.jsonl", "*.safetensors", "*.onnx", "*.onnx.data", "*.md", "*.png", "*.csv", "merges.txt"]
+OWN_FILES = [
+    "*.json",
+    "*.jsonl",
+    "*.safetensors",
+    "*.onnx",
+    "*.onnx.data",
+    "*.md",
+    "*.png",
+    "*.csv",
+    "*.html",
+    "merges.txt",
+]
 OWN_FOLDERS = ["trainer_state"]
 
 

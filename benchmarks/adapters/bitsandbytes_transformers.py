@@ -22,12 +22,12 @@ def quantized(source: str, scheme: str) -> Any:
     import torch
     from transformers import BitsAndBytesConfig, GPT2LMHeadModel
 
-    settings: dict[str, Any] = {
+    schemes: dict[str, dict[str, Any]] = {
         "int8": {"load_in_8bit": True},
         "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
-    }[scheme]
+    }
     return GPT2LMHeadModel.from_pretrained(
-        source, quantization_config=BitsAndBytesConfig(**settings), device_map="cpu", torch_dtype=torch.float32
+        source, quantization_config=BitsAndBytesConfig(**schemes[scheme]), device_map="cpu", torch_dtype=torch.float32
     )
 
 

@@ -73,7 +73,7 @@ def convert(source: str, out: str, scheme: str) -> dict[str, Any]:
 
     config = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
 
-    class Converter(TransformersConverter):  # type: ignore[misc]  # a package without types
+    class Converter(TransformersConverter):
         def load_tokenizer(self, *_: Any, **__: Any) -> Any:
             vocabulary = {str(i): i for i in range(config["vocab_size"])}
             return SimpleNamespace(get_vocab=lambda: vocabulary, bos_token="0", eos_token="0", unk_token="0")
