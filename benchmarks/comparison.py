@@ -85,12 +85,16 @@ class Comparison:
 
     def notes(self) -> list[str]:
         """Who leads, what failed, and which peers are not here: lines for below the table."""
-        lines = []
-        for what, names in rankings(self.rows).items():
-            if len(names) > 1:
-                lines.append(f"Best first by {what}: {', '.join(names)}.")
-        if len(ahead := front(self.rows)) and len(self.rows) > 1:
-            lines.append(f"Beaten by no other in perplexity, decode time and size together: {', '.join(ahead)}.")
+        controls = {row.scheme for row in self.rows if row.control}
+        alone = {row.name for row in self.rows if row.is_dmpt and row.scheme not in controls}
+
+        def listed(names: Sequence[str]) -> str:
+            return ", ".join(f"{name} (no control)" if name in alone else name for name in names)
+
+        ordered = {what: names for what, names in rankings(self.rows).items() if len(names) > 1}
+        lines = [f"Best first by {what}: {listed(names)}." for what, names in ordered.items()]
+        if (ahead := front(self.rows)) and len(self.rows) > 1:
+            lines.append(f"Beaten by no other in perplexity, decode time and size together: {listed(ahead)}.")
         lines += [f"{row.name} failed: {' '.join(row.failure.split())}" for row in self.rows if row.failure]
         return [*lines, *self.absent]
 

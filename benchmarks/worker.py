@@ -10,6 +10,7 @@ Requests and replies are JSON objects, one a line, over standard input and outpu
     {"do": "read", "size": BYTES, "threads": T}  -> {"bytes_per_s"}
     {"do": "convert", "adapter": MODULE, "source": P, "out": P, "scheme": S}  -> what the adapter says of it
     {"do": "versions", "packages": [...]}        -> {"python": V, PACKAGE: V or null ...}
+    {"do": "profile", "path": P, "threads": T, "device": D, "ids": [...], "n": N}   -> {NODE TYPE: ms per token ...}
     {"do": "finish"}                             -> {"rss_bytes", "peak_rss_bytes", "idle_cpu_s"}
 
 A failure that is the user's to mend comes back as {"error": message, "exit_code": n}. A process of its own
@@ -109,6 +110,11 @@ class Desk:
 
     def versions(self, packages: list[str]) -> dict[str, Any]:
         return {"python": platform.python_version(), **{package: installed(package) for package in packages}}
+
+    def profile(self, path: str, threads: int | None, device: str, ids: list[int], n: int) -> dict[str, Any]:
+        from benchmarks.profiling import of_folder
+
+        return of_folder(path, threads, device, ids, n)
 
     def finish(self) -> dict[str, Any]:
         return {"rss_bytes": rss_bytes(), "peak_rss_bytes": peak_rss_bytes(), "idle_cpu_s": self.idle_cpu_s}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -39,13 +40,15 @@ def draw(rows: Sequence[Row]) -> svg.Markup:
     colours = families(rows)
     best = max((row.decode_tokens_per_s or 0.0 for row in shown), default=0.0) or 1.0
     parts = [svg.axes(x, y, "file size, MB (log scale)", f"perplexity{' (log scale)' if wide else ''}")]
-    parts.append(front_line(shown, x, y))
+    points = front_points(shown, x, y)
+    path = " ".join(f"{svg.number(a)},{svg.number(b)}" for a, b in points)
+    parts.append(svg.tag("polyline", points=path, fill="none", class_="front"))
     centres = {row.name: (x(row.size_bytes / 1e6), y(row.quality.perplexity)) for row in shown if row.quality}
     radii = {row.name: radius(row, best) for row in shown}
     on_top = sorted(shown, key=lambda row: -radii[row.name])  # small markers over large ones
     parts += [marker(row, centres[row.name], radii[row.name], colours[row.family]) for row in on_top]
     frame = Box(x.start, y.end, x.end, y.start)
-    parts += labels(numbered, centres, radii, frame, colours)
+    parts += labels(numbered, centres, radii, frame, colours, along(points))
     name = "Size, perplexity and speed: " + "; ".join(said(row) for row in shown)
     figure = svg.picture(name, WIDTH, HEIGHT, *parts)
     timed = "The marker's area is decode tokens/s; a hollow ring was not timed. "
@@ -71,17 +74,26 @@ def said(row: Row) -> str:
 
 def marker(row: Row, centre: tuple[float, float], size: float, index: int) -> svg.Markup:
     ring = (
-        {"fill": "none", "stroke_width": 2} if row.speed is None else {"fill": svg.colour(index), "fill_opacity": 0.75}
+        {"fill": "none", "stroke_width": 2} if row.speed is None else {"fill": svg.colour(index), "fill_opacity": 0.9}
     )
     stroke = svg.colour(index) if row.speed is None else "var(--paper)"
     return svg.tag("circle", svg.tag("title", said(row)), cx=centre[0], cy=centre[1], r=size, stroke=stroke, **ring)
 
 
-def front_line(rows: Sequence[Row], x: svg.Scale, y: svg.Scale) -> svg.Markup:
+def front_points(rows: Sequence[Row], x: svg.Scale, y: svg.Scale) -> list[tuple[float, float]]:
+    """Pixels of the models that no other beats in size and perplexity, from small to large."""
     names = set(front(rows, ("size", "perplexity")))
-    points = sorted((row.size_bytes / 1e6, row.quality.perplexity) for row in rows if row.name in names and row.quality)
-    path = " ".join(f"{svg.number(x(a))},{svg.number(y(b))}" for a, b in points)
-    return svg.tag("polyline", points=path, fill="none", class_="front")
+    found = sorted((row.size_bytes / 1e6, row.quality.perplexity) for row in rows if row.name in names and row.quality)
+    return [(x(a), y(b)) for a, b in found]
+
+
+def along(points: Sequence[tuple[float, float]]) -> list[Box]:
+    """Small boxes on the lines between the points: what labels keep clear of."""
+    out = []
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        steps = max(1, int(math.hypot(x1 - x0, y1 - y0) / 6))
+        out += [Box.around(x0 + (x1 - x0) * i / steps, y0 + (y1 - y0) * i / steps, 4, 4) for i in range(steps)]
+    return out
 
 
 def labels(
@@ -90,11 +102,12 @@ def labels(
     radii: dict[str, float],
     frame: Box,
     colours: dict[str, int],
+    line_boxes: Sequence[Box],
 ) -> list[svg.Markup]:
     """Names, or numbers where there are many; with a line to the marker where the label had to go far."""
     boxes = [Box.around(*centres[row.name], 2 * radii[row.name], 2 * radii[row.name]) for _, row in numbered]
     parts: list[svg.Markup] = []
-    taken = list(boxes)
+    taken = [*boxes, *line_boxes]
     for text, row in numbered:
         if len(numbered) <= NAMED:
             text = row.name if len(row.name) <= LONGEST else f"{row.name[: LONGEST - 1]}…"

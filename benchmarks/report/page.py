@@ -33,7 +33,7 @@ svg .label{paint-order:stroke;stroke:var(--paper);stroke-width:3px}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.875rem}
 caption{text-align:left;color:var(--soft);padding:.2rem 0}
 th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
-th:first-child,td.left{text-align:left}tr.ahead td{background:var(--tint)}
+td.left,th.left{text-align:left}tr.ahead td{background:var(--tint)}
 .claim{border-left:4px solid var(--c1);padding:.5rem .8rem;background:var(--tint)}
 .routes{white-space:pre-wrap;line-height:2}
 .token{background:color-mix(in srgb,var(--path) 22%,transparent);border-bottom:2px solid var(--path);border-radius:2px}
@@ -49,6 +49,7 @@ def page(result: Comparison) -> str:
         tag("p", result.conditions(), class_="small"),
         tag("h2", "DMPT beside its control"),
         tag("p", result.reading, class_="claim"),
+        beside_control(rows),
         tag("h2", "Models"),
         models_table(rows),
         bullets(result.notes()),
@@ -82,6 +83,20 @@ def variables(palette: tuple[str, ...]) -> str:
     return ";".join(f"--c{i}:{shade}" for i, shade in enumerate(palette))
 
 
+def beside_control(rows: list[Row]) -> Markup:
+    """Every DMPT with the GPT-2 that had the same training, stored alike; the line under the heading says if none."""
+    controls = {row.scheme: row for row in reversed(rows) if row.control and not row.is_dmpt}
+    body = []
+    for row in rows:
+        if row.is_dmpt:
+            control = controls.get(row.scheme)
+            other = ["control", *cells(control)] if control else ["control", "missing", *["-"] * (len(HEADERS) - 1)]
+            body += [["DMPT", *cells(row)], other]
+    if not body:
+        return Markup()
+    return svg.table(["", *HEADERS], body, 2, "Each DMPT with the GPT-2 fine-tuned on the same tokens, stored alike")
+
+
 def models_table(rows: list[Row]) -> Markup:
     """Numbered as in the figure; in the middle half of rounds lie the speeds in brackets."""
     ahead = set(front(rows))
@@ -91,12 +106,11 @@ def models_table(rows: list[Row]) -> Markup:
         if row.speed:
             timed = row.speed.to_json()
             values[6] += f" ({timed['decode_tokens_per_s_q1']:.1f}-{timed['decode_tokens_per_s_q3']:.1f})"
-        mark = "yes" if row.name in ahead else "-"
-        body.append([str(i), *values, mark, ", ".join(f"{k} {v}" for k, v in row.versions.items() if v) or "-"])
+        body.append([str(i), *values, "yes" if row.name in ahead else "-"])
     caption = (
         "Medians; in brackets the middle half of the rounds. Front: no other is as good in perplexity, time and size."
     )
-    return svg.table(["#", *HEADERS, "front", "versions"], body, 2, caption)
+    return svg.table(["#", *HEADERS, "front"], body, 2, caption)
 
 
 def bullets(lines: list[str]) -> Markup:
@@ -110,5 +124,8 @@ def made(result: Comparison) -> Markup:
         "text": ", ".join(result.data) or "none",
         **result.machine,
         **result.versions,
+        **{
+            row.name: ", ".join(f"{k} {v}" for k, v in row.versions.items() if v) for row in result.rows if row.versions
+        },
     }
     return svg.table(["what", "value"], [[key, str(value)] for key, value in facts.items()], 2, "Machine and versions")

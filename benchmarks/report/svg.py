@@ -131,9 +131,13 @@ def legend(labels: Sequence[str], indices: Sequence[int] | None = None) -> Marku
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, caption: str = "") -> Markup:
     """An HTML table that scrolls sideways on a narrow screen."""
-    head = tag("tr", *(tag("th", cell, scope="col") for cell in headers))
-    body = [tag("tr", *(tag("td", cell, class_="left" if i < left else "right") for i, cell in enumerate(row)))
+    head = tag("tr", *(tag("th", h, scope="col", class_=side(i < left)) for i, h in enumerate(headers)))
+    body = [tag("tr", *(tag("td", cell, class_=side(i < left)) for i, cell in enumerate(row)))
             for row in rows]  # fmt: skip
     named = [tag("caption", caption)] if caption else []
     inner = tag("table", *named, tag("thead", head), tag("tbody", *body))
     return tag("div", inner, class_="scroll", tabindex=0, role="region", aria_label=caption or "table")
+
+
+def side(left: bool) -> str:
+    return "left" if left else "right"
