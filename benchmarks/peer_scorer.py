@@ -27,7 +27,8 @@ class PeerScorer:
         config = json.loads((weights / "config.json").read_text(encoding="utf-8"))
         with safe_open(weights / "model.safetensors", "np") as file:
             self.parameters = sum(int(np.prod(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118
-        self.parameters_touched_per_token = self.parameters - (config["n_positions"] - 1) * config["n_embd"]
+        # All but the positions, and a row each of positions and embedding, as training.config counts it.
+        self.parameters_touched_per_token = self.parameters - (config["n_positions"] - 2) * config["n_embd"]
         self.size_bytes = target.size_bytes
         self.tokenizer, self.end_of_text = tokenizer_of(source, config)
         self.scratch = tempfile.TemporaryDirectory(prefix="dmpt-peer-")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.ranking import front
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette for all kinds of colour vision, lighter on dark ground.
 LIGHT = ("#6b6b6b", "#0072b2", "#d55e00", "#009e73", "#b3558c", "#b07d00", "#3a93c4", "#7a5195", "#5b7f00", "#a33b3b")
 DARK = ("#a8a8a8", "#5db2ea", "#ff8f4a", "#3fcf9f", "#e29cc4", "#e6b422", "#8fd0f5", "#b795d6", "#a4c94b", "#ef8a8a")
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # the browser refuses whatever else
+FIRST = ("model", "perplexity", "decode tokens/s", "file size")
 STYLE = """
 :root{color-scheme:light dark;--ink:#1d1d1f;--soft:#55555c;--paper:#fff;--line:#d9d9de;--tint:#f3f3f6;LIGHT}
 @media(prefers-color-scheme:dark){:root{--ink:#ececf0;--soft:#b0b0ba;--paper:#17171a;--line:#3a3a42;--tint:#222228;DARK}}
@@ -29,7 +32,9 @@ svg .front{stroke:var(--ink);stroke-dasharray:5 4;stroke-width:1.5}
 svg .label{paint-order:stroke;stroke:var(--paper);stroke-width:3px}
 .plots{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr))}
 .legend{display:flex;flex-wrap:wrap;gap:.2rem 1rem;list-style:none;padding:0;margin:.5rem 0}
-.swatch{display:inline-block;width:.8em;height:.8em;border-radius:50%;margin-right:.4em}
+.swatch{display:inline-block;width:.8em;height:.8em;border-radius:50%;margin-right:.4em;
+background:var(--own);border:2px solid var(--own)}
+.dashed{background:none;border-style:dashed}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.875rem}
 caption{text-align:left;color:var(--soft);padding:.2rem 0}
 th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
@@ -71,6 +76,7 @@ def document(title: str, body: Markup) -> str:
     style = STYLE.replace("LIGHT", variables(LIGHT)).replace("DARK", variables(DARK))
     head = together(
         Markup('<meta charset="utf-8">'),
+        Markup(f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'),
         Markup('<meta name="viewport" content="width=device-width, initial-scale=1">'),
         Markup('<link rel="icon" href="data:,">'),
         tag("title", title),
@@ -90,11 +96,17 @@ def beside_control(rows: list[Row]) -> Markup:
     for row in rows:
         if row.is_dmpt:
             control = controls.get(row.scheme)
-            other = ["control", *cells(control)] if control else ["control", "missing", *["-"] * (len(HEADERS) - 1)]
-            body += [["DMPT", *cells(row)], other]
+            other = (
+                ["control", *ordered(cells(control))]
+                if control
+                else ["control", "missing", *["-"] * (len(HEADERS) - 1)]
+            )
+            body += [["DMPT", *ordered(cells(row))], other]
     if not body:
         return Markup()
-    return svg.table(["", *HEADERS], body, 2, "Each DMPT with the GPT-2 fine-tuned on the same tokens, stored alike")
+    return svg.table(
+        ["", *ordered(HEADERS)], body, 2, "Each DMPT with the GPT-2 fine-tuned on the same tokens, stored alike"
+    )
 
 
 def models_table(rows: list[Row]) -> Markup:
@@ -106,11 +118,16 @@ def models_table(rows: list[Row]) -> Markup:
         if row.speed:
             timed = row.speed.to_json()
             values[6] += f" ({timed['decode_tokens_per_s_q1']:.1f}-{timed['decode_tokens_per_s_q3']:.1f})"
-        body.append([str(i), *values, "yes" if row.name in ahead else "-"])
+        body.append([str(i), *ordered(values), "yes" if row.name in ahead else "-"])
     caption = (
         "Medians; in brackets the middle half of the rounds. Front: no other is as good in perplexity, time and size."
     )
-    return svg.table(["#", *HEADERS, "front"], body, 2, caption)
+    return svg.table(["#", *ordered(HEADERS), "front"], body, 2, caption)
+
+
+def ordered(values: Sequence[str]) -> list[str]:
+    """Cells of a row, what matters most first: a phone shows the first few, the others by scrolling."""
+    return [values[HEADERS.index(name)] for name in (*FIRST, *(h for h in HEADERS if h not in FIRST))]
 
 
 def bullets(lines: list[str]) -> Markup:

@@ -111,7 +111,8 @@ def lines(name: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]]
     parts = [axes(x, y, x_label, y_label)]
     for i, (label, own) in enumerate(series):
         path = " ".join(f"{number(x(a))},{number(y(b))}" for a, b in own)
-        parts.append(tag("polyline", points=path, fill="none", stroke=colour(i), stroke_width=2))
+        dashes = {"stroke_dasharray": "5 3"} if i >= PALETTE else {}  # colours begin again
+        parts.append(tag("polyline", points=path, fill="none", stroke=colour(i), stroke_width=2, **dashes))
         for a, b in own:
             said = tag("title", f"{label}: {b:.3g} at {a:g}")
             parts.append(tag("circle", said, cx=x(a), cy=y(b), r=4, fill=colour(i)))
@@ -121,11 +122,11 @@ def lines(name: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]]
 def legend(labels: Sequence[str], indices: Sequence[int] | None = None) -> Markup:
     """What the colours stand for, as HTML: it wraps on a narrow screen."""
     shown = indices if indices is not None else range(len(labels))
-    entries = [
-        tag("li", tag("span", "", class_="swatch", style=f"background:{colour(i)}", aria_hidden="true"),
-            tag("span", label))
-        for i, label in zip(shown, labels, strict=True)
-    ]  # fmt: skip
+    entries = []
+    for i, label in zip(shown, labels, strict=True):
+        dashed = "swatch dashed" if i >= PALETTE else "swatch"
+        swatch = tag("span", class_=dashed, style=f"--own:{colour(i)}", aria_hidden="true")
+        entries.append(tag("li", swatch, tag("span", label)))
     return tag("ul", *entries, class_="legend")
 
 
