@@ -94,7 +94,7 @@ class Desk:
     def score(self, ids: list[int], last: int, out: str) -> dict[str, Any]:
         import numpy as np
 
-        if not hasattr(self.model, "score"):
+        if not callable(getattr(self.model, "score", None)):
             return {"error": "it gives no probabilities, so it has no perplexity", "exit_code": 3}
         np.save(out, np.asarray(self.model.score(ids, last), np.float32), allow_pickle=False)
         return {}

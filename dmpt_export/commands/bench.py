@@ -141,14 +141,20 @@ def write_report(file: Path, rows: list[dict[str, Any]], nodes: dict[str, dict[s
         partial.write_text(page(rows, nodes), encoding="utf-8")
 
 
+NODES = 14  # node types in the table; --json has all
+
+
 def node_table(nodes: dict[str, dict[str, float]]) -> str:
-    """Milliseconds of a decoded token by node type, the most first."""
+    """Milliseconds of a decoded token by node type, the most first, small ones together."""
     from benchmarks.table import markdown
 
-    kinds = sorted(
-        {k for own in nodes.values() for k in own}, key=lambda k: -max(own.get(k, 0) for own in nodes.values())
-    )
-    rows = [[kind, *(f"{own[kind]:.3f}" if kind in own else "-" for own in nodes.values())] for kind in kinds]
+    most: dict[str, float] = {}
+    for own in nodes.values():
+        most |= {kind: max(ms, most.get(kind, 0.0)) for kind, ms in own.items()}
+    kinds = sorted(most, key=lambda kind: -most[kind])
+    rows = [[kind, *(f"{own[kind]:.3f}" if kind in own else "-" for own in nodes.values())] for kind in kinds[:NODES]]
+    if rest := kinds[NODES:]:
+        rows.append(["others", *(f"{sum(own.get(kind, 0.0) for kind in rest):.3f}" for own in nodes.values())])
     return markdown(["ms per token in", *nodes], rows)
 
 

@@ -124,7 +124,7 @@ def entries_of(models: tuple[str, ...], control: tuple[str, ...]) -> list[Entry]
     for name, path in named(models):
         if peer := parse(path):
             kind, scheme, source = peer
-            called = name if name != Path(path).name else f"{kind} {scheme}"
+            called = f"{kind} {scheme}" if name in (path, Path(path).name) else name
             entries.append(Entry(called, source, scheme=scheme, peer=kind))
         else:
             entries.append(Entry(name, path, control=name in control))
