@@ -59,32 +59,26 @@ def test_a_peer_is_scored_on_the_same_tokens_and_timed(tiny_gpt2: Path, text: Pa
     assert float(rows[1]["decode_tokens_per_s"]) == 16
 
 
-@pytest.mark.parametrize(
-    ("scheme", "said"),
-    [
-        ("broken", "cannot be converted"),
-        ("unloadable", "RuntimeError: cannot be opened"),
-        (SILENT, "no probabilities"),
-        (DIES, "killed"),
-        ("full", "No space left on device"),
-    ],
-)
-def test_a_peer_that_fails_is_a_row_that_says_why(scheme: str, said: str, tiny_gpt2: Path, text: Path) -> None:
-    entries = [
-        Entry("here", str(tiny_gpt2), scheme=scheme, peer="here"),
-        Entry("after", str(tiny_gpt2), scheme=GOOD, peer="here"),
-        Entry("base", str(tiny_gpt2)),
-    ]
-    result = run(entries, text)
-    failed, after, base = result.rows
-    assert failed.failure and said in failed.failure
-    assert said in result.table().splitlines()[2]
-    assert any(line.startswith("here failed: ") for line in result.notes())
-    assert after.quality and after.speed and not after.failure and base.quality
-    if scheme == SILENT:
-        assert failed.speed and not failed.quality  # what it can do is still measured
-    if scheme == DIES:
-        assert failed.quality and not failed.speed
+FAULTS = {  # scheme of the fake peer -> what its row must say
+    "broken": "cannot be converted",
+    "full": "No space left on device",
+    "unloadable": "RuntimeError: cannot be opened",
+    SILENT: "no probabilities",
+    DIES: "killed",
+}
+
+
+def test_a_peer_that_fails_is_a_row_that_says_why(tiny_gpt2: Path, text: Path) -> None:
+    entries = [Entry(scheme, str(tiny_gpt2), scheme=scheme, peer="here") for scheme in [*FAULTS, GOOD]]
+    result = run([*entries, Entry("base", str(tiny_gpt2))], text)
+    rows = {row.name: row for row in result.rows}
+    for (scheme, said), line in zip(FAULTS.items(), result.table().splitlines()[2:], strict=False):
+        failure = rows[scheme].failure
+        assert failure and said in failure and said in line
+        assert any(note.startswith(f"{scheme} failed: ") and said in note for note in result.notes())
+    assert rows[GOOD].quality and rows[GOOD].speed and not rows[GOOD].failure and rows["base"].quality
+    assert rows[SILENT].speed and not rows[SILENT].quality  # what it can do is still measured
+    assert rows[DIES].quality and not rows[DIES].speed
 
 
 def test_absent_peers_are_listed_with_how_to_get_them(tiny_gpt2: Path) -> None:

@@ -192,9 +192,12 @@ def test_a_browser_shows_it_without_a_complaint(result: Comparison, tmp_path: Pa
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine: apt-get install chromium")
 @pytest.mark.parametrize("width", [390, 1200])
-def test_nothing_overlaps_or_leaves_the_screen(result: Comparison, width: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("verb", ["compare", "bench"])
+def test_nothing_overlaps_or_leaves_the_screen(result: Comparison, verb: str, width: int, tmp_path: Path) -> None:
+    nodes = {"dmpt": {"GroupQueryAttention": 123.4, "If": 0.5, "(outside nodes)": -0.1}}
+    text = page(result) if verb == "compare" else bench.page(result.growth, nodes)
     file = tmp_path / "report.html"
-    file.write_text(page(result).replace(POLICY, "").replace("</body>", f"{MEASURE}</body>"), encoding="utf-8")
+    file.write_text(text.replace(POLICY, "").replace("</body>", f"{MEASURE}</body>"), encoding="utf-8")
     frame = tmp_path / "frame.html"  # a window cannot be as narrow as a phone
     frame.write_text(f'<iframe src="report.html" style="width:{width}px;height:900px"></iframe>', encoding="utf-8")
     script = "<script>onload=()=>{document.body.dataset.found=frames[0].document.title}</script>"

@@ -30,7 +30,7 @@ def bars(name: str, own: Mapping[str, float]) -> svg.Markup:
     """A bar for each node type; all of them in the table."""
     shown = [(kind, ms) for kind, ms in own.items() if ms > 0][:MOST]
     width, label, height = 440.0, 170.0, 24.0
-    x = svg.Scale(0.0, max(ms for _, ms in shown), label, width - 60)
+    x = svg.Scale(0.0, max(ms for _, ms in shown), label, width - 90)
     parts = []
     for i, (kind, ms) in enumerate(shown):
         top = height * i

@@ -33,7 +33,7 @@ def by_context(rows: Rows) -> Series:
     several = len({row["threads"] for row in rows}) > 1
     lines = []
     for row in rows:
-        label = f"{row['name']}, {row['threads']} threads" if several else row["name"]
+        label = f"{row['name']}, {threads_of(row)}" if several else row["name"]
         lines.append((label, [(t["depth"] + t["tokens"] / 2, ms(t)) for t in row["tests"] if t["test"][:2] == "tg"]))
     return joined(lines)
 
@@ -49,9 +49,12 @@ def by_shape(rows: Rows, what: str, same: Sequence[str]) -> Series:
         shape = row.get("shape") or {}
         if shape.get(what):
             others = ", ".join(f"{shape[key]} {key}" for key in same)
-            threads = f"{row['threads']} thread{'s' * (row['threads'] > 1)}"
-            lines.append((f"{row['scheme']}, {others}, {threads}", [(shape[what], ms(first(row)))]))
+            lines.append((f"{row['scheme']}, {others}, {threads_of(row)}", [(shape[what], ms(first(row)))]))
     return joined(lines)
+
+
+def threads_of(row: Mapping[str, Any]) -> str:
+    return f"{row['threads']} thread{'s' * (row['threads'] > 1)}"
 
 
 def first(row: Mapping[str, Any]) -> Mapping[str, Any]:

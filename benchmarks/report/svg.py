@@ -86,10 +86,15 @@ class Scale:
         return [i * step for i in range(first, last + 1)]
 
 
-def axes(x: Scale, y: Scale, x_label: str, y_label: str) -> Markup:
-    """Grid, tick labels and names of both axes; y.start is the bottom. Leave 46 pixels below and 50 at the left."""
+def axes(x: Scale, y: Scale, x_label: str, y_label: str, whole: bool = False) -> Markup:
+    """Grid, tick labels and names of both axes; y.start is the bottom. Leave 46 pixels below and 50 at the left.
+
+    whole: only whole numbers are labelled in x.
+    """
     parts = []
     for value in x.ticks():
+        if whole and value != int(value):
+            continue
         at = x(value)
         parts.append(tag("line", x1=at, x2=at, y1=y.start, y2=y.end, class_="grid"))
         parts.append(tag("text", f"{value:g}", x=at, y=y.start + 17, text_anchor="middle", class_="tick"))
@@ -108,7 +113,7 @@ def lines(name: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]]
     points = [point for _, own in series for point in own]
     x = Scale.around([p[0] for p in points], 50, width - 16)
     y = Scale.around([p[1] for p in points], height - 46, 28, zero=True)
-    parts = [axes(x, y, x_label, y_label)]
+    parts = [axes(x, y, x_label, y_label, whole=all(p[0] == int(p[0]) for p in points))]
     for i, (label, own) in enumerate(series):
         path = " ".join(f"{number(x(a))},{number(y(b))}" for a, b in own)
         dashes = {"stroke_dasharray": "5 3"} if i >= PALETTE else {}  # colours begin again
