@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.report import growth, svg
-from benchmarks.report.page import document
+from benchmarks.report.page import document, facts_table
 from benchmarks.report.svg import tag, together
 
 MOST = 12  # node types drawn; the table has all
@@ -22,8 +22,7 @@ def page(rows: Sequence[Mapping[str, Any]], nodes: Mapping[str, Mapping[str, flo
     if nodes:
         parts.append(tag("h2", "Time of a decoded token by node type"))
         parts += [bars(name, own) for name, own in nodes.items()]
-    made = svg.table(["what", "value"], [[key, str(value)] for key, value in facts.items()], 2, "Machine and versions")
-    return document("Decode speed", together(*parts, tag("h2", "How this was measured"), made))
+    return document("Decode speed", together(*parts, tag("h2", "How this was measured"), facts_table(facts)))
 
 
 def bars(name: str, own: Mapping[str, float]) -> svg.Markup:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.ranking import front
@@ -36,7 +36,8 @@ svg .label{paint-order:stroke;stroke:var(--paper);stroke-width:3px}
 background:var(--own);border:2px solid var(--own)}
 .dashed{background:none;border-style:dashed}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.875rem}
-caption{text-align:left;color:var(--soft);padding:.2rem 0}
+.caption{color:var(--soft);font-size:.875rem;margin:.5rem 0 0}
+.facts td{white-space:normal;overflow-wrap:anywhere}
 th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
 td.left,th.left{text-align:left}tr.ahead td{background:var(--tint)}
 .claim{border-left:4px solid var(--c1);padding:.5rem .8rem;background:var(--tint)}
@@ -134,6 +135,12 @@ def bullets(lines: list[str]) -> Markup:
     return tag("ul", *(tag("li", line) for line in lines))
 
 
+def facts_table(facts: Mapping[str, Any]) -> Markup:
+    """Where and with what it was measured."""
+    rows = [[key, str(value)] for key, value in facts.items()]
+    return tag("div", svg.table(["what", "value"], rows, 2, "Machine and versions"), class_="facts")
+
+
 def made(result: Comparison) -> Markup:
     facts: dict[str, Any] = {
         "created": result.created,
@@ -145,4 +152,4 @@ def made(result: Comparison) -> Markup:
             row.name: ", ".join(f"{k} {v}" for k, v in row.versions.items() if v) for row in result.rows if row.versions
         },
     }
-    return svg.table(["what", "value"], [[key, str(value)] for key, value in facts.items()], 2, "Machine and versions")
+    return facts_table(facts)

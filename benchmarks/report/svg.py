@@ -140,9 +140,9 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, 
     head = tag("tr", *(tag("th", h, scope="col", class_=side(i < left)) for i, h in enumerate(headers)))
     body = [tag("tr", *(tag("td", cell, class_=side(i < left)) for i, cell in enumerate(row)))
             for row in rows]  # fmt: skip
-    named = [tag("caption", caption)] if caption else []
-    inner = tag("table", *named, tag("thead", head), tag("tbody", *body))
-    return tag("div", inner, class_="scroll", tabindex=0, role="region", aria_label=caption or "table")
+    inner = tag("table", tag("thead", head), tag("tbody", *body))
+    said = [tag("p", caption, class_="caption")] if caption else []  # outside what scrolls
+    return together(*said, tag("div", inner, class_="scroll", tabindex=0, role="region", aria_label=caption or "table"))
 
 
 def side(left: bool) -> str:
