@@ -147,6 +147,9 @@ def check(entries: list[Entry], out: str | Path | None) -> int:
     names = [entry.name for entry in entries]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"several models are called {', '.join(twice)}: tell them apart with NAME=PATH")
+    for entry in entries:
+        if entry.peer:
+            peers.check_plain(entry.path)
     if out is not None:
         from training.checkpoint import check_replaceable
 

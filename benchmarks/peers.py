@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from benchmarks.adapters import FACTS
 from benchmarks.processes import Worker, worker
+from benchmarks.scorer import kind_of
 from benchmarks.speed import Target
 from training.errors import InputError
 
@@ -92,6 +93,20 @@ def missing(name: str, python: str | None = None) -> list[str]:
     return [package for package in PEERS[name].packages if found[package] is None]
 
 
+def check_plain(source: str | Path) -> dict[str, Any]:
+    """config.json of a plain GPT-2 in float. Raises InputError for anything else: peers read nothing else."""
+    from training import checkpoint
+
+    wrong = InputError(f"{source} is no plain GPT-2 in float: peers run nothing else, give them a GPT-2 folder")
+    if kind_of(source) != "float":
+        raise wrong
+    folder, config = checkpoint.resolve(source), checkpoint.read_config(source)
+    if config.splits or config.n_vocab_heads > 1:
+        raise wrong
+    fields: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return fields
+
+
 def gpt2_folder(source: str | Path, out: Path) -> Path:
     """`source`, or where the trainer wrote it as a DMPT without splits, the same weights as a GPT-2 folder in `out`.
 
@@ -101,10 +116,7 @@ def gpt2_folder(source: str | Path, out: Path) -> Path:
 
     from training import checkpoint
 
-    folder, config = checkpoint.resolve(source), checkpoint.read_config(source)
-    fields: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.splits or config.n_vocab_heads > 1 or "quantization" in fields:
-        raise InputError(f"{source} is no plain GPT-2 in float: peers run nothing else, give them a GPT-2 folder")
+    fields, folder = check_plain(source), checkpoint.resolve(source)
     if fields["model_type"] == "gpt2":
         return folder
     weights = load_file(folder / "model.safetensors")

@@ -94,6 +94,9 @@ def test_peers_run_plain_gpt2_alone(tiny_gpt2: Path, tiny_dmpt: Path, tmp_path: 
     assert gpt2_folder(tiny_gpt2, tmp_path / "x") == tiny_gpt2
     with pytest.raises(InputError, match="no plain GPT-2"):
         gpt2_folder(tiny_dmpt, tmp_path / "x")
+    entries = [Entry("base", str(tiny_gpt2)), Entry("here", str(tiny_dmpt), scheme=GOOD, peer="here")]
+    with pytest.raises(InputError, match="no plain GPT-2"):  # before the missing text is looked at
+        run(entries, tmp_path / "no such text")
 
 
 def test_what_the_trainer_writes_of_gpt2_is_gpt2_again(tiny_gpt2: Path, tmp_path: Path) -> None:
