@@ -91,18 +91,17 @@ def measure(
     crashed = Crashes(failures)
     cold_s: dict[str, list[float]] = {}
     load_s: dict[str, list[float]] = {}
+    players: dict[str, tuple[Worker, dict[str, Any]]] = {}  # name -> its process, what it said of itself
     for t in targets:
         with crashed.noted(t.name):
             cold_s[t.name] = [start_and_stop(t, threads, device, cold=True) for _ in range(cold)]
             load_s[t.name] = [start_and_stop(t, threads, device) for _ in range(loads - 1)]
     with ExitStack() as stack:
-        players: dict[str, tuple[Worker, dict[str, Any]]] = {}
         for t in crashed.left(targets):
             with crashed.noted(t.name):
                 w = stack.enter_context(t.process())
-                fact = w.ask(do="load", adapter=t.adapter, path=t.path, threads=threads, device=device)
-                load_s[t.name].append(fact["load_s"])
-                players[t.name] = w, fact
+                players[t.name] = w, w.ask(do="load", adapter=t.adapter, path=t.path, threads=threads, device=device)
+                load_s[t.name].append(players[t.name][1]["load_s"])
         if not players:
             return []
         facts = [fact for _, fact in players.values()]

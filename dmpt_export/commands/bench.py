@@ -16,6 +16,7 @@ from dmpt_export.extras import require
 
 if TYPE_CHECKING:
     from benchmarks.results import Speed, Timings
+    from benchmarks.speed import Target
 
 
 class Counts(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.4 on
@@ -93,11 +94,9 @@ def command(
     """
     require(device)
     from benchmarks import machine
-    from benchmarks.contestants import onnx_shape
     from benchmarks.profiling import profile as by_node
-    from benchmarks.scorer import named, scheme_of
+    from benchmarks.scorer import named
     from benchmarks.speed import measure, target
-    from runtime.manifest import read_manifest
 
     targets = [target(name, path) for name, path in named(models)]
     given = [context.get_parameter_source(name) != ParameterSource.DEFAULT for name in ("prompt", "gen")]
@@ -109,18 +108,7 @@ def command(
         for count in threads or (None,)
     ]  # fmt: skip
     nodes = by_node(targets, rounds[0][0].first("tg").case, rounds[0][0].threads, device) if profile else {}
-    rows = [
-        {
-            "model": t.path,
-            "name": t.name,
-            "scheme": scheme_of(read_manifest(Path(t.path)).raw),
-            "shape": onnx_shape(t.path),
-            "node_ms": nodes.get(t.name),
-            **found.to_json(results[0] if len(results) > 1 else None),
-        }
-        for results in rounds
-        for t, found in zip(targets, results, strict=True)
-    ]
+    rows = [row for results in rounds for row in rows_of(targets, results, nodes)]
     if form == "md" and not as_json:
         click.echo("\n\n".join([*map(as_text, rounds), *([node_table(nodes)] if nodes else [])]))
     elif form == "csv" and not as_json:
@@ -130,6 +118,28 @@ def command(
         click.echo(json.dumps({**rows[0], **where} if len(rows) == 1 else {"models": rows, **where}))
     if report is not None:
         write_report(Path(report), rows, nodes)
+
+
+def rows_of(
+    targets: Sequence[Target], results: Sequence[Speed], nodes: dict[str, dict[str, float]]
+) -> list[dict[str, Any]]:
+    """One object for each model of a round: its figures, with what they may depend on."""
+    from benchmarks.contestants import onnx_shape
+    from benchmarks.scorer import scheme_of
+    from runtime.manifest import read_manifest
+
+    base = results[0] if len(results) > 1 else None
+    return [
+        {
+            "model": t.path,
+            "name": t.name,
+            "scheme": scheme_of(read_manifest(Path(t.path)).raw),
+            "shape": onnx_shape(t.path),
+            "node_ms": nodes.get(t.name),
+            **found.to_json(base),
+        }
+        for t, found in zip(targets, results, strict=True)
+    ]
 
 
 def write_report(file: Path, rows: list[dict[str, Any]], nodes: dict[str, dict[str, float]]) -> None:
