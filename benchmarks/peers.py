@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 
 from benchmarks.adapters import FACTS
 from benchmarks.processes import Worker, worker
+from benchmarks.scorer import kind_of
 from benchmarks.speed import Target
+from training.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Peer:
 PEERS = {
     "transformers": Peer(
         "benchmarks.adapters.torch_transformers",
-        ("fp32",),
+        ("fp32", "bf16"),
         ("torch", "transformers"),
         "pip install torch transformers",
     ),
@@ -52,7 +54,36 @@ PEERS = {
         ("optimum-onnx", "onnxruntime", "accelerate"),
         "pip install 'optimum-onnx[onnxruntime]' accelerate",
     ),
+    "bitsandbytes": Peer(
+        "benchmarks.adapters.bitsandbytes_transformers",
+        ("int8", "nf4"),
+        ("bitsandbytes", "torch", "transformers", "accelerate"),
+        "pip install bitsandbytes transformers accelerate",
+    ),
+    "ctranslate2": Peer(
+        "benchmarks.adapters.ctranslate2_generator",
+        ("fp32", "int8"),
+        ("ctranslate2", "torch", "transformers"),
+        "pip install ctranslate2 torch transformers",
+    ),
 }
+
+
+def parse(argument: str) -> tuple[str, str, str] | None:
+    """(peer, scheme, GPT-2 folder or hub id) of a peer given as PEER:SCHEME@GPT2; None for anything else.
+
+    Raises InputError for a scheme that the peer does not know.
+
+    >>> parse("openvino:int8@./gpt2"), parse("gpt2"), parse("run:1@home")
+    (('openvino', 'int8', './gpt2'), None, None)
+    """
+    head, at, source = argument.partition("@")
+    name, colon, scheme = head.partition(":")
+    if not (at and colon and source and name in PEERS):
+        return None
+    if scheme not in PEERS[name].schemes:
+        raise InputError(f"{argument}: {name} is measured as {' or '.join(PEERS[name].schemes)}, not '{scheme}'")
+    return name, scheme, source
 
 
 def missing(name: str, python: str | None = None) -> list[str]:
@@ -62,9 +93,50 @@ def missing(name: str, python: str | None = None) -> list[str]:
     return [package for package in PEERS[name].packages if found[package] is None]
 
 
-def prepare(name: str, scheme: str, source: Path, out: Path, python: str | None = None) -> Target:
+def check_plain(source: str | Path) -> dict[str, Any]:
+    """config.json of a plain GPT-2 in float. Raises InputError for anything else: peers read nothing else."""
+    from training import checkpoint
+
+    wrong = InputError(f"{source} is no plain GPT-2 in float: peers run nothing else, give them a GPT-2 folder")
+    if kind_of(source) != "float":
+        raise wrong
+    folder, config = checkpoint.resolve(source), checkpoint.read_config(source)
+    if config.splits or config.n_vocab_heads > 1:
+        raise wrong
+    fields: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return fields
+
+
+def gpt2_folder(source: str | Path, out: Path) -> Path:
+    """`source`, or where the trainer wrote it as a DMPT without splits, the same weights as a GPT-2 folder in `out`.
+
+    source: folder or hub id. Raises InputError for what is not plain GPT-2 in float, which is all that peers read.
+    """
+    from safetensors.numpy import load_file, save_file
+
+    from training import checkpoint
+
+    fields, folder = check_plain(source), checkpoint.resolve(source)
+    if fields["model_type"] == "gpt2":
+        return folder
+    weights = load_file(folder / "model.safetensors")
+    if (head := weights.pop("heads.0.weight", None)) is not None:
+        weights["lm_head.weight"] = head
+    ours = ("splits", "head_allocation", "gate_hidden", "gate_temp", "head_gate_temp", "head_topk", "fast_k")
+    kept = {key: value for key, value in fields.items() if key not in ours}
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(weights, out / "model.safetensors", {"format": "pt"})
+    plain = {**kept, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    (out / "config.json").write_text(json.dumps(plain, indent=2), encoding="utf-8")
+    return out
+
+
+def prepare(
+    name: str, scheme: str, source: Path, out: Path, python: str | None = None, called: str | None = None
+) -> Target:
     """What to time of one peer: converted from a Hugging Face GPT-2 folder into `out`, unless that is done already.
 
+    called: its name in the results, if not "NAME SCHEME".
     Raises WorkerFailed when the conversion fails; its half-made folder is not taken for a whole one.
     """
     peer = PEERS[name]
@@ -75,7 +147,7 @@ def prepare(name: str, scheme: str, source: Path, out: Path, python: str | None 
         (out / FACTS).write_text(json.dumps(facts), encoding="utf-8")
     facts = read_facts(out)
     sizes = {key: int(facts[key]) for key in ("size_bytes", "touched_bytes")}
-    return Target(f"{name} {scheme}", str(out), peer.adapter, python=python, **sizes)
+    return Target(called or f"{name} {scheme}", str(out), peer.adapter, python=python, **sizes)
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
-from matplotlib.transforms import Bbox
 
+from benchmarks.report.placing import Box, best_spot, distance
 from benchmarks.row import Row
 
 WIDTH, HEIGHT, DPI = 1200, 800, 100  # pixels
@@ -69,17 +69,13 @@ def colours(families: Sequence[str]) -> dict[str, str]:
     return out
 
 
-def decode_speed(row: Row) -> float | None:
-    return row.speed.to_json()["decode_tokens_per_s"] if row.speed else None
-
-
 def area_scale(rows: Sequence[Row]) -> float:
     """Marker area in points^2 per token/s; areas start at zero, so twice the area is twice the speed."""
-    return LARGEST / max((speed for row in rows if (speed := decode_speed(row))), default=1.0)
+    return LARGEST / max((speed for row in rows if (speed := row.decode_tokens_per_s)), default=1.0)
 
 
 def area(row: Row, scale: float) -> float:
-    speed = decode_speed(row)
+    speed = row.decode_tokens_per_s
     return max(SMALLEST, scale * speed) if speed else 4 * SMALLEST
 
 
@@ -139,7 +135,7 @@ def legends(figure: Any, rows: Sequence[Row], colour: dict[str, str], scale: flo
     families = [mark(150, shade, "white", family) for family, shade in colour.items()]
     figure.legend(handles=families, loc="center left", bbox_to_anchor=(0.072, 0.855), ncols=4, handletextpad=0.3,
                   columnspacing=1.2, **style)  # fmt: skip
-    speeds = [speed for row in rows if (speed := decode_speed(row))]
+    speeds = [speed for row in rows if (speed := row.decode_tokens_per_s)]
     marks = [mark(scale * value, "#bbbbbb", "white", f"{value:g}") for value in round_speeds(speeds)]
     if len(speeds) < len(rows):
         marks.append(mark(4 * SMALLEST, "white", "#888888", "not timed"))
@@ -168,23 +164,24 @@ def round_speeds(speeds: Sequence[float]) -> list[float]:
 
 def place_labels(
     figure: Any, axes: Any, rows: Sequence[Row], colour: dict[str, str], scale: float
-) -> tuple[list[Bbox], list[Bbox]]:
+) -> tuple[list[Box], list[Box]]:
     """Each marker's scheme beside it, at the nearest place that covers no marker and no other label.
 
     Returns the boxes of the labels and of the markers, in pixels.
     """
     renderer = figure.canvas.get_renderer()
-    frame = axes.get_window_extent(renderer)
+    edges = axes.get_window_extent(renderer)
+    frame = Box(edges.x0, edges.y0, edges.x1, edges.y1)
     centres = [axes.transData.transform(point(row)) for row in rows]
     radii = [math.sqrt(area(row, scale)) / 2 * DPI / 72 for row in rows]  # pixels
-    markers = [Bbox.from_bounds(x - r, y - r, 2 * r, 2 * r) for (x, y), r in zip(centres, radii, strict=True)]
-    taken: list[Bbox] = []
+    markers = [Box.around(x, y, 2 * r, 2 * r) for (x, y), r in zip(centres, radii, strict=True)]
+    taken: list[Box] = []
     for row, centre, radius in zip(rows, centres, radii, strict=True):
         text = figure.text(0, 0, label(row, rows), fontsize=LABEL_SIZE, fontweight="bold", color=colour[row.family],
                            ha="center", va="center", zorder=4, path_effects=HALO)  # fmt: skip
         extent = text.get_window_extent(renderer)
         spot = best_spot(centre, radius, extent.width + 6, extent.height + 4, frame, [*markers, *taken])
-        x, y = (spot.x0 + spot.x1) / 2, (spot.y0 + spot.y1) / 2
+        x, y = spot.centre
         text.set_position(figure.transFigure.inverted().transform((x, y)))
         taken.append(spot)
         if distance(centre, spot) - radius > 24:  # far enough to need a line to its marker
@@ -198,36 +195,3 @@ def label(row: Row, rows: Sequence[Row]) -> str:
     """The scheme, or the name where a family has several models in one scheme."""
     same = [other for other in rows if (other.family, other.scheme) == (row.family, row.scheme)]
     return row.scheme if len(same) == 1 else row.name
-
-
-def best_spot(
-    centre: tuple[float, float], radius: float, width: float, height: float, frame: Bbox, taken: Sequence[Bbox]
-) -> Bbox:
-    """The nearest box of the given size around a marker that overlaps least, all in pixels."""
-    spots = []
-    for extra, turn in itertools.product((4, 14, 28, 48, 72, 100), range(16)):
-        angle = math.pi / 2 + turn * math.pi / 8  # straight above first
-        x = centre[0] + math.cos(angle) * (radius + extra + width / 2)
-        y = centre[1] + math.sin(angle) * (radius + extra + height / 2)
-        spots.append(Bbox.from_bounds(x - width / 2, y - height / 2, width, height))
-    return min(
-        spots, key=lambda spot: sum(overlap(spot, box) for box in taken) + outside(spot, frame)
-    )  # first of the best
-
-
-def overlap(a: Bbox, b: Bbox) -> float:
-    """Pixels that two boxes share."""
-    width = min(a.x1, b.x1) - max(a.x0, b.x0)
-    height = min(a.y1, b.y1) - max(a.y0, b.y0)
-    return max(0.0, width) * max(0.0, height)
-
-
-def distance(centre: tuple[float, float], box: Bbox) -> float:
-    """Pixels from a point to the nearest point of a box."""
-    x, y = centre
-    return math.hypot(max(box.x0 - x, 0, x - box.x1), max(box.y0 - y, 0, y - box.y1))
-
-
-def outside(spot: Bbox, frame: Bbox) -> float:
-    """Pixels of `spot` beyond the axes."""
-    return spot.width * spot.height - overlap(spot, frame)

@@ -69,7 +69,8 @@ class Worker:
         code = self.process.wait()
         if code == -signal.SIGKILL:
             return WorkerFailed(f"the process that timed {self.name} was killed: probably out of memory", 5)
-        return WorkerFailed(f"the process that timed {self.name} ended with code {code}: see what it said above", 1)
+        end = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        return WorkerFailed(f"the process that timed {self.name} {end}: see what it said above", 1)
 
     def close(self) -> None:
         assert self.process.stdin and self.process.stdout

@@ -39,6 +39,7 @@ class Speed:
     touched_bytes: int | None = None  # of weights, by one decoding step
     read_bytes_per_s: Mapping[int, list[float]] = field(default_factory=dict)  # threads -> memory's rate, each round
     idle_cpu_s: float = field(default=0.0)  # CPU time used while other models had their turn
+    cold_load_s: list[float] = field(default_factory=list)  # with the files not in the page cache; empty: not taken
 
     @classmethod
     def of(
@@ -50,6 +51,7 @@ class Speed:
         size_bytes: int,
         touched_bytes: int | None = None,
         read_bytes_per_s: Mapping[int, list[float]] | None = None,
+        cold_load_s: list[float] | None = None,
     ) -> Speed:
         """From a worker's replies: `turns` by test, `fact` at load and end."""
         tests = [
@@ -64,7 +66,7 @@ class Speed:
         own = {key: fact[key] for key in ("rss_bytes", "peak_rss_bytes", "threads", "idle_cpu_s")}
         return cls(
             name, tests, load_s, size_bytes=size_bytes, touched_bytes=touched_bytes,
-            read_bytes_per_s=read_bytes_per_s or {}, **own,
+            read_bytes_per_s=read_bytes_per_s or {}, cold_load_s=cold_load_s or [], **own,
         )  # fmt: skip
 
     def first(self, kind: str) -> Timings:
@@ -90,8 +92,8 @@ class Speed:
             **spread("decode_tokens_per_s", decode.tokens_per_s),
             **spread("prefill_tokens_per_s", prefill.tokens_per_s),
             **spread("load_s", self.load_s),
-            # one process is measured: the ends are there so that every figure has the same three keys
-            **dict.fromkeys(("peak_rss_bytes", "peak_rss_bytes_min", "peak_rss_bytes_max"), self.peak_rss_bytes),
+            **(spread("cold_load_s", self.cold_load_s) if self.cold_load_s else {}),
+            **spread("peak_rss_bytes", [self.peak_rss_bytes]),  # of one process; the same keys as every figure
             "rss_bytes": self.rss_bytes,
             "size_bytes": self.size_bytes,
             "threads": self.threads,
@@ -108,6 +110,8 @@ class Speed:
     def test_json(self, test: Timings, base: Speed | None = None) -> dict[str, Any]:
         return {
             "test": test.case.name,
+            "tokens": test.case.tokens,
+            "depth": test.case.depth,
             **spread("tokens_per_s", test.tokens_per_s),
             "samples": test.tokens_per_s,
             "ratio": ratio(self, base, test.case) if base else None,
@@ -130,5 +134,24 @@ def ratio(speed: Speed, base: Speed, case: Case, base_case: Case | None = None) 
 
 
 def spread(name: str, samples: Sequence[float]) -> dict[str, float]:
-    """Median under `name`, extremes under `name`_min and `name`_max."""
-    return {name: statistics.median(samples), f"{name}_min": min(samples), f"{name}_max": max(samples)}
+    """Median under `name`, quartiles under `name`_q1 and `name`_q3, extremes under `name`_min and `name`_max."""
+    low, high = quartiles(samples)
+    return {
+        name: statistics.median(samples),
+        f"{name}_q1": low,
+        f"{name}_q3": high,
+        f"{name}_min": min(samples),
+        f"{name}_max": max(samples),
+    }
+
+
+def quartiles(samples: Sequence[float]) -> tuple[float, float]:
+    """Between them lies the middle half: what one round that was disturbed does not move.
+
+    >>> quartiles([1, 2, 3, 4, 100]), quartiles([7])
+    ((2.0, 4.0), (7, 7))
+    """
+    if len(samples) < 2:
+        return samples[0], samples[0]
+    low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return low, high

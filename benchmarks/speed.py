@@ -7,10 +7,11 @@ prompt, same number of threads, one warm-up round that does not count, medians w
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,8 @@ def measure(
     fixed_gen: bool = False,
     depth: Sequence[int] | None = None,
     roof: bool = False,
+    cold: int = 0,
+    failures: dict[str, str] | None = None,
 ) -> list[Speed]:
     """Time all targets in one interleaved schedule.
 
@@ -81,26 +84,62 @@ def measure(
     text: token ids to take the prompts from; default, and where it is too short: random ids.
     loads: fresh processes whose load time is taken, the one that is measured included.
     roof: also measure after each round how fast memory is read, on one thread and on as many as the first target uses.
-    Raises WorkerFailed with the exit code of the failing process.
+    cold: more fresh processes that load with the model's files dropped from the page cache.
+    failures: filled with name -> reason of every target that failed; the others go on, and only they are returned.
+    Without it WorkerFailed is raised, with the exit code of the failing process.
     """
-    load_s = [[start_and_stop(t, threads, device) for _ in range(loads - 1)] for t in targets]
+    crashed = Crashes(failures)
+    cold_s: dict[str, list[float]] = {}
+    load_s: dict[str, list[float]] = {}
+    players: dict[str, tuple[Worker, dict[str, Any]]] = {}  # name -> its process, what it said of itself
+    for t in targets:
+        with crashed.noted(t.name):
+            cold_s[t.name] = [start_and_stop(t, threads, device, cold=True) for _ in range(cold)]
+            load_s[t.name] = [start_and_stop(t, threads, device) for _ in range(loads - 1)]
     with ExitStack() as stack:
-        workers = [stack.enter_context(t.process()) for t in targets]
-        facts = []
-        for w, t, seconds in zip(workers, targets, load_s, strict=True):
-            facts.append(w.ask(do="load", adapter=t.adapter, path=t.path, threads=threads, device=device))
-            seconds.append(facts[-1]["load_s"])
+        for t in crashed.left(targets):
+            with crashed.noted(t.name):
+                w = stack.enter_context(t.process())
+                players[t.name] = w, w.ask(do="load", adapter=t.adapter, path=t.path, threads=threads, device=device)
+                load_s[t.name].append(players[t.name][1]["load_s"])
+        if not players:
+            return []
+        facts = [fact for _, fact in players.values()]
         context = min(fact["context"] for fact in facts)
         tests = cases(_several(prompt), _several(gen), depth, context, fixed_prompt, fixed_gen)
         longest = max(max(case.tokens, case.depth) for case in tests)
         ids = prompt_ids(longest, min(fact["vocab_size"] for fact in facts), text)
         memory = Roof(stack.enter_context(worker("memory")), sorted({1, facts[0]["threads"]})) if roof else None
-        rounds = play(workers, tests, ids, repetitions, memory)
-        ends = [w.ask(do="finish") for w in workers]
+        rounds = play({name: w for name, (w, _) in players.items()}, tests, ids, repetitions, memory, crashed)
+        for name in [*rounds]:
+            with crashed.noted(name):
+                players[name][1].update(players[name][0].ask(do="finish"))
     return [
-        Speed.of(t.name, turns, seconds, {**fact, **end}, t.size_bytes, t.touched_bytes, memory.seen if memory else {})
-        for t, fact, turns, seconds, end in zip(targets, facts, rounds, load_s, ends, strict=True)
-    ]
+        Speed.of(
+            t.name, rounds[t.name], load_s[t.name], players[t.name][1], t.size_bytes, t.touched_bytes,
+            memory.seen if memory else {}, cold_s[t.name],
+        )
+        for t in crashed.left(targets)
+    ]  # fmt: skip
+
+
+class Crashes:
+    """What failed, and why; without a place to note it a failure is raised."""
+
+    def __init__(self, failures: dict[str, str] | None) -> None:
+        self.failures = failures
+
+    @contextmanager
+    def noted(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except WorkerFailed as error:
+            if self.failures is None:
+                raise
+            self.failures[name] = str(error)
+
+    def left(self, targets: Sequence[Target]) -> list[Target]:
+        return [t for t in targets if t.name not in (self.failures or {})]
 
 
 def _several(counts: int | Sequence[int]) -> Sequence[int]:
@@ -126,23 +165,34 @@ class Roof:
 
 
 def play(
-    workers: Sequence[Worker], tests: Sequence[Case], ids: list[int], repetitions: int, memory: Roof | None = None
-) -> list[dict[Case, list[dict[str, Any]]]]:
-    """The interleaved schedule: for each worker the replies of its turns by test, the warm-up left out."""
-    turns: list[dict[Case, list[dict[str, Any]]]] = [{case: [] for case in tests} for _ in workers]
+    workers: Mapping[str, Worker],
+    tests: Sequence[Case],
+    ids: list[int],
+    repetitions: int,
+    memory: Roof | None,
+    crashed: Crashes,
+) -> dict[str, dict[Case, list[dict[str, Any]]]]:
+    """The interleaved schedule: of each worker that lasts, the replies of its turns by test, the warm-up left out."""
+    turns: dict[str, dict[Case, list[dict[str, Any]]]] = {name: {case: [] for case in tests} for name in workers}
     with tqdm(total=(1 + repetitions) * len(workers) * len(tests), desc="bench", unit="turn", disable=None) as bar:
         for number in range(1 + repetitions):
-            if memory is not None and number > 1:
-                turn(workers[-1], tests[-1], ids)  # not timed: the caches hold what they do before any other turn
+            if memory is not None and number > 1 and turns:
+                with crashed.noted(last := [*turns][-1]):
+                    turn(workers[last], tests[-1], ids)  # not timed: caches hold what they do before any other turn
             for case in tests:
-                for mine, w in zip(turns, workers, strict=True):
-                    bar.set_postfix_str(f"{w.name} {case.name}", refresh=True)
+                for name in [*turns]:
+                    bar.set_postfix_str(f"{name} {case.name}", refresh=True)
                     time.sleep(SETTLE_S if len(workers) > 1 else 0)
-                    mine[case].append(turn(w, case, ids))
+                    done = False
+                    with crashed.noted(name):
+                        turns[name][case].append(turn(workers[name], case, ids))
+                        done = True
+                    if not done:
+                        del turns[name]
                     bar.update()
             if memory is not None and number:
                 memory.read()
-    return [{case: replies[1:] for case, replies in mine.items()} for mine in turns]
+    return {name: {case: replies[1:] for case, replies in mine.items()} for name, mine in turns.items()}
 
 
 def turn(w: Worker, case: Case, ids: list[int]) -> dict[str, Any]:
@@ -160,8 +210,20 @@ def prompt_ids(n: int, vocab_size: int, text: Sequence[int] | None) -> list[int]
     return np.random.default_rng(SEED).integers(0, vocab_size, n).tolist()
 
 
-def start_and_stop(t: Target, threads: int | None, device: str) -> float:
-    """Load time in a fresh process that does nothing else."""
+def start_and_stop(t: Target, threads: int | None, device: str, cold: bool = False) -> float:
+    """Load time in a fresh process that does nothing else; cold: with the model's files not in the page cache."""
     with t.process() as w:
+        if cold:
+            drop_from_cache(Path(t.path))
         seconds: float = w.ask(do="load", adapter=t.adapter, path=t.path, threads=threads, device=device)["load_s"]
         return seconds
+
+
+def drop_from_cache(folder: Path) -> None:
+    """Ask the system to forget the folder's files, so that the next reader reads the disk; Linux alone heeds it."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for file in folder.iterdir():
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

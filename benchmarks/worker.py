@@ -10,6 +10,7 @@ Requests and replies are JSON objects, one a line, over standard input and outpu
     {"do": "read", "size": BYTES, "threads": T}  -> {"bytes_per_s"}
     {"do": "convert", "adapter": MODULE, "source": P, "out": P, "scheme": S}  -> what the adapter says of it
     {"do": "versions", "packages": [...]}        -> {"python": V, PACKAGE: V or null ...}
+    {"do": "profile", "path": P, "threads": T, "device": D, "ids": [...], "n": N}   -> {NODE TYPE: ms per token ...}
     {"do": "finish"}                             -> {"rss_bytes", "peak_rss_bytes", "idle_cpu_s"}
 
 A failure that is the user's to mend comes back as {"error": message, "exit_code": n}. A process of its own
@@ -20,11 +21,13 @@ adapter imports, so that it also runs in another Python that holds a peer.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
 import platform
 import sys
+import traceback
 from importlib.metadata import PackageNotFoundError, version
 from time import perf_counter, process_time
 from typing import Any, TextIO
@@ -91,6 +94,8 @@ class Desk:
     def score(self, ids: list[int], last: int, out: str) -> dict[str, Any]:
         import numpy as np
 
+        if not callable(getattr(self.model, "score", None)):
+            return {"error": "it gives no probabilities, so it has no perplexity", "exit_code": 3}
         np.save(out, np.asarray(self.model.score(ids, last), np.float32), allow_pickle=False)
         return {}
 
@@ -106,6 +111,11 @@ class Desk:
     def versions(self, packages: list[str]) -> dict[str, Any]:
         return {"python": platform.python_version(), **{package: installed(package) for package in packages}}
 
+    def profile(self, path: str, threads: int | None, device: str, ids: list[int], n: int) -> dict[str, Any]:
+        from benchmarks.profiling import of_folder
+
+        return of_folder(path, threads, device, ids, n)
+
     def finish(self) -> dict[str, Any]:
         return {"rss_bytes": rss_bytes(), "peak_rss_bytes": peak_rss_bytes(), "idle_cpu_s": self.idle_cpu_s}
 
@@ -114,10 +124,13 @@ class Desk:
             return getattr(self, request.pop("do"))(**request)
         except MemoryError:
             return {"error": "out of memory", "exit_code": 5}
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # a peer may raise anything; it must not end the others
             code = getattr(error, "exit_code", None)
-            if not isinstance(code, int):
-                raise  # a bug: its traceback goes to standard error
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                return {"error": f"{error.strerror}: free some, or choose another place", "exit_code": 5}
+            if not isinstance(code, int):  # a bug of ours or a peer's: its traceback goes to standard error
+                traceback.print_exc()
+                return {"error": f"{type(error).__name__}: {error}", "exit_code": 1}
             return {"error": str(error), "exit_code": code}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -65,6 +66,8 @@ class FakeAdapter:
         self.round = 0
         if "fail" in self.told:
             raise {"user": FakeError, "bug": RuntimeError}[self.told["fail"]]("cannot be opened")
+        if self.told.get("silent"):
+            self.score = None  # type: ignore[assignment]  # an adapter without it
         if self.told.get("spin"):
             threading.Thread(target=self.spin, daemon=True).start()
         os.write(1, b"a library prints to standard output\n")
@@ -103,9 +106,13 @@ def load(path: str, threads: int | None, device: str) -> FakeAdapter:
 
 
 def convert(source: str, out: str, scheme: str) -> dict[str, Any]:
-    """A note of what was converted; scheme "broken" fails half-way."""
+    """A note of what was converted; some schemes fail, here or later."""
     Path(out).mkdir(parents=True)
     if scheme == "broken":
         raise FakeError("cannot be converted")
+    if scheme == "full":
+        raise OSError(errno.ENOSPC, "No space left on device")
     behaviour = {"prefill": 0.5, "decode": 0.25, "vocab": 300, "context": 64}
-    return {"size_bytes": 11, "touched_bytes": 7, "source": source, "scheme": scheme, **behaviour}
+    faults = {"dies": {"dies": True}, "unloadable": {"fail": "bug"}, "silent": {"silent": True}}
+    more = {**behaviour, **faults.get(scheme, {})}
+    return {"size_bytes": 11, "touched_bytes": 7, "source": source, "scheme": scheme, **more}

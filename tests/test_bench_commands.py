@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from dmpt_export.cli import main
+from dmpt_export.commands.bench import node_table
 from tests.tolerances import TOLERANCE
 
 
@@ -110,8 +111,31 @@ def test_bench_of_several_models(exported: dict[str, str], capsys: pytest.Captur
     assert found["models"][0]["tests"][0]["ratio"] == 1
     assert found["models"][1]["tests"][1]["ratio"] > 0
     table = run(capsys, "bench", models[0], *options)
-    assert "pp16" in table and "tg4 @ d16" in table and "±" in table and "GB/s on 1" in table
+    assert "load cold" in table and "pp16" in table and "tg4 @ d16" in table and "±" in table and "GB/s on 1" in table
     assert "ratio" not in table
+
+
+def test_bench_of_several_threads_with_profile_and_curves(
+    exported: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report, stored = tmp_path / "bench.html", tmp_path / "bench.json"
+    options = ("-t", "1,2", "-r", "1", "--loads", "1", "-p", "8", "-n", "4", "-d", "8,40", "--profile")
+    models = (exported["gpt2"], exported["dmpt"])
+    said = run(capsys, "bench", *models, *options, "--report", str(report), "--json")
+    rows = json.loads(said)["models"]
+    assert [(r["name"], r["threads"]) for r in rows] == [("gpt2", 1), ("dmpt", 1), ("gpt2", 2), ("dmpt", 2)]
+    assert all(row["cold_load_s"] > 0 and row["touched_bytes"] > 0 for row in rows)
+    assert rows[0]["shape"] == {"paths": 1, "heads": 1, "fast_k": 0} and rows[1]["shape"]["paths"] == 2
+    assert rows[1]["node_ms"]["If"] > 0 and "If" not in rows[0]["node_ms"]
+    assert rows[0]["node_ms"]["GroupQueryAttention"] > 0
+    text = report.read_text()
+    assert "Decode time against tokens of context" in text and "Decode time against threads" in text
+    stored.write_text(said)
+    out = tmp_path / "out"
+    quick = ("--repetitions", "1", "--prompt", "8", "--gen", "4", "--threads", "1")
+    run(capsys, "compare", exported["gpt2"], *quick, "--growth", str(stored), "--out", str(out))
+    assert "Decode time against threads" in (out / "report.html").read_text()
+    assert "| GroupQueryAttention" in node_table({row["name"]: row["node_ms"] for row in rows[:2]})
 
 
 def test_bench_of_several_sizes_as_csv(exported: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:

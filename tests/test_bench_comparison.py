@@ -17,6 +17,7 @@ from benchmarks.cases import Case
 from benchmarks.comparison import Comparison, Entry, compare
 from benchmarks.quality import Quality
 from benchmarks.reading import reading
+from benchmarks.report import placing
 from benchmarks.results import Speed, Timings
 from benchmarks.row import Row
 from benchmarks.scorer import named
@@ -109,9 +110,11 @@ def test_files_of_a_comparison(tmp_path: Path) -> None:
     result = Comparison([BASE, *TUNED, *DMPT, unmeasured], ["text"], ["dmpt-export", "compare"], {"training": 7})
     result.save(tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "comparison.csv",
         "comparison.json",
         "comparison.md",
         "comparison.png",
+        "report.html",
     ]
     stored = json.loads((tmp_path / "out" / "comparison.json").read_text(), parse_constant=pytest.fail)
     assert [r["name"] for r in stored["rows"]] == [r.name for r in result.rows]
@@ -227,12 +230,14 @@ def test_labels_cover_neither_each_other_nor_markers(
     monkeypatch.setattr(picture, "place_labels", spy)
     picture.draw(rows, tmp_path / "x.png")
     ((axes, labels, markers),) = placed
+    edges = axes.get_window_extent()  # type: ignore[attr-defined]
+    frame = placing.Box(edges.x0, edges.y0, edges.x1, edges.y1)
     assert len(labels) == len(rows)
     for a, b in combinations(labels, 2):
-        assert picture.overlap(a, b) == 0
+        assert placing.overlap(a, b) == 0
     for label in labels:
-        assert sum(picture.overlap(label, marker) for marker in markers) == 0
-        assert picture.outside(label, axes.get_window_extent()) < 1e-6  # type: ignore[attr-defined]
+        assert sum(placing.overlap(label, marker) for marker in markers) == 0
+        assert placing.outside(label, frame) < 1e-6
     header = (tmp_path / "x.png").read_bytes()[:24]
     assert header[:8] == b"\x89PNG\r\n\x1a\n"
     assert struct.unpack(">II", header[16:]) == (1200, 800)

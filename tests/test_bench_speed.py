@@ -85,7 +85,7 @@ def test_a_worker_that_spins_while_others_run_is_seen() -> None:
     ("told", "code", "said"),
     [
         ({"fail": "user"}, 3, "B: cannot be opened"),
-        ({"fail": "bug"}, 1, "timed B ended with code 1"),
+        ({"fail": "bug"}, 1, "B: RuntimeError: cannot be opened"),
         ({"dies": True}, 5, "timed B was killed"),
     ],
 )

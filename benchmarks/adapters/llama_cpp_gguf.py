@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-BATCH = 1024  # tokens of one call at most: GPT-2's context
+from benchmarks.adapters.loop import Stepwise
+
 NAMES = {
     "attn.c_attn": "attn_qkv",
     "attn.c_proj": "attn_output",
@@ -30,8 +31,8 @@ TOP = {"wte.weight": "token_embd.weight", "wpe.weight": "position_embd.weight"} 
 }
 
 
-class LlamaCpp:
-    """A loaded file and one context that is cleared between turns; see benchmarks.adapters.Adapter."""
+class LlamaCpp(Stepwise):
+    """A loaded file and one context that is cleared between turns."""
 
     def __init__(self, path: str, threads: int | None) -> None:
         import llama_cpp
@@ -57,40 +58,31 @@ class LlamaCpp:
     def reset(self) -> None:
         self.api.llama_memory_clear(self.api.llama_get_memory(self.state), True)
 
+    def run(self, batch: Any) -> None:
+        if failed := self.api.llama_decode(self.state, batch):
+            raise ValueError(f"llama_decode failed with {failed}")
+
     def feed(self, ids: list[int]) -> NDArray[np.float32]:
-        """Logits after the last token [V]; valid until the next call."""
         tokens = (self.api.llama_token * len(ids))(*ids)
         start = perf_counter()
-        failed = self.api.llama_decode(self.state, self.api.llama_batch_get_one(tokens, len(ids)))
+        self.run(self.api.llama_batch_get_one(tokens, len(ids)))
         logits = self.api.llama_get_logits_ith(self.state, -1)  # also waits for the result
-        self.native_s += perf_counter() - start
-        if failed:
-            raise ValueError(f"llama_decode failed with {failed}")
+        self.native_s = (self.native_s or 0.0) + perf_counter() - start
         return np.ctypeslib.as_array(logits, (self.vocab_size,))
 
-    def prefill(self, ids: list[int]) -> float:
+    def logits(self, ids: list[int], last: int) -> NDArray[np.float32]:
         self.reset()
-        start = perf_counter()
-        self.feed(ids)
-        return perf_counter() - start
-
-    def decode(self, ids: list[int], n: int) -> tuple[float, list[int], list[int]]:
-        self.reset()
-        logits = self.feed(ids)
-        fed: list[int] = []
-        self.native_s = 0.0
-        start = perf_counter()
-        for _ in range(n):
-            fed.append(int(logits.argmax()))
-            logits = self.feed(fed[-1:])
-        return perf_counter() - start, fed, [0] * n
-
-    def score(self, ids: list[int], last: int) -> NDArray[np.float32]:
-        self.reset()
-        rows = [np.array(self.feed(ids[: len(ids) - last + 1]))]
-        rows += [np.array(self.feed([token])) for token in ids[len(ids) - last + 1 :]]
-        logits = np.stack(rows).astype(np.float64)
-        return (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)).astype(np.float32)
+        batch = self.api.llama_batch_init(len(ids), 0, 1)
+        try:
+            batch.n_tokens = len(ids)
+            for i, token in enumerate(ids):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, i, 1, 0
+                batch.logits[i] = i >= len(ids) - last
+            self.run(batch)
+            rows = self.api.llama_get_logits(self.state)
+            return np.array(np.ctypeslib.as_array(rows, (last, self.vocab_size)))
+        finally:
+            self.api.llama_batch_free(batch)
 
 
 def load(path: str, threads: int | None, device: str) -> LlamaCpp:

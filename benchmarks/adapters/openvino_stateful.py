@@ -15,6 +15,8 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.adapters.loop import Stepwise
+
 MODEL = "openvino_model.xml"
 # int8 as optimum-intel does it by itself (a scale and a zero point per channel); int4 in blocks of 32 as in this
 # project, head and embedding included.
@@ -24,8 +26,8 @@ SCHEMES: dict[str, dict[str, Any]] = {
 }
 
 
-class OpenVino:
-    """A loaded folder and one request whose state is reset between turns; see benchmarks.adapters.Adapter."""
+class OpenVino(Stepwise):
+    """A loaded folder and one request whose state is reset between turns."""
 
     def __init__(self, path: str, threads: int | None) -> None:
         import openvino
@@ -45,8 +47,8 @@ class OpenVino:
         self.request.reset_state()
         self.fed = 0
 
-    def feed(self, ids: list[int]) -> NDArray[np.float32]:
-        """Logits [1, S, V]; valid until the next call."""
+    def rows(self, ids: list[int]) -> NDArray[np.float32]:
+        """Logits [S, V] of what is fed to the sequence; valid until the next call."""
         first, self.fed = self.fed, self.fed + len(ids)
         inputs = {
             "input_ids": np.array([ids], np.int64),
@@ -56,31 +58,16 @@ class OpenVino:
         }
         start = perf_counter()
         self.request.infer({name: value for name, value in inputs.items() if name in self.names}, share_inputs=True)
-        self.native_s += perf_counter() - start
-        logits: NDArray[np.float32] = self.request.get_output_tensor(0).data
+        self.native_s = (self.native_s or 0.0) + perf_counter() - start
+        logits: NDArray[np.float32] = self.request.get_output_tensor(0).data[0]
         return logits
 
-    def prefill(self, ids: list[int]) -> float:
-        self.reset()
-        start = perf_counter()
-        self.feed(ids)
-        return perf_counter() - start
+    def feed(self, ids: list[int]) -> NDArray[np.float32]:
+        return self.rows(ids)[-1]
 
-    def decode(self, ids: list[int], n: int) -> tuple[float, list[int], list[int]]:
+    def logits(self, ids: list[int], last: int) -> NDArray[np.float32]:
         self.reset()
-        logits = self.feed(ids)
-        fed: list[int] = []
-        self.native_s = 0.0
-        start = perf_counter()
-        for _ in range(n):
-            fed.append(int(logits[0, -1].argmax()))
-            logits = self.feed(fed[-1:])
-        return perf_counter() - start, fed, [0] * n
-
-    def score(self, ids: list[int], last: int) -> NDArray[np.float32]:
-        self.reset()
-        logits = self.feed(ids)[0, -last:].astype(np.float64)
-        return (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)).astype(np.float32)
+        return self.rows(ids)[-last:]
 
 
 def load(path: str, threads: int | None, device: str) -> OpenVino:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.adapters.loop import Stepwise
 
-class Optimum:
-    """A loaded folder; see benchmarks.adapters.Adapter. Steps call forward(), without generate()'s loop."""
+
+class Optimum(Stepwise):
+    """A loaded folder and its growing cache. Steps call forward(), without generate()'s loop."""
 
     def __init__(self, path: str, threads: int | None) -> None:
         import onnxruntime
@@ -23,41 +24,37 @@ class Optimum:
         if threads:
             options.intra_op_num_threads = threads
             torch.set_num_threads(threads)
-        self.torch = torch
+        self.torch, self.past, self.seen = torch, None, 0
         self.model = ORTModelForCausalLM.from_pretrained(
             path, file_name=graph(Path(path)).name, session_options=options
         )
         self.context, self.vocab_size = self.model.config.n_positions, self.model.config.vocab_size
         self.threads = int(torch.get_num_threads())
 
-    def feed(self, ids: list[int], past: Any = None, seen: int = 0) -> Any:
-        torch = self.torch
-        total = seen + len(ids)
-        return self.model(
+    def reset(self) -> None:
+        self.past, self.seen = None, 0
+
+    def rows(self, ids: list[int]) -> NDArray[np.float32]:
+        """Logits [S, V] of what is fed to the sequence."""
+        torch, first = self.torch, self.seen
+        self.seen += len(ids)
+        out = self.model(
             input_ids=torch.tensor([ids]),
-            attention_mask=torch.ones(1, total, dtype=torch.int64),
-            position_ids=torch.arange(seen, total)[None],
-            past_key_values=past,
+            attention_mask=torch.ones(1, self.seen, dtype=torch.int64),
+            position_ids=torch.arange(first, self.seen)[None],
+            past_key_values=self.past,
             use_cache=True,
         )
-
-    def prefill(self, ids: list[int]) -> float:
-        start = perf_counter()
-        self.feed(ids)
-        return perf_counter() - start
-
-    def decode(self, ids: list[int], n: int) -> tuple[float, list[int], list[int]]:
-        out = self.feed(ids)
-        fed: list[int] = []
-        start = perf_counter()
-        for i in range(n):
-            fed.append(int(out.logits[0, -1].argmax()))
-            out = self.feed(fed[-1:], out.past_key_values, len(ids) + i)
-        return perf_counter() - start, fed, [0] * n
-
-    def score(self, ids: list[int], last: int) -> NDArray[np.float32]:
-        found: NDArray[np.float32] = self.feed(ids).logits[0, -last:].log_softmax(-1).numpy()
+        self.past = out.past_key_values
+        found: NDArray[np.float32] = out.logits[0].numpy()
         return found
+
+    def feed(self, ids: list[int]) -> NDArray[np.float32]:
+        return self.rows(ids)[-1]
+
+    def logits(self, ids: list[int], last: int) -> NDArray[np.float32]:
+        self.reset()
+        return self.rows(ids)[-last:]
 
 
 def load(path: str, threads: int | None, device: str) -> Optimum:

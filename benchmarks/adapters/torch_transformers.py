@@ -1,66 +1,75 @@
-"""The peer that everybody has: Transformers' GPT2LMHeadModel in torch, float32, with its own cache."""
+"""The peer that everybody has: Transformers' GPT2LMHeadModel in torch, float32 or bfloat16, with its own cache."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.adapters import FACTS
+from benchmarks.adapters.loop import Stepwise
+
+BYTES = {"fp32": 4, "bf16": 2}  # of a weight, by scheme
 
 
-class Transformers:
-    """A loaded folder; see benchmarks.adapters.Adapter. Steps call forward(), without generate()'s loop."""
+class Transformers(Stepwise):
+    """A model and its growing cache. Steps call forward(), without generate()'s loop."""
 
-    def __init__(self, path: str, threads: int | None) -> None:
+    def __init__(self, model: Any, threads: int | None) -> None:
         import torch
-        from transformers import GPT2LMHeadModel
 
         if threads:
             torch.set_num_threads(threads)
-        source = json.loads((Path(path) / FACTS).read_text(encoding="utf-8"))["source"]
-        self.torch = torch
-        self.model = GPT2LMHeadModel.from_pretrained(source).eval()
-        self.context, self.vocab_size = self.model.config.n_positions, self.model.config.vocab_size
+        self.torch, self.model, self.past = torch, model.eval(), None
+        self.context, self.vocab_size = model.config.n_positions, model.config.vocab_size
         self.threads = int(torch.get_num_threads())
 
-    def feed(self, ids: list[int], past: Any = None, last: int = 1) -> Any:
+    def reset(self) -> None:
+        self.past = None
+
+    def rows(self, ids: list[int], last: int) -> NDArray[np.float32]:
+        """Logits after the last `last` of `ids`, fed to the sequence: [last, V]."""
         with self.torch.inference_mode():
             batch = self.torch.tensor([ids])
-            return self.model(batch, past_key_values=past, use_cache=True, logits_to_keep=last)
-
-    def prefill(self, ids: list[int]) -> float:
-        start = perf_counter()
-        self.feed(ids)
-        return perf_counter() - start
-
-    def decode(self, ids: list[int], n: int) -> tuple[float, list[int], list[int]]:
-        out = self.feed(ids)
-        fed: list[int] = []
-        start = perf_counter()
-        for _ in range(n):
-            fed.append(int(out.logits[0, -1].argmax()))
-            out = self.feed(fed[-1:], out.past_key_values)
-        return perf_counter() - start, fed, [0] * n
-
-    def score(self, ids: list[int], last: int) -> NDArray[np.float32]:
-        logits = self.feed(ids, last=last).logits[0]
-        found: NDArray[np.float32] = logits.log_softmax(-1).numpy()
+            out = self.model(batch, past_key_values=self.past, use_cache=True, logits_to_keep=last)
+            self.past = out.past_key_values
+            found: NDArray[np.float32] = out.logits[0].float().numpy()
         return found
+
+    def feed(self, ids: list[int]) -> NDArray[np.float32]:
+        return self.rows(ids, 1)[0]
+
+    def logits(self, ids: list[int], last: int) -> NDArray[np.float32]:
+        self.reset()
+        return self.rows(ids, last)
 
 
 def load(path: str, threads: int | None, device: str) -> Transformers:
-    return Transformers(path, threads)
+    import torch
+    from transformers import GPT2LMHeadModel
+
+    facts = json.loads((Path(path) / FACTS).read_text(encoding="utf-8"))
+    model = GPT2LMHeadModel.from_pretrained(facts["source"])
+    return Transformers(model.to(torch.bfloat16) if facts["scheme"] == "bf16" else model.float(), threads)
 
 
 def convert(source: str, out: str, scheme: str) -> dict[str, Any]:
     """Nothing to convert: only where the folder lies is kept. A step reads all weights but the positions."""
+    from safetensors import safe_open
+
     Path(out).mkdir(parents=True, exist_ok=True)
-    config = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
-    size = (Path(source) / "model.safetensors").stat().st_size
-    touched = size - 4 * config["n_positions"] * config["n_embd"]
-    return {"source": source, "size_bytes": size, "touched_bytes": touched}
+    weights = positions = 0
+    with safe_open(Path(source) / "model.safetensors", "np") as file:
+        for name in file.keys():  # noqa: SIM118  # not a dict
+            n = int(np.prod(file.get_slice(name).get_shape()))
+            weights, positions = weights + n, positions + n * name.endswith("wpe.weight")
+    size = BYTES[scheme] * weights
+    return {
+        "source": source,
+        "scheme": scheme,
+        "size_bytes": size,
+        "touched_bytes": size - BYTES[scheme] * positions,
+    }

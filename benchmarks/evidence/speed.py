@@ -130,8 +130,13 @@ class Workshop:
         return found, absent
 
 
-def agreement(targets: list[Target], vocab_size: int, context: int, work: Path) -> dict[str, dict[str, float]]:
-    """How far every way to run the same GPT-2 is from Transformers in float32, by target name; {} without it."""
+def agreement(
+    targets: list[Target], vocab_size: int, context: int, work: Path, failed: dict[str, str]
+) -> dict[str, dict[str, float]]:
+    """How far every way to run the same GPT-2 is from Transformers in float32, by target name; {} without it.
+
+    failed: gets the reason of each that cannot say.
+    """
     reference = next((t for t in targets if t.name == REFERENCE), None)
     if reference is None:
         return {}
@@ -139,7 +144,10 @@ def agreement(targets: list[Target], vocab_size: int, context: int, work: Path) 
     expected = peers.scores(reference, ids, SCORED, work / "scores.npy")
     found = {}
     for t in targets:
-        found[t.name] = dict(peers.divergence(expected, peers.scores(t, ids, SCORED, work / "scores.npy")))
+        try:
+            found[t.name] = dict(peers.divergence(expected, peers.scores(t, ids, SCORED, work / "scores.npy")))
+        except WorkerFailed as error:
+            failed[t.name] = str(error)
     return found
 
 
@@ -153,20 +161,25 @@ def run(options: argparse.Namespace, sizes: dict[str, Any]) -> str:
     schemes = options.schemes.split(",")
     theirs, absent = workshop.theirs(dict(pair.split("=", 1) for pair in options.peer_python))
     ours = workshop.ours(schemes)
-    same = [t for t in ours if t.name.startswith("GPT-2")] + theirs
     say("comparing what they say")
     context = int(sizes.get("n_positions", 1024))
-    agreed = agreement(same, workshop.vocab_size, context, options.work)
+    same = [t for t in ours if t.name.startswith("GPT-2")] + theirs
+    failed: dict[str, str] = {}
+    agreed = agreement(same, workshop.vocab_size, context, options.work, failed)
     tables = []
     for threads in map(int, options.threads.split(",")):
         prompt, gen, depths = min(PROMPT, context), min(GEN, context // 4), [min(SHALLOW, context // 4), DEEP]
         depths[1] = min(DEEP, context - gen)
+        left = [t for t in [*ours, *theirs] if t.name not in failed]
         speeds = measure(
-            [*ours, *theirs], prompt, gen, options.repetitions, threads, depth=depths, roof=True, fixed_prompt=True,
-            fixed_gen=True,
+            left, prompt, gen, options.repetitions, threads, depth=depths, roof=True, fixed_prompt=True, fixed_gen=True,
+            failures=failed,
         )  # fmt: skip
-        tables.append(report(speeds, agreed, absent))
-        write(options.work / f"speed-{threads}.json", speeds, agreed, absent)
+        if broken := [failed[t.name] for t in ours if t.name in failed]:
+            raise WorkerFailed(broken[0], 4)  # a peer may fail, ours may not
+        missing = [*absent, *(f"{name} is not measured: {why}" for name, why in failed.items())]
+        tables.append(report(speeds, agreed, missing))
+        write(options.work / f"speed-{threads}.json", speeds, agreed, missing)
     return "\n\n".join(tables) + "\n"
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dmpt_export.commands.eval import dequantize
 from dmpt_export.extras import require
+
+if TYPE_CHECKING:
+    from benchmarks.comparison import Comparison
+    from benchmarks.contestants import Entry
 
 
 @click.command("compare", short_help="Put models side by side: size, quality, speed.")
@@ -15,9 +21,16 @@ from dmpt_export.extras import require
 @click.option("--data", multiple=True, type=click.Path(dir_okay=False), metavar="FILE",
               help="Text to score, as in eval. Without it only sizes and speeds are compared.")  # fmt: skip
 @click.option("--out", type=click.Path(file_okay=False),
-              help="Folder for comparison.json, comparison.md and comparison.png.")  # fmt: skip
+              help="Folder for report.html and comparison.json, .md, .csv and .png.")  # fmt: skip
 @click.option("--control", multiple=True, metavar="NAME",
               help="A row that is plain GPT-2 fine-tuned on the same tokens as the DMPT rows.")  # fmt: skip
+@click.option("--peers", metavar="GPT2",
+              help="Also every peer that is installed, on this GPT-2 folder or hub id. Absent ones are listed with the "
+              "command that installs them.")  # fmt: skip
+@click.option("--peer-python", multiple=True, metavar="PEER=PYTHON",
+              help="The interpreter that holds a peer, where it is not this one.")  # fmt: skip
+@click.option("--growth", multiple=True, type=click.Path(exists=True, dir_okay=False), metavar="FILE",
+              help="What `bench --json` printed, to be drawn in the report's growth curves.")  # fmt: skip
 @click.option("--max-length", type=click.IntRange(min=2), metavar="N",
               help="Tokens in a window. Default: 1024, or the smallest context if that is less.")  # fmt: skip
 @click.option("--stride", type=click.IntRange(min=1), metavar="N",
@@ -32,6 +45,9 @@ def command(
     data: tuple[str, ...],
     out: str | None,
     control: tuple[str, ...],
+    peers: str | None,
+    peer_python: tuple[str, ...],
+    growth: tuple[str, ...],
     max_length: int | None,
     stride: int | None,
     prompt: int,
@@ -40,32 +56,37 @@ def command(
     threads: int | None,
     device: str,
 ) -> None:
-    """Compare any mix of models: GPT-2 folders or hub ids, DMPT and quantized folders, ONNX folders.
+    """Compare any mix of models: GPT-2 folders or hub ids, DMPT and quantized folders, ONNX folders, peers.
 
-    NAME=MODEL gives a model another name. All are scored on the same text in the same windows, and the ONNX
-    folders timed in one interleaved schedule, each in a process of its own; checkpoints have no speed (-).
+    NAME=MODEL gives a model another name. All are scored on the same text in the same windows; ONNX folders and peers
+    are timed in one interleaved schedule, each in a process of its own; checkpoints have no speed (-).
     Whether DMPT gains anything can only be said beside a GPT-2 that was fine-tuned on the same tokens: mark it
     with --control.
 
+    A peer is another runtime that runs a plain GPT-2: openvino:int8@GPT2, llama.cpp:q4_0@GPT2 and so on; --peers GPT2
+    takes all that are installed. One that fails is a row that says why.
+
     \b
-    Example:
+    Examples:
       dmpt-export compare tuned=gpt2-device device --control tuned --data wiki.test.raw --out report
+      dmpt-export compare gpt2-device device --peers ./gpt2 --peer-python openvino=/venv/bin/python --out report
     """
+    with_peers = peers is not None or any("@" in model for model in models)
     exported = [(Path(model.partition("=")[2] or model) / "dmpt_manifest.json").is_file() for model in models]
-    wanted = {device: any(exported), "train": not all(exported) or out is not None, "bench": bool(out and data)}
+    needs_torch = with_peers or not all(exported) or out is not None
+    wanted = {device: any(exported), "train": needs_torch, "bench": bool(out and data)}
     require(*(extra for extra, needed in wanted.items() if needed))
-    from benchmarks.comparison import Entry, compare
-    from benchmarks.scorer import named
+    from benchmarks.comparison import compare
+    from benchmarks.contestants import peers_of
     from training.data import check_source
 
     for text in data:
         check_source(text)
-    entries = [Entry(name, path, control=name in control) for name, path in named(models)]
-    if unknown := set(control) - {entry.name for entry in entries}:
-        names = ", ".join(entry.name for entry in entries)
-        raise click.UsageError(f"--control {', '.join(sorted(unknown))} names no model here; these are: {names}")
+    pythons = interpreters(peer_python)
+    entries = entries_of(models, control)
+    more, absent = peers_of(peers, pythons) if peers else ([], [])
     result = compare(
-        entries,
+        [*entries, *more],
         data,
         out,
         threads=threads,
@@ -76,11 +97,63 @@ def command(
         gen=gen,
         repetitions=repetitions,
         dequantize=dequantize,
+        pythons=pythons,
+        absent=absent,
+        growth=[row for file in growth for row in bench_rows(file)],
+        show=show,
     )
-    click.echo(f"{result.table()}\n\n{result.reading}\n{result.conditions()}")
     if out is None:
-        click.echo("Add --out DIR to keep this as JSON and Markdown, with a picture.", err=True)
+        click.echo("Add --out DIR to keep this, with a report of figures.", err=True)
     else:
-        click.echo(
-            f"Written to {out}" + ("" if result.has_picture else "; without --data there is no picture"), err=True
-        )
+        more_data = "" if result.has_picture else "; with --data it would also compare quality"
+        click.echo(f"Written to {out}: open {Path(out) / 'report.html'}{more_data}", err=True)
+
+
+def show(result: Comparison) -> None:
+    """On the terminal; before it is written, so that a full disk does not take it away."""
+    click.echo("\n".join([result.table(), "", result.reading, *result.notes(), result.conditions()]))
+
+
+def entries_of(models: tuple[str, ...], control: tuple[str, ...]) -> list[Entry]:
+    """What the arguments name. Raises UsageError for a control that is none of them."""
+    from benchmarks.contestants import Entry
+    from benchmarks.peers import parse
+    from benchmarks.scorer import named
+
+    entries = []
+    for name, path in named(models):
+        if peer := parse(path):
+            kind, scheme, source = peer
+            called = f"{kind} {scheme}" if name in (path, Path(path).name) else name
+            entries.append(Entry(called, source, scheme=scheme, peer=kind))
+        else:
+            entries.append(Entry(name, path, control=name in control))
+    if unknown := set(control) - {entry.name for entry in entries if entry.peer is None}:
+        names = ", ".join(entry.name for entry in entries if entry.peer is None)
+        raise click.UsageError(f"--control {', '.join(sorted(unknown))} names no model here; these are: {names}")
+    return entries
+
+
+def interpreters(pairs: tuple[str, ...]) -> dict[str, str]:
+    """PEER=PYTHON ... as a dict. Raises UsageError for what is no such pair."""
+    from benchmarks.peers import PEERS
+
+    out = {}
+    for pair in pairs:
+        name, equals, python = pair.partition("=")
+        if not (equals and python) or name not in PEERS:
+            raise click.UsageError(f"--peer-python {pair}: give PEER=PYTHON with one of {', '.join(PEERS)}")
+        out[name] = python
+    return out
+
+
+def bench_rows(file: str) -> list[dict[str, Any]]:
+    """The models of a file that `bench --json` wrote. Raises BadParameter for another file."""
+    try:
+        found = json.loads(Path(file).read_text(encoding="utf-8"))
+        rows: list[dict[str, Any]] = found.get("models", [found])
+        if not all({"name", "threads", "scheme", "shape", "tests"} <= row.keys() for row in rows):
+            raise ValueError
+    except (OSError, ValueError, AttributeError) as error:
+        raise click.BadParameter(f"{file} is not what `dmpt-export bench --json` prints") from error
+    return rows

@@ -33,8 +33,8 @@ def command(out: Path, data: tuple[Path, ...], seed: int, scale: float) -> None:
     Makes a corpus of the documentation inside this Python and a tokenizer for it; trains a small GPT-2;
     fine-tunes it, and a dual-path DMPT made from it, on the same number of tokens; quantizes both to int8 and
     int4; exports all to ONNX and checks each export against torch; lets the quantized DMPT write some text; and
-    prints a table of sizes, held-out perplexity and speed, also written as comparison.json, comparison.md and
-    comparison.png.
+    prints a table of sizes, held-out perplexity and speed, also written as report.html and comparison.json, .md,
+    .csv and .png.
 
     \b
     Examples:
@@ -51,5 +51,5 @@ def command(out: Path, data: tuple[Path, ...], seed: int, scale: float) -> None:
 
     demo = Demo(out, data, seed, Settings().scaled(scale))
     demo.run()
-    click.echo(f"\nEverything is in {out}; the picture is {out / 'comparison.png'}", err=True)
+    click.echo(f"\nEverything is in {out}; open {out / 'report.html'}", err=True)
     click.echo(f'Try: dmpt-export run {out / "onnx" / "dmpt-int8"} "Return a new"', err=True)

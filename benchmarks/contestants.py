@@ -1,0 +1,157 @@
+"""The models of a comparison, each opened for its quality and its speed, whatever kind it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks import peers, speed
+from benchmarks.peer_scorer import PeerScorer
+from benchmarks.processes import WorkerFailed
+from benchmarks.row import Row
+from benchmarks.scorer import Scorer, context_of, kind_of, open_scorer
+from runtime.manifest import read_manifest
+from training.errors import InputError
+
+if TYPE_CHECKING:
+    from training.model import DMPTForCausalLM
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model to be compared."""
+
+    name: str
+    path: str
+    family: str | None = None  # what a colour stands for in the picture; None: told from the model
+    scheme: str | None = None  # None: told from the model
+    control: bool = False  # plain GPT-2 fine-tuned on the same tokens as the DMPT rows
+    peer: str | None = None  # another runtime (benchmarks.peers) that runs the GPT-2 at `path`, in `scheme`
+
+    @property
+    def kind(self) -> str:
+        return "peer" if self.peer else kind_of(self.path)
+
+
+@dataclass
+class Opener:
+    """How models are opened; what peers are converted to lies in `work` as long as the comparison runs."""
+
+    work: Path
+    threads: int | None = None
+    device: str = "cpu"
+    dequantize: Callable[[str | Path], DMPTForCausalLM] | None = None
+    pythons: dict[str, str] = field(default_factory=dict)  # peer -> the interpreter that holds it
+
+    def open(self, entry: Entry) -> Scorer:
+        """Raises InputError, and for a peer WorkerFailed, when it cannot be opened."""
+        if entry.peer is None:
+            return open_scorer(entry.path, self.threads, self.device, name=entry.name, dequantize=self.dequantize)
+        from training import checkpoint
+
+        target = self.target(entry)
+        assert target and entry.scheme
+        return PeerScorer(target, entry.scheme, checkpoint.resolve(entry.path), self.gpt2(entry), self.threads)
+
+    def gpt2(self, entry: Entry) -> Path:
+        return peers.gpt2_folder(entry.path, self.folder(entry, "gpt2"))
+
+    def folder(self, entry: Entry, kind: str) -> Path:
+        """One for each kind and source, so that schemes of one source do not convert it twice."""
+        return self.work / kind / entry.path.strip("/.").replace("/", "_")
+
+    def target(self, entry: Entry) -> speed.Target | None:
+        """What is timed; None for checkpoints, which have no speed. Converts a peer, once."""
+        if entry.kind == "onnx":
+            return speed.target(entry.name, entry.path)
+        if entry.peer is None or entry.scheme is None:
+            return None
+        out = self.folder(entry, f"{entry.peer}-{entry.scheme}")
+        return peers.prepare(entry.peer, entry.scheme, self.gpt2(entry), out, self.pythons.get(entry.peer), entry.name)
+
+    def versions(self, entry: Entry) -> dict[str, str]:
+        """Of a peer's packages and its Python; {} for models of this project."""
+        if entry.peer is None:
+            return {}
+        known: dict[str, str] = peers.read_facts(self.folder(entry, f"{entry.peer}-{entry.scheme}"))["versions"]
+        return known
+
+
+def row_of(entry: Entry, scorer: Scorer) -> Row:
+    """The row of a model that was opened, without figures yet."""
+    return Row(
+        name=entry.name,
+        path=entry.path,
+        kind=entry.kind,
+        is_dmpt=scorer.family == "DMPT",
+        family=entry.family or ("GPT-2 fine-tuned" if entry.control else scorer.family),
+        scheme=entry.scheme or scorer.scheme,
+        control=entry.control,
+        parameters=scorer.parameters,
+        parameters_touched_per_token=scorer.parameters_touched_per_token,
+        size_bytes=scorer.size_bytes,
+        shape=shape_of(entry),
+    )
+
+
+def failed_row(entry: Entry, failure: str) -> Row:
+    """Of a model that could not be opened at all."""
+    return Row(
+        entry.name, entry.path, entry.kind, False, entry.family or entry.peer or "?", entry.scheme or "?",
+        entry.control, 0, 0, 0, failure=failure,
+    )  # fmt: skip
+
+
+def shape_of(entry: Entry) -> dict[str, int]:
+    """Paths, heads of a path, fast_k (0: none): what speed may depend on. {} for peers."""
+    if entry.peer:
+        return {}
+    return onnx_shape(entry.path) if entry.kind == "onnx" else checkpoint_shape(entry.path)
+
+
+def onnx_shape(folder: str | Path) -> dict[str, int]:
+    manifest = read_manifest(Path(folder))
+    heads = max(len(own) for own in manifest.head_allocation.values())
+    return {"paths": len(manifest.leaves), "heads": heads, "fast_k": manifest.raw["config"].get("fast_k") or 0}
+
+
+def checkpoint_shape(source: str | Path) -> dict[str, int]:
+    from training import checkpoint
+
+    config = checkpoint.read_config(source)
+    heads = max(len(own) for own in config.head_allocation.values())
+    return {"paths": len(config.leaves), "heads": heads, "fast_k": config.fast_k or 0}
+
+
+def peers_of(source: str, pythons: dict[str, str]) -> tuple[list[Entry], list[str]]:
+    """Every installed peer in each of its schemes on the GPT-2 at `source`, and how to get the absent ones."""
+    found, absent = [], []
+    for name, peer in peers.PEERS.items():
+        try:
+            lacking = peers.missing(name, pythons.get(name))
+        except WorkerFailed as error:
+            raise InputError(str(error)) from error
+        if lacking:
+            absent.append(f"{name} is not measured: it lacks {', '.join(lacking)}; {peer.install}")
+        else:
+            found += [Entry(f"{name} {scheme}", source, scheme=scheme, peer=name) for scheme in peer.schemes]
+    return found, absent
+
+
+def check(entries: list[Entry], out: str | Path | None) -> int:
+    """Refuse what cannot be compared before anything long begins; the smallest context among the models."""
+    if not entries:
+        raise InputError("nothing to compare: give one or more models")
+    names = [entry.name for entry in entries]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"several models are called {', '.join(twice)}: tell them apart with NAME=PATH")
+    for entry in entries:
+        if entry.peer:
+            peers.check_plain(entry.path)
+    if out is not None:
+        from training.checkpoint import check_replaceable
+
+        check_replaceable(Path(out), "comparison")
+    return min(context_of(entry.path) for entry in entries)

@@ -1,0 +1,122 @@
+"""Size against perplexity, speed as the marker's area, and the line of those that no other model beats."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+from benchmarks.ranking import front
+from benchmarks.report import svg
+from benchmarks.report.placing import Box, best_spot, distance
+from benchmarks.row import Row
+
+WIDTH, HEIGHT = 460.0, 400.0
+LARGEST, SMALLEST, RING = 20.0, 4.0, 5.0  # radii
+KNOWN = {"GPT-2": 0, "GPT-2 base": 0, "GPT-2 fine-tuned": 1, "DMPT": 2}  # family -> colour
+NAMED = 9  # with more models than this the markers have numbers
+LONGEST = 20  # letters of a label
+
+
+def families(rows: Sequence[Row]) -> dict[str, int]:
+    """Family -> colour: its own where it has one that no family before it took."""
+    out: dict[str, int] = {}
+    for family in dict.fromkeys(row.family for row in rows):
+        own = KNOWN.get(family)
+        out[family] = own if own is not None and own not in out.values() else max([2, *out.values()]) + 1
+    return out
+
+
+def draw(rows: Sequence[Row]) -> svg.Markup:
+    """The figure and its legend; rows are numbered from 1 as in the table, those without perplexity left out."""
+    numbered = [(str(i), row) for i, row in enumerate(rows, 1) if row.quality]
+    shown = [row for _, row in numbered]
+    if not shown:
+        return svg.Markup()
+    x = svg.Scale.around([row.size_bytes / 1e6 for row in shown], 50, WIDTH - 16, log=True)
+    perplexities = [row.quality.perplexity for row in shown if row.quality]
+    wide = max(perplexities) > 3 * min(perplexities)
+    y = svg.Scale.around(perplexities, HEIGHT - 46, 28, log=wide)
+    colours = families(rows)
+    best = max((row.decode_tokens_per_s or 0.0 for row in shown), default=0.0) or 1.0
+    parts = [svg.axes(x, y, "file size, MB (log scale)", f"perplexity{' (log scale)' if wide else ''}")]
+    points = front_points(shown, x, y)
+    path = " ".join(f"{svg.number(a)},{svg.number(b)}" for a, b in points)
+    parts.append(svg.tag("polyline", points=path, fill="none", class_="front"))
+    centres = {row.name: (x(row.size_bytes / 1e6), y(row.quality.perplexity)) for row in shown if row.quality}
+    radii = {row.name: radius(row, best) for row in shown}
+    on_top = sorted(shown, key=lambda row: -radii[row.name])  # small markers over large ones
+    parts += [marker(row, centres[row.name], radii[row.name], colours[row.family]) for row in on_top]
+    frame = Box(x.start, y.end, x.end, y.start)
+    parts += labels(numbered, centres, radii, frame, colours, along(points))
+    name = "Size, perplexity and speed: " + "; ".join(said(row) for row in shown)
+    figure = svg.picture(name, WIDTH, HEIGHT, *parts)
+    timed = "The marker's area is decode tokens/s; a hollow ring was not timed. "
+    note = f"Better: lower, further left, larger. {timed}The dashed line joins those that no other beats in both."
+    used = [family for family in colours if any(row.family == family for row in shown)]
+    key = svg.legend(used, [colours[family] for family in used])
+    return svg.tag("figure", key, figure, svg.tag("figcaption", note), aria_label="Size, perplexity and speed")
+
+
+def radius(row: Row, best: float) -> float:
+    speed = row.decode_tokens_per_s
+    return max(SMALLEST, LARGEST * math.sqrt(speed / best)) if speed else RING
+
+
+def said(row: Row) -> str:
+    speed = f", {row.decode_tokens_per_s:.0f} tokens/s" if row.decode_tokens_per_s else ""
+    return (
+        f"{row.name}: {row.size_bytes / 1e6:.3g} MB, perplexity {row.quality.perplexity:.2f}{speed}"
+        if row.quality
+        else ""
+    )
+
+
+def marker(row: Row, centre: tuple[float, float], size: float, index: int) -> svg.Markup:
+    ring = (
+        {"fill": "none", "stroke_width": 2} if row.speed is None else {"fill": svg.colour(index), "fill_opacity": 0.9}
+    )
+    stroke = svg.colour(index) if row.speed is None else "var(--paper)"
+    return svg.tag("circle", svg.tag("title", said(row)), cx=centre[0], cy=centre[1], r=size, stroke=stroke, **ring)
+
+
+def front_points(rows: Sequence[Row], x: svg.Scale, y: svg.Scale) -> list[tuple[float, float]]:
+    """Pixels of the models that no other beats in size and perplexity, from small to large."""
+    names = set(front(rows, ("size", "perplexity")))
+    found = sorted((row.size_bytes / 1e6, row.quality.perplexity) for row in rows if row.name in names and row.quality)
+    return [(x(a), y(b)) for a, b in found]
+
+
+def along(points: Sequence[tuple[float, float]]) -> list[Box]:
+    """Small boxes on the lines between the points: what labels keep clear of."""
+    out = []
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        steps = max(1, int(math.hypot(x1 - x0, y1 - y0) / 6))
+        out += [Box.around(x0 + (x1 - x0) * i / steps, y0 + (y1 - y0) * i / steps, 4, 4) for i in range(steps)]
+    return out
+
+
+def labels(
+    numbered: Sequence[tuple[str, Row]],
+    centres: dict[str, tuple[float, float]],
+    radii: dict[str, float],
+    frame: Box,
+    colours: dict[str, int],
+    line_boxes: Sequence[Box],
+) -> list[svg.Markup]:
+    """Names, or numbers where there are many; with a line to the marker where the label had to go far."""
+    boxes = [Box.around(*centres[row.name], 2 * radii[row.name], 2 * radii[row.name]) for _, row in numbered]
+    parts: list[svg.Markup] = []
+    taken = [*boxes, *line_boxes]
+    for text, row in numbered:
+        if len(numbered) <= NAMED:
+            text = row.name if len(row.name) <= LONGEST else f"{row.name[: LONGEST - 1]}…"
+        centre = centres[row.name]
+        spot = best_spot(centre, radii[row.name], svg.LETTER * len(text) + 6, svg.FONT + 4, frame, taken)
+        taken.append(spot)
+        (at, middle), shade = spot.centre, svg.colour(colours[row.family])
+        if distance(centre, spot) - radii[row.name] > 20:
+            line = {"x1": centre[0], "y1": centre[1], "x2": at, "y2": middle}
+            parts.append(svg.tag("line", **line, stroke=shade, stroke_opacity=0.6))
+        parts.append(svg.tag("text", text, x=at, y=middle + 4, text_anchor="middle", class_="label"))
+    return parts

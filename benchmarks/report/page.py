@@ -1,0 +1,155 @@
+"""The whole page of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.ranking import front
+from benchmarks.report import frontier, growth, layers, routes, svg
+from benchmarks.report.svg import Markup, tag, together
+from benchmarks.row import HEADERS, Row, cells
+
+if TYPE_CHECKING:
+    from benchmarks.comparison import Comparison
+
+# Okabe and Ito's palette for all kinds of colour vision, lighter on dark ground.
+LIGHT = ("#6b6b6b", "#0072b2", "#d55e00", "#009e73", "#b3558c", "#b07d00", "#3a93c4", "#7a5195", "#5b7f00", "#a33b3b")
+DARK = ("#a8a8a8", "#5db2ea", "#ff8f4a", "#3fcf9f", "#e29cc4", "#e6b422", "#8fd0f5", "#b795d6", "#a4c94b", "#ef8a8a")
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # the browser refuses whatever else
+FIRST = ("model", "perplexity", "decode tokens/s", "file size")
+STYLE = """
+:root{color-scheme:light dark;--ink:#1d1d1f;--soft:#55555c;--paper:#fff;--line:#d9d9de;--tint:#f3f3f6;LIGHT}
+@media(prefers-color-scheme:dark){:root{--ink:#ececf0;--soft:#b0b0ba;--paper:#17171a;--line:#3a3a42;--tint:#222228;DARK}}
+*{box-sizing:border-box}
+body{margin:0 auto;padding:1rem;max-width:72rem;background:var(--paper);color:var(--ink);
+font:1rem/1.5 system-ui,sans-serif;overflow-wrap:break-word}
+h1{font-size:1.5rem}h2{font-size:1.2rem;margin-top:2rem}
+figure{margin:1rem 0;min-width:0}figcaption,.small{color:var(--soft);font-size:.875rem}
+svg{display:block;width:100%;max-width:36rem;height:auto;font-family:inherit}
+svg text{fill:var(--ink)}svg .tick{fill:var(--soft)}svg .grid{stroke:var(--line)}
+svg .front{stroke:var(--ink);stroke-dasharray:5 4;stroke-width:1.5}
+svg .label{paint-order:stroke;stroke:var(--paper);stroke-width:3px}
+.plots{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr))}
+.legend{display:flex;flex-wrap:wrap;gap:.2rem 1rem;list-style:none;padding:0;margin:.5rem 0}
+.swatch{display:inline-block;width:.8em;height:.8em;border-radius:50%;margin-right:.4em;
+background:var(--own);border:2px solid var(--own)}
+.dashed{background:none;border-style:dashed}
+.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.875rem}
+.caption{color:var(--soft);font-size:.875rem;margin:.5rem 0 0}
+.facts td{white-space:normal;overflow-wrap:anywhere}
+th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
+td.left,th.left{text-align:left}tr.ahead td{background:var(--tint)}
+.claim{border-left:4px solid var(--c1);padding:.5rem .8rem;background:var(--tint)}
+.routes{white-space:pre-wrap;line-height:2}
+.token{background:color-mix(in srgb,var(--path) 22%,transparent);border-bottom:2px solid var(--path);border-radius:2px}
+summary{cursor:pointer;padding:.2rem 0}code{overflow-wrap:anywhere}
+"""
+
+
+def page(result: Comparison) -> str:
+    """The report as one HTML document."""
+    rows = result.rows
+    parts = [
+        tag("h1", "Comparison"),
+        tag("p", result.conditions(), class_="small"),
+        tag("h2", "DMPT beside its control"),
+        tag("p", result.reading, class_="claim"),
+        beside_control(rows),
+        tag("h2", "Models"),
+        models_table(rows),
+        bullets(result.notes()),
+    ]
+    if drawn := frontier.draw(rows):
+        parts += [tag("h2", "Size, perplexity and speed"), drawn]
+    if curves := growth.figures([*(row.to_json() for row in rows), *result.growth]):
+        parts += [tag("h2", "Growth of decode time"), tag("div", curves, class_="plots")]
+    if maps := layers.figures([(row.name, row.path) for row in rows if row.kind in ("onnx", "quantized")]):
+        parts += [tag("h2", "Bits and damage by layer"), maps]
+    if result.routes:
+        parts += [tag("h2", "Routes of a sample text"), routes.figure(result.routes)]
+    parts += [tag("h2", "How this was measured"), made(result)]
+    return document("Comparison", together(*parts))
+
+
+def document(title: str, body: Markup) -> str:
+    """A whole HTML document around `body`; nothing in it is fetched from anywhere, the icon included."""
+    style = STYLE.replace("LIGHT", variables(LIGHT)).replace("DARK", variables(DARK))
+    head = together(
+        Markup('<meta charset="utf-8">'),
+        Markup(f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'),
+        Markup('<meta name="viewport" content="width=device-width, initial-scale=1">'),
+        Markup('<link rel="icon" href="data:,">'),
+        tag("title", title),
+        tag("style", Markup(style)),
+    )
+    return f"<!DOCTYPE html>\n{tag('html', tag('head', head), tag('body', tag('main', body)), lang='en')}\n"
+
+
+def variables(palette: tuple[str, ...]) -> str:
+    return ";".join(f"--c{i}:{shade}" for i, shade in enumerate(palette))
+
+
+def beside_control(rows: list[Row]) -> Markup:
+    """Every DMPT with the GPT-2 that had the same training, stored alike; the line under the heading says if none."""
+    controls = {row.scheme: row for row in reversed(rows) if row.control and not row.is_dmpt}
+    body = []
+    for row in rows:
+        if row.is_dmpt:
+            control = controls.get(row.scheme)
+            other = (
+                ["control", *ordered(cells(control))]
+                if control
+                else ["control", "missing", *["-"] * (len(HEADERS) - 1)]
+            )
+            body += [["DMPT", *ordered(cells(row))], other]
+    if not body:
+        return Markup()
+    return svg.table(
+        ["", *ordered(HEADERS)], body, 2, "Each DMPT with the GPT-2 fine-tuned on the same tokens, stored alike"
+    )
+
+
+def models_table(rows: list[Row]) -> Markup:
+    """Numbered as in the figure; in the middle half of rounds lie the speeds in brackets."""
+    ahead = set(front(rows))
+    body = []
+    for i, row in enumerate(rows, 1):
+        values = cells(row)
+        if row.speed:
+            timed = row.speed.to_json()
+            values[6] += f" ({timed['decode_tokens_per_s_q1']:.1f}-{timed['decode_tokens_per_s_q3']:.1f})"
+        body.append([str(i), *ordered(values), "yes" if row.name in ahead else "-"])
+    caption = (
+        "Medians; in brackets the middle half of the rounds. Front: no other is as good in perplexity, time and size."
+    )
+    return svg.table(["#", *ordered(HEADERS), "front"], body, 2, caption)
+
+
+def ordered(values: Sequence[str]) -> list[str]:
+    """Cells of a row, what matters most first: a phone shows the first few, the others by scrolling."""
+    return [values[HEADERS.index(name)] for name in (*FIRST, *(h for h in HEADERS if h not in FIRST))]
+
+
+def bullets(lines: list[str]) -> Markup:
+    return tag("ul", *(tag("li", line) for line in lines))
+
+
+def facts_table(facts: Mapping[str, Any]) -> Markup:
+    """Where and with what it was measured."""
+    rows = [[key, str(value)] for key, value in facts.items()]
+    return tag("div", svg.table(["what", "value"], rows, 2, "Machine and versions"), class_="facts")
+
+
+def made(result: Comparison) -> Markup:
+    facts: dict[str, Any] = {
+        "created": result.created,
+        "command": " ".join(result.command),
+        "text": ", ".join(result.data) or "none",
+        **result.machine,
+        **result.versions,
+        **{
+            row.name: ", ".join(f"{k} {v}" for k, v in row.versions.items() if v) for row in result.rows if row.versions
+        },
+    }
+    return facts_table(facts)

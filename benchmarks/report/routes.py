@@ -1,0 +1,108 @@
+"""A sample of text with the path each token took by colour, and the head that weighed most on hover."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.report import svg
+from benchmarks.scorer import Scorer, TorchScorer
+
+if TYPE_CHECKING:
+    from training.model import DMPTForCausalLM
+
+MOST = 160  # tokens
+
+
+def sample(scorer: Scorer, ids: NDArray[np.integer]) -> dict[str, Any] | None:
+    """The text's first tokens: {"model", "leaves", "heads", "tokens": [[text, leaf index, head, weight] ...]}.
+
+    "heads": whether head and weight (of the likeliest head of the token's leaf) are known; an exported graph does not
+    tell them, and they are None then. None for a mode without a choice of leaf.
+    """
+    ids = ids[: min(MOST, scorer.context)]
+    leaves, heads = (
+        of_torch(scorer.model, ids)
+        if isinstance(scorer, TorchScorer)
+        else (scorer.score(ids, len(ids))[1], [(None, None)] * len(ids))
+    )
+    if leaves is None:
+        return None
+    texts = pieces(scorer, ids)
+    tokens = [[text, int(leaf), *head] for text, leaf, head in zip(texts, leaves, heads, strict=True)]
+    return {
+        "model": scorer.name,
+        "leaves": scorer.leaves,
+        "heads": isinstance(scorer, TorchScorer),
+        "tokens": tokens,
+    }
+
+
+def of_torch(model: DMPTForCausalLM, ids: NDArray[np.integer]) -> tuple[NDArray[np.int64], list[tuple[int, float]]]:
+    """Leaf index of each token [S], and the head of that leaf that weighs most with its weight."""
+    import torch
+
+    config = model.config
+    with torch.inference_mode():
+        hidden = model.hidden(torch.as_tensor(ids.astype(np.int64), device=model.device)[None])
+        taken = model.routes(hidden.gates)[0] if hidden.gates else torch.zeros(len(ids), dtype=torch.int64)
+        heads: list[tuple[int, float]] = [(0, 1.0)] * len(ids)
+        for i, leaf in enumerate(config.leaves):
+            mine = (taken == i).nonzero()[:, 0]
+            if not len(mine):
+                continue
+            weights, which = model.head_log_weights(leaf, hidden.leaves[leaf][0][mine]).exp().max(-1)
+            for at, weight, head in zip(mine.tolist(), weights.tolist(), which.tolist(), strict=True):
+                heads[at] = config.head_allocation[leaf][head], weight
+    return taken.cpu().numpy(), heads
+
+
+def pieces(scorer: Scorer, ids: NDArray[np.integer]) -> list[str]:
+    """The text of each token: what it adds to the text before it; bytes of a character wait for its last."""
+    tokenizer, out, done = scorer.tokenizer, [], ""
+    for i in range(1, len(ids) + 1):
+        whole = tokenizer.decode([int(t) for t in ids[:i]], skip_special_tokens=False)
+        whole = whole.rstrip("\ufffd")
+        out.append(whole[len(done) :] if whole.startswith(done) else "")
+        done = whole if whole.startswith(done) else done
+    return out
+
+
+def figure(found: dict[str, Any]) -> svg.Markup:
+    """The sample as coloured text, with the shares of the paths as its text alternative."""
+    leaves, tokens = found["leaves"], found["tokens"]
+    name = f"Paths of the first {len(tokens)} tokens in {found['model']}"
+    spans = []
+    for text, leaf, head, weight in tokens:
+        title = f"path {leaves[leaf]}" + ("" if head is None else f", head {head} weighs {100 * weight:.0f} %")
+        spans.append(svg.tag("span", text, class_="token", style=f"--path:{svg.colour(leaf + 1)}", title=title))
+    counts = [sum(1 for token in tokens if token[1] == i) for i in range(len(leaves))]
+    rows = [
+        [leaf, str(n), f"{100 * n / len(tokens):.1f} %", heads_of(tokens, i)]
+        for i, (leaf, n) in enumerate(zip(leaves, counts, strict=True))
+    ]
+    table = svg.table(["path", "tokens", "share", "heads that weighed most"], rows, caption=name)
+    note = "Hover over a token for its path and the head that weighed most." if found["heads"] else (
+        "Hover over a token for its path. Which head weighed most only a checkpoint tells: give it beside the export."
+    )  # fmt: skip
+    key = svg.legend(leaves, range(1, len(leaves) + 1))
+    text = svg.tag("p", *spans, class_="routes", role="img", aria_label=f"{name}: {shares(leaves, counts)}")
+    return svg.tag("figure", key, text, svg.tag("figcaption", note), table, aria_label=name)
+
+
+def shares(leaves: list[str], counts: list[int]) -> str:
+    return ", ".join(f"{leaf} {n}" for leaf, n in zip(leaves, counts, strict=True))
+
+
+def heads_of(tokens: list[list[Any]], leaf: int) -> str:
+    """
+    >>> heads_of([["a", 0, 3, 0.5], ["b", 0, 3, 0.6], ["c", 0, 1, 0.9], ["d", 1, 4, 1.0]], 0)
+    '3: 2, 1: 1'
+    """
+    counts: dict[int, int] = {}
+    for _, own, head, _ in tokens:
+        if own == leaf and head is not None:
+            counts[head] = counts.get(head, 0) + 1
+    return ", ".join(f"{head}: {n}" for head, n in sorted(counts.items(), key=lambda kv: -kv[1])) or "-"

@@ -1,0 +1,149 @@
+"""Small plot functions: SVG as text, coloured by the page's CSS variables so that it follows light and dark."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+FONT = 12.0  # pixels, of all text in figures
+LETTER = 0.56 * FONT  # about the width of a letter of it
+PALETTE = 10  # colours --c0 ... of the page
+
+
+class Markup(str):
+    """Text that is markup already; any other is escaped."""
+
+
+def tag(name: str, *children: str, **attributes: object) -> Markup:
+    """An element; in names of attributes "_" stands for "-" and a last "_" is dropped.
+
+    >>> tag("text", "a<b", x=1.25, text_anchor="end", class_="k")
+    '<text x="1.25" text-anchor="end" class="k">a&lt;b</text>'
+    """
+    parts = [f' {key.rstrip("_").replace("_", "-")}="{escape(number(v))}"' for key, v in attributes.items()]
+    return Markup(f"<{name}{''.join(parts)}>{together(*children)}</{name}>")
+
+
+def together(*children: str) -> Markup:
+    """
+    >>> together(tag("b"), "<i>")
+    '<b></b>&lt;i&gt;'
+    """
+    return Markup("".join(child if isinstance(child, Markup) else escape(child) for child in children))
+
+
+def number(value: object) -> str:
+    return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
+
+
+def colour(index: int) -> str:
+    return f"var(--c{index % PALETTE})"
+
+
+def picture(name: str, width: float, height: float, *content: str) -> Markup:
+    """An SVG with an accessible name."""
+    box = f"0 0 {number(width)} {number(height)}"
+    return tag("svg", tag("title", name), *content, role="img", aria_label=name, viewBox=box, font_size=FONT)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Values from `low` to `high` onto pixels from `start` to `end`; log: equal ratios are equally long."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        low, high, value = (math.log(v) if self.log else v for v in (self.low, self.high, value))
+        return self.start + (self.end - self.start) * (value - low) / (high - low)
+
+    @classmethod
+    def around(cls, values: Sequence[float], start: float, end: float, log: bool = False, zero: bool = False) -> Scale:
+        """With some room beyond the values; zero: from zero on."""
+        low, high = min(values), max(values)
+        if log:
+            room = max(0.12 * math.log(high / low), 0.12)
+            return cls(low / math.exp(room), high * math.exp(room), start, end, True)
+        room = max(0.12 * (high - low), 0.02 * abs(high)) or 1.0
+        return cls(0.0 if zero else low - room, high + room, start, end)
+
+    def ticks(self) -> list[float]:
+        """About four to seven round values."""
+        if self.log and self.high > 3 * self.low:
+            decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            steps: tuple[int, ...] = (1, 2, 5) if self.high < 200 * self.low else (1,)
+            values = [step * 10.0**decade for decade in decades for step in steps]
+            return [v for v in values if self.low <= v <= self.high]
+        rough = (self.high - self.low) / 5
+        base = 10.0 ** math.floor(math.log10(rough))
+        step = next(m * base for m in (1, 2, 5, 10) if m * base >= rough)
+        first, last = math.ceil(self.low / step), math.floor(self.high / step)
+        return [i * step for i in range(first, last + 1)]
+
+
+def axes(x: Scale, y: Scale, x_label: str, y_label: str, whole: bool = False) -> Markup:
+    """Grid, tick labels and names of both axes; y.start is the bottom. Leave 46 pixels below and 50 at the left.
+
+    whole: only whole numbers are labelled in x.
+    """
+    parts = []
+    for value in x.ticks():
+        if whole and value != int(value):
+            continue
+        at = x(value)
+        parts.append(tag("line", x1=at, x2=at, y1=y.start, y2=y.end, class_="grid"))
+        parts.append(tag("text", f"{value:g}", x=at, y=y.start + 17, text_anchor="middle", class_="tick"))
+    for value in y.ticks():
+        at = y(value)
+        parts.append(tag("line", x1=x.start, x2=x.end, y1=at, y2=at, class_="grid"))
+        parts.append(tag("text", f"{value:g}", x=x.start - 6, y=at + 4, text_anchor="end", class_="tick"))
+    parts.append(tag("text", x_label, x=(x.start + x.end) / 2, y=y.start + 36, text_anchor="middle"))
+    parts.append(tag("text", y_label, x=4, y=y.end - 10))
+    return together(*parts)
+
+
+def lines(name: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]], x_label: str, y_label: str) -> Markup:
+    """A line for each series of (x, y), from zero in y; markers say their values. `name` is the accessible name."""
+    width, height = 440.0, 280.0
+    points = [point for _, own in series for point in own]
+    x = Scale.around([p[0] for p in points], 50, width - 16)
+    y = Scale.around([p[1] for p in points], height - 46, 28, zero=True)
+    parts = [axes(x, y, x_label, y_label, whole=all(p[0] == int(p[0]) for p in points))]
+    for i, (label, own) in enumerate(series):
+        path = " ".join(f"{number(x(a))},{number(y(b))}" for a, b in own)
+        dashes = {"stroke_dasharray": "5 3"} if i >= PALETTE else {}  # colours begin again
+        parts.append(tag("polyline", points=path, fill="none", stroke=colour(i), stroke_width=2, **dashes))
+        for a, b in own:
+            said = tag("title", f"{label}: {b:.3g} at {a:g}")
+            parts.append(tag("circle", said, cx=x(a), cy=y(b), r=4, fill=colour(i)))
+    return picture(name, width, height, *parts)
+
+
+def legend(labels: Sequence[str], indices: Sequence[int] | None = None) -> Markup:
+    """What the colours stand for, as HTML: it wraps on a narrow screen."""
+    shown = indices if indices is not None else range(len(labels))
+    entries = []
+    for i, label in zip(shown, labels, strict=True):
+        dashed = "swatch dashed" if i >= PALETTE else "swatch"
+        swatch = tag("span", class_=dashed, style=f"--own:{colour(i)}", aria_hidden="true")
+        entries.append(tag("li", swatch, tag("span", label)))
+    return tag("ul", *entries, class_="legend")
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, caption: str = "") -> Markup:
+    """An HTML table that scrolls sideways on a narrow screen."""
+    head = tag("tr", *(tag("th", h, scope="col", class_=side(i < left)) for i, h in enumerate(headers)))
+    body = [tag("tr", *(tag("td", cell, class_=side(i < left)) for i, cell in enumerate(row)))
+            for row in rows]  # fmt: skip
+    inner = tag("table", tag("thead", head), tag("tbody", *body))
+    said = [tag("p", caption, class_="caption")] if caption else []  # outside what scrolls
+    return together(*said, tag("div", inner, class_="scroll", tabindex=0, role="region", aria_label=caption or "table"))
+
+
+def side(left: bool) -> str:
+    return "left" if left else "right"

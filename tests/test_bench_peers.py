@@ -1,0 +1,156 @@
+"""Peers in a comparison: scored and timed like the rest; absent, failing or mismatched ones do not stop it."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import comparison, peers
+from benchmarks.comparison import Comparison, compare
+from benchmarks.contestants import Entry, peers_of
+from benchmarks.peers import PEERS, Peer, gpt2_folder, parse
+from dmpt_export.cli import main
+from training.errors import InputError
+
+GOOD, DIES, SILENT = "good", "dies", "silent"  # schemes of the fake peer, see tests.bench_fakes.convert
+
+
+@pytest.fixture(autouse=True)
+def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two peers: one that is here, and behaves as its scheme says, and one that is not."""
+    here = Peer("tests.bench_fakes", (GOOD, DIES), ("numpy",), "pip install here")
+    gone = Peer("tests.bench_fakes", ("q4",), ("no-such-package",), "pip install gone")
+    monkeypatch.setattr(peers, "PEERS", {"here": here, "gone": gone})
+
+
+@pytest.fixture
+def text(sample_text: str, tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(sample_text, encoding="utf-8")
+    return path
+
+
+def run(entries: list[Entry], text: Path, **more: Any) -> Comparison:
+    return compare(entries, [text], prompt=8, gen=4, repetitions=2, threads=1, **more)
+
+
+def test_a_peer_is_scored_on_the_same_tokens_and_timed(tiny_gpt2: Path, text: Path, tmp_path: Path) -> None:
+    base, peer = run([Entry("base", str(tiny_gpt2)), Entry("here good", str(tiny_gpt2), scheme=GOOD, peer="here")],
+                     text, out=tmp_path / "out").rows  # fmt: skip
+    assert base.quality and peer.quality and peer.speed
+    assert peer.quality.tokens_sha256 == base.quality.tokens_sha256
+    assert peer.quality.tokens_scored == base.quality.tokens_scored
+    # The fake is sure that each token follows itself, which is almost never so: a bad model, ranked below.
+    assert peer.quality.perplexity > base.quality.perplexity
+    assert peer.parameters == base.parameters and peer.parameters_touched_per_token == base.parameters_touched_per_token
+    assert peer.kind == "peer" and peer.versions["numpy"] == np.__version__ and peer.size_bytes == 11
+    stored = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert stored["rankings"]["perplexity"] == ["base", "here good"]
+    assert "here good" in (tmp_path / "out" / "report.html").read_text()
+    rows = list(csv.DictReader((tmp_path / "out" / "comparison.csv").read_text().splitlines()))
+    assert [row["name"] for row in rows] == ["base", "here good"] and rows[0]["decode_tokens_per_s"] == ""
+    assert float(rows[1]["decode_tokens_per_s"]) == 16
+
+
+FAULTS = {  # scheme of the fake peer -> what its row must say
+    "broken": "cannot be converted",
+    "full": "No space left on device",
+    "unloadable": "RuntimeError: cannot be opened",
+    SILENT: "no probabilities",
+    DIES: "killed",
+}
+
+
+def test_a_peer_that_fails_is_a_row_that_says_why(tiny_gpt2: Path, text: Path) -> None:
+    entries = [Entry(scheme, str(tiny_gpt2), scheme=scheme, peer="here") for scheme in [*FAULTS, GOOD]]
+    result = run([*entries, Entry("base", str(tiny_gpt2))], text)
+    rows = {row.name: row for row in result.rows}
+    for (scheme, said), line in zip(FAULTS.items(), result.table().splitlines()[2:], strict=False):
+        failure = rows[scheme].failure
+        assert failure and said in failure and said in line
+        assert any(note.startswith(f"{scheme} failed: ") and said in note for note in result.notes())
+    assert rows[GOOD].quality and rows[GOOD].speed and not rows[GOOD].failure and rows["base"].quality
+    assert rows[SILENT].speed and not rows[SILENT].quality  # what it can do is still measured
+    assert rows[DIES].quality and not rows[DIES].speed
+
+
+def test_absent_peers_are_listed_with_how_to_get_them(tiny_gpt2: Path) -> None:
+    found, absent = peers_of(str(tiny_gpt2), {})
+    assert [entry.name for entry in found] == [f"here {GOOD}", f"here {DIES}"]
+    assert absent == ["gone is not measured: it lacks no-such-package; pip install gone"]
+    assert absent[0] in Comparison([], [], [], absent=absent).as_markdown()
+    with pytest.raises(InputError, match="cannot be started"):
+        peers_of(str(tiny_gpt2), {"here": "/no/python"})
+
+
+def test_peers_run_plain_gpt2_alone(tiny_gpt2: Path, tiny_dmpt: Path, tmp_path: Path) -> None:
+    assert gpt2_folder(tiny_gpt2, tmp_path / "x") == tiny_gpt2
+    with pytest.raises(InputError, match="no plain GPT-2"):
+        gpt2_folder(tiny_dmpt, tmp_path / "x")
+    entries = [Entry("base", str(tiny_gpt2)), Entry("here", str(tiny_dmpt), scheme=GOOD, peer="here")]
+    with pytest.raises(InputError, match="no plain GPT-2"):  # before the missing text is looked at
+        run(entries, tmp_path / "no such text")
+
+
+def test_what_the_trainer_writes_of_gpt2_is_gpt2_again(tiny_gpt2: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import GPT2LMHeadModel
+
+    from training.checkpoint import load_model, save_model
+
+    model = load_model(tiny_gpt2)
+    save_model(model, tmp_path / "ours")
+    again = GPT2LMHeadModel.from_pretrained(gpt2_folder(tmp_path / "ours", tmp_path / "gpt2")).eval()
+    ids = torch.arange(12)[None]
+    with torch.inference_mode():
+        expected = model.log_probs(ids, "gate_hard", None, 12)[0]
+        torch.testing.assert_close(again(ids).logits[0].log_softmax(-1), expected, rtol=0, atol=1e-5)
+
+
+def test_the_notation_of_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "PEERS", PEERS)
+    assert parse("llama.cpp:q4_0@a/b@c") == ("llama.cpp", "q4_0", "a/b@c")
+    assert parse("folder@2") is None and parse("here:int8@") is None
+    with pytest.raises(InputError, match="int8 or int4, not 'int3'"):
+        parse("openvino:int3@x")
+
+
+def test_a_tokenizer_of_another_model_is_refused(tiny_gpt2: Path, text: Path, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong"
+    shutil.copytree(tiny_gpt2, wrong)
+    tokenizer = json.loads((wrong / "tokenizer.json").read_text())
+    extra = {f"extra{i}": 5000 + i for i in range(400)}
+    tokenizer["model"]["vocab"] |= {name: len(tokenizer["model"]["vocab"]) + i for i, name in enumerate(extra)}
+    (wrong / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(InputError, match="do not belong together"):
+        run([Entry("wrong", str(wrong))], text)
+
+
+def test_a_full_disk_does_not_take_the_result_away(
+    tiny_gpt2: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "out"))
+
+    monkeypatch.setattr(comparison.Comparison, "write", full)
+    assert main(["compare", str(tiny_gpt2), "--data", str(text), "--out", str(tmp_path / "out")]) == 5
+    out, err = capsys.readouterr()
+    assert "perplexity" in out and "No space left on device" in err and "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_words_about_peers_are_usage_errors(tiny_gpt2: Path, text: Path) -> None:
+    for words in (
+        ["--peer-python", "nobody=/x"],
+        ["--peer-python", "here"],
+        ["--growth", str(text)],
+        ["--control", "x"],
+    ):
+        assert main(["compare", str(tiny_gpt2), *words]) in (2, 3)
