@@ -13,6 +13,7 @@ from weakref import WeakSet
 
 from runtime.errors import ModelError, OutOfMemory, RequestError, SetupError
 from runtime.manifest import Manifest
+from runtime.pages import large_pages
 
 CLOSED = "the model is closed: load it again"
 DEVICES = ("cpu", "cuda")
@@ -72,7 +73,7 @@ class Engine:
         options = session_options(self._ort, self.device, threads)
         options.use_deterministic_compute = deterministic
         try:
-            with attention_kernel(self.manifest):
+            with attention_kernel(self.manifest), large_pages():
                 session = self._ort.InferenceSession(str(path), options, providers=[PROVIDERS[self.device]])
         except self._errors as error:
             raise explained(error, f"ONNX Runtime cannot load {path}") from error
