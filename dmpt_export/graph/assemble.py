@@ -79,7 +79,8 @@ def build(
 
     trunk, *branches = config.tree.values()
     stream = embed(b, weights, inputs["input_ids"], inputs["position_ids"])
-    stream, present = segment(b, config, weights, trunk, stream, time, past)
+    wanted = None if trunk.children else lambda x, name: router.tail.rows(b, x, name)
+    stream, present = segment(b, config, weights, trunk, stream, time, past, wanted)
     router.present |= present
     if trunk.children is None:
         log_probs, routes = _single_leaf(b, config, weights, router, stream)
@@ -109,9 +110,8 @@ def build(
 def _single_leaf(
     b: Builder, config: DMPTConfig, weights: Weights, router: Router, stream: Stream
 ) -> tuple[ir.Value, ir.Value]:
-    """Without splits there is nothing to route: norm and heads on the last N rows."""
-    normed, _ = norm_stream(b, weights, stream, "transformer.ln_f", config.layer_norm_epsilon)
-    h = router.tail.rows(b, normed, ROOT)  # (B, N, E)
+    """Without splits there is nothing to route: norm and heads on the last N rows, which `stream` holds."""
+    h, _ = norm_stream(b, weights, stream, "transformer.ln_f", config.layer_norm_epsilon)  # (B, N, E)
     if len(config.head_allocation[ROOT]) == 1:
         log_probs = leaf_log_probs(b, config, weights, ROOT, h)
     else:

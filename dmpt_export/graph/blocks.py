@@ -3,13 +3,16 @@
     x ---- ln_1 -- c_attn -- GroupQueryAttention -- c_proj -- + -- ln_2 -- c_fc -- gelu -- c_proj -- + --
      \\_________________________________________________________/ \\_________________________________/
 
-A residual sum and the norm behind it are one SkipLayerNormalization, so a block hands on the two
-summands and the next reader adds them.
+A block hands on its residual sum as two summands: on a GPU the next reader adds and normalises them in one
+SkipLayerNormalization. On the CPU that kernel takes five times as long as an Add and a LayerNormalization.
+
+In a leaf's last block only keys and values are needed of every row: the rows that nothing is asked for end behind
+its attention.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,9 +53,10 @@ def embed(b: Builder, weights: Weights, ids: ir.Value, position_ids: ir.Value) -
 def norm_stream(b: Builder, weights: Weights, stream: Stream, prefix: str, epsilon: float) -> tuple[ir.Value, Stream]:
     """(normalised rows, the stream with its summands added)."""
     scale, shift = (float_weight(b, weights, f"{prefix}.{part}") for part in ("weight", "bias"))
-    if stream.delta is None:
-        normed = b.op("LayerNormalization", stream.x, scale, shift, name=prefix, axis=-1, epsilon=epsilon)
-        return normed, stream
+    if stream.delta is None or b.dtype == ir.DataType.FLOAT:
+        total = stream.total(b, f"{prefix}.input")
+        normed = b.op("LayerNormalization", total, scale, shift, name=prefix, axis=-1, epsilon=epsilon)
+        return normed, Stream(total)
     inputs = (stream.x, stream.delta, scale, shift)
     # The operator's fourth output is the sum; the two between (mean, inverse deviation) are unused.
     normed, _, _, total = b.ops(
@@ -64,7 +68,7 @@ def norm_stream(b: Builder, weights: Weights, stream: Stream, prefix: str, epsil
 def attention(
     b: Builder, config: DMPTConfig, weights: Weights, prefix: str, x: ir.Value, time: Timeline, past: Past
 ) -> tuple[ir.Value, Past]:
-    """Causal attention over cache and new rows; the cache is written in place when its buffers are shared."""
+    """Causal attention over cache and new rows, before c_proj; a cache whose buffers are shared is written in place."""
     qkv = linear(b, weights, f"{prefix}.attn.c_attn", x)  # (B, R, 3E), packed as the operator wants it
     inputs: tuple[ir.Value | None, ...] = (qkv, None, None, past.key, past.value, time.seqlens_k, time.total_length)
     quantized: dict[str, Any] = {}
@@ -82,7 +86,7 @@ def attention(
         kv_num_heads=config.n_head,
         **quantized,
     )
-    return linear(b, weights, f"{prefix}.attn.c_proj", y), Past(key, value)
+    return y, Past(key, value)
 
 
 def mlp(b: Builder, weights: Weights, prefix: str, x: ir.Value) -> ir.Value:
@@ -116,13 +120,21 @@ def segment(
     stream: Stream,
     time: Timeline,
     past: Mapping[str, Past],
+    wanted: Callable[[ir.Value, str], ir.Value] | None = None,
 ) -> tuple[Stream, dict[str, Past]]:
-    """All blocks of a node: (raw output rows [B, R, E] as two summands, new caches by block prefix)."""
+    """All blocks of a node: (raw output rows [B, R, E] as two summands, new caches by block prefix).
+
+    `wanted`, given in a leaf, picks from rows [B, R, E] those that are asked for; the output has these alone.
+    """
     present: dict[str, Past] = {}
     epsilon = config.layer_norm_epsilon
-    for prefix in block_prefixes(node):
+    prefixes = block_prefixes(node)
+    for prefix in prefixes:
         normed, stream = norm_stream(b, weights, stream, f"{prefix}.ln_1", epsilon)
-        delta, present[prefix] = attention(b, config, weights, prefix, normed, time, past[prefix])
+        y, present[prefix] = attention(b, config, weights, prefix, normed, time, past[prefix])
+        if wanted is not None and prefix == prefixes[-1]:
+            y, stream = wanted(y, f"{prefix}.attn"), Stream(wanted(stream.x, prefix))
+        delta = linear(b, weights, f"{prefix}.attn.c_proj", y)
         normed, stream = norm_stream(b, weights, Stream(stream.x, delta), f"{prefix}.ln_2", epsilon)
         stream = Stream(stream.x, mlp(b, weights, prefix, normed))
     return stream, present

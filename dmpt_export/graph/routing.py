@@ -13,7 +13,7 @@ to them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -113,8 +113,18 @@ class Router:
         """Catch up: the node's blocks over its pending rows and its parent's new ones."""
         assert node.parent is not None
         inputs = (self.pending[node.name], self.rows[node.parent])
-        rows = b.op("Concat", *inputs, name=f"{node.prefix}.input", axis=1)
-        return segment(b, self.config, self.weights, node, Stream(rows), self.time, self.past)
+        stream = Stream(b.op("Concat", *inputs, name=f"{node.prefix}.input", axis=1))
+        wanted = self._routed(b, node) if node.children is None else None
+        return segment(b, self.config, self.weights, node, stream, self.time, self.past, wanted)
+
+    def _routed(self, b: Builder, leaf: Node) -> Callable[[ir.Value, str], ir.Value]:
+        """Picks the rows that are routed to a leaf: [B, R, E] -> [1, n, E]."""
+        where = b.op("NonZero", self.on[leaf.name], name=f"routes.{leaf.name}.where")  # (2, n): row and position
+        where = b.op("Transpose", where, name=f"routes.{leaf.name}.pairs")
+        ends = b.weight("const.ends", np.array([[[0, -1]]]))  # positions count from the end of the rows
+        offset = b.op("Mul", self.tail.count, ends, name=f"{leaf.prefix}.tail")
+        where = b.op("Add", where, offset, name=f"{leaf.prefix}.tail.pairs")  # (1, n, 2)
+        return lambda x, name: b.op("GatherND", x, where, name=f"{name}.routed")
 
     def _result_specs(self, b: Builder, node: Node) -> list[Spec]:
         if node.children is None:
@@ -128,13 +138,7 @@ class Router:
 
     def _leaf_results(self, b: Builder, node: Node, stream: Stream) -> list[ir.Value]:
         """Only the rows routed here meet the heads: [(1, routed, V)]."""
-        normed, _ = norm_stream(b, self.weights, stream, f"{node.prefix}.ln_f", self.config.layer_norm_epsilon)
-        where = b.op("NonZero", self.on[node.name], name=f"routes.{node.name}.where")  # (2, n): row and position
-        where = b.op("Transpose", where, name=f"routes.{node.name}.pairs")
-        offset = b.op("Concat", b.ints(0), self.tail.start, name=f"{node.prefix}.tail", axis=0)
-        where = b.op("Add", where, offset, name=f"{node.prefix}.tail.pairs")  # positions counted from the end
-        h = b.op("GatherND", normed, where, name=f"{node.prefix}.routed")
-        h = b.op("Unsqueeze", h, b.ints(0), name=f"{node.prefix}.routed.rows")
+        h, _ = norm_stream(b, self.weights, stream, f"{node.prefix}.ln_f", self.config.layer_norm_epsilon)
         return [leaf_log_probs(b, self.config, self.weights, node.name, h)]
 
     def _fork_results(self, b: Builder, node: Node, stream: Stream) -> list[ir.Value]:
