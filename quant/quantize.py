@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +15,6 @@ from quant.rules import FLOAT, Rule, is_transposed
 from quant.schemes import SCHEMES
 from quant.tensor import DeltaTensor, QuantizedTensor, Stored, Weight
 from training.errors import InputError
-
-if TYPE_CHECKING:
-    from quant.calibration import Inputs
 
 ERROR_ROWS = 4096  # output rows compared at a time, so that a large embedding is never whole in float twice
 
@@ -40,12 +37,11 @@ def quantize_tensors(
     arrays: dict[str, NDArray[np.float32]],
     plan: Mapping[str, Rule],
     anchors: Mapping[str, set[str]] | None = None,
-    inputs: Mapping[str, Inputs] | None = None,
 ) -> tuple[dict[str, Weight], list[TensorReport]]:
     """Quantize what `plan` names and pass the rest through, with a progress bar on a terminal.
 
     Empties `arrays` as it goes, so that float and quantized weights are never both whole in memory; heads that the
-    plan makes deltas come last. `anchors`: see quant.rules.anchors_of; `inputs`: what layers see on calibration text.
+    plan makes deltas (`anchors`: see quant.rules.anchors_of) come last, when their anchors are stored.
     """
     weights: dict[str, Weight] = {}
     reports: list[TensorReport] = []
@@ -67,7 +63,7 @@ def quantize_tensors(
         for anchor, rule, names in deltas:
             bar.set_postfix_str(", ".join(names))
             heads = {name: arrays.pop(name) for name in names}
-            for name, tensor in quantize_group(heads, anchor, weights[anchor], rule, inputs).items():
+            for name, tensor in quantize_group(heads, anchor, weights[anchor], rule).items():
                 weights[name] = tensor
                 reports.append(delta_report(name, heads[name], tensor))
                 bar.update(heads[name].size)
