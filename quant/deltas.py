@@ -68,10 +68,10 @@ def assemble(
     out: dict[str, DeltaTensor] = {}
     lefts: dict[str, QuantizedTensor] = {}
     for name, entry in entries.items():
-        anchor, sharers = weights.get(entry.get("anchor", "")), entry.get("sharers")
+        anchor, sharers = weights.get(str(entry.get("anchor"))), entry.get("sharers")
         if anchor is None or isinstance(anchor, DeltaTensor):
             raise InputError(f"{name} is a delta to '{entry.get('anchor')}', which is no stored matrix")
-        if not isinstance(sharers, list) or name not in sharers or any(s not in entries for s in sharers):
+        if not isinstance(sharers, list) or name not in sharers or any(str(s) not in entries for s in sharers):
             raise InputError(f"{name} is not among its sharers {sharers}")
         rank, (rows, width) = DELTAS[entry["scheme"]], entry["shape"]
         owner = sharers[0]

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +19,10 @@ from safetensors.numpy import load_file, save_file
 
 import dmpt_export.export as export_module
 from dmpt_export.cli import main
+from dmpt_export.exact import use_float_kernels
 from dmpt_export.export import export_onnx
+from dmpt_export.graph.builder import MSFT, Builder
+from dmpt_export.graph.rescore import candidate_logits
 from dmpt_export.manifest import describe
 from dmpt_export.summary import summarise
 from quant.checkpoint import dequantized_model, load_weights, save_quantized, write_quantized
@@ -25,7 +30,7 @@ from quant.deltas import quantize_group
 from quant.lean import lean_model
 from quant.quantize import quantize_tensors
 from quant.rules import Rule, anchors_of, assign, default_rules, parse_rule
-from quant.schemes.blockwise import int4
+from quant.schemes.blockwise import int4, int8
 from quant.schemes.low_rank import low_rank
 from quant.tensor import DeltaTensor, QuantizedTensor
 from tests.models import random_model, saved_model
@@ -113,6 +118,36 @@ def test_the_graph_gives_the_log_probs_of_the_dequantized_heads(
     with torch.inference_mode():
         want = dequantized_model(quantized).log_probs(ids, fast_k=fast_k)
         torch.testing.assert_close(lean_model(quantized).log_probs(ids, fast_k=fast_k), want, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(("n", "k", "rank"), [(0, 5, 16), (1, 1, 16), (3, 5, 32), (2, 60, 64)])
+def test_what_candidates_gain_over_the_anchor(n: int, k: int, rank: int, exact: bool) -> None:
+    """The operators alone, also where no row is routed to the leaf: left @ right @ h in float64."""
+    config = random_model([], 3, n_embd=64, vocab_size=80, fast_k=k).config
+    rng = np.random.default_rng(k)
+    arrays = {f"heads.{j}.weight": rng.normal(size=(80, 64)).astype(np.float32) for j in (0, 1, 2)}
+    anchor = int8(arrays.pop("heads.0.weight"))
+    weights = quantize_group(arrays, "heads.0.weight", anchor, Rule("", f"delta-r{rank}", 16))
+    b = Builder()
+    h, ids = ir.val("h", ir.DataType.FLOAT, [1, n, 64]), ir.val("c", ir.DataType.INT64, [1, n, k])
+    (out,) = candidate_logits(b, config, weights, "root", h, ids)
+    out.dtype, out.shape = ir.DataType.FLOAT, ir.Shape([1, n, 2, k])
+    graph = ir.Graph([h, ids], [out], nodes=b.nodes, initializers=list(b.initializers.values()),
+                     opset_imports={"": 21, MSFT: 1}, name="deltas")  # fmt: skip
+    proto = ir.to_proto(ir.Model(graph, ir_version=10))
+    if exact:
+        use_float_kernels(proto)
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    x = rng.normal(size=(n, 64)).astype(np.float32)
+    c = np.array([rng.permutation(80)[:k] for _ in range(n)], np.int64).reshape(n, k)
+    (got,) = session.run(None, {"h": x[None], "c": c[None]})
+    deltas = np.stack([weights[name].dequantize() - anchor.dequantize() for name in arrays]).astype(np.float64)
+    want = np.einsum("jnke,ne->njk", deltas[:, c], x)
+    assert got.shape == (1, *want.shape)
+    # a vector of 64 numbers in 8 bits loses at most 1/254 of its largest entry in each
+    size = np.abs(deltas).sum(-1).max() * np.abs(x).max(initial=0)
+    assert (np.abs(got[0] - want) <= (2e-6 if exact else 1 / 100) * size + 1e-5).all()
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
@@ -292,6 +327,7 @@ def test_a_damaged_file_is_refused(
         ({"anchor": "heads.9.weight"}, "heads.1.weight is a delta to 'heads.9.weight', which is no stored matrix"),
         ({"anchor": "heads.2.weight"}, "which is no stored matrix"),
         ({"anchor": None}, "which is no stored matrix"),
+        ({"anchor": []}, "which is no stored matrix"),
         ({"anchor": "transformer.wpe.weight"}, "do not make a delta"),
         ({"sharers": ["heads.2.weight"]}, "not among its sharers"),
         ({"sharers": "heads.1.weight"}, "not among its sharers"),

@@ -21,10 +21,8 @@ from quant.tensor import QuantizedTensor, Weight
 from training.errors import InputError
 
 DELTAS = {f"delta-r{rank}": rank for rank in (16, 32, 64, 128, 256)}  # by the name a rule gives
-BITS, BLOCK = (
-    4,
-    256,
-)  # of the left factor: at 4 bits twice the rank costs less than 8 bits and keeps more; a scale a row
+BITS = 4  # of the left factor: twice the rank at 4 bits costs less than 8 bits and keeps more
+BLOCK = 256  # its rows are one block: the columns are brought to one size first
 ROWS = 4096  # of the vocabulary handled at a time
 
 
