@@ -108,7 +108,7 @@ def save_quantized(
     plan = assign(shapes, rules, defaults, config.tie_word_embeddings, anchors)
     if not plan:
         raise InputError(f"no tensor of {folder} would be quantized: drop the rules that keep all of them {FLOAT}")
-    weights, reports = quantize_tensors(arrays, plan, anchors)
+    weights, reports = quantize_tensors(arrays, plan, anchors=anchors)
     recorded = [rule.as_dict() for rule in [*rules, *defaults]]
     write_quantized(out, config, weights, scheme, recorded, tokenizer_from=folder, note=_note(source, scheme, reports))
     return reports

@@ -299,7 +299,7 @@ def test_not_a_number_names_the_head() -> None:
     config = random_model([2], 4).config
     chosen = assign({n: a.shape for n, a in arrays.items()}, [DELTA], default_rules("int8"), False, anchors_of(config))
     with pytest.raises(InputError, match=r"heads\.3\.weight: the matrix holds NaN"):
-        quantize_tensors(arrays, chosen, anchors_of(config))
+        quantize_tensors(arrays, chosen, anchors=anchors_of(config))
 
 
 @pytest.mark.parametrize(
