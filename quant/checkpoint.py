@@ -150,9 +150,6 @@ def observed_inputs(
     Raises InputError at once when there are such and no calibration.
     """
     wanted = {name for name, rule in plan.items() if rule.scheme in SCHEMES and SCHEMES[rule.scheme].calibrated}
-    better = {name for name, rule in plan.items() if rule.scheme in DELTAS}  # deltas do without
-    if calibration is not None:
-        wanted |= better
     if not wanted:
         return iter(())
     if calibration is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +12,6 @@ from quant.rules import Rule
 from quant.schemes.low_rank import BITS, BLOCK, DELTAS, low_rank
 from quant.tensor import DeltaTensor, QuantizedTensor, Weight, fit_block
 from training.errors import InputError
-
-if TYPE_CHECKING:
-    from quant.calibration import Inputs
 
 
 def groups(plan: Mapping[str, Rule], anchors: Mapping[str, set[str]]) -> Iterator[tuple[str, Rule, list[str]]]:
@@ -33,20 +30,13 @@ def quantize_group(
     anchor_name: str,
     anchor: Weight,
     rule: Rule,
-    inputs: Mapping[str, Inputs] | None = None,
 ) -> dict[str, DeltaTensor]:
-    """Heads [V, E] by name -> deltas to `anchor`, with one left factor. Raises InputError naming the heads.
-
-    `inputs` is what layers see on calibration text; used where there is some for every head.
-    """
+    """Heads [V, E] by name -> deltas to `anchor`, with one left factor. Raises InputError naming the heads."""
     assert not isinstance(anchor, DeltaTensor)
     names = tuple(arrays)
-    moments = None
-    if inputs and inputs.keys() >= set(names):
-        moments = [inputs[name].second_moment / inputs[name].count for name in names]
     rank = DELTAS[rule.scheme]
     try:
-        left, rights = low_rank(list(arrays.values()), anchor, rank, rule.block or BLOCK, moments)
+        left, rights = low_rank(list(arrays.values()), anchor, rank, rule.block or BLOCK)
     except InputError as error:
         raise InputError(f"{', '.join(names)}: {error}") from error
     return {
@@ -78,10 +68,10 @@ def assemble(
     out: dict[str, DeltaTensor] = {}
     lefts: dict[str, QuantizedTensor] = {}
     for name, entry in entries.items():
-        anchor, sharers = weights.get(entry.get("anchor", "")), entry.get("sharers")
+        anchor, sharers = weights.get(str(entry.get("anchor"))), entry.get("sharers")
         if anchor is None or isinstance(anchor, DeltaTensor):
             raise InputError(f"{name} is a delta to '{entry.get('anchor')}', which is no stored matrix")
-        if not isinstance(sharers, list) or name not in sharers or any(s not in entries for s in sharers):
+        if not isinstance(sharers, list) or name not in sharers or any(str(s) not in entries for s in sharers):
             raise InputError(f"{name} is not among its sharers {sharers}")
         rank, (rows, width) = DELTAS[entry["scheme"]], entry["shape"]
         owner = sharers[0]

@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,6 @@ class Measurements:
         self.path = cache / f"damage-{self._key(config)}.json"
         self.known: dict[str, Any] = self._remembered()
         self.stored: dict[tuple[str, str], tuple[Stored, TensorReport]] = {}  # by tensor and scheme
-        self.inputs: dict[str, Inputs] = {}  # of heads
 
     def options(self, groups: Sequence[Group], candidates: Sequence[Sequence[str]]) -> list[list[Option]]:
         """Every candidate of every group, measured alone, with a progress bar and an estimate of the time left."""
@@ -80,7 +78,12 @@ class Measurements:
     def quantized(self, groups: Sequence[Group], schemes: Sequence[str]) -> dict[str, tuple[Stored, TensorReport]]:
         """All tensors of the groups, each stored as its group's scheme says, with what that did."""
         pairs = list(zip(groups, schemes, strict=True))
-        for _ in self._quantized([pair for pair in pairs if not self._is_known(*pair)]):
+        missing = [
+            (group, scheme)
+            for group, scheme in pairs
+            if not is_delta(scheme) and any((name, scheme) not in self.stored for name in group.tensors)
+        ]
+        for _ in self._quantized(missing):
             pass
         out = {
             name: self.stored[name, scheme] for group, scheme in pairs if not is_delta(scheme) for name in group.tensors
@@ -96,31 +99,27 @@ class Measurements:
         quantized = self.quantized(groups, schemes)
         return self.damage.of({name: tensor.dequantize() for name, (tensor, _) in quantized.items()})
 
-    def _is_known(self, group: Group, scheme: str) -> bool:
-        if is_delta(scheme):
-            return all(name in self.inputs for name in group.tensors)
-        return all((name, scheme) in self.stored for name in group.tensors)
-
     def _quantized(self, wanted: Sequence[tuple[Group, str]]) -> Iterator[tuple[Group, str]]:
         """Quantize the wanted groups and yield each: calibrated ones as their block is observed, then the others.
 
-        Deltas are left for when their anchor is known; what their heads see is kept.
+        Deltas are left for when their anchor is known.
         """
-        calibrated = [pair for pair in wanted if is_delta(pair[1]) or SCHEMES[parse(pair[1]).scheme].calibrated]
+        calibrated = [pair for pair in wanted if not is_delta(pair[1]) and SCHEMES[parse(pair[1]).scheme].calibrated]
         names = {name for group, _ in calibrated for name in group.tensors}
-        seen = observe(self.model, self.calibration.windows, names) if names else iter(())
-        pending = list(calibrated)
-        for inputs in chain(seen, [{}]):
-            self.inputs |= {name: given for name, given in inputs.items() if ROWS.fullmatch(name)}
-            known = self.inputs | inputs
-            ready = [pair for pair in pending if not inputs or all(name in known for name in pair[0].tensors)]
-            pending = [pair for pair in pending if pair not in ready]
-            for group, scheme in ready:
-                self._quantize(group, scheme, known)
-                yield group, scheme
-        for group, scheme in [pair for pair in wanted if pair not in calibrated]:
-            self._quantize(group, scheme, {})
-            yield group, scheme
+        done = set()
+        heads: dict[str, Inputs] = {}  # several may be one group, and are observed one by one
+        for seen in observe(self.model, self.calibration.windows, names) if names else ():
+            heads |= {name: inputs for name, inputs in seen.items() if ROWS.fullmatch(name)}
+            known = heads | dict(seen)
+            for pair in calibrated:
+                if pair not in done and all(name in known for name in pair[0].tensors):
+                    done.add(pair)
+                    self._quantize(*pair, known)
+                    yield pair
+        for pair in wanted:
+            if pair not in done:
+                self._quantize(*pair, {})
+                yield pair
 
     def _quantize(self, group: Group, scheme: str, inputs: Mapping[str, Inputs]) -> None:
         if is_delta(scheme):
@@ -135,8 +134,7 @@ class Measurements:
     ) -> dict[str, tuple[Stored, TensorReport]]:
         assert group.anchor is not None
         heads = {name: self.arrays[name] for name in group.tensors}
-        inputs = {name: self.inputs[name] for name in heads if name in self.inputs}
-        tensors = quantize_group(heads, group.anchor, anchors[group.anchor], parse(scheme), inputs)
+        tensors = quantize_group(heads, group.anchor, anchors[group.anchor], parse(scheme))
         return {name: (tensor, delta_report(name, heads[name], tensor)) for name, tensor in tensors.items()}
 
     # --- what is remembered -----------------------------------------------------------------------

@@ -58,7 +58,7 @@ def quantize_tensors(
     weights: dict[str, Weight] = {}
     reports: dict[str, TensorReport] = {}
     deltas = list(groups(plan, anchors))
-    late: dict[str, Inputs | None] = {name: None for _, _, names in deltas for name in names}
+    late = {name for _, _, names in deltas for name in names}
     total = sum(arrays[name].size for name in plan)
     with tqdm(total=total, unit=" weights", unit_scale=True, desc="quantize", leave=False, disable=None) as bar:
 
@@ -70,10 +70,7 @@ def quantize_tensors(
 
         for seen in observed:
             for name, inputs in seen.items():
-                if name in late:
-                    late[name] = inputs
-                else:
-                    take(name, inputs)
+                take(name, inputs)
         for name in [name for name in order if name in arrays and name not in late]:
             if name in plan:
                 take(name, None)
@@ -83,8 +80,7 @@ def quantize_tensors(
         for anchor, rule, names in deltas:
             bar.set_postfix_str(", ".join(names))
             heads = {name: arrays.pop(name) for name in names}
-            known = {name: given for name in names if (given := late[name])}
-            for name, tensor in quantize_group(heads, anchor, weights[anchor], rule, known).items():
+            for name, tensor in quantize_group(heads, anchor, weights[anchor], rule).items():
                 weights[name], reports[name] = tensor, delta_report(name, heads[name], tensor)
                 bar.update(heads[name].size)
     return {name: weights[name] for name in order}, [reports[name] for name in order]

@@ -153,7 +153,7 @@ class DeltaTensor:
     row of it serves all of them. `anchor` is the matrix as it is stored, rounded or not, so errors do not add up.
     """
 
-    anchor: NDArray[np.float32] | QuantizedTensor  # [V, E]
+    anchor: Weight  # [V, E], no delta itself
     left: QuantizedTensor  # [V, r]
     right: QuantizedTensor  # [r, E]
     scheme: str  # its name in quant.schemes.low_rank.DELTAS
@@ -200,7 +200,7 @@ class DeltaTensor:
 
     def rows(self, index: slice | NDArray[np.integer]) -> NDArray[np.float32]:
         """Dequantized rows: float32 [len(index), E]."""
-        anchor = self.anchor.rows(index) if isinstance(self.anchor, QuantizedTensor) else self.anchor[index]
+        anchor = self.anchor[index] if isinstance(self.anchor, np.ndarray) else self.anchor.rows(index)
         return anchor + self.left.rows(index) @ self._right
 
     def dequantize(self) -> NDArray[np.float32]:

@@ -3,6 +3,8 @@
 builder.py   nodes, weights and If subgraphs
 linear.py    one weight, three uses (project, project a head, gather rows), per storage scheme
 blocks.py    embedding, attention, MLP, segments
+rescore.py   rows of heads on candidates
+deltas.py    heads that are stored as a delta to their anchor
 heads.py     head gate, full mixture, fast-k
 routing.py   gates, one If per node, putting the rows back in order
 assemble.py  the whole graph
