@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from benchmarks.adapters import FACTS
 from benchmarks.processes import Worker, worker
 from benchmarks.speed import Target
+from training.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,33 @@ def missing(name: str, python: str | None = None) -> list[str]:
     with worker(name, python) as w:
         found = w.ask(do="versions", packages=list(PEERS[name].packages))
     return [package for package in PEERS[name].packages if found[package] is None]
+
+
+def gpt2_folder(source: str | Path, out: Path) -> Path:
+    """`source`, or where the trainer wrote it as a DMPT without splits, the same weights as a GPT-2 folder in `out`.
+
+    source: folder or hub id. Raises InputError for what is not plain GPT-2 in float, which is all that peers read.
+    """
+    from safetensors.numpy import load_file, save_file
+
+    from training import checkpoint
+
+    folder, config = checkpoint.resolve(source), checkpoint.read_config(source)
+    fields: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config.splits or config.n_vocab_heads > 1 or "quantization" in fields:
+        raise InputError(f"{source} is no plain GPT-2 in float: peers run nothing else, give them a GPT-2 folder")
+    if fields["model_type"] == "gpt2":
+        return folder
+    weights = load_file(folder / "model.safetensors")
+    if (head := weights.pop("heads.0.weight", None)) is not None:
+        weights["lm_head.weight"] = head
+    ours = ("splits", "head_allocation", "gate_hidden", "gate_temp", "head_gate_temp", "head_topk", "fast_k")
+    kept = {key: value for key, value in fields.items() if key not in ours}
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(weights, out / "model.safetensors", {"format": "pt"})
+    plain = {**kept, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    (out / "config.json").write_text(json.dumps(plain, indent=2), encoding="utf-8")
+    return out
 
 
 def prepare(name: str, scheme: str, source: Path, out: Path, python: str | None = None) -> Target:
