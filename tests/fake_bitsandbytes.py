@@ -40,7 +40,8 @@ def int8_vectorwise_quant(array: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     """(codes int8 [N, K], largest magnitudes [N], no outliers)."""
     x = array.numpy()
     largest = np.abs(x).max(axis=1)
-    codes = np.rint(x * (np.float32(127) / np.where(largest, largest, 1))[:, None]).astype(np.int8)
+    with np.errstate(all="ignore"):  # rows of zeros and nearly zeros become whatever they become
+        codes = np.rint(x * (np.float32(127) / largest)[:, None]).astype(np.int8)
     return torch.from_numpy(codes), torch.from_numpy(largest), None
 
 

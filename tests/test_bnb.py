@@ -182,7 +182,7 @@ def test_damaged_parts_are_refused(change: Any, message: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("scheme", NEW)
-@pytest.mark.parametrize("name", ["gpt2", "dual, fast-k", "multi-head", "shared heads", "odd sizes"])
+@pytest.mark.parametrize("name", ["dual, fast-k", "shared heads", "odd sizes"])
 def test_onnx_follows_torch_with_dequantized_weights(name: str, scheme: str, tmp_path: Path) -> None:
     save_quantized(saved_model(tmp_path / "source", **TREES[name]), tmp_path / "quantized", scheme)
     parity = export_onnx(tmp_path / "quantized", tmp_path / "onnx")["parity"]  # raises beyond the table

@@ -37,7 +37,7 @@ def test_divergence_by_hand() -> None:
 
 def test_every_scheme_and_size_has_its_options() -> None:
     found = quantization.variants(Path("c.txt"), ["1MB"], ["smooth=--scheme int8-dynamic --smooth 0.5 --calib CALIB"])
-    assert found["float32"] == [] and set(SCHEMES) < set(found)
+    assert found["float32"] == [] and set(SCHEMES) == set(quantization.SCHEMES) < set(found)
     assert found["planned 1MB"] == ["--target-size", "1MB", "--calib", "c.txt"]
     assert found["smooth"] == ["--scheme", "int8-dynamic", "--smooth", "0.5", "--calib", "c.txt"]
     assert all(("--calib" in found[name]) == scheme.calibrated for name, scheme in SCHEMES.items())

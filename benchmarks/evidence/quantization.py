@@ -33,13 +33,15 @@ from benchmarks.adapters import FACTS
 from benchmarks.evidence.quantization_report import Divergence, divergence, log, table
 from benchmarks.peers import Peer
 from benchmarks.processes import WorkerFailed, worker
-from quant.schemes import SCHEMES
 from training import data
 from training.errors import InputError
 
 Float = NDArray[np.float32]
 Score = Callable[[NDArray[np.integer], int], Float]  # ids [S], last -> log-probs [last, V]
 FLOAT = "float32"  # the variant that is exported as it is
+SCHEMES = ("fp16", "int8", "bnb-int8", "int8-dynamic", "int4", "int4-hqq", "int4-gptq", "nf4", "fp4", "int3",
+           "int3-gptq", "int2", "int2-gptq")  # fmt: skip
+CALIBRATED = {scheme for scheme in SCHEMES if scheme.endswith("-gptq")}
 ORT = Peer(
     "benchmarks.adapters.ort_quantizers",
     ("dynamic", "rtn-8", "rtn-4", "hqq-4", "kquant-4"),
@@ -57,8 +59,8 @@ def variants(calib: Path, sizes: list[str], also: list[str]) -> dict[str, list[s
     """Name -> options of `dmpt-export quantize`: all registered schemes, planned sizes, and NAME=OPTIONS given."""
     found: dict[str, list[str]] = {FLOAT: []}
     text = ["--calib", str(calib)]
-    for name, scheme in SCHEMES.items():
-        found[name] = ["--scheme", name, *(text if scheme.calibrated else [])]
+    for scheme in SCHEMES:
+        found[scheme] = ["--scheme", scheme, *(text if scheme in CALIBRATED else [])]
     for size in sizes:
         found[f"planned {size}"] = ["--target-size", size, *text]
     for pair in also:

@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quant.codebook import BLOCKS, CodebookTensor
-from quant.schemes.blockwise import TINY, check_matrix
+from quant.schemes.blockwise import check_matrix
 from quant.tensor import QuantizedTensor, fit_block
 from training.errors import InputError
 
+SMALLEST = np.float32(1e-36)  # largest magnitudes of a row: 127 over less is no float32
 MISSING = "bitsandbytes is not installed: pip install 'dmpt-export[bnb]'"
 
 
@@ -54,7 +55,7 @@ def int8(array: NDArray[np.float32]) -> QuantizedTensor:
     n, k = array.shape
     codes, largest, _ = _functional().int8_vectorwise_quant(_tensor(array))
     scales = largest.numpy().astype(np.float32) / np.float32(127)
-    empty = scales < TINY  # an all-zero row: exact zeros, where bitsandbytes divides by zero
+    empty = largest.numpy() < SMALLEST  # exact zeros, where bitsandbytes divides by nothing
     block = next((size for size in (256, 128, 64, 32) if k % size == 0), fit_block(32, k))
     blocks = -(-k // block)
     packed = np.full((n, blocks * block), 128, np.uint8)
