@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from benchmarks import peers
 from benchmarks.adapters.ort_quantizers import gemm_to_matmul
@@ -113,7 +113,7 @@ def test_gemms_become_matmul_and_add(turned: int) -> None:
     assert gemm_to_matmul(model) == 1
     assert [node.op_type for node in model.graph.node] == ["MatMul", "Add", "Gemm"]
     x = rng.normal(size=(2, 4)).astype(np.float32)
-    (z,) = onnx.reference.ReferenceEvaluator(model).run(None, {"x": x})
+    (z,) = ReferenceEvaluator(model).run(None, {"x": x})
     np.testing.assert_allclose(z, 2 * (x @ matrix + bias) + bias, rtol=1e-5)
 
 

@@ -45,8 +45,8 @@ CALIBRATED = {scheme for scheme in SCHEMES if scheme.endswith("-gptq")}
 ORT = Peer(
     "benchmarks.adapters.ort_quantizers",
     ("dynamic", "rtn-8", "rtn-4", "hqq-4", "kquant-4"),
-    ("optimum-onnx", "onnxruntime", "accelerate"),
-    "pip install 'optimum-onnx[onnxruntime]' accelerate",
+    ("optimum-onnx", "onnxruntime", "accelerate", "onnx-ir"),
+    "pip install 'optimum-onnx[onnxruntime]' accelerate onnx-ir",
 )
 
 
