@@ -162,6 +162,8 @@ class Evidence:
         """All peers that are there; for the others the line that says how to get them, or why it failed."""
         for name, peer in all_peers().items():
             wanted = [scheme for scheme in peer.schemes if not self.has(model, f"{name} {scheme}")]
+            if not wanted:
+                continue
             with worker(name, pythons.get(name)) as w:
                 found = w.ask(do="versions", packages=list(peer.packages))
             if lacking := [package for package in peer.packages if found[package] is None]:
