@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ class PeerScorer:
 
         self.name, self.folder, self.scheme = target.name, source, scheme
         self.mode, self.family, self.leaves = GATE_HARD, target.name.split()[0], ["root"]
+        self.head_allocation: Mapping[str, Sequence[int]] = {"root": [0]}
         config = json.loads((weights / "config.json").read_text(encoding="utf-8"))
         with safe_open(weights / "model.safetensors", "np") as file:
             self.parameters = sum(int(np.prod(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118

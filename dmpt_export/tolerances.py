@@ -39,6 +39,10 @@ TOLERANCES: dict[tuple[str, str], Tolerance] = {
     ("float32", "int2"): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5),
     ("float32", "int2-gptq"): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5),
     ("float32", "int8-dynamic"): Tolerance(max_abs=None, kl_mean=0.06, top1=0.80, gate_margin=0.5),
+    ("float32", "bnb-int8"): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5),
+    ("float32", "nf4"): Tolerance(max_abs=1e-4, kl_mean=1e-6, top1=0.99, gate_margin=1e-4),  # float kernels, all three
+    ("float32", "fp4"): Tolerance(max_abs=1e-4, kl_mean=1e-6, top1=0.99, gate_margin=1e-4),
+    ("float32", "fp16"): Tolerance(max_abs=1e-4, kl_mean=1e-6, top1=0.99, gate_margin=1e-4),
     KV_INT8: Tolerance(max_abs=None, kl_mean=0.06, top1=0.80, gate_margin=0.5),
     **{("float32", delta): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5) for delta in DELTAS},
     **{("float16", delta): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5) for delta in DELTAS},
@@ -49,6 +53,10 @@ TOLERANCES: dict[tuple[str, str], Tolerance] = {
     ("float16", "int4-gptq"): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5),
     ("float16", "int3"): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5),
     ("float16", "int3-gptq"): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5),
+    ("float16", "nf4"): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5),
+    ("float16", "fp4"): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5),
+    ("float16", "bnb-int8"): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5),
+    ("float16", "fp16"): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5),
 }
 
 

@@ -1,6 +1,6 @@
 """The quantized checkpoint folder: config.json says how each tensor is stored, model.safetensors holds the bytes.
 
-`<name>.packed`, `<name>.scales` and, where there are any, `<name>.zero_points` stand for a quantized
+`<name>.packed`, `<name>.scales` (but for fp16) and, where there are any, `<name>.zero_points` stand for a quantized
 tensor, and factors `<name>.left` and `<name>.right` of such parts for a head delta; every other tensor is float32
 under its own name. Exporting reads these bytes as they are.
 """
@@ -18,14 +18,15 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from quant.calibration import Calibration, Inputs, observe
+from quant.codebook import CODEBOOKS, CodebookTensor, HalfTensor
 from quant.deltas import assemble, record
 from quant.measure import with_damage
 from quant.quantize import TensorReport, quantize_tensors
 from quant.rules import FLOAT, Rule, anchors_of, assign, default_rules
-from quant.schemes import SCHEMES
+from quant.schemes import SCHEMES, check_installed
 from quant.schemes.low_rank import DELTAS
 from quant.smooth import Arrays, smooth
-from quant.tensor import DeltaTensor, QuantizedTensor, Weight
+from quant.tensor import Alone, DeltaTensor, QuantizedTensor, Weight
 from training.checkpoint import (
     Source,
     atomic_folder,
@@ -48,7 +49,6 @@ from training.model import DMPTForCausalLM
 FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
 PLANNED = "planned"  # how a folder is called whose tensors follow a plan's rules
-PARTS = ("packed", "scales", "zero_points")
 
 
 def load_weights(source: Source) -> tuple[DMPTConfig, dict[str, Weight]]:
@@ -124,6 +124,7 @@ def save_quantized(
     shapes = {name: array.shape for name, array in arrays.items()}
     anchors = anchors_of(config)
     plan = assign(shapes, rules, defaults, config.tie_word_embeddings, anchors)
+    check_installed(rule.scheme for rule in plan.values())
     if not plan:
         raise InputError(f"no tensor of {folder} would be quantized: drop the rules that keep all of them {FLOAT}")
     recorded: dict[str, Any] = {"rules": [rule.as_dict() for rule in [*rules, *defaults]]}
@@ -299,15 +300,21 @@ def _entries(quantization: Any, folder: Path) -> dict[str, dict[str, Any]]:
     return entries
 
 
-def _assemble(stored: dict[str, NDArray[Any]], name: str, entry: dict[str, Any], folder: Path) -> QuantizedTensor:
+def _assemble(stored: dict[str, NDArray[Any]], name: str, entry: dict[str, Any], folder: Path) -> Alone:
     """Take a tensor's parts out of `stored` and put them together."""
-    packed, scales, zero_points = (stored.pop(f"{name}.{part}", None) for part in PARTS)
+    scheme, block, transposed = entry["scheme"], entry["block"], entry["transposed"]
+    packed = stored.pop(f"{name}.packed", None)
+    no_scales = scheme == HalfTensor.scheme
+    scales = np.empty(0, np.float32) if no_scales else stored.pop(f"{name}.scales", None)
     if packed is None or scales is None:
         raise InputError(f"{folder / WEIGHTS} lacks {name}.packed or {name}.scales: copy or quantize it again")
     shape = (entry["shape"][0], entry["shape"][1])
     try:
-        return QuantizedTensor(
-            packed, scales, zero_points, entry["bits"], entry["block"], shape, entry["scheme"], entry["transposed"]
-        )
+        if no_scales:
+            return HalfTensor(packed, shape, transposed)
+        if scheme in CODEBOOKS:
+            return CodebookTensor(packed, scales, scheme, block, shape, transposed)
+        zero_points = stored.pop(f"{name}.zero_points", None)
+        return QuantizedTensor(packed, scales, zero_points, entry["bits"], block, shape, scheme, transposed)
     except InputError as error:
         raise InputError(f"{folder / WEIGHTS}: {name}: {error}") from error

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.checkpoint import load_weights
-from quant.tensor import QuantizedTensor, Stored
+from quant.tensor import Alone, DeltaTensor, Stored
 from training.checkpoint import Source, empty_model
 from training.model import DMPTForCausalLM
 
@@ -21,7 +21,7 @@ ROWS = 4096  # of a head, multiplied at a time
 class StoredLayer(nn.Module):
     """A block's layer, x W + b, for a matrix that the checkpoint holds as [in, out]."""
 
-    def __init__(self, weight: QuantizedTensor, bias: Tensor) -> None:
+    def __init__(self, weight: Alone, bias: Tensor) -> None:
         super().__init__()
         self.stored = weight
         self.bias = bias
@@ -64,7 +64,7 @@ def lean_model(source: Source) -> DMPTForCausalLM:
         if isinstance(weight, np.ndarray):
             if not isinstance(getattr(parent, child), StoredLayer):  # whose bias was taken along
                 setattr(getattr(parent, child), kind, nn.Parameter(torch.from_numpy(weight), requires_grad=False))
-        elif isinstance(weight, QuantizedTensor) and weight.transposed:
+        elif not isinstance(weight, DeltaTensor) and weight.transposed:
             bias = weights[f"{path}.bias"]
             assert isinstance(bias, np.ndarray)
             setattr(parent, child, StoredLayer(weight, torch.from_numpy(bias)))

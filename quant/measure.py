@@ -26,7 +26,7 @@ from quant.quantize import TensorReport, delta_report, quantize_tensor
 from quant.rules import ROWS, Rule, parse_rule
 from quant.schemes import SCHEMES
 from quant.schemes.low_rank import DELTAS
-from quant.tensor import DeltaTensor, QuantizedTensor, Stored, Weight
+from quant.tensor import Stored, Weight
 from training.checkpoint import atomic_file, model_from_tensors
 from training.config import DMPTConfig
 from training.model import DMPTForCausalLM
@@ -176,7 +176,7 @@ def with_damage(
     damage, out = damage_on(model, calibration), []
     for report in tqdm(reports, desc="measure damage", unit=" tensors", leave=False, disable=None):
         weight = weights[report.name]
-        if isinstance(weight, QuantizedTensor | DeltaTensor):
+        if not isinstance(weight, np.ndarray):
             report = replace(report, kl=damage.of({report.name: weight.dequantize()}))
         out.append(report)
     return out

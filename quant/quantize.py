@@ -15,7 +15,7 @@ from quant.calibration import Inputs
 from quant.deltas import anchor_of, groups, quantize_group
 from quant.rules import FLOAT, Rule, is_transposed
 from quant.schemes import SCHEMES
-from quant.tensor import DeltaTensor, QuantizedTensor, Stored, Weight
+from quant.tensor import Alone, DeltaTensor, Stored, Weight
 from training.errors import InputError
 
 ERROR_ROWS = 4096  # output rows compared at a time, so that a large embedding is never whole in float twice
@@ -97,7 +97,7 @@ def delta_report(name: str, head: NDArray[np.float32], tensor: DeltaTensor) -> T
 
 def quantize_tensor(
     name: str, array: NDArray[np.float32], rule: Rule, inputs: Inputs | None = None
-) -> tuple[QuantizedTensor, TensorReport]:
+) -> tuple[Alone, TensorReport]:
     """One tensor in the checkpoint's layout -> quantized, with its report. Raises InputError naming the tensor."""
     transposed = is_transposed(name)
     matrix = np.ascontiguousarray(array.T if transposed else array)  # (N, K)
@@ -111,7 +111,7 @@ def quantize_tensor(
         tensor = replace(scheme(matrix, **options), transposed=transposed)
     except InputError as error:
         raise InputError(f"tensor '{name}': {error}") from error
-    stored = (tensor.scheme, None if tensor.per_row else tensor.block)
+    stored = (tensor.scheme, tensor.block if SCHEMES[rule.scheme].blocks else None)
     damage = relative_error(tensor, matrix)
     sizes = (array.size, array.nbytes, tensor.nbytes)
     return tensor, TensorReport(name, *stored, *sizes, damage, all_zero=not matrix.any())

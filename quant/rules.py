@@ -109,6 +109,7 @@ def default_rules(scheme: str, block: int | None = None, asymmetric: bool = Fals
     check_options(scheme, None, asymmetric)
     layers = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     rules = [Rule(f"*.h.*.{layer}.weight", scheme, block if how.blocks else None, asymmetric) for layer in layers]
+    block = block if SCHEMES[rows].blocks else None
     return [*rules, Rule("heads.*.weight", rows, block, asymmetric), Rule(EMBEDDING, rows, block, asymmetric)]
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quant.codebook import CodebookTensor, HalfTensor, expect, in_layout
 from training.errors import InputError
 
 MIN_BLOCK, MAX_BLOCK = 16, 256  # what the kernels of ONNX Runtime take
@@ -87,22 +88,15 @@ class QuantizedTensor:
         if self.bits not in (2, 4, 8):
             raise InputError(f"{self.bits} bits cannot be packed: use 2, 4 or 8")
         if self.per_row:
-            self._expect("packed", self.packed, np.int8, (rows, width))
-            self._expect("scales", self.scales, np.float32, (rows,))
+            expect("packed", self.packed, np.int8, (rows, width))
+            expect("scales", self.scales, np.float32, (rows,))
             return
         if fit_block(self.block, width) != self.block:
             raise InputError(f"block {self.block} is wider than rows of {width} need")
-        self._expect("packed", self.packed, np.uint8, (rows, self.n_blocks, self.block * self.bits // 8))
-        self._expect("scales", self.scales, np.float32, (rows, self.n_blocks))
+        expect("packed", self.packed, np.uint8, (rows, self.n_blocks, self.block * self.bits // 8))
+        expect("scales", self.scales, np.float32, (rows, self.n_blocks))
         if self.zero_points is not None:
-            self._expect("zero_points", self.zero_points, np.uint8, (rows, -(-self.n_blocks * self.bits // 8)))
-
-    @staticmethod
-    def _expect(part: str, array: NDArray[Any], dtype: type[np.generic], shape: tuple[int, ...]) -> None:
-        if array.dtype != dtype or array.shape != shape:
-            raise InputError(
-                f"{part} is {array.dtype} {list(array.shape)} where {np.dtype(dtype)} {list(shape)} is needed"
-            )
+            expect("zero_points", self.zero_points, np.uint8, (rows, -(-self.n_blocks * self.bits // 8)))
 
     @property
     def per_row(self) -> bool:
@@ -141,8 +135,10 @@ class QuantizedTensor:
 
     def dequantize(self) -> NDArray[np.float32]:
         """The whole matrix in the checkpoint's layout: float32 [N, K], or [K, N] when transposed."""
-        values = self.rows(slice(None))
-        return np.ascontiguousarray(values.T if self.transposed else values)
+        return in_layout(self.rows(slice(None)), self.transposed)
+
+
+Alone = QuantizedTensor | CodebookTensor | HalfTensor  # kept in fewer bits, and complete without another tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +149,7 @@ class DeltaTensor:
     row of it serves all of them. `anchor` is the matrix as it is stored, rounded or not, so errors do not add up.
     """
 
-    anchor: Weight  # [V, E], no delta itself
+    anchor: NDArray[np.float32] | Alone  # [V, E]
     left: QuantizedTensor  # [V, r]
     right: QuantizedTensor  # [r, E]
     scheme: str  # its name in quant.schemes.low_rank.DELTAS
@@ -208,5 +204,5 @@ class DeltaTensor:
         return self.rows(slice(None))
 
 
-Stored = QuantizedTensor | DeltaTensor  # every way to keep a matrix in fewer bits
+Stored = Alone | DeltaTensor  # every way to keep a matrix in fewer bits
 Weight = NDArray[np.float32] | Stored  # one tensor of a checkpoint, float or quantized

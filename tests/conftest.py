@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +37,20 @@ TINY: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+
+
+@pytest.fixture(scope="session")
+def bitsandbytes() -> Iterator[None]:
+    """bitsandbytes, or where it is not installed its arithmetic in numpy (tests.fake_bitsandbytes)."""
+    if find_spec("bitsandbytes"):
+        yield
+        return
+    from tests import fake_bitsandbytes
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in fake_bitsandbytes.modules().items():
+            patch.setitem(sys.modules, name, module)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -124,6 +124,7 @@ LAYOUTS = ("int8", "int4", "int2", "int8-dynamic")  # the other schemes store on
 EVERY_KIND = [
     (name, scheme)
     for scheme in SCHEMES
+    if scheme != "fp16" and SCHEMES[scheme].package is None  # for those see tests.test_bnb
     for name in ("dual, fast-k", "odd sizes", *(("gpt2", "quad, fast-k", "shared heads") if scheme in LAYOUTS else ()))
 ]
 

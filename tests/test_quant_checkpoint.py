@@ -40,9 +40,9 @@ def small(tiny_dmpt: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def same(a: Any, b: Any) -> bool:
     """Equal to the bit, whether float or quantized."""
-    if isinstance(a, QuantizedTensor) != isinstance(b, QuantizedTensor):
+    if type(a) is not type(b):
         return False
-    if not isinstance(a, QuantizedTensor):
+    if isinstance(a, np.ndarray):
         return bool(a.dtype == b.dtype and a.tobytes() == b.tobytes() and a.shape == b.shape)
     fields = ("bits", "block", "shape", "scheme", "transposed")
     parts = {key: same(array, b.parts().get(key)) for key, array in a.parts().items()}
@@ -51,10 +51,11 @@ def same(a: Any, b: Any) -> bool:
     )  # fmt: skip
 
 
-@settings(max_examples=12, deadline=None)
+@pytest.mark.usefixtures("bitsandbytes")
+@settings(max_examples=16, deadline=None)
 @given(
     scheme=st.sampled_from(sorted(SCHEMES)),
-    block=st.sampled_from([None, 16, 32, 128]),
+    block=st.sampled_from([None, 32, 128]),
     width=st.sampled_from([4, 24, 40]),
     vocab=st.integers(5, 40),
     symmetric=st.booleans(),
@@ -67,7 +68,7 @@ def test_a_folder_gives_back_the_same_bits(
     sizes = {"n_embd": width, "vocab_size": vocab, "n_layer": 2, "n_head": 2, "n_positions": 8}
     source = saved_model(folder / "source", [1], 2, tie_word_embeddings=tied, **sizes)
     config, arrays = load_state(source)
-    rule = Rule("*", scheme, None if scheme == "int8-dynamic" else block)
+    rule = Rule("*", scheme, block if SCHEMES[scheme].blocks else None)
     chosen = {name: rule for name in arrays if name.startswith("heads") or name.endswith("c_fc.weight")}
     weights, _ = quantize_tensors(arrays, chosen)
     if SCHEMES[scheme].zero_points and not symmetric:  # a tensor with stored zero points
@@ -82,6 +83,7 @@ def test_a_folder_gives_back_the_same_bits(
 
 @pytest.mark.parametrize("model", ["tiny_dmpt", "tiny_quad", "tiny_gpt2"])
 @pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.usefixtures("bitsandbytes")
 def test_the_torch_reference_has_each_dequantized_weight(
     scheme: str, model: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -97,12 +99,12 @@ def test_the_torch_reference_has_each_dequantized_weight(
     for name, tensor in reference.state_dict().items():
         kept = "transformer.wte.weight" if name == "heads.0.weight" and name not in weights else name
         weight = weights[kept]
-        if not isinstance(weight, QuantizedTensor):
+        if isinstance(weight, np.ndarray):
             assert torch.equal(tensor, expected[name])
             continue
         np.testing.assert_array_equal(tensor.numpy(), weight.dequantize())
         error = float((tensor - expected[name]).norm() / expected[name].norm())
-        assert 0 < error < {8: 0.01, 4: 0.15, 3: 0.3, 2: 0.6}[SCHEMES[scheme].bits]
+        assert 0 < error < {16: 0.001, 8: 0.01, 4: 0.15, 3: 0.3, 2: 0.6}[SCHEMES[scheme].bits]
         assert reports[kept].relative_error == pytest.approx(error, rel=1e-4)
     ids = torch.arange(20)[None]
     with torch.inference_mode():

@@ -106,6 +106,7 @@ def test_exact_integers_survive_int8_dynamic() -> None:
     np.testing.assert_array_equal(SCHEMES["int8-dynamic"](array).dequantize(), array)
 
 
+@pytest.mark.usefixtures("bitsandbytes")
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_weights_that_are_no_numbers_are_refused(scheme: str, bad: float) -> None:
@@ -115,6 +116,7 @@ def test_weights_that_are_no_numbers_are_refused(scheme: str, bad: float) -> Non
         SCHEMES[scheme](array)
 
 
+@pytest.mark.usefixtures("bitsandbytes")
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_what_is_no_matrix_is_refused(scheme: str) -> None:
     for array in (np.ones(4, np.float32), np.ones((2, 3, 4), np.float32), np.ones((0, 4), np.float32)):
@@ -122,8 +124,9 @@ def test_what_is_no_matrix_is_refused(scheme: str) -> None:
             SCHEMES[scheme](array)
 
 
+@pytest.mark.usefixtures("bitsandbytes")
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_registry_and_the_tensor_agree(scheme: str) -> None:
     tensor = SCHEMES[scheme](np.ones((4, 300), np.float32))
     assert tensor.scheme == scheme
-    assert tensor.per_row == (not SCHEMES[scheme].rows)
+    assert getattr(tensor, "per_row", False) == (scheme == "int8-dynamic")

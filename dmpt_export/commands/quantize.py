@@ -95,6 +95,9 @@ def command(checkpoint: str, out: str | None, **options: Any) -> None:
     int2, int2-gptq  2 bits; for single layers, see --layer-bits
     int8-dynamic  8 bits, a scale per output; activations are rounded too (CPU only): the fastest to read
                   long prompts, but check the quality with `dmpt-export eval`
+    nf4, fp4      bitsandbytes' 4 bits in the blocks, int8 for embedding and heads
+    bnb-int8      bitsandbytes' 8 bits, a scale per output
+    fp16          half the disk; on a CPU the model runs, and needs memory, as in float32
 
     With --target-size, --target-kl or --target-bits each attention, MLP, embedding and head gets bits by
     the damage it was measured to take: KL to the float model on the calibration text.
@@ -116,6 +119,11 @@ def command(checkpoint: str, out: str | None, **options: Any) -> None:
     planned = sum(options[name] is not None for name in ("target_size", "target_kl", "target_bits"))
     check_usage(out, planned, options)
     require("train")
+    from quant.rules import parse_rule
+    from quant.schemes import check_installed
+
+    chosen = [choice.partition(":")[0] for choice in (options["candidates"] or "").split(",")]
+    check_installed([options["scheme"], *chosen, *(parse_rule(rule).scheme for rule in options["rules"])])
     from quant.checkpoint import check_unquantized
 
     check_unquantized(checkpoint)

@@ -1,6 +1,7 @@
 """One weight, three uses, for every storage scheme.
 
-    linear          y = x W + b of a block          (float: MatMul, n-bit: MatMulNBits, W8A8: DynamicQuantizeMatMul)
+    linear          y = x W + b of a block          (float: MatMul, n-bit: MatMulNBits, W8A8: DynamicQuantizeMatMul,
+                                                     NF4 and FP4: MatMulBnb4)
     project         all logits of a head            (float: FusedMatMul with the rows as they are stored)
     gather_rows     some rows of the embedding       (float: Gather, n-bit: GatherBlockQuantized)
 
@@ -17,20 +18,32 @@ import numpy as np
 import onnx_ir as ir
 
 from dmpt_export.graph.builder import MSFT, Builder
+from quant.codebook import CodebookTensor, HalfTensor, in_layout
 from quant.tensor import QuantizedTensor, Weight
 
 Weights = Mapping[str, Weight]
+BNB4_TYPES = {"fp4": 0, "nf4": 1}  # attribute quant_type of MatMulBnb4
 # Level 4 lets the kernel quantize activations to int8 block by block: 0.4-0.9 % of the largest output in error,
 # a hundred times faster than level 0 for 8-bit weights.
 ACCURACY_LEVEL = 4
 
 
 def float_weight(b: Builder, weights: Weights, name: str) -> ir.Value:
-    """An initializer that is float in every scheme, in the graph's activation type."""
+    """A matrix or vector in the graph's activation type and the checkpoint's layout, which is float in its scheme."""
     array = weights[name]
+    if isinstance(array, HalfTensor):
+        half = b.weight(name, in_layout(array.packed, array.transposed))
+        return from_half(b, half, name)
     if not isinstance(array, np.ndarray):
         raise TypeError(f"{name} is quantized as {array.scheme} but no quantized operator reads it")
     return b.weight(name, array.astype(b.dtype.numpy(), copy=False))
+
+
+def from_half(b: Builder, half: ir.Value, name: str) -> ir.Value:
+    """float16 in the graph's activation type. Of a whole weight ONNX Runtime does it once, as it loads the model."""
+    if b.dtype == ir.DataType.FLOAT16:
+        return half
+    return b.op("Cast", half, name=f"{name}.cast", to=int(b.dtype))
 
 
 def linear(b: Builder, weights: Weights, name: str, x: ir.Value) -> ir.Value:
@@ -41,7 +54,10 @@ def linear(b: Builder, weights: Weights, name: str, x: ir.Value) -> ir.Value:
         if weight.scheme == "int8-dynamic":
             return _dynamic_matmul(b, name, weight, x, bias)
         return nbits_matmul(b, name, f"{name}.weight", weight, x, bias)
-    y = b.op("MatMul", x, float_weight(b, weights, f"{name}.weight"), name=name)
+    if isinstance(weight, CodebookTensor):
+        y = _bnb4_matmul(b, name, weight, x)
+    else:
+        y = b.op("MatMul", x, float_weight(b, weights, f"{name}.weight"), name=name)
     return b.op("Add", y, bias, name=f"{name}.bias_add")
 
 
@@ -58,6 +74,9 @@ def project(b: Builder, weights: Weights, name: str, x: ir.Value) -> ir.Value:
 def gather_rows(b: Builder, weights: Weights, weight_name: str, ids: ir.Value, name: str) -> ir.Value:
     """Rows of a matrix stored [V, E]: ids [B, S] -> [B, S, E]. Ids must be valid: the kernel does not check."""
     weight = weights[weight_name]
+    if isinstance(weight, HalfTensor):
+        rows = b.op("Gather", b.weight(weight_name, weight.packed), ids, name=f"{name}.half")
+        return from_half(b, rows, name)
     if not isinstance(weight, QuantizedTensor):
         return b.op("Gather", float_weight(b, weights, weight_name), ids, name=name)
     rows = gather_blocks(b, weight_name, weight, ids, name)
@@ -118,6 +137,22 @@ def _scales(b: Builder, weight_name: str, weight: QuantizedTensor, suffix: str) 
     """Scales as MatMulNBits reads them [N, blocks], or for gathering [N, blocks, 1]."""
     scales = weight.scales.astype(b.dtype.numpy(), copy=False)
     return b.weight(f"{weight_name}.scales{suffix}", scales[..., None] if suffix else scales)
+
+
+def _bnb4_matmul(b: Builder, name: str, weight: CodebookTensor, x: ir.Value) -> ir.Value:
+    scales = weight.scales.astype(b.dtype.numpy(), copy=False)
+    return b.op(
+        "MatMulBnb4",
+        x,
+        b.weight(f"{name}.weight.packed", weight.packed),
+        b.weight(f"{name}.weight.scales", scales),
+        name=name,
+        domain=MSFT,
+        N=weight.shape[0],
+        K=weight.shape[1],
+        block_size=weight.block,
+        quant_type=BNB4_TYPES[weight.scheme],
+    )
 
 
 def _dynamic_matmul(b: Builder, name: str, weight: QuantizedTensor, x: ir.Value, bias: ir.Value) -> ir.Value:

@@ -27,7 +27,8 @@ import onnx_ir as ir
 
 from dmpt_export.graph.builder import MSFT, Builder
 from dmpt_export.graph.deltas import candidate_logits as delta_logits
-from dmpt_export.graph.linear import Weights
+from dmpt_export.graph.linear import Weights, from_half
+from quant.codebook import HalfTensor
 from quant.tensor import DeltaTensor, QuantizedTensor, Weight
 from training.config import DMPTConfig
 
@@ -80,7 +81,9 @@ def groups(config: DMPTConfig, weights: Weights, leaf: str) -> list[list[int]]:
 def _layout(weight: Weight) -> object:
     if isinstance(weight, DeltaTensor):
         return weight.sharers
-    return (weight.bits, weight.block, weight.zero_points is None) if isinstance(weight, QuantizedTensor) else None
+    if isinstance(weight, QuantizedTensor):
+        return weight.bits, weight.block, weight.zero_points is None
+    return type(weight)
 
 
 class _Rows:
@@ -113,7 +116,7 @@ class _Rows:
 
     # --- storage ----------------------------------------------------------------------------------
 
-    def interleaved(self, suffix: str, part: Callable[[np.ndarray | QuantizedTensor], np.ndarray]) -> ir.Value:
+    def interleaved(self, suffix: str, part: Callable[[Weight], np.ndarray]) -> ir.Value:
         """The initializer with the rows [V, ...] of all heads side by side along the second axis."""
         if len(self.stored) == 1:
             return self.b.weight(f"{self.weight_name}{suffix}", part(self.stored[0]))
@@ -133,8 +136,13 @@ class _Rows:
 
     def _float(self, h: ir.Value, candidates: ir.Value) -> ir.Value:
         dtype = self.b.dtype.numpy()
-        table = self.interleaved("", lambda weight: weight.astype(dtype, copy=False))  # type: ignore[union-attr]
-        rows = self.op("Gather", table, candidates, part="gathered", axis=0)
+
+        def part(weight: Weight) -> np.ndarray:
+            return weight.packed if isinstance(weight, HalfTensor) else weight.astype(dtype, copy=False)  # type: ignore[union-attr]
+
+        rows = self.op("Gather", self.interleaved("", part), candidates, part="gathered", axis=0)
+        if isinstance(self.stored[0], HalfTensor):
+            rows = from_half(self.b, rows, f"{self.name}.gathered")
         return self._dot(self.op("Reshape", rows, self.by_head(self.width), part="flat"), h)
 
     def _dequantized(self, first: QuantizedTensor, h: ir.Value, candidates: ir.Value) -> ir.Value:

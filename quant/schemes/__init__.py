@@ -1,42 +1,48 @@
 """Every way to quantize a matrix, by name. A scheme is one pure function in one file and one line here.
 
-Signature: ``scheme(array, **options) -> QuantizedTensor`` with array float32 [N, K], K the reduction axis. Options:
-`block` where the scheme has blocks, `symmetric` where zero points are a choice, `inputs` (quant.calibration.Inputs of
-the layer) where it is calibrated.
+Signature: ``scheme(array, **options) -> Alone`` (quant.tensor) with array float32 [N, K], K the reduction axis.
+Options: `block` where the scheme has blocks, `symmetric` where zero points are a choice, `inputs`
+(quant.calibration.Inputs of the layer) where it is calibrated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from quant.schemes import bnb
 from quant.schemes.blockwise import int2, int3, int4, int8
 from quant.schemes.gptq import int2_gptq, int3_gptq, int4_gptq
+from quant.schemes.half import fp16
 from quant.schemes.hqq import int4_hqq
 from quant.schemes.per_row import int8_dynamic
-from quant.tensor import MAX_BLOCK, MIN_BLOCK, QuantizedTensor
+from quant.tensor import MAX_BLOCK, MIN_BLOCK, Alone
+from training.errors import InputError
 
 
 @dataclass(frozen=True)
 class Scheme:
     """A way to store a matrix: its function and what the rest of the package must know about it."""
 
-    quantize: Callable[..., QuantizedTensor]
+    quantize: Callable[..., Alone]
     bits: int  # of a code, without scales
     blocks: bool = True  # a scale per `block` inputs; else one way only
     rows: bool = True  # single rows can be looked up: fit for the embedding and the heads
     calibrated: bool = False  # wants `inputs`, what the layer sees on calibration text
     zero_points: bool = True  # can be had symmetric or with zero points; else one way only
     block_range: tuple[int, int] = (MIN_BLOCK, MAX_BLOCK)  # that have a fast kernel
+    package: str | None = None  # that must be installed to quantize; loading and exporting never need it
 
-    def __call__(self, array: NDArray[np.float32], **options: Any) -> QuantizedTensor:
+    def __call__(self, array: NDArray[np.float32], **options: Any) -> Alone:
         return self.quantize(array, **options)
 
 
+BNB_BLOCKS = (32, MAX_BLOCK)
 TWO_BITS = (32, 128)  # ONNX Runtime 1.32 takes 16 and 256, too, but some hundred times slower
 
 SCHEMES: dict[str, Scheme] = {
@@ -49,4 +55,16 @@ SCHEMES: dict[str, Scheme] = {
     "int3-gptq": Scheme(int3_gptq, 3, calibrated=True),
     "int2": Scheme(int2, 2, block_range=TWO_BITS),
     "int2-gptq": Scheme(int2_gptq, 2, calibrated=True, block_range=TWO_BITS),
+    "nf4": Scheme(bnb.nf4, 4, rows=False, zero_points=False, block_range=BNB_BLOCKS, package="bitsandbytes"),
+    "fp4": Scheme(bnb.fp4, 4, rows=False, zero_points=False, block_range=BNB_BLOCKS, package="bitsandbytes"),
+    "bnb-int8": Scheme(bnb.int8, 8, blocks=False, zero_points=False, package="bitsandbytes"),
+    "fp16": Scheme(fp16, 16, blocks=False, zero_points=False),
 }
+
+
+def check_installed(schemes: Iterable[str]) -> None:
+    """Raise InputError naming the `pip install` when a scheme's package is missing; said before any work is done."""
+    for scheme in schemes:
+        package = SCHEMES[scheme].package if scheme in SCHEMES else None
+        if package and find_spec(package) is None:
+            raise InputError(f"{scheme}: {bnb.MISSING}")
