@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from dmpt_export.graph.assemble import OPSET, OPSETS, build
 from dmpt_export.kv_cache import INT8, KINDS, KV_FLOAT, calibrate
 from dmpt_export.manifest import ACTIVATIONS, MODEL_FILE, describe, write_manifest
 from quant.checkpoint import load_weights
-from quant.tensor import QuantizedTensor
+from quant.tensor import QuantizedTensor, Weight
 from runtime.manifest import MANIFEST_NAME
 from training.checkpoint import atomic_folder, check_replaceable, copy_tokenizer, read_config, resolve
 from training.config import DMPTConfig
@@ -61,8 +62,8 @@ def export_onnx(
     scales = calibrate(folder, config, calibration) if kv_cache == INT8 else None  # before weights are in memory
     config, weights = load_weights(folder)
     config = deployed(config, fast_k, head_topk)
-    if target == "cuda" and any(isinstance(w, QuantizedTensor) and w.per_row for w in weights.values()):
-        raise InputError("int8-dynamic has no CUDA kernel in ONNX Runtime: quantize with --scheme int8 or int4 instead")
+    if target == "cuda":
+        check_cuda(weights)
     model = build(config, weights, ACTIVATIONS[target], scales, opset)
     with atomic_folder(Path(out), "onnx") as temporary:
         ir.save(model, temporary / MODEL_FILE, external_data=DATA_FILE, size_threshold_bytes=EXTERNAL_THRESHOLD)
@@ -78,6 +79,15 @@ def export_onnx(
             manifest["parity"] = check_export(temporary, manifest, folder, config, atol)
             write_manifest(manifest, temporary)
     return manifest
+
+
+def check_cuda(weights: Mapping[str, Weight]) -> None:
+    """Raise InputError for weights that ONNX Runtime 1.32 has no CUDA kernel for."""
+    for weight in weights.values():
+        if isinstance(weight, QuantizedTensor) and (weight.per_row or weight.bits == 2):
+            raise InputError(
+                f"{weight.scheme} has no CUDA kernel in ONNX Runtime: quantize with --scheme int8 or int4 instead"
+            )
 
 
 def check_options(

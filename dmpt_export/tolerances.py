@@ -45,6 +45,10 @@ TOLERANCES: dict[tuple[str, str], Tolerance] = {
     ("float16", "float"): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5),
     ("float16", "int8"): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5),
     ("float16", "int4"): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5),
+    ("float16", "int4-hqq"): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5),
+    ("float16", "int4-gptq"): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5),
+    ("float16", "int3"): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5),
+    ("float16", "int3-gptq"): Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5),
 }
 
 

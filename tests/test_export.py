@@ -275,3 +275,11 @@ def test_parameters_touched_per_token_by_hand() -> None:
     # 4 blocks deep, ln_f, one row of wte and wpe, the gate and a head gate of 2, one head and 10 rows of another
     want = 4 * block + 16 + 8 + 8 + gate + gate + 50 * 8 + 10 * 8
     assert touched_per_token(model.config, weights) == (want, 4 * want)
+
+
+@pytest.mark.parametrize("scheme", ["int8-dynamic", "int2"])
+def test_what_has_no_cuda_kernel_is_refused_for_cuda(scheme: str, tmp_path: Path) -> None:
+    save_quantized(saved_model(tmp_path / "source", [2], 4), tmp_path / "quantized", scheme)
+    with pytest.raises(InputError, match=f"{scheme} has no CUDA kernel"):
+        export_onnx(tmp_path / "quantized", tmp_path / "onnx", target="cuda", verify=False)
+    assert not (tmp_path / "onnx").exists()

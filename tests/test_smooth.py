@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from quant.calibration import Calibration, observe
+from quant.calibration import Calibration, observe, watching
 from quant.checkpoint import load_weights, save_quantized
 from quant.rules import is_transposed
+from quant.schemes import SCHEMES
 from quant.smooth import smooth
 from tests.models import random_model, saved_model
 from tests.tolerances import TOLERANCE
@@ -68,6 +69,33 @@ def test_half_way_the_largest_inputs_and_weights_are_alike() -> None:
     ratio = (x / s) / np.abs(balanced[name]).max(axis=1)
     np.testing.assert_allclose(ratio, np.full_like(ratio, np.median(ratio)), rtol=1e-4)
     assert np.abs(x / s).max() / np.median(x / s) < 0.3 * np.abs(x).max() / np.median(x)
+
+
+def w8a8_error(x: np.ndarray, matrix: np.ndarray) -> float:
+    """Relative error of products when all of x [n, K] shares an 8-bit scale, as each row of `matrix` [N, K] does."""
+    low, high = min(x.min(), 0), max(x.max(), 0)
+    step = (high - low) / 255
+    zero = np.rint(-low / step)
+    rounded = ((np.rint(x / step) + zero).clip(0, 255) - zero) * step
+    want = x @ matrix.T
+    return float(np.linalg.norm(rounded @ SCHEMES["int8-dynamic"](matrix).dequantize().T - want) / np.linalg.norm(want))
+
+
+def test_outliers_cost_less_when_they_are_balanced() -> None:
+    model = outliers(random_model([2], 4))
+    arrays = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    balanced = smooth(arrays, largest(model))
+    other = model_from_tensors(model.config, {name: torch.from_numpy(array) for name, array in balanced.items()})
+    errors = []
+    for one in (model, other):
+        rows: dict[str, np.ndarray] = {}
+        with watching(one, "", lambda name, x, rows=rows: rows.update({name: x.numpy()})), torch.inference_mode():  # type: ignore[misc]
+            one.hidden(WINDOWS)
+        state = {name: np.ascontiguousarray(one.state_dict()[name].numpy().T) for name in rows}
+        errors.append({name: w8a8_error(x, state[name]) for name, x in rows.items()})
+    for name in errors[0]:
+        if name.endswith(("c_attn.weight", "c_fc.weight")):
+            assert errors[1][name] < 0.5 * errors[0][name]
 
 
 def test_inputs_that_are_always_zero_are_left_alone() -> None:

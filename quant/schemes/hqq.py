@@ -17,7 +17,7 @@ from quant.schemes.blockwise import Found, quantize, round_codes, safe, search
 from quant.tensor import QuantizedTensor
 
 P = 0.7
-ROUNDS = 20
+ROUNDS = 10
 BETA, GROWTH = 2.0, 1.01  # how firmly e is held to the error, in units of a step
 
 
