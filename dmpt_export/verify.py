@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 CHECKED_TOKENS = 96  # enough for switches, catch-up and a cache that grew, yet under a second on small models
 SEED = 20250
+TIE = 1e-6  # nats: tokens closer than float32 can tell are both the top one
 
 
 @dataclass(frozen=True)
@@ -158,9 +159,10 @@ def compare(want: Reference, got: Outcome, tolerance: Tolerance, how: str) -> di
 def distances(want: np.ndarray, got: np.ndarray) -> dict[str, Any]:
     """How far two sets of log-probs [S, V] are apart; KL(want || got) in nats per position."""
     kl = (np.exp(want) * (want - got)).sum(-1)
+    preferred = np.take_along_axis(want, got.argmax(-1)[:, None], axis=-1)[:, 0]
     return {
         "max_abs_diff": float(np.abs(want - got).max()),
         "kl_mean": float(kl.mean()),
         "kl_max": float(kl.max()),
-        "top1_agreement": float((want.argmax(-1) == got.argmax(-1)).mean()),
+        "top1_agreement": float((want.max(-1) - preferred <= TIE).mean()),
     }

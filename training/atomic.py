@@ -37,6 +37,7 @@ OWN_FILES = [
     "*.png",
     "*.svg",
     "*.csv",
+    "*.html",
     "merges.txt",
 ]
 OWN_FOLDERS = ["trainer_state"]
