@@ -42,10 +42,16 @@ class Model:
     name: str
     shape: models.Shape | None = None  # None: plain GPT-2
     fast_k: int = 256
+    quantize: tuple[str, ...] = ()  # further options of `dmpt-export quantize`
+    onnx: tuple[str, ...] = ()  # and of `dmpt-export onnx`
 
     @property
     def checkpoint(self) -> str:
         return "gpt2" if self.shape is None else f"dmpt-{self.shape.heads}-{self.shape.switching}"
+
+    @property
+    def quantized(self) -> str:
+        return f"{self.checkpoint}-{'-'.join(self.quantize).replace('*', 'all')}" if self.quantize else self.checkpoint
 
 
 MODELS = (
@@ -56,6 +62,8 @@ MODELS = (
     Model("DMPT 16 heads", models.Shape(heads=16)),
     Model("DMPT K=64", models.Shape(), 64),
     Model("DMPT K=1024", models.Shape(), 1024),
+    Model("DMPT deltas", models.Shape(), quantize=("--rule", "heads.*=delta-r64")),
+    Model("DMPT int8 cache", models.Shape(), onnx=("--kv-cache", "int8")),
 )
 
 
@@ -84,9 +92,9 @@ class Workshop:
         return out
 
     def quantized(self, model: Model, scheme: str) -> Path:
-        out = self.work / "quantized" / f"{model.checkpoint}-{scheme}"
+        out = self.work / "quantized" / f"{model.quantized}-{scheme}"
         if not out.is_dir():
-            self.cli("quantize", self.checkpoint(model), out, *SCHEMES[scheme])
+            self.cli("quantize", self.checkpoint(model), out, *SCHEMES[scheme], *model.quantize)
         return out
 
     def exported(self, model: Model, scheme: str) -> Target:
@@ -94,7 +102,7 @@ class Workshop:
         if not out.is_dir():
             say(f"making {model.name} {scheme}")
             fast_k = [] if model.shape is None else ["--fast-k", str(min(model.fast_k, self.vocab_size))]
-            self.cli("onnx", self.quantized(model, scheme), out, "--no-verify", *fast_k)
+            self.cli("onnx", self.quantized(model, scheme), out, "--no-verify", *fast_k, *model.onnx)
         return target(f"{model.name} {scheme}", out)
 
     @property
@@ -108,7 +116,8 @@ class Workshop:
             same = [model for model in MODELS if model.checkpoint == checkpoint]
             for scheme in schemes:
                 found |= {(model.name, scheme): self.exported(model, scheme) for model in same}
-                shutil.rmtree(self.work / "quantized" / f"{checkpoint}-{scheme}", ignore_errors=True)
+                for name in {model.quantized for model in same}:
+                    shutil.rmtree(self.work / "quantized" / f"{name}-{scheme}", ignore_errors=True)
             if same[0].shape is not None:
                 shutil.rmtree(self.work / "float" / checkpoint, ignore_errors=True)
         return [found[model.name, scheme] for scheme in schemes for model in MODELS]

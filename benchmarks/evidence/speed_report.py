@@ -79,9 +79,12 @@ def rows(speeds: Sequence[Speed]) -> list[Row]:
         at_most(out, f"{scheme}: 16 heads over 8", 1.05, figures.times(f"DMPT 16 heads {scheme}", ours))
         for k in (64, 1024):
             say(out, f"{scheme}: K {k} over 256", figures.times(f"DMPT K={k} {scheme}", ours))
+        at_most(out, f"DMPT with head deltas {scheme}: decode time over GPT-2 {scheme}", 1.10,
+                figures.times(f"DMPT deltas {scheme}", f"GPT-2 {scheme}"))  # fmt: skip
         deep, shallow = (figures.case(ours, "tg", deep) for deep in (True, False))
         at_most(out, f"{ours}: decode time at context 1000 ({span(deep)}) over 128 ({span(shallow)})", 1.4,
                 figures.deeper(ours))  # fmt: skip
+        at_most(out, f"the same, int8 KV cache, {scheme}", 1.4, figures.deeper(f"DMPT int8 cache {scheme}"))
         for peer in FASTEST[scheme]:
             at_least(out, f"{ours}: tokens/s over {peer}", 1.0, figures.faster(ours, peer))
         if scheme == "int8":
