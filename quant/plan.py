@@ -99,7 +99,7 @@ class Plan:
 class Target:
     """What a plan must hold: one of the three is given."""
 
-    size: int | None = None  # bytes of all tensors
+    size: int | None = None  # bytes of the file of all tensors
     kl: float | None = None  # nats per token on the calibration text
     bits: float | None = None  # per weight of the whole model
 
@@ -152,19 +152,19 @@ def candidates_of(group: Group, text: str) -> list[str]:
 
 
 def make_plan(
-    groups: list[Group], options: list[list[Option]], target: Target, sizes: tuple[int, int],
+    groups: list[Group], options: list[list[Option]], target: Target, sizes: tuple[int, int, int],
     joint: Callable[[list[int]], float],
 ) -> Plan:  # fmt: skip
     """Choose an option for each group. Raises InputError for an impossible target, with the least that is possible.
 
-    sizes: bytes of the tensors that are in no group, and weights of the whole model. joint: the measured KL of a whole
-    choice.
+    sizes: bytes of the tensors that are in no group, weights of the whole model, and bytes of the file that are no
+    tensor's, which count for a target of size. joint: the measured KL of a whole choice.
     """
-    other, weights = sizes
+    other, weights, header = sizes
     pairs = [[(option.bytes, option.kl) for option in group] for group in options]
     least = other + sum(min(size for size, _ in group) for group in pairs)
     largest = sum(max(size for size, _ in group) for group in pairs)
-    size = target.size if target.bits is None else int(target.bits * weights / 8)
+    size = int(target.bits * weights / 8) if target.bits is not None else target.size and target.size - header
 
     def plan(chosen: list[int], measured: float) -> Plan:
         predicted = sum(group[i].kl for group, i in zip(options, chosen, strict=True))
@@ -176,8 +176,8 @@ def make_plan(
             chosen = [min(range(len(group)), key=lambda i: group[i][0]) for group in pairs]
         if chosen is None:
             raise InputError(
-                f"no plan fits {target}: the least is {least / 1e6:.2f} MB ({8 * least / weights:.2f} bits per weight) "
-                f"with these candidates"
+                f"no plan fits {target}: the least is {(least + header) / 1e6:.2f} MB "
+                f"({8 * least / weights:.2f} bits per weight) with these candidates"
             )
         return plan(chosen, joint(chosen))
     assert target.kl is not None

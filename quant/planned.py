@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from quant.calibration import Calibration
@@ -15,6 +15,7 @@ from quant.tensor import Weight
 from training.checkpoint import Source, check_replaceable, load_state, read_json
 from training.errors import InputError
 
+MOST_PARTS = 4  # stored for one tensor: the two factors of a delta, each with scales
 Files = Callable[[Sequence[TensorReport], Plan | None], Mapping[str, str]]  # further files of the folder, by name
 
 
@@ -42,6 +43,7 @@ def save_planned(
     sizes = (
         sum(array.nbytes for name, array in arrays.items() if name not in grouped),
         sum(array.size for array in arrays.values()),
+        header_bytes([*arrays, *(MOST_PARTS - 1) * [*grouped]]),
     )
     measured = Measurements(config, arrays, calibration, cache)
     options = measured.options(groups, schemes)
@@ -61,6 +63,15 @@ def save_planned(
             note_of(source, f"`dmpt-export quantize`, planned for {target},", reports), files(reports, plan),
         )  # fmt: skip
     return plan, reports
+
+
+def header_bytes(names: Iterable[str]) -> int:
+    """At most what a safetensors file of arrays with these names (without their part) holds besides the arrays.
+
+    Source: github.com/huggingface/safetensors, "Format".
+    """
+    longest = len('"":{"dtype":"F32","shape":[,,],"data_offsets":[,]},.zero_points') + 4 * len(str(2**31))
+    return 64 + sum(len(name) + longest for name in names)
 
 
 def read_rules(path: str | Path) -> list[str]:

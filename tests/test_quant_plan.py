@@ -104,10 +104,10 @@ def test_a_target_of_divergence_holds_when_damages_do_not_add_up() -> None:
     groups = [Group((f"heads.{i}",), (f"heads.{i}.weight",), 100) for i in range(4)]
     options = [[Option("int8", 100, 0.001), Option("int4", 50, 0.01)] for _ in groups]
     parts = {0: 0.001, 1: 0.01}
-    plan = make_plan(groups, options, Target(kl=0.07), (10, 410), lambda chosen: 3 * sum(parts[i] for i in chosen))
+    plan = make_plan(groups, options, Target(kl=0.07), (10, 410, 0), lambda chosen: 3 * sum(parts[i] for i in chosen))
     assert plan.measured_kl <= 0.07 and sum(plan.chosen) == 2 and plan.bytes == 10 + 300
     with pytest.raises(InputError, match=r"the least is 0\.012"):
-        make_plan(groups, options, Target(kl=0.01), (10, 410), lambda chosen: 3 * sum(parts[i] for i in chosen))
+        make_plan(groups, options, Target(kl=0.01), (10, 410, 0), lambda chosen: 3 * sum(parts[i] for i in chosen))
 
 
 # --- damage -------------------------------------------------------------------------------------------
@@ -169,6 +169,13 @@ def test_planned_model_is_as_large_as_planned_and_as_good_as_measured(
     assert replayed == 0
     first, again = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("planned", "replayed"))
     assert first == again
+
+
+@pytest.mark.parametrize("size", [155_000, 170_000])
+def test_the_file_is_no_larger_than_the_target(quantize: Callable[..., Any], tmp_path: Path, size: int) -> None:
+    code, _, err = quantize("planned", "--target-size", str(size), "--candidates", "int8,int4,int4:16,delta-r16")
+    assert code == 0, err
+    assert 0.85 * size < (tmp_path / "planned/model.safetensors").stat().st_size <= size
 
 
 def test_a_calibrated_plan_replays_too(quantize: Callable[..., Any], tmp_path: Path) -> None:
