@@ -276,7 +276,8 @@ class TorchScorer:
         """Weights of the heads, by number: hidden rows (1, n, E) by leaf and the leaf of each (1, n) -> [n, heads]."""
         config = self.model.config
         out = np.zeros((routes.shape[1], config.n_vocab_heads), np.float32)
-        for i, (leaf, heads) in enumerate(config.head_allocation.items()):
+        for i, leaf in enumerate(config.leaves):  # whose order that of the allocation need not be
+            heads = config.head_allocation[leaf]
             mine = (routes[0] == i).cpu().numpy()
             weights = self.model.head_log_weights(leaf, h[leaf][0][routes[0] == i]).exp().float()
             out[np.ix_(mine, heads)] = weights.cpu().numpy()

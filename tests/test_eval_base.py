@@ -274,6 +274,8 @@ def test_use_of_paths_and_heads(tiny_quad: Path) -> None:
                 weights = model.head_log_weights(leaf, hidden.leaves[leaf][0, rows])[mine].exp().mean(0)
                 assert found.head_shares is not None
                 assert [found.head_shares[leaf][j] for j in heads] == pytest.approx(weights.tolist(), rel=1e-5)
+    model.config.head_allocation = dict(reversed(model.config.head_allocation.items()))  # not the leaves' order
+    assert evaluate(scorer, IDS[:48], 48, 20).head_shares == found.head_shares
     mixed = sum(share * math.log(found.path_perplexity.get(leaf, 1)) for leaf, share in found.route_shares.items())
     assert mixed == pytest.approx(found.mean_nll, rel=1e-12)
 

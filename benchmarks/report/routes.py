@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.report import svg
-from benchmarks.scorer import Scorer, TorchScorer
-
-if TYPE_CHECKING:
-    from training.model import DMPTForCausalLM
+from benchmarks.scorer import Scorer, pieces
 
 MOST = 160  # tokens
 
@@ -23,43 +20,19 @@ def sample(scorer: Scorer, ids: NDArray[np.integer]) -> dict[str, Any] | None:
     tell them, and they are None then. None for a mode without a choice of leaf.
     """
     ids = ids[: min(MOST, scorer.context)]
-    leaves, heads = (
-        of_torch(scorer.model, ids)
-        if isinstance(scorer, TorchScorer)
-        else (scorer.score(ids, len(ids))[1], [(None, None)] * len(ids))
-    )
-    if leaves is None:
-        return None
-    texts = pieces(scorer, ids)
-    tokens = [[text, int(leaf), *head] for text, leaf, head in zip(texts, leaves, heads, strict=True)]
-    return {
-        "model": scorer.name,
-        "leaves": scorer.leaves,
-        "heads": isinstance(scorer, TorchScorer),
-        "tokens": tokens,
-    }
+    texts, tokens, told = iter(texts_of(scorer, ids)), [], True
+    for piece in pieces(scorer, [(ids, len(ids))]):
+        if piece.routes is None:
+            return None
+        heads: list[tuple[Any, Any]] = [(None, None)] * len(piece.routes)
+        if (weights := piece.head_weights) is not None:
+            heads = list(zip(weights.argmax(1).tolist(), weights.max(1).tolist(), strict=True))
+        told &= weights is not None
+        tokens += [[next(texts), int(leaf), *head] for leaf, head in zip(piece.routes, heads, strict=True)]
+    return {"model": scorer.name, "leaves": scorer.leaves, "heads": told, "tokens": tokens}
 
 
-def of_torch(model: DMPTForCausalLM, ids: NDArray[np.integer]) -> tuple[NDArray[np.int64], list[tuple[int, float]]]:
-    """Leaf index of each token [S], and the head of that leaf that weighs most with its weight."""
-    import torch
-
-    config = model.config
-    with torch.inference_mode():
-        hidden = model.hidden(torch.as_tensor(ids.astype(np.int64), device=model.device)[None])
-        taken = model.routes(hidden.gates)[0] if hidden.gates else torch.zeros(len(ids), dtype=torch.int64)
-        heads: list[tuple[int, float]] = [(0, 1.0)] * len(ids)
-        for i, leaf in enumerate(config.leaves):
-            mine = (taken == i).nonzero()[:, 0]
-            if not len(mine):
-                continue
-            weights, which = model.head_log_weights(leaf, hidden.leaves[leaf][0][mine]).exp().max(-1)
-            for at, weight, head in zip(mine.tolist(), weights.tolist(), which.tolist(), strict=True):
-                heads[at] = config.head_allocation[leaf][head], weight
-    return taken.cpu().numpy(), heads
-
-
-def pieces(scorer: Scorer, ids: NDArray[np.integer]) -> list[str]:
+def texts_of(scorer: Scorer, ids: NDArray[np.integer]) -> list[str]:
     """The text of each token: what it adds to the text before it; bytes of a character wait for its last."""
     tokenizer, out, done = scorer.tokenizer, [], ""
     for i in range(1, len(ids) + 1):
