@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +61,7 @@ class Opener:
 
     def folder(self, entry: Entry, kind: str) -> Path:
         """One for each kind and source, so that schemes of one source do not convert it twice."""
-        return self.work / kind / entry.path.strip("/.").replace("/", "_")
+        return self.work / kind / hashlib.sha256(entry.path.encode()).hexdigest()[:16]
 
     def target(self, entry: Entry) -> speed.Target | None:
         """What is timed; None for checkpoints, which have no speed. Converts a peer, once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from benchmarks import peers
 from benchmarks.processes import Worker
 from benchmarks.scorer import GATE_HARD, Float, Ints, tokenizer_of
 from benchmarks.speed import Target
+
+MASK = re.compile(r"\.attn\.(bias|masked_bias)$")  # causal masks that GPT-2's own files carry: no parameters
 
 
 class PeerScorer:
@@ -28,7 +31,8 @@ class PeerScorer:
         self.head_allocation: Mapping[str, Sequence[int]] = {"root": [0]}
         config = json.loads((weights / "config.json").read_text(encoding="utf-8"))
         with safe_open(weights / "model.safetensors", "np") as file:
-            self.parameters = sum(int(np.prod(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118
+            weights_of = [name for name in file.keys() if not MASK.search(name)]  # noqa: SIM118
+            self.parameters = sum(int(np.prod(file.get_slice(name).get_shape())) for name in weights_of)
         # All but the positions, and a row each of positions and embedding, as training.config counts it.
         self.parameters_touched_per_token = self.parameters - (config["n_positions"] - 2) * config["n_embd"]
         self.size_bytes = target.size_bytes

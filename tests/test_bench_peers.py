@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from benchmarks import comparison, peers
 from benchmarks.comparison import Comparison, compare
-from benchmarks.contestants import Entry, peers_of
+from benchmarks.contestants import Entry, Opener, peers_of
 from benchmarks.peers import PEERS, Peer, gpt2_folder, parse
 from dmpt_export.cli import main
 from training.errors import InputError
@@ -97,6 +98,22 @@ def test_peers_run_plain_gpt2_alone(tiny_gpt2: Path, tiny_dmpt: Path, tmp_path: 
     entries = [Entry("base", str(tiny_gpt2)), Entry("here", str(tiny_dmpt), scheme=GOOD, peer="here")]
     with pytest.raises(InputError, match="no plain GPT-2"):  # before the missing text is looked at
         run(entries, tmp_path / "no such text")
+
+
+def test_sources_with_like_paths_are_converted_apart(tmp_path: Path) -> None:
+    paths = ("./gpt2", "../gpt2", "a/gpt2", "a_gpt2")
+    assert len({Opener(tmp_path).folder(Entry("x", path), "gpt2") for path in paths}) == len(paths)
+
+
+def test_causal_masks_are_no_parameters(tiny_gpt2: Path, text: Path, tmp_path: Path) -> None:
+    """GPT-2's own file on the hub carries them."""
+    folder = tmp_path / "gpt2"
+    shutil.copytree(tiny_gpt2, folder)
+    masks = {"transformer.h.0.attn.bias": np.ones((1, 1, 64, 64), np.float32)}
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | masks, folder / "model.safetensors", {"format": "pt"})
+    base, peer = run([Entry("b", str(folder)), Entry("p", str(folder), scheme=GOOD, peer="here")], text).rows
+    assert peer.parameters == base.parameters
 
 
 def test_what_the_trainer_writes_of_gpt2_is_gpt2_again(tiny_gpt2: Path, tmp_path: Path) -> None:
