@@ -34,6 +34,8 @@ from training.model import DMPTForCausalLM
 DAMAGE_TOKENS = 1024  # of the calibration text that damage is measured on
 LOGITS = 2**28  # log-probs kept at once at most (1 GB): fewer tokens for a larger vocabulary
 FORMAT = 1  # of the file
+# Fields that change what the same weights say.
+DECIDING = ("fast_k", "head_topk", "head_allocation", "head_gate_temp", "n_head", "layer_norm_epsilon")
 Floats = dict[str, NDArray[np.float32]]
 
 
@@ -140,7 +142,8 @@ class Measurements:
     # --- what is remembered -----------------------------------------------------------------------
 
     def _key(self, config: DMPTConfig) -> str:
-        digest = hashlib.sha256(f"damage-{FORMAT} {config.fast_k} {config.head_topk} {config.head_allocation}".encode())
+        fields = [getattr(config, name) for name in DECIDING]
+        digest = hashlib.sha256(f"damage-{FORMAT} {fields}".encode())
         for name, array in self.arrays.items():
             digest.update(name.encode())
             digest.update(np.ascontiguousarray(array).data)

@@ -218,6 +218,9 @@ def test_damages_are_remembered_for_this_model_and_text_alone(tiny_dmpt: Path, t
     calibration = read_calibration(text, tiny_dmpt, 128)
     path = Measurements(config, arrays, calibration, tmp_path).path
     assert Measurements(config, arrays, read_calibration(text, tiny_dmpt, 64), tmp_path).path != path
+    config.head_gate_temp *= 2
+    assert Measurements(config, arrays, calibration, tmp_path).path != path
+    config.head_gate_temp /= 2
     arrays["heads.1.weight"] = arrays["heads.1.weight"] + np.float32(1e-3)
     assert Measurements(config, arrays, calibration, tmp_path).path != path
 
