@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 
 import dmpt_export.export as export_module
 import runtime
+from benchmarks.report import layers
 from dmpt_export.export import export_onnx
 from dmpt_export.graph_summary import stored_names
 from dmpt_export.measure import touched_per_token
+from dmpt_export.quant_report import report_files
 from dmpt_export.tolerances import TOLERANCES
 from quant.checkpoint import dequantized_model, load_weights, save_quantized
 from quant.rules import parse_rule
@@ -136,6 +138,15 @@ def test_quantized_onnx_follows_torch_with_dequantized_weights(name: str, scheme
     save_quantized(source, tmp_path / "quantized", scheme, calibration=calibration)
     parity = export_onnx(tmp_path / "quantized", tmp_path / "onnx")["parity"]  # raises beyond the table
     assert parity["whole"]["kl_mean"] > 0  # integer kernels round activations: exactly zero would mean float ran
+
+
+def test_what_quantizing_cost_goes_along(tmp_path: Path) -> None:
+    """A comparison of exported models draws it."""
+    source = saved_model(tmp_path / "source", [], 1)
+    save_quantized(source, tmp_path / "quantized", "int8", files=lambda reports: report_files(reports, None))
+    export_onnx(tmp_path / "quantized", tmp_path / "onnx", verify=False)
+    found = layers.layers(tmp_path / "onnx")
+    assert found and all(0 < layer["relative_error"] < 0.02 for layer in found)
 
 
 def test_mixed_schemes_are_held_to_the_loosest_of_their_lines(tmp_path: Path) -> None:
