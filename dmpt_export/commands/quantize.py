@@ -122,8 +122,8 @@ def command(checkpoint: str, out: str | None, **options: Any) -> None:
     from quant.rules import parse_rule
     from quant.schemes import check_installed
 
-    chosen = [choice.partition(":")[0] for choice in (options["candidates"] or "").split(",")]
-    check_installed([options["scheme"], *chosen, *(parse_rule(rule).scheme for rule in options["rules"])])
+    chosen = [choice.strip().partition(":")[0] for choice in (options["candidates"] or "").split(",")]
+    check_installed([options["scheme"], *chosen, *(parse_rule(rule).scheme for rule in rules_given(options))])
     from quant.checkpoint import check_unquantized
 
     check_unquantized(checkpoint)
@@ -142,7 +142,8 @@ def check_usage(out: str | None, planned: int, options: dict[str, Any]) -> None:
         raise click.UsageError("Missing argument 'OUT': the folder to write.")
     if planned > 1:
         raise click.UsageError("give one of --target-size, --target-kl and --target-bits")
-    others = [name for name in ("scheme", "block", "asymmetric", "rules", "alpha", "replay") if options[name]]
+    names = ("scheme", "block", "asymmetric", "rules", "alpha", "replay")
+    others = [name for name in names if options[name] not in (None, False, ())]  # a balance of 0 is a choice, too
     if planned and others:
         told = {"rules": "--rule", "alpha": "--smooth", "replay": "--plan"}
         raise click.UsageError(
@@ -172,17 +173,23 @@ def read_calibration(checkpoint: str, text: str | None, tokens: int) -> Calibrat
     return read
 
 
+def rules_given(options: dict[str, Any]) -> list[str]:
+    """Those of --rule, then those of --plan. Raises InputError for a file that is no plan."""
+    from quant.planned import read_rules
+
+    return [*options["rules"], *(read_rules(options["replay"]) if options["replay"] else [])]
+
+
 def _by_rules(checkpoint: str, out: str | None, calibration: Calibration | None, options: dict[str, Any]) -> None:
     from dmpt_export.quant_report import report_files
     from quant.checkpoint import save_quantized
-    from quant.planned import read_rules
     from quant.rules import parse_rule
 
-    rules = [*options["rules"], *(read_rules(options["replay"]) if options["replay"] else [])]
     block = int(options["block"]) if options["block"] else None
+    rules = [parse_rule(rule, calibrated=calibration is not None) for rule in rules_given(options)]
     reports = save_quantized(
-        checkpoint, None if options["dry_run"] else out, options["scheme"], block,
-        [parse_rule(rule, calibrated=calibration is not None) for rule in rules], asymmetric=options["asymmetric"],
+        checkpoint, None if options["dry_run"] else out, options["scheme"], block, rules,
+        asymmetric=options["asymmetric"],
         calibration=calibration, alpha=options["alpha"], files=lambda reports: report_files(reports, None),
     )  # fmt: skip
     tell(reports, None, options)
