@@ -34,7 +34,7 @@ from benchmarks.evidence.quantization_report import Divergence, divergence, log,
 from benchmarks.peers import Peer
 from benchmarks.processes import WorkerFailed, worker
 from training import data
-from training.errors import InputError
+from training.errors import InputError, ValidationError
 
 Float = NDArray[np.float32]
 Score = Callable[[NDArray[np.integer], int], Float]  # ids [S], last -> log-probs [last, V]
@@ -149,7 +149,7 @@ class Evidence:
                 found = self.reference(model, source).against(lambda ids, last: opened.score(ids, last)[0], name)
             finally:
                 opened.close()
-        except InputError as error:
+        except (InputError, ValidationError) as error:
             self.absent.append(f"{model} {name} is not measured: {error}")
             return
         sizes = {"onnx_bytes": scorer.onnx_size(made / "onnx"), "weights_bytes": weights_bytes(folder)}
@@ -173,7 +173,7 @@ class Evidence:
                 say(f"{model}: {name} {scheme}")
                 try:
                     self.peer(model, source, name, scheme, peer, pythons.get(name))
-                except WorkerFailed as error:
+                except (WorkerFailed, ValidationError) as error:
                     self.absent.append(f"{name} {scheme} is not measured: {error}")
 
     def peer(self, model: str, source: Path, name: str, scheme: str, peer: Peer, python: str | None) -> None:
@@ -278,7 +278,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     for option, pairs in (("--model", options.model), ("--also", options.also), ("--peer-python", options.peer_python)):
         if wrong := [pair for pair in pairs if "=" not in pair]:
-            parser.error(f"{option} {wrong[0]}: give it as {'NAME=...'}")
+            parser.error(f"{option} {wrong[0]}: give it as NAME=...")
     return options
 
 
