@@ -22,6 +22,7 @@ SEVERITY = {"cpu": 4, "cuda": 3}  # errors arrive as exceptions; why a CUDA libr
 NO_FALLBACK = "fallback to CPU EP has been explicitly disabled"
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 UNTILED = "ORT_GQA_DISABLE_FLASH_ATTENTION"  # ONNX Runtime reads it when a session is made
+ENVIRONMENT = Lock()  # the environment is the whole process's: one session at a time changes it
 MEMORY_MESSAGES = ("failed to allocate memory", "bad allocation", "bad_alloc", "out of memory")
 TYPES = {
     "tensor(float)": "float32",
@@ -163,10 +164,10 @@ def session_options(ort: Any, device: str, threads: int) -> Any:
 
 
 @contextmanager
-def attention_kernel(manifest: Manifest, one_at_a_time: Lock = Lock()) -> Iterator[None]:  # noqa: B008
+def attention_kernel(manifest: Manifest) -> Iterator[None]:
     """Sessions made inside attend to float caches without tiles: on the CPU 0.5 to 0.9 of the time, for prompts
     most. Tiles do save time on an int8 cache. What the environment already says is kept."""
-    with one_at_a_time:
+    with ENVIRONMENT:
         set_here = manifest.cache_dtype != "int8" and UNTILED not in os.environ
         if set_here:
             os.environ[UNTILED] = "1"

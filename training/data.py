@@ -176,10 +176,13 @@ def windows(n_tokens: int, max_length: int, stride: int, beginning: bool = False
     Windows of `max_length` tokens advance by `stride`; each scores its last `stride` predictions, the last
     window what is left. So the first `max_length - stride` tokens are never scored, and every later one exactly
     once (but for a window's first token, which has nothing before it, when stride equals max_length). A text
-    that is no longer than what is never scored gives no window.
+    that is no longer than what is never scored gives no window. `beginning`: the first window scores all its
+    predictions instead.
 
     >>> list(windows(11, 8, 4))
     [(0, 8, 4), (4, 11, 3)]
+    >>> list(windows(11, 8, 4, beginning=True))
+    [(0, 8, 7), (4, 11, 3)]
     """
     if max_length < 2 or not 1 <= stride <= max_length:
         raise InputError(f"stride {stride} must be from 1 to the window's length {max_length}, and that at least 2")
