@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.adapters import FACTS
-from benchmarks.processes import Worker, worker
+from benchmarks.processes import Worker, WorkerFailed, worker
 from benchmarks.scorer import kind_of
 from benchmarks.speed import Target
 from training.errors import InputError
@@ -137,13 +137,17 @@ def prepare(
     """What to time of one peer: converted from a Hugging Face GPT-2 folder into `out`, unless that is done already.
 
     called: its name in the results, if not "NAME SCHEME".
-    Raises WorkerFailed when the conversion fails; its half-made folder is not taken for a whole one.
+    Raises WorkerFailed when packages lack, with the command that brings them, and when the conversion fails; its
+    half-made folder is not taken for a whole one.
     """
     peer = PEERS[name]
     if not (out / FACTS).is_file():
         with worker(f"{name} {scheme}", python) as w:
+            versions = w.ask(do="versions", packages=list(peer.packages))
+            if lacking := [package for package in peer.packages if versions[package] is None]:
+                raise WorkerFailed(f"it lacks {', '.join(lacking)}; {peer.install}", 3)
             facts = w.ask(do="convert", adapter=peer.adapter, source=str(source.resolve()), out=str(out), scheme=scheme)
-            facts["versions"] = w.ask(do="versions", packages=list(peer.packages))
+            facts["versions"] = versions
         (out / FACTS).write_text(json.dumps(facts), encoding="utf-8")
     facts = read_facts(out)
     sizes = {key: int(facts[key]) for key in ("size_bytes", "touched_bytes")}

@@ -91,6 +91,11 @@ def test_absent_peers_are_listed_with_how_to_get_them(tiny_gpt2: Path) -> None:
         peers_of(str(tiny_gpt2), {"here": "/no/python"})
 
 
+def test_an_absent_peer_that_was_asked_for_says_how_to_get_it(tiny_gpt2: Path, text: Path) -> None:
+    base, gone = run([Entry("base", str(tiny_gpt2)), Entry("q", str(tiny_gpt2), scheme="q4", peer="gone")], text).rows
+    assert base.quality and gone.failure == "it lacks no-such-package; pip install gone"
+
+
 def test_peers_run_plain_gpt2_alone(tiny_gpt2: Path, tiny_dmpt: Path, tmp_path: Path) -> None:
     assert gpt2_folder(tiny_gpt2, tmp_path / "x") == tiny_gpt2
     with pytest.raises(InputError, match="no plain GPT-2"):
