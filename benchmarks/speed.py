@@ -2,7 +2,7 @@
 
 Every model runs in a fresh process of its own (benchmarks.worker), and all take turns in one interleaved
 schedule, A B C A B C ... for each test of each round: whatever else the machine does hits all of them alike. Same
-prompt, same number of threads, one warm-up round that does not count, medians with the least and the greatest value.
+prompt, same number of threads, one warm-up round that does not count, medians with their quartiles.
 """
 
 from __future__ import annotations

@@ -56,7 +56,8 @@ class Size(click.ParamType):  # type: ignore[type-arg]
 @click.argument("out", type=click.Path(), required=False)
 @click.option("--scheme", type=SchemeName(), help="How to store weights; see above.")
 @click.option("--block", type=click.Choice(["16", "32", "64", "128", "256"]), help="Weights that share a scale: "
-              "fewer are closer to the original, and larger. Default: 128 for int8, 64 for int2, else 32.")  # fmt: skip
+              "fewer are closer to the original, and larger. Default: 128 for int8, 64 for int2, nf4 and fp4, "
+              "else 32.")  # fmt: skip
 @click.option("--asymmetric", is_flag=True, help="Store a zero point per block, too: closer, and a little larger.")
 @click.option("--rule", "--layer-bits", "rules", metavar="PATTERN=SCHEME[:BLOCK][:asymmetric]", multiple=True,
               help="Another scheme, or float32, for the tensors whose name matches; repeat for more, the first "
