@@ -143,7 +143,7 @@ def rows_of(
 
 
 def write_report(file: Path, rows: list[dict[str, Any]], nodes: dict[str, dict[str, float]]) -> None:
-    """The curves as one HTML file, in one step. Raises InputError when nothing was measured twice."""
+    """The curves as one HTML file, in one step; where nothing was measured twice it says so."""
     from benchmarks.report.bench import page
     from training.atomic import atomic_file
 
