@@ -30,6 +30,7 @@ from training.data import atomic_file
 from training.errors import InputError, ValidationError
 
 STEPS = 65_535  # of a row's range, in two bytes
+NEVER = np.float32(100)  # nats: e^-100 is as good as no probability
 FORMAT = 1
 SPARE = 64 << 20  # bytes left free on the disk
 
@@ -37,10 +38,14 @@ Float = NDArray[np.float32]
 
 
 def pack(log_probs: Float) -> tuple[NDArray[np.uint16], Float]:
-    """Log-probs [n, V] -> codes [n, V] and (largest, range) of each row [n, 2]. Minus infinity becomes the lowest."""
+    """Log-probs [n, V] -> codes [n, V] and (largest, range) of each row [n, 2].
+
+    Minus infinity becomes the lowest, which then is NEVER nats or more below the largest.
+    """
     top = log_probs.max(-1)
     finite = np.where(np.isfinite(log_probs), log_probs, top[:, None])
-    span = top - finite.min(-1)
+    span = np.where(np.isneginf(log_probs).any(-1), NEVER, np.float32(0))
+    span = np.maximum(span, top - finite.min(-1))
     share = np.sqrt((top[:, None] - finite) / np.where(span > 0, span, 1)[:, None])
     codes = np.rint(share * STEPS).astype(np.uint16)
     codes[np.isneginf(log_probs)] = STEPS

@@ -98,6 +98,9 @@ def test_no_probability_at_all() -> None:
     even = np.full((1, 3), -np.log(3), np.float32)
     assert kl_divergence(certain, even) == pytest.approx(math.log(3))
     assert kl_divergence(certain, certain) == 0
+    kept = np.log(np.array([[1, 0, 0], [0.5, 0.5, 0]], np.float32), where=[[True, False, False], [True, True, False]],
+                  out=np.full((2, 3), -np.inf, np.float32))  # fmt: skip
+    np.testing.assert_allclose(np.exp(unpack(*pack(kept))), np.exp(kept), rtol=1e-6, atol=1e-30)
     assert np.isinf(kl_divergence(even, certain))
     fake = FakeScorer(lambda ids: np.where(np.eye(50)[(ids + 1) % 50] > 0, 0, -np.inf).astype(np.float32), 50)
     with pytest.raises(ValidationError, match="no probability"):
