@@ -166,10 +166,11 @@ class Measurements:
 
 
 def damage_on(model: DMPTForCausalLM, calibration: Calibration, tokens: int = DAMAGE_TOKENS) -> Damage:
-    """What measures damage on the beginning of a calibration text: whole windows, about as many tokens as asked."""
-    rows = min(tokens, LOGITS // model.config.vocab_size)
+    """What measures damage on whole windows spread over a calibration text, about as many tokens as asked."""
     windows = calibration.windows
-    return Damage(model, windows[: max(1, rows // windows.shape[1])])
+    count = max(1, min(tokens, LOGITS // model.config.vocab_size) // windows.shape[1])
+    spread = torch.linspace(0, len(windows) - 1, min(count, len(windows))).long()
+    return Damage(model, windows[spread])
 
 
 def with_damage(
