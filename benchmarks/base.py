@@ -13,6 +13,7 @@ tokens, which are what a KL is made of, are kept the most exactly; the largest o
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import shutil
@@ -81,7 +82,7 @@ class Base:
     def prepare(self, facts: Mapping[str, Any], plan: Sequence[tuple[int, int, int]]) -> int:
         """Bytes that the cache will hold for the windows of a text; facts: what tells text and protocol.
 
-        Raises InputError when what is missing does not fit the disk.
+        Raises OSError when what is missing does not fit the disk.
         """
         self.key = key_of(format=FORMAT, model=fingerprint(self.scorer) if self.cache else "", **facts)
         if self.cache is None:
@@ -92,9 +93,10 @@ class Base:
         above = next(path for path in self.folder.resolve().parents if path.exists())
         free = shutil.disk_usage(above).free
         if missing and missing + SPARE > free:
-            raise InputError(
-                f"the base's log-probs take {missing / 1e9:.1f} GB more in {self.cache}, where {free / 1e9:.1f} GB are "
-                "free: choose another --base-cache or a shorter text, or leave it out: the base then runs each time"
+            raise OSError(
+                errno.ENOSPC,
+                f"the base's log-probs take {missing / 1e6:.0f} MB more in {self.cache}, where {free / 1e6:.0f} MB are "
+                f"free and {SPARE / 1e6:.0f} MB stay so; without --base-cache the base runs each time",
             )
         return sum(sizes)
 
@@ -134,6 +136,8 @@ class Base:
         if not np.array_equal(digest, window_digest(window, targets)):
             raise InputError(f"{file} holds the log-probs of another window than its name says: {hint}")
         n = len(targets)
+        if gold.shape != (n,) or not np.isfinite(rows).all() or not np.isfinite(gold).all():
+            raise InputError(f"{file} is damaged: {hint}")
         if codes.dtype != np.uint16 or codes.shape != (n, self.scorer.vocab_size) or rows.shape != (n, 2):
             raise InputError(f"{file} does not hold {n} rows of {self.scorer.vocab_size} log-probs: {hint}")
         return unpack(codes, rows), gold

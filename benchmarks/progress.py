@@ -100,6 +100,8 @@ class Findings:
     def _load(self, file: Path) -> None:
         hint = "delete it, and the evaluation starts again"
         counts, *stored = read_arrays(file, ["counts", *self.arrays], hint)
+        if counts.dtype != np.int64 or counts.shape != (2,) or counts.min() < 0:
+            raise InputError(f"{file} is damaged: {hint}")
         (windows, done), found = counts.tolist(), dict(zip(self.arrays, stored, strict=True))
         for name, array in self.arrays.items():
             if found[name].dtype != array.dtype or found[name].shape != (done, *array.shape[1:]) or done > len(array):

@@ -79,10 +79,13 @@ def describe(
 
 
 def scheme_of(weights: Weights) -> str:
-    """One word for the manifest: the scheme of the blocks' layers, or "float"."""
-    schemes = [w.scheme for w in weights.values() if not isinstance(w, np.ndarray) and w.transposed]
-    schemes = schemes or [w.scheme for w in weights.values() if not isinstance(w, np.ndarray)]
-    return max(set(schemes), key=schemes.count) if schemes else "float"
+    """One word for the manifest: the scheme of the blocks' layers, "mixed" with their bits, or "float"."""
+    stored = [w for w in weights.values() if not isinstance(w, np.ndarray)]
+    layers = [w for w in stored if w.transposed] or stored
+    if len({w.scheme for w in layers}) > 1:
+        bits = 8 * sum(w.nbytes for w in layers) / sum(w.shape[0] * w.shape[1] for w in layers)
+        return f"mixed {bits:.1f} bits"
+    return layers[0].scheme if layers else "float"
 
 
 def _io(spec: Spec) -> dict[str, Any]:

@@ -85,7 +85,8 @@ def plan_table(plan: Plan) -> str:
     return (
         f"{_aligned(lines)}\n"
         f"{plan.bytes / 1e6:.2f} MB, {plan.bits:.2f} bits per weight; KL on the calibration text: "
-        f"{plan.measured_kl:.4g} measured, {plan.predicted_kl:.4g} as the sum of its parts"
+        f"{plan.measured_kl:.4g} measured, {plan.predicted_kl:.4g} as the sum of its parts (weights alone: kernels "
+        "that round activations add to it; `dmpt-export eval EXPORT --base CHECKPOINT` says how much)"
     )
 
 

@@ -61,7 +61,8 @@ def check_export(
     exact, tolerance = within(TOLERANCES[EXACT], atol), within(line, atol)
     path = folder / manifest["model"]
     graph, deployed = read_graph(path), path.read_bytes()
-    results: dict[str, Any] = {"tokens": len(ids), "seed": SEED}
+    taken = [leaf for i, leaf in enumerate(manifest["leaves"]) if (want.routes == i).any()]
+    results: dict[str, Any] = {"tokens": len(ids), "seed": SEED, "leaves": taken}
     if activations == "float32" and (int8_cache or has_integer_kernels(graph)):
         use_float_kernels(graph)
         use_float_caches(graph)

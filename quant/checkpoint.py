@@ -22,7 +22,7 @@ from quant.codebook import CODEBOOKS, CodebookTensor, HalfTensor
 from quant.deltas import assemble, record
 from quant.measure import with_damage
 from quant.quantize import TensorReport, quantize_tensors
-from quant.rules import FLOAT, Rule, anchors_of, assign, default_rules
+from quant.rules import FLOAT, Rule, anchors_of, assign, default_rules, is_quantizable
 from quant.schemes import SCHEMES, check_installed
 from quant.schemes.low_rank import DELTAS
 from quant.smooth import Arrays, smooth
@@ -82,6 +82,10 @@ def load_weights(source: Source) -> tuple[DMPTConfig, dict[str, Weight]]:
     if wrong:
         raise InputError(f"{folder / WEIGHTS} holds {', '.join(wrong)}, neither float32 nor quantized in config.json")
     check_tensors(config, {name: checkpoint_shape(weight) for name, weight in weights.items()}, folder)
+    anchors = anchors_of(config)
+    for name, weight in weights.items():
+        if isinstance(weight, DeltaTensor) and anchors.get(name) != {weight.anchor_name}:
+            raise InputError(f"{folder}: {name} is a delta to {weight.anchor_name}, which is not its leaf's first head")
     return config, weights
 
 
@@ -127,6 +131,8 @@ def save_quantized(
     check_installed(rule.scheme for rule in plan.values())
     if not plan:
         raise InputError(f"no tensor of {folder} would be quantized: drop the rules that keep all of them {FLOAT}")
+    if not scheme:
+        check_complete(shapes, plan, rules)
     recorded: dict[str, Any] = {"rules": [rule.as_dict() for rule in [*rules, *defaults]]}
     if calibration is not None:
         recorded["calibration"] = calibration.as_dict()
@@ -141,6 +147,16 @@ def save_quantized(
         note = note_of(source, f"`dmpt-export quantize --scheme {scheme}`" if scheme else "a plan's rules", reports)
         write_quantized(out, config, weights, scheme or PLANNED, recorded, folder, note, files(reports))
     return reports
+
+
+def check_complete(shapes: Mapping[str, Sequence[int]], plan: Mapping[str, Rule], rules: Sequence[Rule]) -> None:
+    """Raise InputError for a plan's rules that say nothing of some matrix: the plan is of another model."""
+    left = [name for name in shapes if is_quantizable(name) and name not in plan]
+    if left and not any(rule.scheme == FLOAT for rule in rules):
+        raise InputError(
+            f"the plan says nothing of {', '.join(left[:5])}{' and more' if len(left) > 5 else ''}: it is of another "
+            "model; give --scheme for the rest, or plan anew"
+        )
 
 
 def observed_inputs(
@@ -295,6 +311,8 @@ def _entries(quantization: Any, folder: Path) -> dict[str, dict[str, Any]]:
         form = {"scheme": str, "bits": int, "block": int, "shape": list, "transposed": bool}
         if not isinstance(entry, dict) or any(type(entry.get(key)) is not kind for key, kind in form.items()):
             raise InputError(f"{where} of {name} must give {', '.join(form)}: quantize the checkpoint again")
+        if entry["scheme"] not in {**SCHEMES, **DELTAS}:
+            raise InputError(f"{where} of {name} names an unknown scheme '{entry['scheme']}': quantize it again")
         if len(entry["shape"]) != 2 or any(type(size) is not int or size < 1 for size in entry["shape"]):
             raise InputError(f"{where} of {name} has shape {entry['shape']}, not two sizes above 0")
     return entries

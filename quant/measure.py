@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -155,14 +156,27 @@ class Measurements:
         """Damages by rule; {} where none are remembered, or the file is of no use."""
         try:
             known = json.loads(self.path.read_text(encoding="utf-8"))
-            return {rule: asdict(Option(**option)) for rule, option in known.items()}
+            options = {rule: Option(**option) for rule, option in known.items()}
         except (OSError, ValueError, TypeError, AttributeError):
             return {}
+        return {rule: asdict(option) for rule, option in options.items() if is_sound(rule, option)}
 
     def _remember(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(self.path) as temporary:
             temporary.write_text(json.dumps(self.known, indent=1), encoding="utf-8")
+
+
+def is_sound(rule: str, option: Option) -> bool:
+    """Whether a remembered option can be true: the file is the user's to edit, and to damage."""
+    size, kl = option.bytes, option.kl
+    return (
+        type(size) is int
+        and size > 0
+        and type(kl) is float
+        and math.isfinite(kl)
+        and rule.endswith(f"={option.scheme}")
+    )
 
 
 def damage_on(model: DMPTForCausalLM, calibration: Calibration, tokens: int = DAMAGE_TOKENS) -> Damage:

@@ -143,6 +143,8 @@ def candidates_of(group: Group, text: str) -> list[str]:
         rule = parse_rule(f"{group.patterns[0]}={scheme}")
         if rule.scheme in DELTAS:
             return group.anchor is not None
+        if rule.scheme == "int8-dynamic":
+            raise InputError("int8-dynamic rounds activations, and a plan measures what weights lose: use int8")
         return rule.scheme != FLOAT and (SCHEMES[rule.scheme].rows or not looked_up)
 
     fit = [scheme.strip() for scheme in text.split(",") if fits(scheme.strip())]
@@ -170,6 +172,9 @@ def make_plan(
         predicted = sum(group[i].kl for group, i in zip(options, chosen, strict=True))
         return Plan(groups, options, chosen, other, weights, predicted, measured)
 
+    best = [min(range(len(group)), key=lambda i, group=group: group[i][1]) for group in pairs]  # type: ignore[misc]
+    if size is not None and other + _bytes(pairs, best) <= size:
+        return plan(best, joint(best))
     if size is not None:
         chosen = Frontier(pairs, min(size - other, largest)).within(size - other) if size >= least else None
         if chosen is None and size >= least:  # the frontier rounds sizes up

@@ -56,6 +56,8 @@ def save_planned(
         name: quantized[name][0] if name in quantized else array for name, array in arrays.items()
     }
     reports = [quantized[name][1] if name in quantized else float_report(name, array) for name, array in arrays.items()]
+    if plan.bytes != sum(report.bytes_after for report in reports):
+        raise InputError(f"the damages remembered in {measured.path} are not of these tensors: delete that file")
     if out is not None:
         recorded = {"rules": [rule.as_dict() for rule in plan.rules()], "calibration": calibration.as_dict()}
         write_quantized(

@@ -109,6 +109,9 @@ def quantize_tensor(
         options["inputs"] = inputs
     try:
         tensor = replace(scheme(matrix, **options), transposed=transposed)
+        for part in tensor.parts().values():
+            if not np.isfinite(part).all():
+                raise InputError("its weights are too large for scales in float32")
     except InputError as error:
         raise InputError(f"tensor '{name}': {error}") from error
     stored = (tensor.scheme, tensor.block if SCHEMES[rule.scheme].blocks else None)

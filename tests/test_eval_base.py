@@ -163,8 +163,8 @@ def test_a_full_disk(
     arguments = ["eval", str(tiny_gpt2), "--data", text, "--base", str(tiny_gpt2), "--base-cache", str(cache)]
     with monkeypatch.context() as patched:
         patched.setattr(benchmarks.base, "SPARE", 1 << 60)
-        assert main(arguments) == 3
-        assert "GB are free" in capsys.readouterr().err and not cache.exists()
+        assert main(arguments) == 5
+        assert "MB are free" in capsys.readouterr().err and not cache.exists()
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")

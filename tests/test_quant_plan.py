@@ -267,7 +267,7 @@ def test_all_zero_tensors_are_named(
         (("--target-size", "1MB", "--target-bits", "4"), 2, "give one of"),
         (("--target-size", "1MB", "--scheme", "int4"), 2, "leave out --scheme"),
         (("--target-size", "1MB", "--candidates", "int5"), 3, "unknown scheme 'int5'"),
-        (("--target-size", "1MB", "--candidates", "int8-dynamic"), 3, "can store transformer.wte"),
+        (("--target-size", "1MB", "--candidates", "int8-dynamic"), 3, "int8-dynamic rounds activations"),
         (("--candidates", "int4", "--scheme", "int4"), 2, "--candidates are for a plan"),
         ((), 2, "give --scheme, or a target"),
         (("--plan", "nowhere.json"), 3, "nowhere.json"),

@@ -108,4 +108,8 @@ def report(manifest: dict[str, Any], out: str) -> str:
             f"verified on {manifest['parity']['tokens']} tokens: routes {routes}, log-probs within "
             f"{step['max_abs_diff']:.2g}, mean KL {step['kl_mean']:.2g}, same top token {step['top1_agreement']:.1%}"
         )
+        if exact := manifest["parity"].get("float_kernels"):
+            lines.append(f"with float kernels: log-probs within {exact['stepwise']['max_abs_diff']:.2g}")
+        if missed := [leaf for leaf in manifest["leaves"] if leaf not in manifest["parity"]["leaves"]]:
+            lines.append(f"warning: not verified: {', '.join(missed)}, which no token of the check was routed to")
     return "\n".join(lines)

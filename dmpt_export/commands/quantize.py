@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +40,21 @@ class SchemeName(click.ParamType):  # type: ignore[type-arg]  # generic only fro
         return str(value)
 
 
+class Positive(click.ParamType):  # type: ignore[type-arg]
+    """A finite number above 0."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not 0 < number < math.inf:
+            self.fail(f"'{value}' is no number above 0.", param, ctx)
+        return number
+
+
 class Size(click.ParamType):  # type: ignore[type-arg]
     """A number of bytes: 200MB, 1.5GB, 190MiB, 200000000."""
 
@@ -68,10 +84,15 @@ class Size(click.ParamType):  # type: ignore[type-arg]
               help="How much of the calibration text to use.")  # fmt: skip
 @click.option("--smooth", "alpha", type=click.FloatRange(0, 1), metavar="ALPHA", help="For int8-dynamic: balance "
               "activations (1) against weights (0) first; 0.5 is usual.")  # fmt: skip
-@click.option("--target-size", type=Size(), help="Plan: the least damage within this size, such as 200MB.")
-@click.option("--target-kl", type=click.FloatRange(0, min_open=True), metavar="NATS",
+@click.option(
+    "--target-size",
+    type=Size(),
+    help="Plan: the least damage within this size, such as "
+    "200MB, of the weights' file; graph and tokenizer come on top.",
+)
+@click.option("--target-kl", type=Positive(), metavar="NATS",
               help="Plan: the smallest model whose KL to the float one on that text is at most this.")  # fmt: skip
-@click.option("--target-bits", type=click.FloatRange(0, min_open=True), metavar="BITS",
+@click.option("--target-bits", type=Positive(), metavar="BITS",
               help="Plan: the least damage within so many bits per weight, all tensors counted.")  # fmt: skip
 @click.option("--candidates", metavar="SCHEME,...", help="What a plan chooses from, for each group of tensors, such as "
               "int8,int4:32,int2-gptq.  [int8, and int4-gptq in blocks of 16 to 128]")  # fmt: skip

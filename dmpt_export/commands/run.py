@@ -50,7 +50,7 @@ def command(model: str, prompt: str | None, as_json: bool, verbose: bool, batch:
     """Continue PROMPT (standard input when absent) with the exported folder MODEL.
 
     The new text goes to stdout as it is made, everything else to stderr. Needs neither torch nor transformers:
-    pip install 'dmpt-export[cpu]' is enough.
+    pip install '.[cpu]' in a checkout is enough.
 
     \b
     Examples:

@@ -75,7 +75,10 @@ def inverse_root(second_moment: NDArray[np.float64], damping: float = DAMPING) -
     """
     h = torch.from_numpy(second_moment).clone()
     h.diagonal().add_(damping * h.diagonal().mean())
-    upper = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1)
+    try:
+        upper = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        raise InputError("its inputs on the calibration text are not finite or all zero: use int4 for it") from None
     return torch.linalg.solve_triangular(upper, torch.eye(len(h), dtype=h.dtype), upper=True).float().numpy()
 
 
