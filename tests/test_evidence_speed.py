@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from subprocess import CalledProcessError
@@ -137,8 +138,11 @@ def fake_peer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("fake_peer")
-def test_a_peer_is_converted_once_and_whole(tmp_path: Path) -> None:
+def test_a_peer_is_converted_once_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert missing("fake") == ["no-such-package"]
+    with pytest.raises(WorkerFailed, match="it lacks no-such-package; pip install it"):
+        prepare("fake", "q8", tmp_path / "gpt2", tmp_path / "out")
+    monkeypatch.setitem(PEERS, "fake", replace(PEERS["fake"], packages=("numpy",)))
     found = prepare("fake", "q8", tmp_path / "gpt2", tmp_path / "out")
     assert (found.name, found.adapter, found.size_bytes, found.touched_bytes) == ("fake q8", "tests.bench_fakes", 11, 7)
     facts = peers.read_facts(tmp_path / "out")
