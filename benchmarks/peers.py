@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.adapters import FACTS
+from benchmarks.base import kl_divergence
 from benchmarks.processes import Worker, WorkerFailed, worker
 from benchmarks.scorer import kind_of
 from benchmarks.speed import Target
@@ -175,6 +176,5 @@ def load(w: Worker, target: Target, threads: int | None) -> dict[str, Any]:
 
 def divergence(reference: NDArray[np.float32], found: NDArray[np.float32]) -> Mapping[str, float]:
     """How far log-probs [n, vocab] are from a reference: mean KL(reference || found) in nats, same top token."""
-    r, f = reference.astype(np.float64), found.astype(np.float64)
-    kl = (np.exp(r) * (r - f)).sum(-1)
-    return {"mean_kl": float(kl.mean()), "same_top": float((r.argmax(-1) == f.argmax(-1)).mean())}
+    kl, same = kl_divergence(reference, found), reference.argmax(-1) == found.argmax(-1)
+    return {"mean_kl": float(kl.mean()), "same_top": float(same.mean())}

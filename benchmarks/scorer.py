@@ -1,13 +1,12 @@
 """One door to every kind of model: token ids in, the deployed distribution of the next tokens out.
 
 ONNX folder (dmpt_manifest.json)               -> OnnxScorer: runtime, no torch imported
-DMPT checkpoint, GPT-2 folder or hub id        -> TorchScorer: training.checkpoint.load_model
-quantized folder (config.json, "quantization") -> TorchScorer, when the caller says how to dequantize it
+DMPT checkpoint, GPT-2 folder or hub id        -> benchmarks.torch_scorer: training.checkpoint.load_model
+quantized folder (config.json, "quantization") -> the same, when the caller says how to dequantize it
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +24,7 @@ if TYPE_CHECKING:
 
     from training.model import DMPTForCausalLM
 
-GATE_HARD, RANDOM = "gate_hard", "random"  # training.model's names; repeated because that module imports torch
-ROWS_AT_ONCE = 128  # rows whose candidates' head rows are gathered together: K * E floats each
+GATE_HARD = "gate_hard"  # training.model's name; repeated because that module imports torch
 
 Float = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -156,6 +154,7 @@ def open_scorer(
         return OnnxScorer(Path(source), threads, device, mode, name)
     if kind == "quantized" and dequantize is None:
         raise InputError(f"{source} is a quantized checkpoint: export it first: dmpt-export onnx {source} OUT")
+    from benchmarks.torch_scorer import TorchScorer
     from training import checkpoint
 
     model = dequantize(source) if kind == "quantized" and dequantize else checkpoint.load_model(source)
@@ -202,89 +201,6 @@ class OnnxScorer:
 
     def close(self) -> None:
         self.model.close()
-
-
-class TorchScorer:
-    """A checkpoint through training.model, in fp32."""
-
-    def __init__(
-        self,
-        model: DMPTForCausalLM,
-        folder: Path,
-        threads: int | None,
-        device: str,
-        mode: str,
-        name: str,
-        scheme: str = "fp32",
-    ) -> None:
-        import torch
-
-        model.leaves_of_mode(mode)  # an unknown mode is refused before anything else
-        if threads:
-            torch.set_num_threads(threads)
-        self.model = model.to(device).eval()  # type: ignore[arg-type]  # transformers' stub of `to`
-        config = model.config
-        self.mode, self.name, self.folder, self.scheme, self.device = mode, name, folder, scheme, device
-        self.fast_k = config.fast_k
-        self.head_allocation: Mapping[str, Sequence[int]] = config.head_allocation
-        # only a mode that takes one leaf per token has weights to tell
-        self.n_heads = config.n_vocab_heads if mode in (GATE_HARD, RANDOM) else 0
-        self.context, self.vocab_size, self.leaves = config.n_positions, config.vocab_size, config.leaves
-        self.family = family_of(len(config.leaves), config.n_vocab_heads)
-        sizes = {name: tensor.numel() for name, tensor in model.named_parameters()}
-        self.parameters = sum(sizes.values())
-        self.parameters_touched_per_token = config.touched_per_token(sizes)
-        self.size_bytes = sum(f.stat().st_size for f in weight_files(folder))
-        self.tokenizer, self.end_of_text = tokenizer_of(folder, config.to_dict())
-
-    def score(self, ids: NDArray[np.integer], last: int) -> tuple[Float, Ints | None]:
-        found = list(self.pieces([(ids, last)]))
-        routes = [piece.routes for piece in found if piece.routes is not None]
-        return np.concatenate([piece.log_probs for piece in found]), np.concatenate(routes) if routes else None
-
-    def pieces(self, windows: Sequence[Window]) -> Iterator[Piece]:
-        """As the function pieces(). Windows of one length go through the blocks together."""
-        import torch
-
-        for _, together in itertools.groupby(windows, key=lambda window: len(window[0])):
-            group = list(together)
-            with torch.inference_mode():
-                ids = np.stack([np.asarray(ids, dtype=np.int64) for ids, _ in group])
-                batch, lasts = torch.as_tensor(ids, device=self.model.device), [last for _, last in group]
-                yield from (self.picked if self.mode in (GATE_HARD, RANDOM) else self.whole)(batch, lasts)
-
-    def whole(self, batch: Any, lasts: Sequence[int]) -> Iterator[Piece]:
-        """(B, S) in a mode that mixes or compares leaves: their distributions are needed together."""
-        out = self.model.log_probs(batch, self.mode, self.model.config.fast_k, max(lasts))
-        for row, last in zip(out, lasts, strict=True):
-            yield Piece(row[-last:].cpu().numpy(), None)
-
-    def picked(self, batch: Any, lasts: Sequence[int]) -> Iterator[Piece]:
-        """(B, S) in a mode that takes one leaf per token: one pass over the blocks, heads for a few rows at once."""
-        model, size = self.model, batch.shape[1]
-        hidden = model.hidden(batch)
-        chosen = hidden.gates and self.mode == GATE_HARD
-        routes = model.routes(hidden.gates) if chosen else model.random_routes(batch, size)
-        for i, last in enumerate(lasts):
-            for start in range(size - last, size, ROWS_AT_ONCE):
-                rows = slice(start, min(start + ROWS_AT_ONCE, size))
-                h, taken = {leaf: x[i : i + 1, rows] for leaf, x in hidden.leaves.items()}, routes[i : i + 1, rows]
-                log_probs = model.pick(h, taken, model.config.fast_k)
-                yield Piece(log_probs[0].cpu().numpy(), taken[0].cpu().numpy(), self.head_weights(h, taken))
-
-    def head_weights(self, h: dict[str, Any], routes: Any) -> Float:
-        """Weights of the heads, by number: hidden rows (1, n, E) by leaf and the leaf of each (1, n) -> [n, heads]."""
-        config = self.model.config
-        out = np.zeros((routes.shape[1], config.n_vocab_heads), np.float32)
-        for i, leaf in enumerate(config.leaves):  # whose order that of the allocation need not be
-            heads = config.head_allocation[leaf]
-            mine = (routes[0] == i).cpu().numpy()
-            weights = self.model.head_log_weights(leaf, h[leaf][0][routes[0] == i]).exp().float()
-            out[np.ix_(mine, heads)] = weights.cpu().numpy()
-        return out
-
-    def close(self) -> None:
-        del self.model
 
 
 def family_of(n_leaves: int, n_heads: int) -> str:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.scorer import Scorer, TorchScorer
-
-if TYPE_CHECKING:
-    from training.model import DMPTForCausalLM
+from benchmarks.quality import head_shares
+from benchmarks.scorer import Float, Ints, Scorer
 
 MOST = 4096  # tokens of the text that are looked at
 WINDOW = 512  # tokens that see each other
@@ -24,45 +22,25 @@ def usage(scorer: Scorer, ids: NDArray[np.integer]) -> dict[str, Any]:
     """
     ids = ids[:MOST]
     size = min(WINDOW, scorer.context)
-    pieces = [ids[start : start + size] for start in range(0, len(ids), size)]
-    weights: dict[str, dict[int, float]] | None = None
-    if isinstance(scorer, TorchScorer):
-        routes, weights = of_torch(scorer.model, pieces)
-    else:
-        routes = [scorer.score(piece, len(piece))[1] for piece in pieces]
-    taken = np.concatenate([route for route in routes if route is not None])
-    counts = np.bincount(taken, minlength=len(scorer.leaves))
-    pairs = sum(len(piece) - 1 for piece in pieces)
-    switches = sum(int(np.count_nonzero(np.diff(route))) for route in routes if route is not None)
+    windows = [ids[start : start + size] for start in range(0, len(ids), size)]
+    routes, weights = zip(*(follow(scorer, window) for window in windows), strict=True)
+    taken = np.concatenate(routes)
+    mine = {leaf: taken == i for i, leaf in enumerate(scorer.leaves)}
+    pairs = sum(len(window) - 1 for window in windows)
+    switches = sum(int(np.count_nonzero(np.diff(route))) for route in routes)
     return {
         "tokens": len(ids),
-        "route_shares": {leaf: int(n) / len(ids) for leaf, n in zip(scorer.leaves, counts, strict=True)},
+        "route_shares": {leaf: int(on.sum()) / len(ids) for leaf, on in mine.items()},
         "switch_share": switches / max(1, pairs),
-        "head_shares": weights,
+        "head_shares": None if weights[0] is None else head_shares(scorer, np.concatenate(weights), mine),
     }
 
 
-def of_torch(
-    model: DMPTForCausalLM, pieces: list[NDArray[np.integer]]
-) -> tuple[list[NDArray[np.int64] | None], dict[str, dict[int, float]]]:
-    """Routes of each piece, and each leaf's mean head weights over its tokens; no vocabulary head runs."""
-    import torch
-
-    config = model.config
-    sums = {leaf: np.zeros(len(heads)) for leaf, heads in config.head_allocation.items()}
-    counts = dict.fromkeys(config.leaves, 0)
-    routes: list[NDArray[np.int64] | None] = []
-    with torch.inference_mode():
-        for piece in pieces:
-            hidden = model.hidden(torch.as_tensor(piece.astype(np.int64), device=model.device)[None])
-            taken = model.routes(hidden.gates)[0] if hidden.gates else torch.zeros(len(piece), dtype=torch.int64)
-            for i, (leaf, h) in enumerate(hidden.leaves.items()):
-                mine = h[0][taken == i]
-                sums[leaf] += model.head_log_weights(leaf, mine).exp().sum(0).cpu().numpy()
-                counts[leaf] += len(mine)
-            routes.append(taken.cpu().numpy())
-    shares = {
-        leaf: {j: float(w) / max(1, counts[leaf]) for j, w in zip(heads, sums[leaf], strict=True)}
-        for leaf, heads in config.head_allocation.items()
-    }
-    return routes, shares
+def follow(scorer: Scorer, window: NDArray[np.integer]) -> tuple[Ints, Float | None]:
+    """The leaf of each token of a window [S], and the weights of the heads [S, heads]; None: not told."""
+    if hasattr(scorer, "followed"):
+        found: tuple[Ints, Float] = scorer.followed(window)
+        return found
+    routes = scorer.score(window, len(window))[1]
+    assert routes is not None, f"{scorer.name} is in mode {scorer.mode}, which takes no leaf"
+    return routes, None

@@ -15,10 +15,9 @@ import onnx_ir as ir
 from dmpt_export.graph.assemble import OPSET, OPSETS, build
 from dmpt_export.kv_cache import INT8, KINDS, KV_FLOAT, calibrate
 from dmpt_export.manifest import ACTIVATIONS, MODEL_FILE, describe, write_manifest
-from dmpt_export.quant_report import REPORT
 from quant.checkpoint import load_weights
 from quant.tensor import QuantizedTensor, Weight
-from runtime.manifest import MANIFEST_NAME
+from runtime.manifest import MANIFEST_NAME, REPORT_NAME
 from training.checkpoint import atomic_folder, check_replaceable, copy_tokenizer, read_config, resolve
 from training.config import DMPTConfig
 from training.errors import InputError
@@ -70,8 +69,8 @@ def export_onnx(
     with atomic_folder(Path(out), "onnx") as temporary:
         ir.save(model, temporary / MODEL_FILE, external_data=DATA_FILE, size_threshold_bytes=EXTERNAL_THRESHOLD)
         copy_tokenizer(folder, temporary)
-        if (folder / REPORT).is_file():  # so that a comparison can show what each tensor lost
-            shutil.copyfile(folder / REPORT, temporary / REPORT)
+        if (folder / REPORT_NAME).is_file():  # so that a comparison can show what each tensor lost
+            shutil.copyfile(folder / REPORT, temporary / REPORT_NAME)
         manifest = describe(config, weights, target, folder, kv_cache, opset)
         (temporary / "README.md").write_text(readme(manifest), encoding="utf-8")
         write_manifest(manifest, temporary)

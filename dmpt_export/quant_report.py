@@ -12,13 +12,14 @@ from quant.plan import Group, Option, Plan
 from quant.quantize import TensorReport
 from quant.rules import FLOAT
 from quant.schemes import SCHEMES
+from runtime.manifest import REPORT_NAME
 
-REPORT, PICTURE, PLAN = "quantization_report.json", "quantization_report.svg", "plan.json"
+PICTURE, PLAN = "quantization_report.svg", "plan.json"
 
 
 def report_files(reports: Sequence[TensorReport], plan: Plan | None) -> dict[str, str]:
     """The report's files by name, to be written beside the weights."""
-    out = {REPORT: _json(report_json(reports, plan)), PICTURE: picture(reports, plan)}
+    out = {REPORT_NAME: _json(report_json(reports, plan)), PICTURE: picture(reports, plan)}
     return out if plan is None else out | {PLAN: _json(plan.to_json())}
 
 

@@ -159,6 +159,7 @@ def compare(want: Reference, got: Outcome, tolerance: Tolerance, how: str) -> di
 
 def distances(want: np.ndarray, got: np.ndarray) -> dict[str, Any]:
     """How far two sets of log-probs [S, V] are apart; KL(want || got) in nats per position."""
+    # As benchmarks.base.kl_divergence, which this package must not import; here all log-probs are finite.
     kl = (np.exp(want) * (want - got)).sum(-1)
     preferred = np.take_along_axis(want, got.argmax(-1)[:, None], axis=-1)[:, 0]
     return {

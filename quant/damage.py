@@ -15,9 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.model import DMPTForCausalLM, Hidden
+from training.model import ROWS_AT_ONCE, DMPTForCausalLM, Hidden
 
-ROWS_AT_ONCE = 128  # rows whose candidates' head rows are gathered together: K * E floats each
 BLOCK = re.compile(r"(?:transformer|paths\.(\w+))\.h\.(\d+)\.")
 HEAD = re.compile(r"heads\.\d+\.weight")
 Arrays = Mapping[str, NDArray[np.float32]]  # tensors by name, in the checkpoint's layout
@@ -45,6 +44,7 @@ class Damage:
             total, row = 0.0, 0
             for got in self._log_probs(hidden):
                 want = self.want[row : row + len(got)]
+                # As benchmarks.base.kl_divergence, which this package must not import; in torch, where the rows are.
                 total += float((want.exp() * (want - got)).sum(dtype=torch.float64))
                 row += len(got)
         return total / row

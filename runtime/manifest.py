@@ -29,6 +29,7 @@ from runtime.schema import (
 
 MANIFEST_NAME = "dmpt_manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
+REPORT_NAME = "quantization_report.json"  # where weights were quantized: what each tensor lost; not needed to run
 FORMAT, FORMAT_VERSION = "dmpt-onnx", 2
 MOST_BYTES = 64 << 20  # of the manifest itself: a real one is some hundred kB
 

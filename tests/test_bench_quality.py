@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-import benchmarks.scorer
+import benchmarks.torch_scorer
 from benchmarks.quality import choose_windows, evaluate, read_tokens, standard_error
 from benchmarks.scorer import open_scorer
 from tests.bench_fakes import FakeScorer, uniform
@@ -197,7 +197,7 @@ def test_torch_scores_are_the_deployed_distribution(
 
     path = request.getfixturevalue(folder)
     model, (config, state) = load_model(path), load_state(path)
-    monkeypatch.setattr(benchmarks.scorer, "ROWS_AT_ONCE", 7)  # chunks of rows, the last one short
+    monkeypatch.setattr(benchmarks.torch_scorer, "ROWS_AT_ONCE", 7)  # chunks of rows, the last one short
     scorer = open_scorer(path)
     ids = torch.randint(0, 300, (50,), generator=torch.Generator().manual_seed(3))
     log_probs, routes = scorer.score(ids.numpy(), 30)

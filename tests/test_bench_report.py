@@ -38,7 +38,7 @@ def quantized(folder: Path, report: bool) -> str:
     (folder / "config.json").write_text(json.dumps({"quantization": {"scheme": "int8", "tensors": tensors}}))
     if report:
         damage = [{"name": name, "relative_error": 0.01, "kl": 0.001 * i} for i, name in enumerate(names)]
-        (folder / layers.REPORT).write_text(json.dumps({"tensors": damage}))
+        (folder / layers.REPORT_NAME).write_text(json.dumps({"tensors": damage}))
     return str(folder)
 
 
@@ -126,7 +126,7 @@ def test_a_strange_report_of_damage_is_left_aside(tmp_path: Path) -> None:
     folder = Path(quantized(tmp_path / "q", True))
     assert layers.layers(folder)[1]["kl"] == 0.001
     for text in ("{", "[]", '{"tensors": 1}', '{"tensors": [1]}', '{"tensors": [{"name": "x", "kl": "high"}]}'):
-        (folder / layers.REPORT).write_text(text)
+        (folder / layers.REPORT_NAME).write_text(text)
         assert "kl" not in layers.layers(folder)[1]
 
 

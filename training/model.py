@@ -26,6 +26,7 @@ from training.errors import InputError
 GATE_SOFT, GATE_HARD, MAX_PROB = "gate_soft", "gate_hard", "max_prob"
 RANDOM = "random"  # a control for evaluation: what the gates are worth
 PATH_MODES = (GATE_SOFT, GATE_HARD, MAX_PROB, RANDOM)  # besides `<leaf>_only`
+ROWS_AT_ONCE = 128  # given to pick() by who scores a text: of each, K rows of every head are gathered (K * E floats)
 
 
 class Conv1D(nn.Module):

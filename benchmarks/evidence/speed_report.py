@@ -154,7 +154,7 @@ def everything(speeds: Sequence[Speed], agreed: Mapping[str, Mapping[str, float]
             rate(tg), times(figures.faster(speed.name, base)),
             rate(deep), percent(speed.roof_share(tg)), percent(tg.python_share),
             *map(megabytes, (speed.size_bytes, speed.rss_bytes, speed.touched_bytes or 0)),
-            f"{said['mean_kl']:.4f}" if said else NONE, percent(said.get("same_top")),
+            f"{max(said['mean_kl'], 0):.4f}" if said else NONE, percent(said.get("same_top")),
         ])  # fmt: skip
     return markdown(head, table)
 

@@ -10,10 +10,9 @@ from typing import Any
 
 from benchmarks.report import svg
 from benchmarks.scorer import config_json, kind_of
-from runtime.manifest import read_manifest
+from runtime.manifest import REPORT_NAME, read_manifest
 from training.errors import InputError
 
-REPORT = "quantization_report.json"  # beside quantized weights: error and damage of each tensor, where it was measured
 KINDS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 OTHER = "weight"
 LABEL, CELL, ROW, HEAD = 112.0, 80.0, 34.0, 30.0  # pixels
@@ -36,7 +35,7 @@ def layers(path: str | Path) -> list[Layer]:
 def damages(folder: Path) -> dict[str, dict[str, Any]]:
     """Tensor -> relative_error and kl from the folder's report; {} where there is none, or it says something else."""
     try:
-        tensors = json.loads((folder / REPORT).read_text(encoding="utf-8"))["tensors"]
+        tensors = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))["tensors"]
         keys = ("relative_error", "kl", "bits_per_weight")
         return {t["name"]: {key: t[key] for key in keys if isinstance(t.get(key), int | float)} for t in tensors}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
