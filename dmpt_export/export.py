@@ -70,7 +70,7 @@ def export_onnx(
         ir.save(model, temporary / MODEL_FILE, external_data=DATA_FILE, size_threshold_bytes=EXTERNAL_THRESHOLD)
         copy_tokenizer(folder, temporary)
         if (folder / REPORT_NAME).is_file():  # so that a comparison can show what each tensor lost
-            shutil.copyfile(folder / REPORT, temporary / REPORT_NAME)
+            shutil.copyfile(folder / REPORT_NAME, temporary / REPORT_NAME)
         manifest = describe(config, weights, target, folder, kv_cache, opset)
         (temporary / "README.md").write_text(readme(manifest), encoding="utf-8")
         write_manifest(manifest, temporary)

@@ -62,19 +62,9 @@ def sample_text() -> str:
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with GPT-2's kind of tokenizer, in both forms: tokenizer.json, and vocab.json with merges.txt."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from training.data import train_tokenizer
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(SAMPLE_TEXT.splitlines(), trainer)
+    tokenizer = train_tokenizer(SAMPLE_TEXT.splitlines(), 300)
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save(str(folder / "tokenizer.json"))
     tokenizer.model.save(str(folder))

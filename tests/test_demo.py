@@ -14,9 +14,8 @@ from dmpt_export import cli
 from dmpt_export.demo import pipeline
 from dmpt_export.demo.pipeline import Demo, opening
 from dmpt_export.demo.settings import Settings
-from dmpt_export.demo.tokenizer import train_tokenizer
 from training.checkpoint import load_state, read_config
-from training.data import END_OF_TEXT
+from training.data import END_OF_TEXT, train_tokenizer
 from training.errors import InputError
 
 TINY = Settings(
@@ -160,7 +159,7 @@ def test_too_little_text_is_refused_before_anything_is_written(tmp_path: Path) -
 
 
 def test_tokenizer_gives_every_text_back() -> None:
-    tokenizer = train_tokenizer("plain English text\n" * 50, 300)
+    tokenizer = train_tokenizer(["plain English text"] * 50, 300)
     for sample in ("plain text", "naïve 東京 \U0001f600", "tabs\tand\nlines", "  "):
         assert tokenizer.decode(tokenizer.encode(sample).ids, skip_special_tokens=False) == sample
     assert tokenizer.token_to_id(END_OF_TEXT) == 0

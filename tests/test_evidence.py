@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from benchmarks.evidence import plan, report, training
-from benchmarks.evidence.corpus import slices, train_tokenizer
+from benchmarks.evidence.corpus import slices
 from benchmarks.evidence.plan import SCALES, VARIANTS
 from tests.models import random_model
+from training.data import train_tokenizer
 from training.errors import InputError
 from training.objective import Objective
 from training.options import TrainOptions

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 
 from training.atomic import atomic_file
@@ -23,7 +23,7 @@ from training.sources import FIELD, check_source, content_hash, is_dataset, read
 __all__ = [
     "END_OF_TEXT", "FIELD", "atomic_file", "check_source", "check_vocabulary", "encode_lines", "end_of_text_id",
     "first_tokens", "is_dataset", "load_tokenizer", "read_lines", "read_rows", "read_text",
-    "token_cache", "token_chunks", "windows",
+    "token_cache", "token_chunks", "train_tokenizer", "windows",
 ]  # fmt: skip
 
 END_OF_TEXT = "<|endoftext|>"
@@ -57,12 +57,34 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
 def _byte_level_bpe(vocab: Path, merges: Path) -> Tokenizer:
     """GPT-2's tokenizer from its two files, the same as the fast tokenizer that transformers makes of them."""
     ids = read_json(vocab)
-    tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+    tokenizer = _gpt2_form(models.BPE.from_file(str(vocab), str(merges)))
+    if END_OF_TEXT in ids:
+        tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False, special=True)])
+    return tokenizer
+
+
+def _gpt2_form(model: models.BPE) -> Tokenizer:
+    """What GPT-2 does before and after its merges."""
+    tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.decoder = decoders.ByteLevel()
-    if END_OF_TEXT in ids:
-        tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False, special=True)])
+    return tokenizer
+
+
+def train_tokenizer(lines: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE in GPT-2's form, of at most `vocab_size` entries; the end of text is id 0.
+
+    The same lines give the same tokenizer.
+    """
+    tokenizer = _gpt2_form(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # every byte, so that any text can be encoded
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(lines, trainer)
     return tokenizer
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-from training.data import END_OF_TEXT, read_lines
+from training.data import read_lines, train_tokenizer
 
 # Files of the data folder
 PRETRAINING, TUNING = "enwiki/train.txt.xz", "wikitext/wiki2.train.unk.txt.xz"
@@ -61,19 +59,3 @@ def slices(source: Path, sizes: list[int]) -> list[list[str]]:
         out[number].append(line)
         left -= len(line.encode()) + 1
     return out
-
-
-def train_tokenizer(lines: list[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE in GPT-2's form; the end of text is id 0. The same lines give the same tokenizer."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(lines, trainer)
-    return tokenizer

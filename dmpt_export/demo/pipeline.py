@@ -22,8 +22,7 @@ import click
 from dmpt_export import __version__
 from dmpt_export.demo.corpus import Corpus, documentation_corpus, text_corpus
 from dmpt_export.demo.settings import Settings
-from dmpt_export.demo.tokenizer import train_tokenizer
-from training.data import encode_lines, end_of_text_id, load_tokenizer, read_text
+from training.data import encode_lines, end_of_text_id, load_tokenizer, read_text, train_tokenizer
 from training.errors import InputError
 
 if TYPE_CHECKING:
@@ -93,7 +92,7 @@ class Demo:
 
     def tokenize(self, corpus: Corpus) -> Texts:
         """Train the tokenizer; write it, the texts and their tokens' count. Here the folder is made, or cleared."""
-        tokenizer = train_tokenizer(corpus.train, self.settings.vocab_size)
+        tokenizer = train_tokenizer(corpus.train.split("\n"), self.settings.vocab_size)
         eot = end_of_text_id(tokenizer)
         train, held_out = (encode_lines(text, tokenizer, eot) for text in (corpus.train, corpus.held_out))
         if min(len(train), len(held_out)) <= self.settings.context:
