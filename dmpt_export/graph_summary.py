@@ -6,47 +6,34 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from onnx.helper import tensor_dtype_to_np_dtype
 
+from dmpt_export.exact import graphs, read_graph
 from training.errors import InputError
-
-if TYPE_CHECKING:
-    import onnx
 
 
 def graph_of(file: Path) -> onnx.GraphProto:
     """The graph without its external weights. Raises InputError for a file that is no ONNX model."""
-    import onnx
-    from google.protobuf.message import DecodeError
-
     try:
-        return onnx.load(file, load_external_data=False).graph
+        return read_graph(file).graph
     except (DecodeError, OSError) as error:
         raise InputError(f"{file} is no ONNX model ({error}): export it again") from error
 
 
 def operators(graph: onnx.GraphProto) -> dict[str, dict[str, int]]:
     """Nodes by operator: {"main": {operator: count}, "branches": the same inside the Ifs, both branches counted}."""
-    branches: Counter[str] = Counter()
-    waiting = list(inner_graphs(graph))
-    while waiting:
-        inner = waiting.pop()
-        branches.update(node.op_type for node in inner.node)
-        waiting += inner_graphs(inner)
-    main = Counter(node.op_type for node in graph.node)
-    return {"main": dict(main.most_common()), "branches": dict(branches.most_common())}
-
-
-def inner_graphs(graph: onnx.GraphProto) -> Iterable[onnx.GraphProto]:
-    return (attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g"))
+    main, *branches = ([node.op_type for node in part.node] for part in graphs(graph))
+    inside = Counter(kind for branch in branches for kind in branch)
+    return {"main": dict(Counter(main).most_common()), "branches": dict(inside.most_common())}
 
 
 def float_tensors(graph: onnx.GraphProto, quantized: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Checkpoint tensors that the graph holds as floats, in the form of summary.tensors()."""
-    from onnx.helper import tensor_dtype_to_np_dtype
-
     packed = set(quantized)
     out: dict[str, dict[str, Any]] = {}
     for tensor in graph.initializer:
