@@ -36,6 +36,7 @@ FORMAT = 1
 SPARE = 64 << 20  # bytes left free on the disk
 
 Float = NDArray[np.float32]
+NO_ROWS: tuple[Float, Float] = (np.zeros((0, 0), np.float32), np.zeros(0, np.float32))
 
 
 def pack(log_probs: Float) -> tuple[NDArray[np.uint16], Float]:
@@ -77,7 +78,7 @@ class Base:
         self.folder: Path | None = None  # of this base, text and protocol
         self.key = ""
         self.queue: deque[tuple[int, Window, NDArray[np.integer]]] = deque()
-        self.rows: tuple[Float, Float] = (np.zeros((0, 0), np.float32), np.zeros(0, np.float32))
+        self.rows = NO_ROWS
 
     def prepare(self, facts: Mapping[str, Any], plan: Sequence[tuple[int, int, int]]) -> int:
         """Bytes that the cache will hold for the windows of a text; facts: what tells text and protocol.
@@ -107,6 +108,7 @@ class Base:
     def start(self, number: int, windows: Sequence[Window], targets: Sequence[NDArray[np.integer]]) -> None:
         """take() goes on with these windows, the first of which is number `number` of the text."""
         self.queue = deque(zip(range(number, number + len(windows)), windows, targets, strict=True))
+        self.rows = NO_ROWS  # an evaluation that failed leaves some
 
     def take(self, n: int) -> tuple[Float, Float]:
         """(log-probs [n, V], log-probs of the targets [n]) of the next rows, which are of one window."""

@@ -20,7 +20,7 @@ import benchmarks.base
 import benchmarks.quality
 from benchmarks.base import Base, check_base, kl_divergence, pack, unpack
 from benchmarks.quality import evaluate
-from benchmarks.scorer import open_scorer
+from benchmarks.scorer import Piece, open_scorer
 from dmpt_export.cli import main
 from dmpt_export.commands import eval as command
 from tests.bench_fakes import FakeScorer, uniform
@@ -105,6 +105,25 @@ def test_no_probability_at_all() -> None:
     fake = FakeScorer(lambda ids: np.where(np.eye(50)[(ids + 1) % 50] > 0, 0, -np.inf).astype(np.float32), 50)
     with pytest.raises(ValidationError, match="no probability"):
         evaluate(fake, np.arange(50), base=Base(FakeScorer(uniform(50), 50)))
+
+
+def test_a_base_serves_again_after_a_model_that_failed() -> None:
+    """What the failed one left of a window is not taken for the next one's."""
+
+    def base() -> Base:
+        return Base(FakeScorer(lambda ids: np.log((1 + np.eye(50)[ids]) / 51).astype(np.float32), 50))
+
+    def broken_off(windows: Any) -> Any:
+        for ids, last in windows:
+            yield Piece(uniform(50)(ids[:3]), None)
+            yield Piece(np.full((last - 3, 50), np.nan, np.float32), None)
+
+    model, broken, used = FakeScorer(uniform(50), 50), FakeScorer(uniform(50), 50), base()
+    broken.pieces = broken_off  # type: ignore[attr-defined]
+    with pytest.raises(ValidationError, match="gives token"):
+        evaluate(broken, np.arange(50), 16, 8, base=used)
+    after, fresh = (evaluate(model, np.arange(50), 16, 8, base=b).base for b in (used, base()))
+    assert after == fresh
 
 
 def test_a_cache_is_never_another_models_texts_or_windows(tiny_gpt2: Path, tiny_dmpt: Path, tmp_path: Path) -> None:

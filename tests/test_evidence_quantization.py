@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +14,29 @@ from onnx.reference import ReferenceEvaluator
 
 from benchmarks import peers
 from benchmarks.adapters.ort_quantizers import gemm_to_matmul
+from benchmarks.base import Base
 from benchmarks.evidence import quantization
-from benchmarks.evidence.quantization_report import Divergence, divergence, log, table
+from benchmarks.evidence.quantization_report import figures, table
 from benchmarks.peers import Peer
+from benchmarks.quality import evaluate
 from dmpt_export.cli import main
 from quant.schemes import SCHEMES
-from training.errors import ValidationError
+from tests.bench_fakes import FakeScorer
 
 
-def test_divergence_by_hand() -> None:
+def test_figures_by_hand() -> None:
     """Two positions of two tokens: (1/2, 1/2) against (1/4, 3/4), and (1/4, 3/4) against itself."""
-    reference = np.log(np.array([[0.5, 0.5], [0.25, 0.75]], np.float32))
-    found = np.log(np.array([[0.25, 0.75], [0.25, 0.75]], np.float32))
-    got = divergence([log(reference[i : i + 1], found[i : i + 1], np.array([i]), "x") for i in (0, 1)])
+
+    def scorer(*rows: list[float]) -> Any:
+        return FakeScorer(lambda _: np.log(np.array(rows, np.float32)), 2, context=3)
+
+    base = Base(scorer([0.5, 0.5], [0.25, 0.75]))
+    got = figures(evaluate(scorer([0.25, 0.75], [0.25, 0.75]), np.array([1, 0, 1]), 3, 3, "sliding", base=base))
     kl = 0.5 * np.log(2) + 0.5 * np.log(2 / 3)
-    assert got.tokens == 2 and got.same_top == 0.5  # a tie is the first token's, which the other model finds unlikely
-    assert got.mean_kl == pytest.approx(kl / 2, rel=1e-5) and got.kl_p99 == pytest.approx(0.99 * kl, rel=1e-5)
-    assert got.perplexity == pytest.approx((0.25 * 0.75) ** -0.5, rel=1e-6)
-    assert got.reference_perplexity == pytest.approx((0.5 * 0.75) ** -0.5, rel=1e-6)
-    with pytest.raises(ValidationError, match="x gives token 1"):
-        log(reference[:1], np.array([[0, -np.inf]], np.float32), np.array([1]), "x")
+    assert got["tokens"] == 2 and got["same_top"] == 0.5  # a tie is the first token's, which the other finds unlikely
+    assert got["mean_kl"] == pytest.approx(kl / 2, rel=1e-5) and got["kl_p99"] == pytest.approx(0.99 * kl, rel=1e-5)
+    assert got["perplexity"] == pytest.approx((0.25 * 0.75) ** -0.5, rel=1e-6)
+    assert got["reference_perplexity"] == pytest.approx((0.5 * 0.75) ** -0.5, rel=1e-6)
 
 
 def test_every_scheme_and_size_has_its_options() -> None:
@@ -44,7 +48,8 @@ def test_every_scheme_and_size_has_its_options() -> None:
 
 
 def test_the_table_is_by_size_and_peers_come_last() -> None:
-    plain = vars(Divergence(10, 11.0, 10.0, 0.1, 1.0, 0.5)) | {"model": "m", "text": "t.txt"}
+    plain = {"tokens": 10, "perplexity": 11.0, "reference_perplexity": 10.0, "mean_kl": 0.1, "kl_p99": 1.0,
+             "same_top": 0.5, "model": "m", "text": "t.txt"}  # fmt: skip
     lines = [
         plain | {"name": "peer", "onnx_bytes": 9_000_000, "peer": True},
         plain | {"name": "small", "onnx_bytes": 1_000_000, "peer": False, "weights_bytes": 900_000, "seconds": 3.2},
@@ -81,9 +86,39 @@ def test_the_whole_command_is_not_done_twice(
     said = capsys.readouterr().out
     assert "gpt2 bad is not measured" in said and "absent is not measured: it lacks no-such-package" in said
     assert "fake broken is not measured" in said and (tmp_path / "work" / "quantization.md").read_text() in said
-    monkeypatch.setattr(quantization.scorer, "open_scorer", None)  # nothing is measured again
+    monkeypatch.setattr(quantization, "evaluate", None)  # nothing is measured again
     quantization.main([*arguments[:-4], "--variants", "float32,int8"])
     assert len((tmp_path / "work" / "results.jsonl").read_text().splitlines()) == 3
+
+
+def test_another_model_text_or_calibration_is_measured_anew(
+    tiny_gpt2: Path, tiny_dmpt: Path, sample_text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Whatever it is called: results are those of the weights, the tokens and the options."""
+    monkeypatch.setattr(quantization.Evidence, "cli", lambda _, *arguments: main(list(map(str, arguments))))
+    for name, text in (("text.txt", sample_text), ("calib.txt", sample_text[::-1])):
+        (tmp_path / name).write_text(text)
+    results, model = tmp_path / "work" / "results.jsonl", tmp_path / "model"
+
+    def lines(source: Path, tokens: int = 150) -> list[dict[str, Any]]:
+        shutil.rmtree(model, ignore_errors=True)
+        shutil.copytree(source, model)
+        quantization.main(["--work", str(tmp_path / "work"), "--model", f"m={model}", "--calib",
+                           str(tmp_path / "calib.txt"), "--text", str(tmp_path / "text.txt"), "--tokens", str(tokens),
+                           "--variants", "other", "--also", "other=--scheme int8 --calib CALIB"])  # fmt: skip
+        return [json.loads(line) for line in results.read_text().splitlines()]
+
+    first = lines(tiny_gpt2)
+    assert len(first) == 1 and lines(tiny_gpt2) == first
+    capsys.readouterr()
+    both = lines(tiny_dmpt)
+    assert len(both) == 2 and both[0]["perplexity"] != both[1]["perplexity"]
+    assert f"{both[1]['perplexity']:.3f}" in (said := capsys.readouterr().out)
+    assert f"{both[0]['perplexity']:.3f}" not in said  # it is another model's
+    assert len(lines(tiny_dmpt, 140)) == 3
+    (tmp_path / "calib.txt").write_text(sample_text * 2)
+    assert len(lines(tiny_dmpt, 140)) == 4 and lines(tiny_gpt2) == lines(tiny_dmpt, 140)
 
 
 def test_wrong_options_are_usage_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

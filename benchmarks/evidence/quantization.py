@@ -5,39 +5,38 @@
         [--also 'int4 deltas=--scheme int4 --rule heads.*=delta-r64'] [--peer-python openvino=/venv/bin/python ...]
 
 Models are quantized and exported through the command line; calibrated schemes and plans see the calibration text
-alone. Each result is held against the float checkpoint in torch on the windows of benchmarks.quality (its log-probs
-are kept in WORK/reference). Peers get the same weights, each perhaps in a Python of its own. Every measurement is a
-line of WORK/results.jsonl and is skipped when the command is given again; the table goes to WORK/quantization.md.
+alone. Each result is held against the float checkpoint in torch as `dmpt-export eval --base` does it (the checkpoint's
+log-probs are kept in WORK/reference). Peers get the same weights, each perhaps in a Python of its own. Every
+measurement is a line of WORK/results.jsonl and is skipped when the command is given again, unless the checkpoint, its
+text or the options are other ones than then; the table goes to WORK/quantization.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import os
 import shlex
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from benchmarks import peers, quality, scorer
+from benchmarks import peers
 from benchmarks.adapters import FACTS
-from benchmarks.evidence.quantization_report import Divergence, divergence, log, table
+from benchmarks.base import Base
+from benchmarks.evidence.quantization_report import figures, table
+from benchmarks.evidence.work import Results, add_peer_python, dmpt_export, say
+from benchmarks.peer_scorer import PeerScorer
 from benchmarks.peers import Peer
 from benchmarks.processes import WorkerFailed, worker
-from training import data
+from benchmarks.progress import fingerprint, key_of
+from benchmarks.quality import evaluate, read_tokens, sha256
+from benchmarks.scorer import Scorer, onnx_size, open_scorer, weight_files
+from benchmarks.speed import Target
 from training.errors import InputError, ValidationError
 
-Float = NDArray[np.float32]
-Score = Callable[[NDArray[np.integer], int], Float]  # ids [S], last -> log-probs [last, V]
 FLOAT = "float32"  # the variant that is exported as it is
 SCHEMES = ("fp16", "int8", "bnb-int8", "int8-dynamic", "int4", "int4-hqq", "int4-gptq", "nf4", "fp4", "int3",
            "int3-gptq", "int2", "int2-gptq")  # fmt: skip
@@ -69,99 +68,93 @@ def variants(calib: Path, sizes: list[str], also: list[str]) -> dict[str, list[s
     return found
 
 
+class Subject:
+    """A float checkpoint on the text: what everything made of it is held against."""
+
+    def __init__(self, name: str, source: Path, text: Path, tokens: int, threads: int, cache: Path) -> None:
+        """cache: where its log-probs are kept. Raises InputError for what is no checkpoint, or no text."""
+        self.name, self.source = name, source
+        self.base = Base(open_scorer(source, threads), cache)
+        self.ids = read_tokens(self.base.scorer, [text])[:tokens]
+        against = key_of(model=fingerprint(self.base.scorer), tokens=sha256(self.ids))
+        self.key = {"model": name, "against": against, "text": text.name}
+
+
 class Evidence:
     """Everything that one work folder holds."""
 
-    def __init__(self, work: Path, text: Path, tokens: int, threads: int) -> None:
-        self.work, self.text, self.tokens, self.threads = work, text, tokens, threads
+    def __init__(self, work: Path, calib: Path, threads: int) -> None:
+        self.work, self.calib, self.threads = work, calib, threads
         work.mkdir(parents=True, exist_ok=True)
-        self.lines = work / "results.jsonl"
+        self.results = Results(work / "results.jsonl")
+        self.current: dict[str, str] = {}  # model -> "against" of its lines that the table shows
         self.absent: list[str] = []
 
     def cli(self, *arguments: str | Path) -> None:
         """Run a verb of dmpt-export; InputError with its last line when it fails."""
-        command = [sys.executable, "-m", "dmpt_export", *map(str, arguments)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        done = dmpt_export(*arguments, threads=self.threads, capture_output=True)
         if done.returncode:
             said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             raise InputError(said[-1].removeprefix("Error: "))
 
-    def done(self) -> list[dict[str, Any]]:
-        if not self.lines.is_file():
-            return []
-        return [json.loads(line) for line in self.lines.read_text(encoding="utf-8").splitlines()]
+    def subject(self, name: str, source: Path, text: Path, tokens: int) -> Subject:
+        subject = Subject(name, source, text, tokens, self.threads, self.work / "reference")
+        self.current[name] = subject.key["against"]
+        return subject
 
-    def key(self, model: str, name: str) -> dict[str, Any]:
-        return {"model": model, "name": name, "tokens_asked": self.tokens, "text": self.text.name}
-
-    def has(self, model: str, name: str) -> bool:
-        key = self.key(model, name)
-        return any(key.items() <= line.items() for line in self.done())
-
-    def add(self, model: str, name: str, found: Divergence, **facts: Any) -> None:
-        with open(self.lines, "a", encoding="utf-8") as out:
-            out.write(json.dumps(self.key(model, name) | asdict(found) | facts, allow_nan=False) + "\n")
-
-    # --- the reference ----------------------------------------------------------------------------
-
-    def reference(self, model: str, source: Path) -> Reference:
-        """The float checkpoint's log-probs of all windows, computed once."""
-        file = self.work / "reference" / f"{model}-{self.text.stem}-{self.tokens}.npy"
-        opened = scorer.open_scorer(source, self.threads)
+    def measure(self, subject: Subject, key: dict[str, str], scorer: Scorer, **facts: Any) -> None:
+        """One line of results; the scorer is closed. Raises ValidationError for what is not finite."""
         try:
-            ids = quality.read_tokens(opened, [self.text])[: self.tokens]
-            length, step = quality.choose_windows(opened.context, None, None)
-            windows = list(data.windows(len(ids), length, step))
-            total = sum(n for _, _, n in windows)
-            if not file.is_file():
-                say(f"{model}: the float model on {total} tokens")
-                file.parent.mkdir(exist_ok=True)
-                part = file.with_suffix(".part")
-                out = np.lib.format.open_memmap(part, "w+", np.float32, (total, opened.vocab_size))
-                for place, start, stop, n in placed(windows):
-                    out[place : place + n] = opened.score(ids[start : stop - 1], n)[0]
-                out.flush()
-                del out
-                part.rename(file)
+            found = evaluate(scorer, subject.ids, base=subject.base)
         finally:
-            opened.close()
-        return Reference(ids, windows, np.load(file, mmap_mode="r", allow_pickle=False))
+            scorer.close()
+        self.results.add(key | figures(found) | facts)
+
+    def table(self) -> str:
+        lines = self.results.lines
+        current = {line["model"]: line.get("against") for line in lines} | self.current
+        return table([line for line in lines if line.get("against") == current[line["model"]]], self.absent)
 
     # --- ours -------------------------------------------------------------------------------------
 
-    def ours(self, model: str, source: Path, name: str, options: list[str]) -> None:
+    def ours(self, subject: Subject, name: str, options: list[str]) -> None:
         """Quantize, export, score; what is made lies in WORK/made until it is measured."""
-        if self.has(model, name):
+        key = subject.key | {"name": name, "options": self.told(options)}
+        if self.results.has(**key):
             return
-        say(f"{model}: {name}")
+        say(f"{subject.name}: {name}")
         made = self.work / "made"
         shutil.rmtree(made, ignore_errors=True)
         started = time.monotonic()
         try:
             if options:
-                self.cli("quantize", source, made / "quantized", *options)
+                self.cli("quantize", subject.source, made / "quantized", *options)
             seconds = time.monotonic() - started
-            folder = made / "quantized" if options else source
+            folder = made / "quantized" if options else subject.source
             self.cli("onnx", folder, made / "onnx")
-            opened = scorer.open_scorer(made / "onnx", self.threads)
-            try:
-                found = self.reference(model, source).against(lambda ids, last: opened.score(ids, last)[0], name)
-            finally:
-                opened.close()
+            weights = sum(file.stat().st_size for file in weight_files(folder))
+            sizes = {"onnx_bytes": onnx_size(made / "onnx"), "weights_bytes": weights}
+            scorer = open_scorer(made / "onnx", self.threads, name=name)
+            self.measure(subject, key, scorer, **sizes, seconds=round(seconds, 1), peer=False)
+            shutil.rmtree(made)
         except (InputError, ValidationError) as error:
-            self.absent.append(f"{model} {name} is not measured: {error}")
-            return
-        sizes = {"onnx_bytes": scorer.onnx_size(made / "onnx"), "weights_bytes": weights_bytes(folder)}
-        self.add(model, name, found, **sizes, seconds=round(seconds, 1), peer=False)
-        shutil.rmtree(made)
+            self.absent.append(f"{subject.name} {name} is not measured: {error}")
+
+    def told(self, options: list[str]) -> str:
+        """Options with the calibration text by its content, so that another one is another measurement."""
+        calib = str(self.calib)
+        if calib not in options or not self.calib.is_file():  # without it quantizing says so
+            return " ".join(options)
+        digest = hashlib.sha256(self.calib.read_bytes()).hexdigest()
+        return " ".join(f"sha256:{digest}" if word == calib else word for word in options)
 
     # --- peers ------------------------------------------------------------------------------------
 
-    def theirs(self, model: str, source: Path, pythons: dict[str, str]) -> None:
+    def theirs(self, subject: Subject, pythons: dict[str, str]) -> None:
         """All peers that are there; for the others the line that says how to get them, or why it failed."""
         for name, peer in all_peers().items():
-            wanted = [scheme for scheme in peer.schemes if not self.has(model, f"{name} {scheme}")]
+            keys = {scheme: subject.key | {"name": f"{name} {scheme}"} for scheme in peer.schemes}
+            wanted = [scheme for scheme in peer.schemes if not self.results.has(**keys[scheme])]
             if not wanted:
                 continue
             with worker(name, pythons.get(name)) as w:
@@ -170,92 +163,48 @@ class Evidence:
                 self.absent.append(f"{name} is not measured: it lacks {', '.join(lacking)}; {peer.install}")
                 continue
             for scheme in wanted:
-                say(f"{model}: {name} {scheme}")
+                say(f"{subject.name}: {name} {scheme}")
                 try:
-                    self.peer(model, source, name, scheme, peer, pythons.get(name))
+                    self.peer(subject, keys[scheme], scheme, peer, pythons.get(name))
                 except (WorkerFailed, ValidationError) as error:
                     self.absent.append(f"{name} {scheme} is not measured: {error}")
 
-    def peer(self, model: str, source: Path, name: str, scheme: str, peer: Peer, python: str | None) -> None:
+    def peer(self, subject: Subject, key: dict[str, str], scheme: str, peer: Peer, python: str | None) -> None:
         """Convert in one process, score in another: as a user would."""
-        out, rows = self.work / "peer", self.work / "rows.npy"
+        out = self.work / "peer"
         shutil.rmtree(out, ignore_errors=True)
-        plain = peers.gpt2_folder(source, self.work / "gpt2" / model)
-        with worker(f"{name} {scheme}", python) as w:
+        plain = peers.gpt2_folder(subject.source, self.work / "gpt2" / subject.name)
+        with worker(key["name"], python) as w:
             facts = w.ask(do="convert", adapter=peer.adapter, source=str(plain.resolve()), out=str(out), scheme=scheme)
         (out / FACTS).write_text(json.dumps(facts), encoding="utf-8")
-        with worker(f"{name} {scheme}", python) as w:
-            w.ask(do="load", adapter=peer.adapter, path=str(out), threads=self.threads, device="cpu")
-
-            def score(ids: NDArray[np.integer], last: int) -> Float:
-                w.ask(do="score", ids=ids.tolist(), last=last, out=str(rows))
-                scores: Float = np.load(rows, allow_pickle=False)
-                return scores
-
-            found = self.reference(model, source).against(score, name)
-        self.add(model, f"{name} {scheme}", found, onnx_bytes=int(facts["size_bytes"]), peer=True, facts=facts)
+        size = int(facts["size_bytes"])
+        target = Target(key["name"], str(out), peer.adapter, size, python=python)
+        scorer = PeerScorer(target, scheme, subject.base.scorer.folder, plain, self.threads)
+        self.measure(subject, key, scorer, onnx_bytes=size, peer=True, facts=facts)
         shutil.rmtree(out)
-
-
-class Reference:
-    """What the float model says about a text."""
-
-    def __init__(self, ids: NDArray[np.int32], windows: list[tuple[int, int, int]], log_probs: Float) -> None:
-        self.ids, self.windows, self.log_probs = ids, windows, log_probs
-
-    def against(self, score: Score, name: str) -> Divergence:
-        """How far another model is from it, over all windows. Raises ValidationError for what is not finite."""
-        parts = []
-        for place, start, stop, n in placed(self.windows):
-            got = score(self.ids[start : stop - 1], n)
-            parts.append(log(self.log_probs[place : place + n], got, self.ids[stop - n : stop], name))
-        return divergence(parts)
-
-
-def placed(windows: list[tuple[int, int, int]]) -> Iterator[tuple[int, int, int, int]]:
-    """(rows before it, start, stop, scored) of each window."""
-    place = 0
-    for start, stop, n in windows:
-        yield place, start, stop, n
-        place += n
-
-
-def weights_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in scorer.weight_files(folder))
-
-
-def is_plain(source: Path) -> bool:
-    """Whether the checkpoint is GPT-2's network, which is all that peers run."""
-    from training.checkpoint import read_config
-
-    config = read_config(source)
-    return not config.splits and config.n_vocab_heads == 1
-
-
-def say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    evidence = Evidence(options.work, options.text, options.tokens, options.threads)
+    evidence = Evidence(options.work, options.calib, options.threads)
     models = {name: Path(path) for name, path in (pair.split("=", 1) for pair in options.model)}
     known = variants(options.calib, options.sizes.split(",") if options.sizes else [], options.also)
     names = options.variants.split(",") if options.variants else list(known)
     if unknown := [name for name in names if name not in known]:
         sys.exit(f"unknown variants: {', '.join(unknown)}; known: {', '.join(known)}")
-    pythons = dict(pair.split("=", 1) for pair in options.peer_python)
     try:
         for model, source in models.items():
+            subject = evidence.subject(model, source, options.text, options.tokens)
             for name in names:
-                evidence.ours(model, source, name, known[name])
-            if options.peers and is_plain(source):
-                evidence.theirs(model, source, pythons)
+                evidence.ours(subject, name, known[name])
+            if options.peers and subject.base.scorer.family == "GPT-2":  # which is all that peers run
+                evidence.theirs(subject, dict(options.peer_python))
+            subject.base.close()
     except (InputError, WorkerFailed) as error:
         say(f"Error: {error}")
         sys.exit(error.exit_code)
     finally:
-        text = table(evidence.done(), evidence.absent)
+        text = evidence.table()
         (options.work / "quantization.md").write_text(text, encoding="utf-8")
     sys.stdout.write(text)
 
@@ -273,10 +222,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                         help="another way: options of dmpt-export quantize, CALIB for the text")  # fmt: skip
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peers", action="store_true", help="measure other tools on the plain GPT-2s, too")
-    parser.add_argument("--peer-python", action="append", default=[], metavar="NAME=PYTHON",
-                        help=f"the Python that holds a peer ({', '.join(all_peers())}); default: this")  # fmt: skip
+    add_peer_python(parser, all_peers())
     options = parser.parse_args(arguments)
-    for option, pairs in (("--model", options.model), ("--also", options.also), ("--peer-python", options.peer_python)):
+    for option, pairs in (("--model", options.model), ("--also", options.also)):
         if wrong := [pair for pair in pairs if "=" not in pair]:
             parser.error(f"{option} {wrong[0]}: give it as NAME=...")
     return options

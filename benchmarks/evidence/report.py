@@ -1,4 +1,4 @@
-"""Lines of results, kept as they come, and the tables made of them."""
+"""The tables made of lines of results."""
 
 from __future__ import annotations
 
@@ -13,28 +13,7 @@ import numpy as np
 from benchmarks.table import markdown
 from training.data import read_lines
 
-KEY = ("variant", "seed", "mode", "fast_k")
 CONTROL = "gpt2"  # what every variant is held against, seed by seed: trained on the same tokens in the same order
-
-
-class Results:
-    """results.jsonl: one line per measurement, appended and flushed at once. Several processes may add to it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    @property
-    def lines(self) -> list[dict[str, Any]]:
-        if not self.path.is_file():
-            return []
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-
-    def has(self, variant: str, seed: int, mode: str, fast_k: int) -> bool:
-        return any(tuple(line[key] for key in KEY) == (variant, seed, mode, fast_k) for line in self.lines)
-
-    def add(self, line: dict[str, Any]) -> None:
-        with open(self.path, "a", encoding="utf-8") as out:
-            out.write(json.dumps(line, allow_nan=False) + "\n")
 
 
 def training_log(path: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ import numpy as np
 from benchmarks import machine, peers
 from benchmarks.evidence import models
 from benchmarks.evidence.speed_report import DEEP, GEN, PROMPT, SHALLOW, report
+from benchmarks.evidence.work import add_peer_python, dmpt_export, say
 from benchmarks.processes import WorkerFailed
 from benchmarks.results import Speed
 from benchmarks.speed import Target, measure, target
@@ -75,8 +76,7 @@ class Workshop:
         work.mkdir(parents=True, exist_ok=True)
 
     def cli(self, *arguments: str | Path) -> None:
-        command = [sys.executable, "-m", "dmpt_export", *map(str, arguments)]
-        subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+        dmpt_export(*arguments, stdout=subprocess.DEVNULL, check=True)
 
     def checkpoint(self, model: Model) -> Path:
         """The float model; those of a DMPT are only kept until they are quantized."""
@@ -160,15 +160,11 @@ def agreement(
     return found
 
 
-def say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-
-
 def run(options: argparse.Namespace, sizes: dict[str, Any]) -> str:
     """Make, check, time; returns the tables."""
     workshop = Workshop(options.work, sizes)
     schemes = options.schemes.split(",")
-    theirs, absent = workshop.theirs(dict(pair.split("=", 1) for pair in options.peer_python))
+    theirs, absent = workshop.theirs(dict(options.peer_python))
     ours = workshop.ours(schemes)
     say("comparing what they say")
     context = int(sizes.get("n_positions", 1024))
@@ -219,14 +215,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", default="1", help="one run for each: 1,2")
     parser.add_argument("--schemes", default="int8,int4", help=f"of {', '.join(SCHEMES)}")
     parser.add_argument("--repetitions", type=int, default=5, help="rounds that count")
-    parser.add_argument(
-        "--peer-python", action="append", default=[], metavar="NAME=PYTHON",
-        help=f"the interpreter that holds a peer ({', '.join(peers.PEERS)}); default: this one",
-    )  # fmt: skip
+    add_peer_python(parser, peers.PEERS)
     options = parser.parse_args(arguments)
-    for pair in options.peer_python:
-        if pair.split("=")[0] not in peers.PEERS or "=" not in pair:
-            parser.error(f"--peer-python {pair}: give NAME=PYTHON with one of {', '.join(peers.PEERS)}")
     if unknown := set(options.schemes.split(",")) - set(SCHEMES):
         parser.error(f"--schemes {','.join(sorted(unknown))}: known are {', '.join(SCHEMES)}")
     return options

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import shutil
 import subprocess
@@ -26,6 +25,7 @@ from typing import Any
 
 from benchmarks.evidence import corpus, plan, report
 from benchmarks.evidence.plan import SCALES, TRIALS, VARIANTS, Scale, Variant
+from benchmarks.evidence.work import Results, dmpt_export
 
 COST = "cost.json"  # beside a trained model: what its training took, start and evaluation included
 
@@ -55,14 +55,11 @@ class Evidence:
         self.runs = work / "runs"
         self.runs.mkdir(parents=True, exist_ok=True)
         self.text = corpus.prepare(data, work, scale.bytes, scale.vocab)
-        self.results = report.Results(work / "results.jsonl")
+        self.results = Results(work / "results.jsonl")
 
     def cli(self, *arguments: str | Path) -> str:
         """Run a verb of dmpt-export; returns its standard output. Raises CalledProcessError when it fails."""
-        command = [sys.executable, "-m", "dmpt_export", *map(str, arguments)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        return done.stdout
+        return dmpt_export(*arguments, threads=self.threads, stdout=subprocess.PIPE, check=True).stdout
 
     # --- training ---------------------------------------------------------------------------------
 
@@ -122,7 +119,7 @@ class Evidence:
         shape: dict[str, Any] = {}
         deployed = plan.evaluations(run.variant, self.scale, controls=False)[0]
         for mode, fast_k in plan.evaluations(run.variant, self.scale, controls):
-            if self.results.has(run.name, run.seed, mode, fast_k):
+            if self.results.has(variant=run.name, seed=run.seed, mode=mode, fast_k=fast_k):
                 continue
             shape = shape or json.loads(self.cli("inspect", model, "--json"))
             options = ["--data", self.text.test, "--mode", mode, "--fast-k", fast_k, "--threads", self.threads]
@@ -137,7 +134,7 @@ class Evidence:
 
     def trial(self, run: Run) -> None:
         """A short run, judged on the validation text."""
-        if not self.results.has(run.name, run.seed, "trial", 0):
+        if not self.results.has(variant=run.name, seed=run.seed, mode="trial", fast_k=0):
             model = self.tuned(run)
             self.results.add(self.about(run, model) | {"mode": "trial", "fast_k": 0, "steps": run.steps})
             shutil.rmtree(model, ignore_errors=True)
