@@ -13,13 +13,14 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from benchmarks.report.frontier import numbers
 from benchmarks.report.placing import Box, best_spot, distance
 from benchmarks.row import Row
 
 WIDTH, HEIGHT, DPI = 1200, 800, 100  # pixels
-# Okabe and Ito's palette for all kinds of colour vision, the well-known families first.
-COLOURS = {"GPT-2": "#6b6b6b", "GPT-2 base": "#6b6b6b", "GPT-2 fine-tuned": "#0072B2", "DMPT": "#D55E00"}
-MORE_COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Okabe and Ito's palette for all kinds of colour vision, by the numbers of report.frontier: those of well-known
+# families, then the others', in turn.
+COLOURS, MORE_COLOURS = ("#6b6b6b", "#0072B2", "#D55E00"), ("#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, PALE = "#222222", "#dddddd"
 LARGEST, SMALLEST = 1500.0, 30.0  # marker areas in points^2
 LABEL_SIZE = 13  # points
@@ -60,13 +61,10 @@ def grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def colours(families: Sequence[str]) -> dict[str, str]:
-    """Family -> colour: its own where it has one that no family before it took."""
-    more = itertools.cycle(MORE_COLOURS)
-    out: dict[str, str] = {}
-    for family in dict.fromkeys(families):
-        own = COLOURS.get(family)
-        out[family] = own if own and own not in out.values() else next(more)
-    return out
+    """Family -> colour, as in the report's figure."""
+    more = itertools.islice(itertools.cycle(MORE_COLOURS), len(families))
+    palette = [*COLOURS, *more]
+    return {family: palette[i] for family, i in numbers(families).items()}
 
 
 def area_scale(rows: Sequence[Row]) -> float:

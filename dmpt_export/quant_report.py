@@ -108,6 +108,7 @@ def _aligned(lines: Sequence[Sequence[str]]) -> str:
 
 
 # --- picture ------------------------------------------------------------------------------------------
+# Not benchmarks.report.svg, which this package must not import: a file by itself, coloured without a page's styles.
 
 ROW, TOP, LEFT, WIDTH, RIGHT = 18, 64, 250, 900, 30  # pixels
 DELTA = 0  # instead of bits: a delta of low rank

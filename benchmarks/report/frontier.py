@@ -18,10 +18,10 @@ NAMED = 9  # with more models than this the markers have numbers
 LONGEST = 20  # letters of a label
 
 
-def families(rows: Sequence[Row]) -> dict[str, int]:
-    """Family -> colour: its own where it has one that no family before it took."""
+def numbers(families: Sequence[str]) -> dict[str, int]:
+    """Family -> colour: its own where it has one that no family before it took, or else one from 3 on."""
     out: dict[str, int] = {}
-    for family in dict.fromkeys(row.family for row in rows):
+    for family in dict.fromkeys(families):
         own = KNOWN.get(family)
         out[family] = own if own is not None and own not in out.values() else max([2, *out.values()]) + 1
     return out
@@ -37,7 +37,7 @@ def draw(rows: Sequence[Row]) -> svg.Markup:
     perplexities = [row.quality.perplexity for row in shown if row.quality]
     wide = max(perplexities) > 3 * min(perplexities)
     y = svg.Scale.around(perplexities, HEIGHT - 46, 28, log=wide)
-    colours = families(rows)
+    colours = numbers([row.family for row in rows])
     best = max((row.decode_tokens_per_s or 0.0 for row in shown), default=0.0) or 1.0
     parts = [svg.axes(x, y, "file size, MB (log scale)", f"perplexity{' (log scale)' if wide else ''}")]
     points = front_points(shown, x, y)
