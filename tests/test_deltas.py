@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
-import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,10 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import dmpt_export.export as export_module
 from dmpt_export.cli import main
-from dmpt_export.exact import use_float_kernels
 from dmpt_export.export import export_onnx
-from dmpt_export.graph.builder import MSFT, Builder
-from dmpt_export.graph.rescore import candidate_logits
 from dmpt_export.manifest import describe
 from dmpt_export.summary import summarise
 from quant.checkpoint import dequantized_model, load_weights, save_quantized, write_quantized
@@ -33,6 +28,7 @@ from quant.rules import Rule, anchors_of, assign, default_rules, parse_rule
 from quant.schemes.blockwise import int4, int8
 from quant.schemes.low_rank import low_rank
 from quant.tensor import DeltaTensor, QuantizedTensor
+from tests.candidates import scored_candidates
 from tests.models import random_model, saved_model
 from training.checkpoint import expected_shapes, load_state
 from training.config import DMPTConfig
@@ -129,25 +125,13 @@ def test_what_candidates_gain_over_the_anchor(n: int, k: int, rank: int, exact: 
     arrays = {f"heads.{j}.weight": rng.normal(size=(80, 64)).astype(np.float32) for j in (0, 1, 2)}
     anchor = int8(arrays.pop("heads.0.weight"))
     weights = quantize_group(arrays, "heads.0.weight", anchor, Rule("", f"delta-r{rank}", 16))
-    b = Builder()
-    h, ids = ir.val("h", ir.DataType.FLOAT, [1, n, 64]), ir.val("c", ir.DataType.INT64, [1, n, k])
-    (out,) = candidate_logits(b, config, weights, "root", h, ids)
-    out.dtype, out.shape = ir.DataType.FLOAT, ir.Shape([1, n, 2, k])
-    graph = ir.Graph([h, ids], [out], nodes=b.nodes, initializers=list(b.initializers.values()),
-                     opset_imports={"": 21, MSFT: 1}, name="deltas")  # fmt: skip
-    proto = ir.to_proto(ir.Model(graph, ir_version=10))
-    if exact:
-        use_float_kernels(proto)
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    x = rng.normal(size=(n, 64)).astype(np.float32)
-    c = np.array([rng.permutation(80)[:k] for _ in range(n)], np.int64).reshape(n, k)
-    (got,) = session.run(None, {"h": x[None], "c": c[None]})
+    x, c, got = scored_candidates(config, weights, rng, n, 2, exact)
     deltas = np.stack([weights[name].dequantize() - anchor.dequantize() for name in arrays]).astype(np.float64)
     want = np.einsum("jnke,ne->njk", deltas[:, c], x)
-    assert got.shape == (1, *want.shape)
+    assert got.shape == want.shape
     # a vector of 64 numbers in 8 bits loses at most 1/254 of its largest entry in each
     size = np.abs(deltas).sum(-1).max() * np.abs(x).max(initial=0)
-    assert (np.abs(got[0] - want) <= (2e-6 if exact else 1 / 100) * size + 1e-5).all()
+    assert (np.abs(got - want) <= (2e-6 if exact else 1 / 100) * size + 1e-5).all()
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])

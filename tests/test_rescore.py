@@ -7,23 +7,20 @@ from typing import Any
 
 import click
 import numpy as np
-import onnx_ir as ir
-import onnxruntime
 import pytest
 import torch
 from onnx import load
 
 from dmpt_export.cli import main
 from dmpt_export.commands.onnx import command as onnx_command
-from dmpt_export.exact import use_float_kernels
 from dmpt_export.export import export_onnx
 from dmpt_export.graph.assemble import OPSET, OPSETS
-from dmpt_export.graph.builder import MSFT, Builder
-from dmpt_export.graph.rescore import REST, TOP, candidate_logits, groups
+from dmpt_export.graph.rescore import REST, TOP, groups
 from dmpt_export.tolerances import EXACT, TOLERANCES
 from quant.checkpoint import dequantized_model, save_quantized
 from quant.lean import lean_model
 from quant.schemes import SCHEMES
+from tests.candidates import scored_candidates
 from tests.models import random_model, saved_model
 from training.errors import InputError, ValidationError
 
@@ -39,26 +36,10 @@ def logits(
     arrays = {f"heads.{j}.weight": rng.normal(size=(VOCAB, width)).astype(np.float32) for j in range(4)}
     weights: dict[str, Any] = {name: SCHEMES[scheme](a, block=block) if scheme else a for name, a in arrays.items()}
     assert groups(config, weights, "root") == [[1, 2, 3]]
-    b = Builder()
-    h, ids = ir.val("h", ir.DataType.FLOAT, [1, n, width]), ir.val("c", ir.DataType.INT64, [1, n, k])
-    (out,) = candidate_logits(b, config, weights, "root", h, ids)
-    out.dtype, out.shape = ir.DataType.FLOAT, ir.Shape([1, n, 3, k])
-    graph = ir.Graph([h, ids], [out], nodes=b.nodes, initializers=list(b.initializers.values()),
-                     opset_imports={"": 21, MSFT: 1}, name="rescore")  # fmt: skip
-    proto = ir.to_proto(ir.Model(graph, ir_version=10))
-    if exact:
-        use_float_kernels(proto)
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    x = rng.normal(size=(n, width)).astype(np.float32)
-    c = np.array([rng.permutation(VOCAB)[:k] for _ in range(n)], np.int64).reshape(n, k)
-    (got,) = session.run(None, {"h": x[None], "c": c[None]})
+    x, c, got = scored_candidates(config, weights, rng, n, 3, exact)
     matrices = [weights[f"heads.{j}.weight"] for j in (1, 2, 3)]
     rows = np.stack([(m.dequantize() if scheme else m)[c] for m in matrices], axis=1).astype(np.float64)
-    return (
-        got[0],
-        np.einsum("njke,ne->njk", rows, x),
-        np.abs(rows).sum(-1) * np.abs(x).max(-1, initial=0)[:, None, None],
-    )
+    return got, np.einsum("njke,ne->njk", rows, x), np.abs(rows).sum(-1) * np.abs(x).max(-1, initial=0)[:, None, None]
 
 
 @pytest.mark.parametrize("exact", [True, False])
