@@ -53,6 +53,17 @@ def bitsandbytes() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch's sums in one order, so that equal means bitwise equal."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def sample_text() -> str:
     """A few lines with blank lines, headings and characters outside ASCII."""
