@@ -42,3 +42,8 @@ def random_calibration(source: Path) -> Calibration:
     length = min(32, config.n_positions)
     windows = torch.randint(config.vocab_size, (6, length), generator=torch.Generator().manual_seed(5))
     return Calibration(windows, "0" * 64, perplexity=50.0, vocab_size=config.vocab_size)
+
+
+def modes(model: DMPTForCausalLM) -> list[str]:
+    """Those that every kind of model has, and that of each of its leaves."""
+    return ["gate_soft", "gate_hard", "max_prob", *(f"{leaf}_only" for leaf in model.config.leaves)]
