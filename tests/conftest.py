@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -129,6 +130,18 @@ def make_dmpt(tokenizer_folder: Path) -> Callable[..., DMPTForCausalLM]:
         return model
 
     return make
+
+
+@pytest.fixture
+def gpt2_copy(tiny_gpt2: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(tiny_gpt2, tmp_path / "gpt2"))
+
+
+@pytest.fixture
+def dmpt_copy(tiny_dmpt: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(tiny_dmpt, tmp_path / "dmpt"))
 
 
 def randomize_vectors(model: Any) -> None:
