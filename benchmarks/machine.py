@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from benchmarks.worker import installed
 from runtime.threads import visible_cpus
 
 PACKAGES = ("dmpt-export", "onnxruntime", "numpy", "tokenizers", "torch", "transformers")
@@ -35,13 +35,8 @@ def memory_bytes() -> int | None:
 
 def versions() -> dict[str, str]:
     """Versions of Python and the packages that matter, without importing them; absent ones are left out."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    found = {package: installed(package) for package in PACKAGES}
+    return {"python": platform.python_version(), **{name: known for name, known in found.items() if known is not None}}
 
 
 def command_line() -> list[str]:

@@ -119,7 +119,7 @@ def nbits_matmul(
         "MatMulNBits",
         x,
         b.weight(f"{weight_name}.packed", weight.packed),
-        _scales(b, weight_name, weight, ""),
+        _scales(b, weight_name, weight),
         zero_points,
         None,
         bias,
@@ -133,19 +133,18 @@ def nbits_matmul(
     )
 
 
-def _scales(b: Builder, weight_name: str, weight: QuantizedTensor, suffix: str) -> ir.Value:
-    """Scales as MatMulNBits reads them [N, blocks], or for gathering [N, blocks, 1]."""
+def _scales(b: Builder, weight_name: str, weight: QuantizedTensor | CodebookTensor, suffix: str = "") -> ir.Value:
+    """Scales as they are stored, or for gathering [N, blocks, 1]."""
     scales = weight.scales.astype(b.dtype.numpy(), copy=False)
     return b.weight(f"{weight_name}.scales{suffix}", scales[..., None] if suffix else scales)
 
 
 def _bnb4_matmul(b: Builder, name: str, weight: CodebookTensor, x: ir.Value) -> ir.Value:
-    scales = weight.scales.astype(b.dtype.numpy(), copy=False)
     return b.op(
         "MatMulBnb4",
         x,
         b.weight(f"{name}.weight.packed", weight.packed),
-        b.weight(f"{name}.weight.scales", scales),
+        _scales(b, f"{name}.weight", weight),
         name=name,
         domain=MSFT,
         N=weight.shape[0],
