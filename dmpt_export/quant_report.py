@@ -25,7 +25,7 @@ def report_files(reports: Sequence[TensorReport], plan: Plan | None) -> dict[str
 
 def report_json(reports: Sequence[TensorReport], plan: Plan | None) -> dict[str, Any]:
     """Totals and one object per tensor; KL in nats per token, with that tensor alone quantized."""
-    weights, before, after = (sum(getattr(r, f) for r in reports) for f in ("weights", "bytes_before", "bytes_after"))
+    weights, before, after = _totals(reports)
     total = {"weights": weights, "bytes_before": before, "bytes_after": after, "bits_per_weight": 8 * after / weights}
     out: dict[str, Any] = {"total": total, "tensors": [vars(r) | {"bits_per_weight": r.bits} for r in reports]}
     return out if plan is None else out | {"plan": plan.to_json()}
@@ -91,8 +91,13 @@ def plan_table(plan: Plan) -> str:
     )
 
 
+def _totals(reports: Sequence[TensorReport]) -> tuple[int, int, int]:
+    """Weights, bytes before and bytes after."""
+    return sum(r.weights for r in reports), sum(r.bytes_before for r in reports), sum(r.bytes_after for r in reports)
+
+
 def _sums(label: str, group: Sequence[TensorReport]) -> tuple[str, str, str, str, str, str]:
-    weights, before, after = (sum(getattr(r, f) for r in group) for f in ("weights", "bytes_before", "bytes_after"))
+    weights, before, after = _totals(group)
     sizes = (f"{weights:,}", f"{8 * after / weights:.2f}", f"{before / 1e6:.2f}", f"{after / 1e6:.2f}")
     return (label, str(len(group)), *sizes)
 

@@ -37,7 +37,6 @@ def bars(name: str, own: Mapping[str, float]) -> svg.Markup:
         parts.append(svg.tag("rect", x=label, y=top + 4, width=max(1.0, x(ms) - label), height=16, fill=svg.colour(1)))
         parts.append(svg.tag("text", f"{ms:.3f} ms", x=x(ms) + 6, y=top + 16, class_="tick"))
     title = f"{name}: " + ", ".join(f"{kind} {ms:.3f} ms" for kind, ms in shown)
-    rows = [[kind, f"{ms:.4f}"] for kind, ms in own.items()]
-    numbers = tag("details", tag("summary", "Numbers"), svg.table(["node type", "ms per token"], rows, caption=name))
+    numbers = svg.numbers(["node type", "ms per token"], [[kind, f"{ms:.4f}"] for kind, ms in own.items()], name)
     drawn = svg.picture(title, width, height * len(shown) + 6, *parts)
     return tag("figure", tag("figcaption", name), drawn, numbers, aria_label=f"Time by node type of {name}")

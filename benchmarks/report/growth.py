@@ -84,8 +84,7 @@ def figure(what: str, series: Series) -> svg.Markup:
         f"{label}: {p[0][1]:.3g} ms at {p[0][0]:g}, {p[-1][1]:.3g} ms at {p[-1][0]:g}" for label, p in series
     )
     drawn = svg.lines(f"Decode time against {LABELS[what]}: {ends}", series, LABELS[what], "ms per token")
-    numbers = [[label, f"{x:g}", f"{y:.3f}"] for label, points in series for x, y in points]
+    rows = [[label, f"{x:g}", f"{y:.3f}"] for label, points in series for x, y in points]
     name = f"Decode time against {LABELS[what]}"
-    table = svg.table(["model", LABELS[what], "ms per token"], numbers, caption=name)
-    alternative = svg.tag("details", svg.tag("summary", "Numbers"), table)
-    return svg.tag("figure", svg.legend([label for label, _ in series]), drawn, alternative, aria_label=name)
+    numbers = svg.numbers(["model", LABELS[what], "ms per token"], rows, name)
+    return svg.tag("figure", svg.legend([label for label, _ in series]), drawn, numbers, aria_label=name)

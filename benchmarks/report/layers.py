@@ -75,17 +75,14 @@ def figure(name: str, found: Sequence[Layer]) -> svg.Markup:
     """The map of one model, with all its numbers as a table."""
     measured = any("relative_error" in layer or "kl" in layer for layer in found)
     title = f"{name}: bits{' and damage' if measured else ''} of {len(found)} tensors, {summary(found)}"
-    numbers = [[layer["name"], str(layer.get("scheme", "-")), str(layer["bits"]), str(layer.get("block") or "-"),
-                given(layer, "relative_error"), given(layer, "kl")] for layer in found]  # fmt: skip
+    rows = [[layer["name"], str(layer.get("scheme", "-")), str(layer["bits"]), str(layer.get("block") or "-"),
+             given(layer, "relative_error"), given(layer, "kl")] for layer in found]  # fmt: skip
     head = ["tensor", "scheme", "bits", "block", "relative error", "KL alone"]
-    numeric = svg.table(head, numbers, 2, caption=f"Tensors of {name}")
     note = "Darker: more bits." if measured else (
         "Darker: more bits. Error and damage of the tensors are not known: the folder has no quantization_report.json."
     )  # fmt: skip
-    return svg.tag(
-        "figure", draw(title, found), svg.tag("figcaption", note),
-        svg.tag("details", svg.tag("summary", "Numbers"), numeric), aria_label=title,
-    )  # fmt: skip
+    numbers = svg.numbers(head, rows, f"Tensors of {name}", 2)
+    return svg.tag("figure", draw(title, found), svg.tag("figcaption", note), numbers, aria_label=title)
 
 
 def summary(found: Sequence[Layer]) -> str:

@@ -145,5 +145,10 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, 
     return together(*said, tag("div", inner, class_="scroll", tabindex=0, role="region", aria_label=caption or "table"))
 
 
+def numbers(headers: Sequence[str], rows: Sequence[Sequence[str]], caption: str, left: int = 1) -> Markup:
+    """A table of what a figure draws, to be unfolded."""
+    return tag("details", tag("summary", "Numbers"), table(headers, rows, left, caption))
+
+
 def side(left: bool) -> str:
     return "left" if left else "right"
