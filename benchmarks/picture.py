@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from benchmarks.report.frontier import numbers
+from benchmarks.report.frontier import colour_numbers
 from benchmarks.report.placing import Box, best_spot, distance
 from benchmarks.row import Row
 
@@ -64,7 +64,7 @@ def colours(families: Sequence[str]) -> dict[str, str]:
     """Family -> colour, as in the report's figure."""
     more = itertools.islice(itertools.cycle(MORE_COLOURS), len(families))
     palette = [*COLOURS, *more]
-    return {family: palette[i] for family, i in numbers(families).items()}
+    return {family: palette[i] for family, i in colour_numbers(families).items()}
 
 
 def area_scale(rows: Sequence[Row]) -> float:

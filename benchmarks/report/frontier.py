@@ -18,7 +18,7 @@ NAMED = 9  # with more models than this the markers have numbers
 LONGEST = 20  # letters of a label
 
 
-def numbers(families: Sequence[str]) -> dict[str, int]:
+def colour_numbers(families: Sequence[str]) -> dict[str, int]:
     """Family -> colour: its own where it has one that no family before it took, or else one from 3 on."""
     out: dict[str, int] = {}
     for family in dict.fromkeys(families):
@@ -37,7 +37,7 @@ def draw(rows: Sequence[Row]) -> svg.Markup:
     perplexities = [row.quality.perplexity for row in shown if row.quality]
     wide = max(perplexities) > 3 * min(perplexities)
     y = svg.Scale.around(perplexities, HEIGHT - 46, 28, log=wide)
-    colours = numbers([row.family for row in rows])
+    colours = colour_numbers([row.family for row in rows])
     best = max((row.decode_tokens_per_s or 0.0 for row in shown), default=0.0) or 1.0
     parts = [svg.axes(x, y, "file size, MB (log scale)", f"perplexity{' (log scale)' if wide else ''}")]
     points = front_points(shown, x, y)
