@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quant.rules import Rule
-from quant.schemes.low_rank import BITS, BLOCK, DELTAS, low_rank
+from quant.schemes.low_rank import BITS, BLOCK, DELTAS, RIGHT_BITS, RIGHT_BLOCK, low_rank
 from quant.tensor import DeltaTensor, QuantizedTensor, Weight, fit_block
 from training.errors import InputError
 
@@ -78,7 +78,7 @@ def assemble(
         try:
             if owner not in lefts:
                 lefts[owner] = _factor(stored, f"{owner}.left", BITS, entry["block"], (rows, rank))
-            right = _factor(stored, f"{name}.right", 8, fit_block(128, width), (rank, width))
+            right = _factor(stored, f"{name}.right", RIGHT_BITS, fit_block(RIGHT_BLOCK, width), (rank, width))
             place = sharers.index(name)
             out[name] = DeltaTensor(
                 anchor, lefts[owner], right, entry["scheme"], entry["anchor"], tuple(sharers), place

@@ -23,6 +23,7 @@ from training.errors import InputError
 DELTAS = {f"delta-r{rank}": rank for rank in (16, 32, 64, 128, 256)}  # by the name a rule gives
 BITS = 4  # of the left factor: twice the rank at 4 bits costs less than 8 bits and keeps more
 BLOCK = 256  # its rows are one block: the columns are brought to one size first
+RIGHT_BITS, RIGHT_BLOCK = 8, 128  # of the right factors: those of int8
 ROWS = 4096  # of the vocabulary handled at a time
 
 
@@ -63,4 +64,4 @@ def low_rank(
         outer += a.T @ deltas(rows)
     fitted = np.linalg.lstsq(inner, outer, rcond=None)[0]  # also where columns of A are zero
     sides = np.split(fitted, len(heads), axis=1)
-    return left, [int8(np.ascontiguousarray(side, np.float32)) for side in sides]
+    return left, [int8(np.ascontiguousarray(side, np.float32), RIGHT_BLOCK) for side in sides]
