@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from training.model import DMPTForCausalLM
 
-GATE_HARD = "gate_hard"  # training.model's name; repeated because that module imports torch
+GATE_HARD, RANDOM = "gate_hard", "random"  # training.model's names; repeated because that module imports torch
 
 Float = NDArray[np.float32]
 Ints = NDArray[np.int64]

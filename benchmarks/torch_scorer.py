@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.scorer import Float, Ints, Piece, Window, family_of, tokenizer_of, weight_files
-from training.model import GATE_HARD, RANDOM, ROWS_AT_ONCE, DMPTForCausalLM, Hidden
+from benchmarks.scorer import GATE_HARD, RANDOM, Float, Ints, Piece, Window, family_of, tokenizer_of, weight_files
+from training.model import ROWS_AT_ONCE, DMPTForCausalLM, Hidden
 
 
 class TorchScorer:
