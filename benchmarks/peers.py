@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from benchmarks.adapters import FACTS
 from benchmarks.processes import Worker, WorkerFailed, worker
 from benchmarks.scorer import kind_of
 from benchmarks.speed import Target
+from benchmarks.worker import installed
+from training.data import atomic_file
 from training.errors import InputError
 
 
@@ -72,22 +75,31 @@ PEERS = {
 def parse(argument: str) -> tuple[str, str, str] | None:
     """(peer, scheme, GPT-2 folder or hub id) of a peer given as PEER:SCHEME@GPT2; None for anything else.
 
-    Raises InputError for a scheme that the peer does not know.
+    Raises InputError for a peer or a scheme that is not known.
 
-    >>> parse("openvino:int8@./gpt2"), parse("gpt2"), parse("run:1@home")
+    >>> parse("openvino:int8@./gpt2"), parse("gpt2"), parse("model@2")
     (('openvino', 'int8', './gpt2'), None, None)
     """
     head, at, source = argument.partition("@")
     name, colon, scheme = head.partition(":")
-    if not (at and colon and source and name in PEERS):
+    if not (at and colon and name and source) or Path(argument).exists():
         return None
+    if name not in PEERS:
+        raise InputError(f"{argument}: no peer is called '{name}'; these are known: {', '.join(notations())}")
     if scheme not in PEERS[name].schemes:
         raise InputError(f"{argument}: {name} is measured as {' or '.join(PEERS[name].schemes)}, not '{scheme}'")
     return name, scheme, source
 
 
+def notations() -> list[str]:
+    """All peers with their schemes, as they are asked for."""
+    return [f"{name}:{scheme}" for name, peer in PEERS.items() for scheme in peer.schemes]
+
+
 def missing(name: str, python: str | None = None) -> list[str]:
     """The packages of a peer that its Python lacks. Raises WorkerFailed (3) when there is no such Python."""
+    if python is None:
+        return [package for package in PEERS[name].packages if installed(package) is None]
     with worker(name, python) as w:
         found = w.ask(do="versions", packages=list(PEERS[name].packages))
     return [package for package in PEERS[name].packages if found[package] is None]
@@ -142,13 +154,15 @@ def prepare(
     """
     peer = PEERS[name]
     if not (out / FACTS).is_file():
+        shutil.rmtree(out, ignore_errors=True)
         with worker(f"{name} {scheme}", python) as w:
             versions = w.ask(do="versions", packages=list(peer.packages))
             if lacking := [package for package in peer.packages if versions[package] is None]:
                 raise WorkerFailed(f"it lacks {', '.join(lacking)}; {peer.install}", 3)
             facts = w.ask(do="convert", adapter=peer.adapter, source=str(source.resolve()), out=str(out), scheme=scheme)
             facts["versions"] = versions
-        (out / FACTS).write_text(json.dumps(facts), encoding="utf-8")
+        with atomic_file(out / FACTS) as tmp:
+            tmp.write_text(json.dumps(facts), encoding="utf-8")
     facts = read_facts(out)
     sizes = {key: int(facts[key]) for key in ("size_bytes", "touched_bytes")}
     return Target(called or f"{name} {scheme}", str(out), peer.adapter, python=python, **sizes)
