@@ -163,7 +163,7 @@ def compare(
     entries: Sequence[Entry],
     data: Sequence[str | Path] = (),
     out: str | Path | None = None,
-    settings: Settings = Settings(),
+    settings: Settings | None = None,
     *,
     seeds: dict[str, int] | None = None,
     command: Sequence[str] | None = None,
@@ -179,7 +179,7 @@ def compare(
     written, so that a full disk does not take it away. Raises InputError for unusable entries, before anything long
     begins, and for an unusable text; a model that fails later is a row that says why.
     """
-    context = check(list(entries), out)
+    settings, context = settings or Settings(), check(list(entries), out)
     # the same windows for all
     windows = quality.choose_windows(context, settings.max_length, settings.stride, settings.protocol)
     texts = Texts(data, settings, windows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,9 +154,9 @@ def checkpoint_shape(source: str | Path) -> dict[str, int]:
 def peers_of(
     source: str | None, pythons: Mapping[str, str], asked: Collection[str] = ()
 ) -> tuple[list[Entry], list[str]]:
-    """Every installed peer in each of its schemes on the GPT-2 at `source` (None: none), and how to get the absent ones.
+    """Every installed peer in each of its schemes on the GPT-2 at `source`, and how to get the absent ones.
 
-    asked: peers that have rows already, which say it themselves.
+    source: None for no rows. asked: peers that have rows already, which say it themselves.
     """
     found, absent = [], []
     for name, peer in peers.PEERS.items():
@@ -173,7 +172,7 @@ def peers_of(
 
 
 def check(entries: list[Entry], out: str | Path | None) -> int:
-    """Refuse, with InputError, what cannot be compared before anything long begins; the smallest context among the models."""
+    """Refuse what cannot be compared before anything long begins (InputError); the smallest context of the models."""
     if not entries:
         raise InputError("nothing to compare: give one or more models")
     names = [entry.name for entry in entries]

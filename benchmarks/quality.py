@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from benchmarks.machine import versions
 from benchmarks.base import Base, check_base, kl_divergence, standard_error, statistics
+from benchmarks.machine import versions
 from benchmarks.progress import Findings, fingerprint, key_of
 from benchmarks.protocols import LONGEST_WINDOW, PROTOCOLS, STRIDE_CONCAT, Text, choose_windows, plan
 from benchmarks.scorer import Piece, Scorer, pieces
