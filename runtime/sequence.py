@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from runtime.cache import Caches, roomier
-from runtime.consistency import ROOT
+from runtime.consistency import HEAD_LOG_WEIGHTS, ROOT
 from runtime.errors import ModelError
 from runtime.manifest import Node
 from runtime.request import check_count, check_ids
@@ -123,6 +123,24 @@ class Sequence:
         self.engine.run(self.binding, tidy=tidy or size > FEW)
         self.advance(total, every_node)
         return self.routes.copy()
+
+    def head_weights(self) -> NDArray[np.float32] | None:
+        """What the heads weighed for each wanted position of the last run: [last, heads], by head number.
+
+        0 for heads of other leaves, 1 for one that is alone. None where the export does not tell.
+        """
+        manifest, values = self.engine.manifest, self.binding.get_outputs_as_ortvaluevector()
+        if not manifest.tells_head_weights:
+            return None
+        out = np.zeros((len(self.routes), 1 + max(max(own) for own in manifest.head_allocation.values())), np.float32)
+        for i, leaf in enumerate(manifest.leaves):
+            heads, mine = list(manifest.head_allocation[leaf]), np.flatnonzero(self.routes == i)
+            if len(heads) == 1:
+                out[mine, heads[0]] = 1
+            else:
+                log_weights = values[self.output_index[f"{HEAD_LOG_WEIGHTS}.{leaf}"]].numpy()
+                out[np.ix_(mine, heads)] = np.exp(log_weights)
+        return out
 
     # --- memory -------------------------------------------------------------------------------
 
