@@ -36,9 +36,8 @@ FAILURES = (InputError, ValidationError, ModelError, SetupError, WorkerFailed, O
 CSV = (
     "name", "kind", "family", "scheme", "control", "parameters", "parameters_touched_per_token", "size_bytes",
     "protocol", "tokens_scored", "perplexity", "mean_nll", "standard_error", "word_perplexity", "bits_per_byte",
-    "accuracy", "top5_accuracy", "decode_tokens_per_s",
-    "decode_tokens_per_s_q1", "decode_tokens_per_s_q3", "prefill_tokens_per_s", "prefill_tokens_per_s_q1",
-    "prefill_tokens_per_s_q3", "load_s", "rss_bytes", "peak_rss_bytes", "touched_bytes", "threads", "failure",
+    "accuracy", "top5_accuracy", "decode_tokens_per_s", "decode_tokens_per_s_q1", "decode_tokens_per_s_q3",
+    "prefill_tokens_per_s", "prefill_tokens_per_s_q1", "prefill_tokens_per_s_q3", "load_s", "rss_bytes", "peak_rss_bytes", "touched_bytes", "threads", "failure",
 )  # fmt: skip
 
 
@@ -120,7 +119,7 @@ class Comparison:
         }
 
     def as_markdown(self) -> str:
-        picture = "![size against {merit(self.rows)}](comparison.png)\n" if self.has_picture else ""
+        picture = f"![size against {merit(self.rows)}](comparison.png)\n" if self.has_picture else ""
         notes = "".join(f"- {line}\n" for line in self.notes())
         return f"# Comparison\n\n{self.table()}\n\n{self.reading}\n\n{notes}\n{self.conditions()}\n\n{picture}"
 

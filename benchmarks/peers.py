@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -98,11 +99,17 @@ def notations() -> list[str]:
 
 def missing(name: str, python: str | None = None) -> list[str]:
     """The packages of a peer that its Python lacks. Raises WorkerFailed (3) when there is no such Python."""
+    return [package for package, version in versions_of(name, python).items() if version is None]
+
+
+def versions_of(name: str, python: str | None = None) -> dict[str, str | None]:
+    """Versions of a peer's packages, None for those that lack, and of its Python. Raises WorkerFailed (3) without one."""
+    packages = PEERS[name].packages
     if python is None:
-        return [package for package in PEERS[name].packages if installed(package) is None]
+        return {"python": platform.python_version(), **{package: installed(package) for package in packages}}
     with worker(name, python) as w:
-        found = w.ask(do="versions", packages=list(PEERS[name].packages))
-    return [package for package in PEERS[name].packages if found[package] is None]
+        found: dict[str, str | None] = w.ask(do="versions", packages=list(packages))
+    return found
 
 
 def check_plain(source: str | Path) -> dict[str, Any]:
@@ -146,19 +153,20 @@ def gpt2_folder(source: str | Path, out: Path) -> Path:
 def prepare(
     name: str, scheme: str, source: Path, out: Path, python: str | None = None, called: str | None = None
 ) -> Target:
-    """What to time of one peer: converted from a Hugging Face GPT-2 folder into `out`, unless that is done already.
+    """What to time of one peer: converted from a Hugging Face GPT-2 folder into `out`, unless its packages, as they are
+    now, did that already.
 
     called: its name in the results, if not "NAME SCHEME".
     Raises WorkerFailed when packages lack, with the command that brings them, and when the conversion fails; its
     half-made folder is not taken for a whole one.
     """
     peer = PEERS[name]
-    if not (out / FACTS).is_file():
+    versions = versions_of(name, python)
+    if lacking := [package for package in peer.packages if versions[package] is None]:
+        raise WorkerFailed(f"it lacks {', '.join(lacking)}; {peer.install}", 3)
+    if not (out / FACTS).is_file() or read_facts(out)["versions"] != versions:
         shutil.rmtree(out, ignore_errors=True)
         with worker(f"{name} {scheme}", python) as w:
-            versions = w.ask(do="versions", packages=list(peer.packages))
-            if lacking := [package for package in peer.packages if versions[package] is None]:
-                raise WorkerFailed(f"it lacks {', '.join(lacking)}; {peer.install}", 3)
             facts = w.ask(do="convert", adapter=peer.adapter, source=str(source.resolve()), out=str(out), scheme=scheme)
             facts["versions"] = versions
         with atomic_file(out / FACTS) as tmp:
