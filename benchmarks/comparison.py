@@ -37,7 +37,8 @@ CSV = (
     "name", "kind", "family", "scheme", "control", "parameters", "parameters_touched_per_token", "size_bytes",
     "protocol", "tokens_scored", "perplexity", "mean_nll", "standard_error", "word_perplexity", "bits_per_byte",
     "accuracy", "top5_accuracy", "decode_tokens_per_s", "decode_tokens_per_s_q1", "decode_tokens_per_s_q3",
-    "prefill_tokens_per_s", "prefill_tokens_per_s_q1", "prefill_tokens_per_s_q3", "load_s", "rss_bytes", "peak_rss_bytes", "touched_bytes", "threads", "failure",
+    "prefill_tokens_per_s", "prefill_tokens_per_s_q1", "prefill_tokens_per_s_q3", "load_s", "rss_bytes",
+    "peak_rss_bytes", "touched_bytes", "threads", "failure",
 )  # fmt: skip
 
 

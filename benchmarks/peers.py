@@ -103,7 +103,7 @@ def missing(name: str, python: str | None = None) -> list[str]:
 
 
 def versions_of(name: str, python: str | None = None) -> dict[str, str | None]:
-    """Versions of a peer's packages, None for those that lack, and of its Python. Raises WorkerFailed (3) without one."""
+    """Versions of a peer's packages (None: absent) and of its Python. Raises WorkerFailed (3) without that Python."""
     packages = PEERS[name].packages
     if python is None:
         return {"python": platform.python_version(), **{package: installed(package) for package in packages}}
