@@ -134,7 +134,7 @@ class Sequence:
             return None
         out = np.zeros((len(self.routes), 1 + max(max(own) for own in manifest.head_allocation.values())), np.float32)
         for i, leaf in enumerate(manifest.leaves):
-            heads, mine = list(manifest.head_allocation[leaf]), np.flatnonzero(self.routes == i)
+            heads, mine = np.array(manifest.head_allocation[leaf]), np.flatnonzero(self.routes == i)
             if len(heads) == 1:
                 out[mine, heads[0]] = 1
             else:

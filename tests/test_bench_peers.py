@@ -203,7 +203,7 @@ def test_a_model_that_fails_is_a_row_that_says_why(
     lines = out.splitlines()
     assert "bad (failed" in lines[2] and "cut (failed" in lines[3] and "good " in lines[4] and "Traceback" not in err
     assert lines[2].count(" - ") >= 4 and "%" in lines[4]
-    assert "bad failed: " in out and "not finite" in out and err.splitlines()[-1].startswith("Error: bad, cut could")
+    assert "bad failed: " in out and "NaN" in out and err.splitlines()[-1].startswith("Error: bad, cut could")
 
 
 def qualities(result: Comparison) -> list[dict[str, Any]]:

@@ -154,7 +154,7 @@ class Router:
     def _skipped(self, b: Builder, node: Node) -> list[ir.Value]:
         """What a node that did not run yields: no rows, and for an inner node a choice nobody reads."""
         if node.children is None:
-            shapes = [(1, 0, self.config.vocab_size)]
+            shapes: list[tuple[int, ...]] = [(1, 0, self.config.vocab_size)]
             if (heads := len(self.config.head_allocation[node.name])) > 1:
                 shapes.append((0, heads))
             return [empty(b, shape, ir.DataType.FLOAT, node.name) for shape in shapes]
