@@ -150,6 +150,11 @@ class Manifest:
         allocation = self.head_allocation.items()
         return all(len(heads) == 1 or f"{HEAD_LOG_WEIGHTS}.{leaf}" in self.outputs for leaf, heads in allocation)
 
+    @property
+    def outputs_of_any_size(self) -> list[str]:
+        """Outputs that hold as many rows as were routed somewhere: to be bound anew before each run."""
+        return [name for name in self.outputs if name.partition(".")[0] == HEAD_LOG_WEIGHTS]
+
     def way(self, leaf: str) -> tuple[str, ...]:
         """Names of the nodes from the root down to a leaf."""
         nodes, names = self.nodes, [leaf]

@@ -52,6 +52,7 @@ class Sequence:
         self.stride = self.config.n_embd * self.dtype.itemsize  # bytes of one row
 
         self.binding = engine.binding()
+        self.of_any_size = manifest.outputs_of_any_size
         self.output_index = {name: i for i, name in enumerate(manifest.outputs)}
         self.ids = np.zeros(self.config.n_positions, np.int64)
         self.positions = np.zeros(self.config.n_positions, np.int64)
@@ -196,7 +197,7 @@ class Sequence:
             self.binding.bind_input(name, "cpu", 0, self.dtype.type, (1, count, self.config.n_embd), address)
 
     def bind_rows(self, start: int, size: int) -> None:
-        """Bind the split nodes' output rows: the root's straight into its buffer, the others' wherever they fall.
+        """Bind what has another size each time: the root's output rows straight into its buffer, others anywhere.
 
         Whether an inner node runs, and so how many rows it yields, is known only after the run.
         """
@@ -206,6 +207,8 @@ class Sequence:
                 self.binding.bind_output(f"rows.{ROOT}", "cpu", 0, self.dtype.type, *place)
             else:
                 self.binding.bind_output(f"rows.{split}")
+        for name in self.of_any_size:
+            self.binding.bind_output(name)
 
     # --- afterwards ---------------------------------------------------------------------------
 

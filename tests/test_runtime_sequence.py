@@ -120,7 +120,7 @@ def test_heads_weigh_as_in_torch(name: str, models: dict[str, Model], sources: d
 
 def test_an_export_that_does_not_tell_head_weights_still_runs(sources: dict[str, Path], tmp_path: Path) -> None:
     """As exports were before."""
-    export_onnx(sources["dual"], tmp_path / "old", verify=False)
+    export_onnx(sources["quad"], tmp_path / "old", verify=False)
     model = onnx.load(tmp_path / "old" / "model.onnx", load_external_data=False)
     for output in [o for o in model.graph.output if o.name.startswith("head_log_weights.")]:
         model.graph.output.remove(output)

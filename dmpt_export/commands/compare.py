@@ -10,7 +10,6 @@ import click
 
 from dmpt_export.commands.eval import PROTOCOLS, dequantize
 from dmpt_export.extras import require
-from training.errors import ValidationError
 
 if TYPE_CHECKING:
     from benchmarks.comparison import Comparison
@@ -91,6 +90,7 @@ def command(
     require(*(extra for extra, needed in wanted.items() if needed))
     from benchmarks.comparison import Settings, compare
     from training.data import check_source
+    from training.errors import ValidationError
 
     for text in data:
         check_source(text)

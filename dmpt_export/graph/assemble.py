@@ -121,7 +121,9 @@ def _single_leaf(
         flat_log_probs, log_pi = leaf_log_probs(b, config, weights, ROOT, flat)  # (1, B * N, V), (B * N, H)
         assert log_pi is not None
         router.head_log_weights[ROOT] = log_pi
-        log_probs = b.op("Reshape", flat_log_probs, router.tail.by_batch(b, config.vocab_size), name="log_probs.by_batch")
+        log_probs = b.op(
+            "Reshape", flat_log_probs, router.tail.by_batch(b, config.vocab_size), name="log_probs.by_batch"
+        )
     batch = b.op("Shape", router.time.position_ids, name="routes.batch", start=0, end=1)
     shape = b.op("Concat", batch, router.tail.count, name="routes.shape", axis=0)
     return log_probs, b.op("ConstantOfShape", shape, name="routes.zero", value=ir.tensor([0], dtype=INT64))
