@@ -8,37 +8,37 @@ import hashlib
 import io
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from benchmarks import machine as computer
 from benchmarks import quality, speed
 from benchmarks.cases import fit
 from benchmarks.contestants import Entry as Entry  # this module's callers name their models with it
 from benchmarks.contestants import Opener, check, failed_row, row_of
+from benchmarks.contestants import Settings as Settings
 from benchmarks.processes import WorkerFailed
+from benchmarks.protocols import Text, plan
 from benchmarks.ranking import front, rankings
 from benchmarks.reading import reading
 from benchmarks.report import routes
-from benchmarks.row import HEADERS, Row, cells
+from benchmarks.row import PERPLEXITY, Row, cells, columns, merit
 from benchmarks.scorer import Scorer
 from benchmarks.table import markdown
-from training.errors import ValidationError
-
-if TYPE_CHECKING:
-    from training.model import DMPTForCausalLM
+from runtime.errors import ModelError, SetupError
+from training.errors import InputError, ValidationError
 
 FORMAT_VERSION = 1
+FAILURES = (InputError, ValidationError, ModelError, SetupError, WorkerFailed, OSError, MemoryError)  # become a row
 CSV = (
     "name", "kind", "family", "scheme", "control", "parameters", "parameters_touched_per_token", "size_bytes",
-    "tokens_scored", "perplexity", "mean_nll", "standard_error", "accuracy", "decode_tokens_per_s",
-    "decode_tokens_per_s_q1", "decode_tokens_per_s_q3", "prefill_tokens_per_s", "prefill_tokens_per_s_q1",
-    "prefill_tokens_per_s_q3", "load_s", "rss_bytes", "peak_rss_bytes", "touched_bytes", "threads", "failure",
+    "protocol", "tokens_scored", "perplexity", "mean_nll", "standard_error", "word_perplexity", "bits_per_byte",
+    "accuracy", "top5_accuracy", "decode_tokens_per_s", "decode_tokens_per_s_q1", "decode_tokens_per_s_q3",
+    "prefill_tokens_per_s", "prefill_tokens_per_s_q1", "prefill_tokens_per_s_q3", "load_s", "rss_bytes",
+    "peak_rss_bytes", "touched_bytes", "threads", "failure",
 )  # fmt: skip
 
 
@@ -58,20 +58,28 @@ class Comparison:
     growth: list[dict[str, Any]] = field(default_factory=list)  # rows of `bench --json`, to be drawn beside
 
     @property
+    def failed(self) -> list[str]:
+        """Names of the models, peers left aside, that have not all their figures."""
+        return [row.name for row in self.rows if row.failure and row.kind != "peer"]
+
+    @property
     def reading(self) -> str:
         """What the table says about DMPT, in one line; no claim without its control."""
         return reading(self.rows)
 
     def table(self) -> str:
-        return markdown(HEADERS, [cells(row) for row in self.rows])
+        names = columns(self.rows)
+        return markdown(names, [[cells(row)[name] for name in names] for row in self.rows])
 
     def conditions(self) -> str:
         """How the numbers were made, in one line."""
         parts = []
-        if scored := next((row.quality for row in self.rows if row.quality), None):
+        if scored := [row.quality for row in self.rows if row.quality]:
+            first, tokens = scored[0], sorted({f"{q.tokens_scored:,}" for q in scored})
+            what = "perplexity and top-1 accuracy" if merit(self.rows) == PERPLEXITY else "quality"
             parts.append(
-                f"perplexity and top-1 accuracy of the deployed distribution on {scored.tokens_scored:,} tokens "
-                f"(windows of {scored.max_length}, stride {scored.stride})"
+                f"{what} of the deployed distribution on {' or '.join(tokens)} tokens "
+                f"({first.protocol}, windows of {first.max_length}, stride {first.stride})"
             )
         if timed := next((row.speed for row in self.rows if row.speed), None):
             prefill, decode = timed.first("pp"), timed.first("tg")
@@ -94,7 +102,9 @@ class Comparison:
         ordered = {what: names for what, names in rankings(self.rows).items() if len(names) > 1}
         lines = [f"Best first by {what}: {listed(names)}." for what, names in ordered.items()]
         if (ahead := front(self.rows)) and len(self.rows) > 1:
-            lines.append(f"Beaten by no other in perplexity, decode time and size together: {listed(ahead)}.")
+            lines.append(f"Beaten by no other in {merit(self.rows)}, decode time and size together: {listed(ahead)}.")
+        if merit(self.rows) != PERPLEXITY:
+            lines.append("The tokenizers differ, so perplexities per token do not compare: words and bytes do.")
         lines += [f"{row.name} failed: {' '.join(row.failure.split())}" for row in self.rows if row.failure]
         return [*lines, *self.absent]
 
@@ -110,7 +120,7 @@ class Comparison:
         }
 
     def as_markdown(self) -> str:
-        picture = "![size against perplexity](comparison.png)\n" if self.has_picture else ""
+        picture = f"![size against {merit(self.rows)}](comparison.png)\n" if self.has_picture else ""
         notes = "".join(f"- {line}\n" for line in self.notes())
         return f"# Comparison\n\n{self.table()}\n\n{self.reading}\n\n{notes}\n{self.conditions()}\n\n{picture}"
 
@@ -125,7 +135,7 @@ class Comparison:
     @property
     def has_picture(self) -> bool:
         """Whether there is a perplexity to draw."""
-        return any(row.quality for row in self.rows)
+        return any(row.figure(merit(self.rows)) is not None for row in self.rows)
 
     def write(self, folder: Path) -> None:
         """comparison.{json,md,csv}, report.html and, when perplexities are known, comparison.png, into `folder`."""
@@ -153,48 +163,31 @@ def compare(
     entries: Sequence[Entry],
     data: Sequence[str | Path] = (),
     out: str | Path | None = None,
-    threads: int | None = None,
-    device: str = "cpu",
-    max_length: int | None = None,
-    stride: int | None = None,
-    prompt: int = 128,
-    gen: int = 64,
-    repetitions: int = 5,
+    settings: Settings | None = None,
+    *,
     seeds: dict[str, int] | None = None,
     command: Sequence[str] | None = None,
-    dequantize: Callable[[str | Path], DMPTForCausalLM] | None = None,
-    pythons: dict[str, str] | None = None,
     absent: Sequence[str] = (),
     growth: Sequence[dict[str, Any]] = (),
     show: Callable[[Comparison], None] | None = None,
 ) -> Comparison:
     """Measure every entry on the same text and in one interleaved schedule; write the result to `out` if given.
 
-    data: text files to score; none leaves quality out. prompt, gen, repetitions: see benchmarks.speed.measure,
-    the prompt is the beginning of the text; with `out` decoding is also timed at the end of the context.
-    seeds: recorded as they are, with the prompt's. pythons: interpreters that hold peers, by peer. absent: lines about
+    data: text files to score; none leaves quality out. The prompt is the beginning of the text; with `out` decoding
+    is also timed at the end of the context. seeds: recorded as they are, with the prompt's. absent: lines about
     peers that are not here. growth: rows of `bench --json` to be drawn beside. show: given the result before it is
-    written, so that a full disk does not take it away. Raises InputError for unusable entries before anything long
-    begins; a peer that fails, and whatever fails while it is timed, is a row that says why.
+    written, so that a full disk does not take it away. Raises InputError for unusable entries, before anything long
+    begins, and for an unusable text; a model that fails later is a row that says why.
     """
-    context = check(list(entries), out)
-    max_length, stride = quality.choose_windows(context, max_length, stride)  # the same windows for all
-    texts: dict[str, NDArray[np.int32]] = {}
+    settings, context = settings or Settings(), check(list(entries), out)
+    # the same windows for all
+    windows = quality.choose_windows(context, settings.max_length, settings.stride, settings.protocol)
+    texts = Texts(data, settings, windows)
     samples: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="dmpt-compare-") as work:
-        opener = Opener(Path(work), threads, device, dequantize, pythons or {})
-        rows = [scored(entry, opener, data, texts, (max_length, stride), samples) for entry in entries]
-        # Several tokenizers have no prompt in common: random ids then.
-        text = next(iter(texts.values())).tolist() if len(texts) == 1 else None
-        targets = [opener.target(e) for e, row in zip(entries, rows, strict=True) if row.size_bytes]
-        prompt, gen = fit(prompt, gen, context)
-        depth = [prompt, context - gen] if out is not None and context - gen > prompt else None
-        failures: dict[str, str] = {}
-        timed = speed.measure(
-            [t for t in targets if t], prompt, gen, repetitions, threads, device, text, depth=depth, failures=failures
-        )  # fmt: skip
-    by_name = {result.name: result for result in timed}
-    rows = [replace(r, speed=by_name.get(r.name), failure=r.failure or failures.get(r.name)) for r in rows]
+    with workplace(settings) as work:
+        opener = Opener(work, settings)
+        rows = [scored(entry, opener, texts, samples) for entry in entries]
+        rows = timed(entries, rows, opener, texts.in_common(), context, at_the_end=out is not None)
     result = Comparison(
         rows=rows,
         data=[str(path) for path in data],
@@ -211,38 +204,85 @@ def compare(
     return result
 
 
-def scored(
-    entry: Entry,
-    opener: Opener,
-    data: Sequence[str | Path],
-    texts: dict[str, NDArray[np.int32]],
-    windows: tuple[int, int],
-    samples: list[dict[str, Any]],
-) -> Row:
-    """The entry's row with its quality; of a peer that fails, the row that says why. `samples` gets a DMPT's routes."""
-    row = None
+@contextmanager
+def workplace(settings: Settings) -> Iterator[Path]:
+    """The folder for converted peers and scores: one that stays, or one that goes."""
+    if settings.resume is not None:
+        Path(settings.resume).mkdir(parents=True, exist_ok=True)
+        yield Path(settings.resume)
+        return
+    with tempfile.TemporaryDirectory(prefix="dmpt-compare-") as work:
+        yield Path(work)
+
+
+class Texts:
+    """The text as each tokenizer reads it, read once per tokenizer."""
+
+    def __init__(self, data: Sequence[str | Path], settings: Settings, windows: tuple[int, int]) -> None:
+        self.data, self.settings, self.windows = data, settings, windows
+        self.read: dict[str, Text] = {}
+
+    def of(self, scorer: Scorer) -> Text | None:
+        """None without a text. Raises InputError for one that cannot be read, or is too short."""
+        if not self.data:
+            return None
+        key = hashlib.sha256(f"{scorer.end_of_text} {scorer.tokenizer.to_str()}".encode()).hexdigest()
+        if key not in self.read:
+            protocol = self.settings.protocol
+            self.read[key] = quality.read_text(scorer, self.data, self.settings.text_field, protocol)
+            plan(len(self.read[key].ids), *self.windows, protocol)
+        return self.read[key]
+
+    def in_common(self) -> list[int] | None:
+        """The tokens that prompts are taken from; None for several tokenizers, which have none in common."""
+        return next(iter(self.read.values())).ids.tolist() if len(self.read) == 1 else None
+
+
+def scored(entry: Entry, opener: Opener, texts: Texts, samples: list[dict[str, Any]]) -> Row:
+    """The entry's row with its quality, or with the reason that it has none. `samples` gets a DMPT's routes."""
+    settings = opener.settings
     try:
         scorer = opener.open(entry)
-        try:
-            row = replace(row_of(entry, scorer), versions=opener.versions(entry))
-            ids = tokens(scorer, data, texts) if data else None
-            if ids is None:
-                return row
-            row = replace(row, quality=quality.evaluate(scorer, ids, *windows))
-            if row.is_dmpt and (sample := routes.sample(scorer, ids)):
-                samples.append(sample)
+    except FAILURES as error:
+        return failed_row(entry, said(error))
+    try:
+        row = replace(row_of(entry, scorer), versions=opener.versions(entry))
+        text = texts.of(scorer)
+        if text is None:
             return row
-        finally:
-            scorer.close()
-    except (WorkerFailed, ValidationError, OSError) as error:
-        if entry.peer is None:
-            raise
-        return replace(row or failed_row(entry, ""), failure=str(error))
+        resume = opener.work / "scores" if settings.resume is not None else None
+        try:
+            found = quality.evaluate(scorer, text, *texts.windows, settings.protocol, resume=resume, keep=True)
+        except FAILURES as error:
+            return replace(row, failure=said(error))
+        if row.is_dmpt and (sample := routes.sample(scorer, text.ids)):
+            samples.append(sample)
+        return replace(row, quality=found)
+    finally:
+        scorer.close()
 
 
-def tokens(scorer: Scorer, data: Sequence[str | Path], texts: dict[str, NDArray[np.int32]]) -> NDArray[np.int32]:
-    """The text's ids, tokenised once per tokenizer; `texts` keeps them."""
-    key = hashlib.sha256(f"{scorer.end_of_text} {scorer.tokenizer.to_str()}".encode()).hexdigest()
-    if key not in texts:
-        texts[key] = quality.read_tokens(scorer, data)
-    return texts[key]
+def said(error: BaseException) -> str:
+    return str(error) or type(error).__name__
+
+
+def timed(
+    entries: Sequence[Entry],
+    rows: list[Row],
+    opener: Opener,
+    text: list[int] | None,
+    context: int,
+    at_the_end: bool,
+) -> list[Row]:
+    """The rows with their speed, or the reason that they have none. at_the_end: also decode where the context ends."""
+    settings = opener.settings
+    targets = [opener.target(e) for e, row in zip(entries, rows, strict=True) if row.size_bytes]
+    prompt, gen = fit(settings.prompt, settings.gen, context)
+    depth = [prompt, context - gen] if at_the_end and context - gen > prompt else None
+    failures: dict[str, str] = {}
+    found = speed.measure(
+        [t for t in targets if t], prompt, gen, settings.repetitions, settings.threads, settings.device, text,
+        depth=depth, failures=failures,
+    )  # fmt: skip
+    by_name = {result.name: result for result in found}
+    return [replace(r, speed=by_name.get(r.name), failure=r.failure or failures.get(r.name)) for r in rows]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,9 +10,12 @@ from typing import TYPE_CHECKING
 from benchmarks import peers, speed
 from benchmarks.peer_scorer import PeerScorer
 from benchmarks.processes import WorkerFailed
+from benchmarks.progress import files_digest
+from benchmarks.protocols import STRIDE_CONCAT
 from benchmarks.row import Row
 from benchmarks.scorer import Scorer, context_of, kind_of, open_scorer
 from runtime.manifest import read_manifest
+from training import data
 from training.errors import InputError
 
 if TYPE_CHECKING:
@@ -36,32 +38,55 @@ class Entry:
         return "peer" if self.peer else kind_of(self.path)
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How all models of a comparison are measured."""
+
+    threads: int | None = None  # None: all that this process may use
+    device: str = "cpu"
+    protocol: str = STRIDE_CONCAT  # of benchmarks.protocols, as are max_length and stride
+    max_length: int | None = None
+    stride: int | None = None
+    text_field: str = data.FIELD  # where the text is in JSON and tables
+    prompt: int = 128  # tokens fed at once, then decoded, and how often: see benchmarks.speed.measure
+    gen: int = 64
+    repetitions: int = 5
+    resume: str | Path | None = None  # folder that keeps converted peers and scores, also those of a finished run
+    dequantize: Callable[[str | Path], DMPTForCausalLM] | None = None  # see benchmarks.scorer.open_scorer
+    pythons: Mapping[str, str] = field(default_factory=dict)  # peer -> the interpreter that holds it
+
+
 @dataclass
 class Opener:
-    """How models are opened; what peers are converted to lies in `work` as long as the comparison runs."""
+    """How models are opened; what peers are converted to lies in `work`."""
 
     work: Path
-    threads: int | None = None
-    device: str = "cpu"
-    dequantize: Callable[[str | Path], DMPTForCausalLM] | None = None
-    pythons: dict[str, str] = field(default_factory=dict)  # peer -> the interpreter that holds it
+    settings: Settings = Settings()
+    digests: dict[str, str] = field(default_factory=dict)  # path -> of its weights
 
     def open(self, entry: Entry) -> Scorer:
         """Raises InputError, and for a peer WorkerFailed, when it cannot be opened."""
         if entry.peer is None:
-            return open_scorer(entry.path, self.threads, self.device, name=entry.name, dequantize=self.dequantize)
+            s = self.settings
+            return open_scorer(entry.path, s.threads, s.device, name=entry.name, dequantize=s.dequantize)
         from training import checkpoint
 
         target = self.target(entry)
         assert target and entry.scheme
-        return PeerScorer(target, entry.scheme, checkpoint.resolve(entry.path), self.gpt2(entry), self.threads)
+        source, threads = checkpoint.resolve(entry.path), self.settings.threads
+        return PeerScorer(target, entry.scheme, source, self.gpt2(entry), threads)
 
     def gpt2(self, entry: Entry) -> Path:
         return peers.gpt2_folder(entry.path, self.folder(entry, "gpt2"))
 
     def folder(self, entry: Entry, kind: str) -> Path:
-        """One for each kind and source, so that schemes of one source do not convert it twice."""
-        return self.work / kind / hashlib.sha256(entry.path.encode()).hexdigest()[:16]
+        """One for each kind and weights, so that schemes of one source do not convert it twice, and that weights which
+        changed since are converted again."""
+        from training import checkpoint
+
+        if entry.path not in self.digests:
+            self.digests[entry.path] = files_digest(checkpoint.resolve(entry.path))[:16]
+        return self.work / kind / self.digests[entry.path]
 
     def target(self, entry: Entry) -> speed.Target | None:
         """What is timed; None for checkpoints, which have no speed. Converts a peer, once."""
@@ -69,8 +94,8 @@ class Opener:
             return speed.target(entry.name, entry.path)
         if entry.peer is None or entry.scheme is None:
             return None
-        out = self.folder(entry, f"{entry.peer}-{entry.scheme}")
-        return peers.prepare(entry.peer, entry.scheme, self.gpt2(entry), out, self.pythons.get(entry.peer), entry.name)
+        out, python = self.folder(entry, f"{entry.peer}-{entry.scheme}"), self.settings.pythons.get(entry.peer)
+        return peers.prepare(entry.peer, entry.scheme, self.gpt2(entry), out, python, entry.name)
 
     def versions(self, entry: Entry) -> dict[str, str]:
         """Of a peer's packages and its Python; {} for models of this project."""
@@ -126,23 +151,28 @@ def checkpoint_shape(source: str | Path) -> dict[str, int]:
     return {"paths": len(config.leaves), "heads": heads, "fast_k": config.fast_k or 0}
 
 
-def peers_of(source: str, pythons: dict[str, str]) -> tuple[list[Entry], list[str]]:
-    """Every installed peer in each of its schemes on the GPT-2 at `source`, and how to get the absent ones."""
+def peers_of(
+    source: str | None, pythons: Mapping[str, str], asked: Collection[str] = ()
+) -> tuple[list[Entry], list[str]]:
+    """Every installed peer in each of its schemes on the GPT-2 at `source`, and how to get the absent ones.
+
+    source: None for no rows. asked: peers that have rows already, which say it themselves.
+    """
     found, absent = [], []
     for name, peer in peers.PEERS.items():
         try:
             lacking = peers.missing(name, pythons.get(name))
         except WorkerFailed as error:
             raise InputError(str(error)) from error
-        if lacking:
+        if lacking and name not in asked:
             absent.append(f"{name} is not measured: it lacks {', '.join(lacking)}; {peer.install}")
-        else:
+        elif source and not lacking:
             found += [Entry(f"{name} {scheme}", source, scheme=scheme, peer=name) for scheme in peer.schemes]
     return found, absent
 
 
 def check(entries: list[Entry], out: str | Path | None) -> int:
-    """Refuse what cannot be compared before anything long begins; the smallest context among the models."""
+    """Refuse what cannot be compared before anything long begins (InputError); the smallest context of the models."""
     if not entries:
         raise InputError("nothing to compare: give one or more models")
     names = [entry.name for entry in entries]
@@ -151,8 +181,20 @@ def check(entries: list[Entry], out: str | Path | None) -> int:
     for entry in entries:
         if entry.peer:
             peers.check_plain(entry.path)
+        check_tokenizer(entry.path)
     if out is not None:
         from training.checkpoint import check_replaceable
 
         check_replaceable(Path(out), "comparison")
     return min(context_of(entry.path) for entry in entries)
+
+
+def check_tokenizer(source: str | Path) -> None:
+    """Raise InputError for a model that has no tokenizer, or another model's."""
+    if kind_of(source) == "onnx":
+        folder, vocab_size = Path(source), read_manifest(Path(source)).config.vocab_size
+    else:
+        from training import checkpoint
+
+        folder, vocab_size = checkpoint.resolve(source), checkpoint.read_config(source).vocab_size
+    data.check_vocabulary(data.load_tokenizer(folder), vocab_size, source)

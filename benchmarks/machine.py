@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.worker import installed
 from runtime.threads import visible_cpus
 
-PACKAGES = ("dmpt-export", "onnxruntime", "numpy", "tokenizers", "torch", "transformers")
+PACKAGES = ("dmpt-export", "onnxruntime", "onnxruntime-gpu", "numpy", "tokenizers", "torch", "transformers")
 
 
 def machine() -> dict[str, Any]:

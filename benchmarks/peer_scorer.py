@@ -27,6 +27,7 @@ class PeerScorer:
         from safetensors import safe_open
 
         self.name, self.folder, self.scheme = target.name, source, scheme
+        self.peer = (target.adapter, scheme, json.dumps(peers.read_facts(Path(target.path))["versions"]))
         self.mode, self.family, self.leaves = GATE_HARD, target.name.split()[0], ["root"]
         self.head_allocation: Mapping[str, Sequence[int]] = {"root": [0]}
         config = json.loads((weights / "config.json").read_text(encoding="utf-8"))

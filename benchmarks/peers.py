@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import platform
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,8 @@ from benchmarks.base import kl_divergence
 from benchmarks.processes import Worker, WorkerFailed, worker
 from benchmarks.scorer import kind_of
 from benchmarks.speed import Target
+from benchmarks.worker import installed
+from training.data import atomic_file
 from training.errors import InputError
 
 
@@ -73,25 +77,40 @@ PEERS = {
 def parse(argument: str) -> tuple[str, str, str] | None:
     """(peer, scheme, GPT-2 folder or hub id) of a peer given as PEER:SCHEME@GPT2; None for anything else.
 
-    Raises InputError for a scheme that the peer does not know.
+    Raises InputError for a peer or a scheme that is not known.
 
-    >>> parse("openvino:int8@./gpt2"), parse("gpt2"), parse("run:1@home")
+    >>> parse("openvino:int8@./gpt2"), parse("gpt2"), parse("model@2")
     (('openvino', 'int8', './gpt2'), None, None)
     """
     head, at, source = argument.partition("@")
     name, colon, scheme = head.partition(":")
-    if not (at and colon and source and name in PEERS):
+    if not (at and colon and name and source) or Path(argument).exists():
         return None
+    if name not in PEERS:
+        raise InputError(f"{argument}: no peer is called '{name}'; these are known: {', '.join(notations())}")
     if scheme not in PEERS[name].schemes:
         raise InputError(f"{argument}: {name} is measured as {' or '.join(PEERS[name].schemes)}, not '{scheme}'")
     return name, scheme, source
 
 
+def notations() -> list[str]:
+    """All peers with their schemes, as they are asked for."""
+    return [f"{name}:{scheme}" for name, peer in PEERS.items() for scheme in peer.schemes]
+
+
 def missing(name: str, python: str | None = None) -> list[str]:
     """The packages of a peer that its Python lacks. Raises WorkerFailed (3) when there is no such Python."""
+    return [package for package, version in versions_of(name, python).items() if version is None]
+
+
+def versions_of(name: str, python: str | None = None) -> dict[str, str | None]:
+    """Versions of a peer's packages (None: absent) and of its Python. Raises WorkerFailed (3) without that Python."""
+    packages = PEERS[name].packages
+    if python is None:
+        return {"python": platform.python_version(), **{package: installed(package) for package in packages}}
     with worker(name, python) as w:
-        found = w.ask(do="versions", packages=list(PEERS[name].packages))
-    return [package for package in PEERS[name].packages if found[package] is None]
+        found: dict[str, str | None] = w.ask(do="versions", packages=list(packages))
+    return found
 
 
 def check_plain(source: str | Path) -> dict[str, Any]:
@@ -135,21 +154,24 @@ def gpt2_folder(source: str | Path, out: Path) -> Path:
 def prepare(
     name: str, scheme: str, source: Path, out: Path, python: str | None = None, called: str | None = None
 ) -> Target:
-    """What to time of one peer: converted from a Hugging Face GPT-2 folder into `out`, unless that is done already.
+    """What to time of one peer: converted from a Hugging Face GPT-2 folder into `out`, unless its packages, as they are
+    now, did that already.
 
     called: its name in the results, if not "NAME SCHEME".
     Raises WorkerFailed when packages lack, with the command that brings them, and when the conversion fails; its
     half-made folder is not taken for a whole one.
     """
     peer = PEERS[name]
-    if not (out / FACTS).is_file():
+    versions = versions_of(name, python)
+    if lacking := [package for package in peer.packages if versions[package] is None]:
+        raise WorkerFailed(f"it lacks {', '.join(lacking)}; {peer.install}", 3)
+    if not (out / FACTS).is_file() or read_facts(out)["versions"] != versions:
+        shutil.rmtree(out, ignore_errors=True)
         with worker(f"{name} {scheme}", python) as w:
-            versions = w.ask(do="versions", packages=list(peer.packages))
-            if lacking := [package for package in peer.packages if versions[package] is None]:
-                raise WorkerFailed(f"it lacks {', '.join(lacking)}; {peer.install}", 3)
             facts = w.ask(do="convert", adapter=peer.adapter, source=str(source.resolve()), out=str(out), scheme=scheme)
             facts["versions"] = versions
-        (out / FACTS).write_text(json.dumps(facts), encoding="utf-8")
+        with atomic_file(out / FACTS) as tmp:
+            tmp.write_text(json.dumps(facts), encoding="utf-8")
     facts = read_facts(out)
     sizes = {key: int(facts[key]) for key in ("size_bytes", "touched_bytes")}
     return Target(called or f"{name} {scheme}", str(out), peer.adapter, python=python, **sizes)

@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from benchmarks.report.frontier import colour_numbers
 from benchmarks.report.placing import Box, best_spot, distance
-from benchmarks.row import Row
+from benchmarks.row import Row, merit
 
 WIDTH, HEIGHT, DPI = 1200, 800, 100  # pixels
 # Okabe and Ito's palette for all kinds of colour vision, by the numbers of report.frontier: those of well-known
@@ -28,8 +28,9 @@ HALO = [withStroke(linewidth=3, foreground="white")]  # keeps a label readable w
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Write a PNG of 1200x800 pixels; rows without a perplexity are left out."""
-    rows = [row for row in rows if row.quality]
+    """Write a PNG of 1200x800 pixels; rows without quality are left out."""
+    quality = merit(rows)
+    rows = [row for row in rows if row.figure(quality) is not None]
     figure = Figure(figsize=(WIDTH / DPI, HEIGHT / DPI), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0.08, 0.09, 0.89, 0.72))
@@ -37,20 +38,25 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     scale = area_scale(rows)
     for family, members in grouped(rows).items():
         members.sort(key=lambda row: row.size_bytes)
-        axes.plot(*zip(*map(point, members), strict=True), color=colour[family], linewidth=1, alpha=0.5, zorder=1)
+        points = [point(row, quality) for row in members]
+        axes.plot(*zip(*points, strict=True), color=colour[family], linewidth=1, alpha=0.5, zorder=1)
     for row in sorted(rows, key=lambda row: -area(row, scale)):  # small markers on top of large ones
         # White edges keep markers apart that overlap; a model without a speed is a hollow ring.
         fill, edge = (colour[row.family], "white") if row.speed else ("white", colour[row.family])
-        axes.scatter(*point(row), s=area(row, scale), color=fill, edgecolors=edge, linewidths=1.5, alpha=0.9, zorder=2)
-    dress(axes, rows)
+        axes.scatter(
+            *point(row, quality), s=area(row, scale), color=fill, edgecolors=edge, linewidths=1.5, alpha=0.9, zorder=2
+        )
+    dress(axes, [point(row, quality) for row in rows], quality)
     legends(figure, rows, colour, scale)
-    place_labels(figure, axes, rows, colour, scale)
+    place_labels(figure, axes, rows, colour, scale, quality)
     figure.savefig(path, metadata={"Software": "dmpt-export"})
 
 
-def point(row: Row) -> tuple[float, float]:
-    assert row.quality
-    return row.size_bytes / 1e6, row.quality.perplexity
+def point(row: Row, quality: str) -> tuple[float, float]:
+    """MB and how well it predicts, one of benchmarks.row.FIGURES."""
+    value = row.figure(quality)
+    assert value is not None
+    return row.size_bytes / 1e6, value
 
 
 def grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -80,13 +86,13 @@ def area(row: Row, scale: float) -> float:
 # --- axes and legends -------------------------------------------------------------------------------
 
 
-def dress(axes: Any, rows: Sequence[Row]) -> None:
+def dress(axes: Any, points: Sequence[tuple[float, float]], quality: str) -> None:
     """Limits with room for markers and labels, plain numbers on both axes."""
-    sizes, perplexities = zip(*map(point, rows), strict=True)
+    sizes, values = zip(*points, strict=True)
     axes.set_xscale("log")
     room = max(0.12 * math.log(max(sizes) / min(sizes)), 0.15)
     axes.set_xlim(min(sizes) / math.exp(room), max(sizes) * math.exp(room))
-    low, high = min(perplexities), max(perplexities)
+    low, high = min(values), max(values)
     if high > 3 * low:
         axes.set_yscale("log")
         room = 0.12 * math.log(high / low)
@@ -98,7 +104,7 @@ def dress(axes: Any, rows: Sequence[Row]) -> None:
         axes.yaxis.set_major_locator(MaxNLocator(8))
     log_ticks(axes.xaxis)
     axes.set_xlabel("file size (MB, log scale)", fontsize=13, color=INK)
-    axes.set_ylabel("perplexity", fontsize=13, color=INK)
+    axes.set_ylabel(quality, fontsize=13, color=INK)
     axes.tick_params(labelsize=12, colors=INK, length=3)
     axes.grid(color=PALE, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -161,7 +167,7 @@ def round_speeds(speeds: Sequence[float]) -> list[float]:
 
 
 def place_labels(
-    figure: Any, axes: Any, rows: Sequence[Row], colour: dict[str, str], scale: float
+    figure: Any, axes: Any, rows: Sequence[Row], colour: dict[str, str], scale: float, quality: str
 ) -> tuple[list[Box], list[Box]]:
     """Each marker's scheme beside it, at the nearest place that covers no marker and no other label.
 
@@ -170,7 +176,7 @@ def place_labels(
     renderer = figure.canvas.get_renderer()
     edges = axes.get_window_extent(renderer)
     frame = Box(edges.x0, edges.y0, edges.x1, edges.y1)
-    centres = [axes.transData.transform(point(row)) for row in rows]
+    centres = [axes.transData.transform(point(row, quality)) for row in rows]
     radii = [math.sqrt(area(row, scale)) / 2 * DPI / 72 for row in rows]  # pixels
     markers = [Box.around(x, y, 2 * r, 2 * r) for (x, y), r in zip(centres, radii, strict=True)]
     taken: list[Box] = []

@@ -44,15 +44,24 @@ def first_line(error: BaseException) -> str:
 
 
 def fingerprint(scorer: Scorer) -> str:
-    """sha256 of all that decides what a scorer says: weights, configuration, path mode, fast-k and device."""
-    folder, digest = Path(scorer.folder), hashlib.sha256()
+    """sha256 of all that decides what a scorer says: weights, configuration, path mode, fast-k, device and peer."""
+    facts = (
+        scorer.mode,
+        getattr(scorer, "fast_k", None),
+        getattr(scorer, "device", "cpu"),
+        *getattr(scorer, "peer", ()),
+    )
+    return hashlib.sha256(f"{files_digest(scorer.folder)} {json.dumps(facts)}".encode()).hexdigest()
+
+
+def files_digest(folder: str | Path) -> str:
+    """sha256 of a model folder's weights and configuration."""
+    folder, digest = Path(folder), hashlib.sha256()
     manifest = folder / MANIFEST_NAME  # lists the hashes of an export's files, which were checked when it was opened
     files = [manifest] if manifest.is_file() else [folder / "config.json", *weight_files(folder)]
     for file in files:
         with open(file, "rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
-    facts = (scorer.mode, getattr(scorer, "fast_k", None), getattr(scorer, "device", "cpu"))
-    digest.update(json.dumps(facts).encode())
     return digest.hexdigest()
 
 

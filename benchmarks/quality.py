@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from benchmarks.base import Base, check_base, kl_divergence, standard_error, statistics
+from benchmarks.machine import versions
 from benchmarks.progress import Findings, fingerprint, key_of
 from benchmarks.protocols import LONGEST_WINDOW, PROTOCOLS, STRIDE_CONCAT, Text, choose_windows, plan
 from benchmarks.scorer import Piece, Scorer, pieces
@@ -109,12 +110,13 @@ def evaluate(
     batch: int = 1,
     base: Base | None = None,
     resume: str | Path | None = None,
+    keep: bool = False,
 ) -> Quality:
     """Score a text, or token ids [N], by a protocol, with a progress bar that shows the running perplexity.
 
     batch: windows that a torch checkpoint runs together. base: the model to measure KL from; it must read the text as
     the same tokens (check_base). resume: a folder for what was found so far; a killed evaluation goes on from there
-    and gives the same digits.
+    and gives the same digits. keep: leave the state there when it is complete, so that the same call takes no time.
     Raises InputError when no token can be scored, an id is beyond the vocabulary or a stored state is damaged,
     ValidationError when the model gives log-probabilities that make no finite perplexity.
     """
@@ -131,7 +133,7 @@ def evaluate(
             tqdm.write(f"base log-probs: {size / 1e9:.2f} GB in {base.folder}", file=sys.stderr)
     file = None
     if resume is not None:
-        key = key_of(model=fingerprint(scorer), batch=batch, base=base_key(base), **facts)
+        key = key_of(model=fingerprint(scorer), batch=batch, base=base_key(base), with_=versions(), **facts)
         file = Path(resume) / f"eval-{key}.npz"
     findings = Findings(columns(scorer, sum(n for _, _, n in windows), base is not None), file)
     try:
@@ -141,7 +143,10 @@ def evaluate(
             findings.save()
         raise
     found = summary(scorer, ids, text if isinstance(text, Text) else None, windows, findings, base)
-    findings.finish()
+    if keep:
+        findings.save()
+    else:
+        findings.finish()
     return Quality(
         tokens=len(ids), max_length=length, stride=step, mode=scorer.mode, tokens_sha256=facts["tokens"],
         protocol=protocol, **found,

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from benchmarks.row import Row
-
-
-def perplexity(row: Row) -> float | None:
-    return row.quality.perplexity if row.quality else None
+from benchmarks.row import Row, merit
 
 
 def seconds_per_token(row: Row) -> float | None:
@@ -19,28 +15,30 @@ def size(row: Row) -> float | None:
     return float(row.size_bytes) if row.size_bytes else None
 
 
-# what is ranked -> its figure; less is better, None is not ranked
-FIGURES: Mapping[str, Callable[[Row], float | None]] = {
-    "perplexity": perplexity,
-    "decode time": seconds_per_token,
-    "size": size,
-}
+def figures(rows: Sequence[Row]) -> Mapping[str, Callable[[Row], float | None]]:
+    """What is ranked -> its figure; less is better, None is not ranked."""
+    quality = merit(rows)
+    return {quality: lambda row: row.figure(quality), "decode time": seconds_per_token, "size": size}
 
 
 def rankings(rows: Sequence[Row]) -> dict[str, list[str]]:
     """Figure -> names, best first; models without that figure are left out."""
     known = {
-        what: [(v, row.name) for row in rows if (v := figure(row)) is not None] for what, figure in FIGURES.items()
+        what: [(v, row.name) for row in rows if (v := figure(row)) is not None]
+        for what, figure in figures(rows).items()
     }
     return {what: [name for _, name in sorted(pairs, key=lambda pair: pair[0])] for what, pairs in known.items()}
 
 
-def front(rows: Sequence[Row], figures: Sequence[str] = tuple(FIGURES)) -> list[str]:
-    """Names of the rows that no other row beats: at least as good in all the figures, better in one.
+def front(rows: Sequence[Row], timed: bool = True) -> list[str]:
+    """Names of the rows that no other row beats: at least as good in quality, decode time and size, better in one.
+
+    timed: whether decode time counts.
 
     Only rows with all of the figures take part: a model that was not timed cannot be said to be beaten, nor to beat.
     """
-    points = {row.name: [FIGURES[figure](row) for figure in figures] for row in rows}
+    counted = [figure for what, figure in figures(rows).items() if timed or what != "decode time"]
+    points = {row.name: [figure(row) for figure in counted] for row in rows}
     whole = {name: [v for v in values if v is not None] for name, values in points.items() if None not in values}
     return [name for name, mine in whole.items() if not any(beats(its, mine) for its in whole.values())]
 

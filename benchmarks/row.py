@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,12 +11,14 @@ from benchmarks.quality import Quality
 from benchmarks.results import Speed
 from benchmarks.table import megabytes
 
-HEADERS = (
-    "model", "parameters", "touched per token", "file size", "perplexity", "accuracy", "decode tokens/s",
-    "prefill tokens/s",
-)  # fmt: skip
 NONE = "-"
 REASON = 90  # characters of a failure in the table
+PERPLEXITY, BITS_PER_BYTE = "perplexity", "bits per byte"
+# How well a text is predicted; less is better.
+FIGURES: Mapping[str, Callable[[Quality], float | None]] = {
+    PERPLEXITY: lambda quality: quality.perplexity,
+    BITS_PER_BYTE: lambda quality: quality.bits_per_byte,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +41,10 @@ class Row:
     versions: dict[str, str] = field(default_factory=dict)  # of a peer's packages
     shape: dict[str, int] = field(default_factory=dict)  # paths, heads, fast_k: what speed may depend on
 
+    def figure(self, name: str) -> float | None:
+        """One of FIGURES; None where it was not measured."""
+        return FIGURES[name](self.quality) if self.quality else None
+
     @property
     def decode_tokens_per_s(self) -> float | None:
         return statistics.median(self.speed.first("tg").tokens_per_s) if self.speed else None
@@ -51,19 +58,35 @@ class Row:
         }
 
 
-def cells(row: Row) -> list[str]:
-    """The row as HEADERS has it, with the reason after its name where it failed."""
+def merit(rows: Sequence[Row]) -> str:
+    """Which of FIGURES puts these rows in order: perplexity where all scored the same tokens, else bits per byte.
+
+    A perplexity is per token, so it says nothing beside that of a model whose tokens are others.
+    """
+    return PERPLEXITY if len({row.quality.tokens_sha256 for row in rows if row.quality}) < 2 else BITS_PER_BYTE
+
+
+def cells(row: Row) -> dict[str, str]:
+    """Everything a table may show of a row, by column; after its name the reason where it failed."""
     scored, timed = row.quality, row.speed.to_json() if row.speed else None
-    return [
-        row.name + (f" (failed: {short(row.failure)})" if row.failure else ""),
-        f"{row.parameters:,}" if row.parameters else NONE,
-        f"{row.parameters_touched_per_token:,}" if row.parameters else NONE,
-        megabytes(row.size_bytes) if row.size_bytes else NONE,
-        f"{scored.perplexity:.2f}" if scored else NONE,
-        f"{100 * scored.accuracy:.1f} %" if scored else NONE,
-        f"{timed['decode_tokens_per_s']:.1f}" if timed else NONE,
-        f"{timed['prefill_tokens_per_s']:.0f}" if timed else NONE,
-    ]
+    return {
+        "model": row.name + (f" (failed: {short(row.failure)})" if row.failure else ""),
+        "parameters": f"{row.parameters:,}" if row.parameters else NONE,
+        "touched per token": f"{row.parameters_touched_per_token:,}" if row.parameters else NONE,
+        "file size": megabytes(row.size_bytes) if row.size_bytes else NONE,
+        PERPLEXITY: f"{scored.perplexity:.2f}" if scored else NONE,
+        "accuracy": f"{100 * scored.accuracy:.1f} %" if scored else NONE,
+        "word perplexity": f"{scored.word_perplexity:.2f}" if scored and scored.word_perplexity else NONE,
+        BITS_PER_BYTE: f"{scored.bits_per_byte:.4f}" if scored and scored.bits_per_byte else NONE,
+        "decode tokens/s": f"{timed['decode_tokens_per_s']:.1f}" if timed else NONE,
+        "prefill tokens/s": f"{timed['prefill_tokens_per_s']:.0f}" if timed else NONE,
+    }
+
+
+def columns(rows: Sequence[Row]) -> list[str]:
+    """Those of cells() that compare between these rows: of models with several tokenizers nothing that is per token."""
+    own = [PERPLEXITY, "accuracy"] if merit(rows) == PERPLEXITY else ["word perplexity", BITS_PER_BYTE]
+    return ["model", "parameters", "touched per token", "file size", *own, "decode tokens/s", "prefill tokens/s"]
 
 
 def short(reason: str) -> str:

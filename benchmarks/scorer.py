@@ -183,6 +183,7 @@ class OnnxScorer:
         self.leaves = list(manifest.leaves)
         self.head_allocation: Mapping[str, Sequence[int]] = manifest.head_allocation
         n_heads = len({j for heads in self.head_allocation.values() for j in heads})
+        self.n_heads = n_heads if manifest.tells_head_weights else 0
         self.family = family_of(len(self.leaves), n_heads)
         self.scheme = scheme_of(manifest.raw)
         self.parameters = manifest.raw["parameters"]["total"]
@@ -194,10 +195,9 @@ class OnnxScorer:
         return self.model.score(ids, last)
 
     def pieces(self, windows: Sequence[Window]) -> Iterator[Piece]:
-        """As the function pieces(). An exported graph keeps its head weights to itself."""
+        """As the function pieces()."""
         for ids, last in windows:
-            for log_probs, routes in self.model.score_pieces(ids, last):
-                yield Piece(log_probs, routes)
+            yield from itertools.starmap(Piece, self.model.score_pieces(ids, last))
 
     def close(self) -> None:
         self.model.close()

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.quality import head_shares
-from benchmarks.scorer import Float, Ints, Scorer
+from benchmarks.scorer import Float, Ints, Scorer, pieces
 
 MOST = 4096  # tokens of the text that are looked at
 WINDOW = 512  # tokens that see each other
@@ -18,7 +18,7 @@ def usage(scorer: Scorer, ids: NDArray[np.integer]) -> dict[str, Any]:
     """Of the first 4096 tokens of `ids` [N], in windows of 512 or the context:
 
     tokens, route_shares (leaf -> share of tokens), switch_share (of tokens on another path than the one before), and
-    head_shares (leaf -> head -> mean weight on its tokens; None for an exported model, whose graph does not tell).
+    head_shares (leaf -> head -> mean weight on its tokens; None for an old export, which does not tell).
     """
     ids = ids[:MOST]
     size = min(WINDOW, scorer.context)
@@ -41,6 +41,7 @@ def follow(scorer: Scorer, window: NDArray[np.integer]) -> tuple[Ints, Float | N
     if hasattr(scorer, "followed"):
         found: tuple[Ints, Float] = scorer.followed(window)
         return found
-    routes = scorer.score(window, len(window))[1]
-    assert routes is not None, f"{scorer.name} is in mode {scorer.mode}, which takes no leaf"
-    return routes, None
+    parts = [(piece.routes, piece.head_weights) for piece in pieces(scorer, [(window, len(window))])]
+    routes, weights = ([part for part in own if part is not None] for own in zip(*parts, strict=True))
+    assert routes, f"{scorer.name} is in mode {scorer.mode}, which takes no leaf"
+    return np.concatenate(routes), np.concatenate(weights) if weights else None

@@ -54,7 +54,7 @@ class Batch:
         self.caches = Caches(engine, rows, roomier(0, capacity, self.config.n_positions))
         self.pending = [f"pending.{node.name}" for node in manifest.tree if node.parent]
         self.no_rows = np.zeros(1, manifest.activation_dtype)  # an address for tensors without elements
-        self.outputs = list(manifest.outputs)
+        self.outputs, self.of_any_size = list(manifest.outputs), manifest.outputs_of_any_size
         self.binding = engine.binding()
         self.total = np.zeros((), np.int32)
         self.last = np.ones((), np.int64)
@@ -116,6 +116,8 @@ class Batch:
         self.total[()] = total
         if self.engine.device != "cpu":  # a GPU copies when binding
             self.bind_inputs()
+        for name in self.of_any_size:
+            self.binding.bind_output(name)
         self.engine.run(self.binding)
         self.lengths += 1
         return self.routes.copy()

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from runtime.manifest import Manifest, Node
 
 ROOT = "root"
+HEAD_LOG_WEIGHTS = "head_log_weights"  # outputs of this name and the leaf's: log pi of the rows routed there
 MOST_BLOCKS = 10_000
 TARGETS = ("cpu", "cuda")
 FLOATS = ("float32", "float16")
@@ -73,12 +74,13 @@ def value_faults(manifest: Manifest) -> list[str]:
 
 def graph_faults(manifest: Manifest) -> list[str]:
     """Whether the inputs and outputs are those that the tree calls for, with their types."""
-    problems = []
+    problems, optional = [], {f"{HEAD_LOG_WEIGHTS}.{leaf}" for leaf in manifest.head_allocation}
     for field_name, specs, wanted in (
         ("inputs", manifest.inputs, expected_inputs(manifest)),
         ("outputs", manifest.outputs, expected_outputs(manifest)),
     ):
-        missing, unknown = sorted(wanted.keys() - specs.keys()), sorted(specs.keys() - wanted.keys())
+        missing = sorted(wanted.keys() - specs.keys() - optional)
+        unknown = sorted(specs.keys() - wanted.keys())
         problems += [f"{field_name}: missing {', '.join(missing)}"] if missing else []
         problems += [f"{field_name}: unknown {', '.join(unknown)}"] if unknown else []
         problems += [
@@ -100,6 +102,8 @@ def fits_config(name: str, shape: tuple[int | str, ...], manifest: Manifest) -> 
     kind = name.partition(".")[0]
     if kind in ("past", "present"):
         return len(shape) == 4 and (shape[1], shape[3]) == (config.n_head, config.head_dim)
+    if kind == HEAD_LOG_WEIGHTS:
+        return len(shape) == 2 and shape[1] == len(manifest.head_allocation[name.partition(".")[2]])
     width = {"log_probs": config.vocab_size, "pending": config.n_embd, "rows": config.n_embd}.get(kind)
     return width is None or (len(shape) == 3 and shape[2] == width)
 
@@ -120,13 +124,18 @@ def expected_inputs(manifest: Manifest) -> dict[str, str]:
 
 
 def expected_outputs(manifest: Manifest) -> dict[str, str]:
-    """name -> dtype of every graph output."""
+    """name -> dtype of every graph output; those of HEAD_LOG_WEIGHTS are not in exports of before they were told."""
     rows = manifest.activation_dtype
     return {
         "log_probs": "float32",
         "routes": "int64",
         **{f"rows.{node.name}": rows for node in manifest.tree if node.children is not None},
         **{f"present.{cache}": manifest.cache_dtype for node in manifest.tree for cache in node.caches},
+        **{
+            f"{HEAD_LOG_WEIGHTS}.{leaf}": "float32"
+            for leaf in manifest.leaves
+            if len(manifest.head_allocation.get(leaf, ())) > 1
+        },
     }
 
 

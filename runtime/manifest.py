@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runtime.consistency import contradictions
+from runtime.consistency import HEAD_LOG_WEIGHTS, contradictions
 from runtime.errors import ModelError
 from runtime.schema import (
     COUNT,
@@ -144,6 +144,17 @@ class Manifest:
     def schemes(self) -> set[str]:
         """How the quantized tensors are stored; empty where all are float."""
         return {tensor["scheme"] for tensor in self.raw["quantization"]["tensors"].values()}
+
+    @property
+    def tells_head_weights(self) -> bool:
+        """Whether the graph yields what the heads of its leaves weigh; exports of before it did do not."""
+        allocation = self.head_allocation.items()
+        return all(len(heads) == 1 or f"{HEAD_LOG_WEIGHTS}.{leaf}" in self.outputs for leaf, heads in allocation)
+
+    @property
+    def outputs_of_any_size(self) -> list[str]:
+        """Outputs that hold as many rows as were routed somewhere: to be bound anew before each run."""
+        return [name for name in self.outputs if name.partition(".")[0] == HEAD_LOG_WEIGHTS]
 
     def way(self, leaf: str) -> tuple[str, ...]:
         """Names of the nodes from the root down to a leaf."""

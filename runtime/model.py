@@ -29,6 +29,7 @@ from runtime.writing import STOP, Limits
 # three further heads of floats, 38 MB of int8 codes. Fewer positions at once are slower: 27 (64 MB) by a fifth.
 SCORED_AT_ONCE = 64
 DEFAULT_NEW_TOKENS = 128
+Scored = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32] | None]
 MOST_BYTES_PER_TOKEN = 256  # GPT-2's longest token has 128: more text than this per position cannot fit
 
 
@@ -118,7 +119,8 @@ class Model:
         tokens = check_ids(ids, self.vocab_size, self.context)
         last = check_count("last", len(tokens) if last is None else last, len(tokens))
         log_probs = np.empty((last, self.vocab_size), np.float32)
-        return log_probs, np.concatenate(list(self._pieces(tokens, last, lambda row, n: log_probs[row : row + n])))
+        runs = self._pieces(tokens, last, lambda row, n: log_probs[row : row + n])
+        return log_probs, np.concatenate([run.routes.copy() for run in runs])
 
     def log_probs(self, ids: ArrayLike) -> NDArray[np.float32]:
         """Log of the deployed distribution, float32 [len(ids), vocab]: row t is that of token t + 1."""
@@ -128,28 +130,29 @@ class Model:
         """Name of the path (leaf) that each token takes."""
         return [self.manifest.leaves[leaf] for leaf in self.score(ids)[1]]
 
-    def score_pieces(
-        self, ids: ArrayLike, last: int | None = None
-    ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+    def score_pieces(self, ids: ArrayLike, last: int | None = None) -> Iterator[Scored]:
         """score() in pieces of 64 positions, for who wants figures of the rows and not the rows themselves.
 
-        The next piece overwrites the log-probs of this one. Raises RequestError before anything is computed.
+        Each is (log-probs, leaf indices, weights of the heads or None: see Sequence.head_weights). The next piece
+        overwrites the log-probs of this one. Raises RequestError before anything is computed.
         """
         tokens = check_ids(ids, self.vocab_size, self.context)
         last = check_count("last", len(tokens) if last is None else last, len(tokens))
         room = np.empty((min(last, SCORED_AT_ONCE), self.vocab_size), np.float32)
-        return ((room[: len(taken)], taken) for taken in self._pieces(tokens, last, lambda row, n: room[:n]))
+        runs = self._pieces(tokens, last, lambda row, n: room[:n])
+        return ((room[: len(run.routes)], run.routes.copy(), run.head_weights()) for run in runs)
 
     def _pieces(
         self, tokens: NDArray[np.int64], last: int, room: Callable[[int, int], NDArray[np.float32]]
-    ) -> Iterator[NDArray[np.int64]]:
-        """Score chunk by chunk into room(first row, rows) [rows, vocab]; yields the routes of each."""
+    ) -> Iterator[Sequence]:
+        """Score chunk by chunk into room(first row, rows) [rows, vocab]; yields the sequence after each."""
         sequence = self.sequence(len(tokens))
         skipped = len(tokens) - last  # the tokens before the first wanted one ride along in the first chunk
         for row in range(0, last, SCORED_AT_ONCE):
             until = min(row + SCORED_AT_ONCE, last)
             ids = tokens[sequence.length : skipped + until]
-            yield sequence.run(ids, room(row, until - row), tidy=until == last)
+            sequence.run(ids, room(row, until - row), tidy=until == last)
+            yield sequence
 
     # --- writing ------------------------------------------------------------------------------
 

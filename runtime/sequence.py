@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from runtime.cache import Caches, roomier
-from runtime.consistency import ROOT
+from runtime.consistency import HEAD_LOG_WEIGHTS, ROOT
 from runtime.errors import ModelError
 from runtime.manifest import Node
 from runtime.request import check_count, check_ids
@@ -52,6 +52,7 @@ class Sequence:
         self.stride = self.config.n_embd * self.dtype.itemsize  # bytes of one row
 
         self.binding = engine.binding()
+        self.of_any_size = manifest.outputs_of_any_size
         self.output_index = {name: i for i, name in enumerate(manifest.outputs)}
         self.ids = np.zeros(self.config.n_positions, np.int64)
         self.positions = np.zeros(self.config.n_positions, np.int64)
@@ -124,6 +125,24 @@ class Sequence:
         self.advance(total, every_node)
         return self.routes.copy()
 
+    def head_weights(self) -> NDArray[np.float32] | None:
+        """What the heads weighed for each wanted position of the last run: [last, heads], by head number.
+
+        0 for heads of other leaves, 1 for one that is alone. None where the export does not tell.
+        """
+        manifest, values = self.engine.manifest, self.binding.get_outputs_as_ortvaluevector()
+        if not manifest.tells_head_weights:
+            return None
+        out = np.zeros((len(self.routes), 1 + max(max(own) for own in manifest.head_allocation.values())), np.float32)
+        for i, leaf in enumerate(manifest.leaves):
+            heads, mine = np.array(manifest.head_allocation[leaf]), np.flatnonzero(self.routes == i)
+            if len(heads) == 1:
+                out[mine, heads[0]] = 1
+            else:
+                log_weights = values[self.output_index[f"{HEAD_LOG_WEIGHTS}.{leaf}"]].numpy()
+                out[np.ix_(mine, heads)] = np.exp(log_weights)
+        return out
+
     # --- memory -------------------------------------------------------------------------------
 
     def reserve(self, total: int) -> None:
@@ -178,7 +197,7 @@ class Sequence:
             self.binding.bind_input(name, "cpu", 0, self.dtype.type, (1, count, self.config.n_embd), address)
 
     def bind_rows(self, start: int, size: int) -> None:
-        """Bind the split nodes' output rows: the root's straight into its buffer, the others' wherever they fall.
+        """Bind what has another size each time: the root's output rows straight into its buffer, others anywhere.
 
         Whether an inner node runs, and so how many rows it yields, is known only after the run.
         """
@@ -188,6 +207,8 @@ class Sequence:
                 self.binding.bind_output(f"rows.{ROOT}", "cpu", 0, self.dtype.type, *place)
             else:
                 self.binding.bind_output(f"rows.{split}")
+        for name in self.of_any_size:
+            self.binding.bind_output(name)
 
     # --- afterwards ---------------------------------------------------------------------------
 

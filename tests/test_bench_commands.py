@@ -74,6 +74,8 @@ def test_an_exported_model_scores_as_its_checkpoint(
     for key in ("tokens_scored", "accuracy", "route_shares", "tokens_sha256"):
         assert onnx[key] == torch[key]
     assert 0 < onnx["route_shares"]["left"] < 1
+    for leaf, shares in torch["head_shares"].items():
+        assert len(shares) > 1 and onnx["head_shares"][leaf] == pytest.approx(shares, abs=TOLERANCE["float32", "float"])
 
 
 def test_eval_of_an_exported_model_imports_no_torch(exported: dict[str, str], text: str) -> None:

@@ -14,24 +14,29 @@ import pytest
 
 import benchmarks.picture as picture
 from benchmarks.cases import Case
-from benchmarks.comparison import Comparison, Entry, compare
-from benchmarks.quality import Quality
+from benchmarks.comparison import Comparison, Entry, Settings, compare
+from benchmarks.quality import Quality, evaluate, read_text
+from benchmarks.ranking import rankings
 from benchmarks.reading import reading
 from benchmarks.report import placing
+from benchmarks.report.page import page
 from benchmarks.results import Speed, Timings
 from benchmarks.row import Row
-from benchmarks.scorer import named
+from benchmarks.scorer import named, open_scorer
 from benchmarks.table import markdown
 from training.errors import InputError
 
 NOISE = np.random.default_rng(0).exponential(3.0, 4000)  # what makes some tokens hard for every model
 
 
-def quality(perplexity: float, jitter: float = 0.1, seed: int = 1, text: str = "one") -> Quality:
+def quality(perplexity: float, jitter: float = 0.1, seed: int = 1, text: str = "one", n_bytes: int = 16_000) -> Quality:
     """Of a model that differs from others by its mean, and from token to token by `jitter` nats."""
     nll = NOISE + jitter * np.random.default_rng(seed).standard_normal(len(NOISE))
     nll += math.log(perplexity) - nll.mean()
-    return Quality(4512, len(nll), -float(nll.sum()), 0.3, 0.05, {}, 1024, 512, "gate_hard", text, nll)
+    return Quality(
+        4512, len(nll), -float(nll.sum()), 0.3, 0.05, {}, 1024, 512, "gate_hard", text, nll, words_scored=3000,
+        bytes_scored=n_bytes,
+    )  # fmt: skip
 
 
 def speed(name: str, decode: float) -> Speed:
@@ -95,6 +100,23 @@ def test_no_claim_without_a_control() -> None:
 def test_other_tokens_do_not_compare() -> None:
     other = replace(TUNED[0], quality=quality(50, text="another"))
     assert "do not compare" in reading([other, DMPT[0]])
+
+
+def test_other_tokenizers_are_ranked_by_bytes() -> None:
+    """Half as many tokens for the same text: twice the loss of each is no worse."""
+    coarse = replace(TUNED[0], name="coarse", quality=quality(200, text="another", n_bytes=32_000))
+    rows = [TUNED[0], DMPT[0], coarse]  # perplexities 50, 48, 200
+    assert rankings(rows)["bits per byte"] == ["coarse", "DMPT fp32", "GPT-2 fine-tuned fp32"]
+    assert "perplexity" not in rankings(rows) and rankings(rows[:2])["perplexity"][0] == "DMPT fp32"
+    result = Comparison(rows, ["text"], [])
+    header, _, line = result.table().splitlines()[:3]
+    assert "| word perplexity | bits per byte |" in header and "accuracy" not in header
+    assert line.split("|")[5:7] == [f"{math.exp(math.log(50) * 4 / 3):16.2f} ", f"{math.log2(50) / 4:14.4f} "]
+    text = result.as_markdown()
+    assert "perplexities per token do not compare" in text and "Best first by bits per byte: coarse" in text
+    assert "in bits per byte, decode time" in text
+    assert "Size, bits per byte and speed" in (drawn := page(result)) and "Size, perplexity" not in drawn
+    assert "coarse: 20 MB, bits per byte 0.9555" in drawn
 
 
 def test_without_text_or_speed_only_what_is_known_is_said() -> None:
@@ -174,7 +196,7 @@ def test_checkpoints_are_scored_on_the_same_windows(
         Entry("tuned", str(tiny_gpt2), control=True),
         Entry("ours", str(tiny_dmpt)),
     ]
-    result = compare(entries, [text], tmp_path / "out", max_length=40, stride=10, seeds={"training": 3})
+    result = compare(entries, [text], tmp_path / "out", Settings(max_length=40, stride=10), seeds={"training": 3})
     base, tuned, ours = result.rows
     assert base.quality and tuned.quality and ours.quality
     assert base.quality.perplexity == tuned.quality.perplexity != ours.quality.perplexity
@@ -184,6 +206,23 @@ def test_checkpoints_are_scored_on_the_same_windows(
     assert result.seeds == {"prompt": 0, "training": 3}
     assert set(ours.quality.route_shares) == {"left", "right"}
     assert (tmp_path / "out" / "comparison.json").is_file()
+
+
+def test_a_comparison_follows_the_protocol(tiny_gpt2: Path, sample_text: str, tmp_path: Path) -> None:
+    """The same figures as `eval` with that protocol, on JSON lines with a field of another name."""
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"body": line}) for line in sample_text.splitlines()))
+    settings = Settings(protocol="sliding", max_length=32, stride=8, text_field="body")
+    (row,) = compare([Entry("base", str(tiny_gpt2))], [tmp_path / "text.jsonl"], settings=settings).rows
+    scorer = open_scorer(tiny_gpt2)
+    text = read_text(scorer, [tmp_path / "text.jsonl"], "body", "sliding")
+    assert row.quality and row.quality.to_json() == evaluate(scorer, text, 32, 8, "sliding").to_json()
+    stored = Comparison([row], [], []).as_csv().splitlines()
+    found = dict(zip(stored[0].split(","), stored[1].split(","), strict=True))
+    assert found["protocol"] == "sliding" and float(found["bits_per_byte"]) == row.quality.bits_per_byte
+    assert float(found["word_perplexity"]) == row.quality.word_perplexity and float(found["top5_accuracy"]) > 0
+    (tmp_path / "short").write_text("a")
+    with pytest.raises(InputError, match="longer text"):  # everybody's mistake: no row
+        compare([Entry("base", str(tiny_gpt2))], [tmp_path / "short"])
 
 
 def test_entries_that_cannot_be_compared_are_refused_first(tiny_gpt2: Path, tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import benchmarks.quality
 from benchmarks import comparison, peers
-from benchmarks.comparison import Comparison, compare
+from benchmarks.comparison import Comparison, Settings, compare
 from benchmarks.contestants import Entry, Opener, peers_of
 from benchmarks.peers import PEERS, Peer, gpt2_folder, parse
 from dmpt_export.cli import main
@@ -38,8 +39,8 @@ def text(sample_text: str, tmp_path: Path) -> Path:
     return path
 
 
-def run(entries: list[Entry], text: Path, **more: Any) -> Comparison:
-    return compare(entries, [text], prompt=8, gen=4, repetitions=2, threads=1, **more)
+def run(entries: list[Entry], text: Path, out: Path | None = None, **more: Any) -> Comparison:
+    return compare(entries, [text], out, Settings(prompt=8, gen=4, repetitions=2, threads=1, **more))
 
 
 def test_a_peer_is_scored_on_the_same_tokens_and_timed(tiny_gpt2: Path, text: Path, tmp_path: Path) -> None:
@@ -87,6 +88,7 @@ def test_absent_peers_are_listed_with_how_to_get_them(tiny_gpt2: Path) -> None:
     assert [entry.name for entry in found] == [f"here {GOOD}", f"here {DIES}"]
     assert absent == ["gone is not measured: it lacks no-such-package; pip install gone"]
     assert absent[0] in Comparison([], [], [], absent=absent).as_markdown()
+    assert peers_of(None, {}) == ([], absent) and peers_of(None, {}, asked={"gone"}) == ([], [])
     with pytest.raises(InputError, match="cannot be started"):
         peers_of(str(tiny_gpt2), {"here": "/no/python"})
 
@@ -105,9 +107,22 @@ def test_peers_run_plain_gpt2_alone(tiny_gpt2: Path, tiny_dmpt: Path, tmp_path: 
         run(entries, tmp_path / "no such text")
 
 
-def test_sources_with_like_paths_are_converted_apart(tmp_path: Path) -> None:
-    paths = ("./gpt2", "../gpt2", "a/gpt2", "a_gpt2")
-    assert len({Opener(tmp_path).folder(Entry("x", path), "gpt2") for path in paths}) == len(paths)
+def test_other_weights_are_converted_apart(tiny_gpt2: Path, tiny_dmpt: Path, tmp_path: Path) -> None:
+    same, other = tmp_path / "a" / "gpt2", tmp_path / "b" / "gpt2"
+    shutil.copytree(tiny_gpt2, same)
+    shutil.copytree(tiny_dmpt, other)
+    folders = [Opener(tmp_path).folder(Entry("x", str(path)), "gpt2") for path in (tiny_gpt2, same, other)]
+    assert folders[0] == folders[1] != folders[2]
+    nudge(same)
+    assert Opener(tmp_path).folder(Entry("x", str(same)), "gpt2") not in folders
+
+
+def nudge(folder: Path) -> None:
+    """Other weights, of a worse model."""
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("wte.weight"))
+    weights[name] = weights[name] + 0.3 * np.random.default_rng(0).standard_normal(weights[name].shape, np.float32)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
 def test_causal_masks_are_no_parameters(tiny_gpt2: Path, text: Path, tmp_path: Path) -> None:
@@ -136,12 +151,29 @@ def test_what_the_trainer_writes_of_gpt2_is_gpt2_again(tiny_gpt2: Path, tmp_path
         torch.testing.assert_close(again(ids).logits[0].log_softmax(-1), expected, rtol=0, atol=1e-5)
 
 
-def test_the_notation_of_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_notation_of_peers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(peers, "PEERS", PEERS)
     assert parse("llama.cpp:q4_0@a/b@c") == ("llama.cpp", "q4_0", "a/b@c")
     assert parse("folder@2") is None and parse("here:int8@") is None
     with pytest.raises(InputError, match="int8 or int4, not 'int3'"):
         parse("openvino:int3@x")
+    with pytest.raises(InputError, match=r"no peer is called 'ovino'.*llama\.cpp:q8_0"):
+        parse("ovino:int8@x")
+    (tmp_path / "a:b@c").mkdir()
+    assert parse(str(tmp_path / "a:b@c")) is None  # a folder may be called so
+
+
+def test_help_names_every_peer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--help"]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    for name, peer in PEERS.items():
+        assert f"{name}:{' :'.join(peer.schemes)}" in words
+
+
+def test_absent_peers_are_told_of_without_being_asked_for(tiny_gpt2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(tiny_gpt2)]) == 0
+    assert "--peers GPT2 measures those that are installed" in (out := capsys.readouterr().out)
+    assert "pip install gone" in out
 
 
 def test_a_tokenizer_of_another_model_is_refused(tiny_gpt2: Path, text: Path, tmp_path: Path) -> None:
@@ -153,6 +185,62 @@ def test_a_tokenizer_of_another_model_is_refused(tiny_gpt2: Path, text: Path, tm
     (wrong / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(InputError, match="do not belong together"):
         run([Entry("wrong", str(wrong))], text)
+
+
+def test_a_model_that_fails_is_a_row_that_says_why(
+    tiny_gpt2: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not only a peer: found when its turn comes, it must not take the others' figures away."""
+    bad, cut = tmp_path / "bad", tmp_path / "cut"
+    for folder in (bad, cut):
+        shutil.copytree(tiny_gpt2, folder)
+    weights = load_file(bad / "model.safetensors")
+    name = next(name for name in weights if name.endswith("ln_f.weight"))
+    save_file(weights | {name: np.full_like(weights[name], np.nan)}, bad / "model.safetensors", {"format": "pt"})
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-8])
+    assert main(["compare", str(bad), str(cut), f"good={tiny_gpt2}", "--data", str(text)]) == 4
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert "bad (failed" in lines[2] and "cut (failed" in lines[3] and "good " in lines[4] and "Traceback" not in err
+    assert lines[2].count(" - ") >= 4 and "%" in lines[4]
+    assert "bad failed: " in out and "NaN" in out and err.splitlines()[-1].startswith("Error: bad, cut could")
+
+
+def qualities(result: Comparison) -> list[dict[str, Any]]:
+    return [row.quality.to_json() for row in result.rows if row.quality]
+
+
+def test_a_killed_comparison_goes_on(
+    tiny_gpt2: Path, tiny_dmpt: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first run dies at the second model; the next scores nothing twice, and says the same."""
+    mine, state = tmp_path / "mine", tmp_path / "state"
+    shutil.copytree(tiny_gpt2, mine)
+    entries = [Entry("peer", str(mine), scheme=GOOD, peer="here"), Entry("a", str(mine)), Entry("b", str(tiny_dmpt))]
+    whole, pieces = qualities(run(entries, text)), benchmarks.quality.pieces
+    asked: list[str] = []
+    deadly = {"a"}
+
+    def noted(scorer: Any, windows: Any) -> Any:
+        if scorer.name in deadly:
+            raise KeyboardInterrupt
+        asked.append(scorer.name)
+        return pieces(scorer, windows)
+
+    monkeypatch.setattr(benchmarks.quality, "pieces", noted)
+    with pytest.raises(KeyboardInterrupt):
+        run(entries, text, resume=state)
+    assert set(asked) == {"peer"}
+    deadly.clear()
+    asked.clear()
+    again = run(entries, text, resume=state)
+    assert set(asked) == {"a", "b"} and qualities(again) == whole and again.rows[0].speed
+    asked.clear()
+    assert qualities(run(entries, text, resume=state)) == whole and not asked
+    nudge(mine)
+    changed = qualities(run(entries, text, resume=state))
+    assert set(asked) == {"peer", "a"}  # those whose weights changed
+    assert changed[2] == whole[2] and changed[1]["perplexity"] > whole[1]["perplexity"]
 
 
 def test_a_full_disk_does_not_take_the_result_away(

@@ -15,6 +15,7 @@ import pytest
 from dmpt_export.cli import main
 from dmpt_export.export import export_onnx
 from quant.checkpoint import save_quantized
+from tests.tolerances import TOLERANCE
 from training.config import even_allocation
 
 
@@ -86,8 +87,9 @@ def test_route_shares_are_those_of_the_model(
     checkpoint, onnx = (inspect(capsys, folders[name], "--data", text)["usage"] for name in ("checkpoint", "onnx"))
     assert 0.02 < onnx["route_shares"]["left"] < 0.98
     assert sum(onnx["route_shares"].values()) == pytest.approx(1)
-    heads, none = checkpoint.pop("head_shares"), onnx.pop("head_shares")
-    assert checkpoint == onnx and none is None
+    heads, exported = checkpoint.pop("head_shares"), onnx.pop("head_shares")
+    assert checkpoint == onnx and exported.keys() == heads.keys()
+    assert all(exported[leaf] == pytest.approx(heads[leaf], abs=TOLERANCE["float32", "float"]) for leaf in heads)
     assert set(heads) == {"left", "right"} and set(heads["left"]) == {"0", "1"}
     assert all(sum(shares.values()) == pytest.approx(1, abs=1e-5) for shares in heads.values())
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import runtime
+from benchmarks.torch_scorer import TorchScorer
 from dmpt_export.export import export_onnx
+from dmpt_export.manifest import write_manifest
 from runtime.cache import FIRST_CAPACITY
 from runtime.errors import RequestError
 from runtime.model import SCORED_AT_ONCE, Model
@@ -90,10 +94,43 @@ def test_score_routes_and_log_probs_agree_with_one_run(
         got, taken = model.score(ids, last=last)
         assert got.shape == (last, 300) and taken.tolist() == routes[-last:].tolist()
         np.testing.assert_allclose(got, want[-last:], rtol=0, atol=FLOAT)
-        parts = [(rows.copy(), leaves) for rows, leaves in model.score_pieces(ids, last)]
+        parts = [(rows.copy(), leaves) for rows, leaves, _ in model.score_pieces(ids, last)]
         assert all(0 < len(rows) <= SCORED_AT_ONCE for rows, _ in parts)
         assert np.array_equal(np.concatenate([rows for rows, _ in parts]), got)
         assert np.array_equal(np.concatenate([leaves for _, leaves in parts]), taken)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "dual", "quad"])
+def test_heads_weigh_as_in_torch(name: str, models: dict[str, Model], sources: dict[str, Path]) -> None:
+    """Each position's weights, those of other leaves' heads 0, in a run over many tokens and in single steps."""
+    model = models[name]
+    ids = IDS[:60]
+    (piece,) = TorchScorer(load_model(sources[name]), sources[name], 1, "cpu", "gate_hard", name).pieces([(ids, 60)])
+    assert piece.head_weights is not None and piece.head_weights.sum(1) == pytest.approx(np.ones(60))
+    ((_, _, whole),) = model.score_pieces(ids)
+    assert whole is not None and model.manifest.tells_head_weights
+    np.testing.assert_allclose(whole, piece.head_weights, rtol=0, atol=FLOAT)
+    assert ((whole == 0) == (piece.head_weights == 0)).all()
+    sequence, steps = model.sequence(), []
+    for token in ids:
+        sequence.feed([token])
+        steps.append(sequence.head_weights())
+    np.testing.assert_allclose(np.concatenate(steps), piece.head_weights, rtol=0, atol=FLOAT)
+
+
+def test_an_export_that_does_not_tell_head_weights_still_runs(sources: dict[str, Path], tmp_path: Path) -> None:
+    """As exports were before."""
+    export_onnx(sources["quad"], tmp_path / "old", verify=False)
+    model = onnx.load(tmp_path / "old" / "model.onnx", load_external_data=False)
+    for output in [o for o in model.graph.output if o.name.startswith("head_log_weights.")]:
+        model.graph.output.remove(output)
+    (tmp_path / "old" / "model.onnx").write_bytes(model.SerializeToString())
+    raw = json.loads((tmp_path / "old" / "dmpt_manifest.json").read_text())
+    raw["outputs"] = [spec for spec in raw["outputs"] if not spec["name"].startswith("head_log_weights.")]
+    write_manifest(raw, tmp_path / "old")
+    with runtime.load(tmp_path / "old", threads=1) as old:
+        assert not old.manifest.tells_head_weights
+        assert [weights for _, _, weights in old.score_pieces(IDS[:60])] == [None]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "dual", "quad"])

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from benchmarks.ranking import front
 from benchmarks.report import svg
 from benchmarks.report.placing import Box, best_spot, distance
-from benchmarks.row import Row
+from benchmarks.row import Row, cells, merit
 
 WIDTH, HEIGHT = 460.0, 400.0
 LARGEST, SMALLEST, RING = 20.0, 4.0, 5.0  # radii
@@ -28,34 +28,38 @@ def colour_numbers(families: Sequence[str]) -> dict[str, int]:
 
 
 def draw(rows: Sequence[Row]) -> svg.Markup:
-    """The figure and its legend; rows are numbered from 1 as in the table, those without perplexity left out."""
-    numbered = [(str(i), row) for i, row in enumerate(rows, 1) if row.quality]
+    """The figure and its legend; rows are numbered from 1 as in the table, those without quality left out."""
+    quality = merit(rows)
+    numbered = [(str(i), row) for i, row in enumerate(rows, 1) if row.figure(quality) is not None]
     shown = [row for _, row in numbered]
     if not shown:
         return svg.Markup()
     x = svg.Scale.around([row.size_bytes / 1e6 for row in shown], 50, WIDTH - 16, log=True)
-    perplexities = [row.quality.perplexity for row in shown if row.quality]
-    wide = max(perplexities) > 3 * min(perplexities)
-    y = svg.Scale.around(perplexities, HEIGHT - 46, 28, log=wide)
+    height = {row.name: value for row in shown if (value := row.figure(quality)) is not None}
+    wide = max(height.values()) > 3 * min(height.values())
+    y = svg.Scale.around([*height.values()], HEIGHT - 46, 28, log=wide)
     colours = colour_numbers([row.family for row in rows])
     best = max((row.decode_tokens_per_s or 0.0 for row in shown), default=0.0) or 1.0
-    parts = [svg.axes(x, y, "file size, MB (log scale)", f"perplexity{' (log scale)' if wide else ''}")]
-    points = front_points(shown, x, y)
+    parts = [svg.axes(x, y, "file size, MB (log scale)", f"{quality}{' (log scale)' if wide else ''}")]
+    ahead = sorted((row.size_bytes / 1e6, height[row.name]) for row in shown if row.name in front(shown, timed=False))
+    points = [(x(a), y(b)) for a, b in ahead]
     path = " ".join(f"{svg.number(a)},{svg.number(b)}" for a, b in points)
     parts.append(svg.tag("polyline", points=path, fill="none", class_="front"))
-    centres = {row.name: (x(row.size_bytes / 1e6), y(row.quality.perplexity)) for row in shown if row.quality}
+    centres = {row.name: (x(row.size_bytes / 1e6), y(height[row.name])) for row in shown}
     radii = {row.name: radius(row, best) for row in shown}
     on_top = sorted(shown, key=lambda row: -radii[row.name])  # small markers over large ones
-    parts += [marker(row, centres[row.name], radii[row.name], colours[row.family]) for row in on_top]
+    parts += [
+        marker(row, centres[row.name], radii[row.name], colours[row.family], said(row, quality)) for row in on_top
+    ]
     frame = Box(x.start, y.end, x.end, y.start)
     parts += labels(numbered, centres, radii, frame, colours, along(points))
-    name = "Size, perplexity and speed: " + "; ".join(said(row) for row in shown)
+    name = f"Size, {quality} and speed: " + "; ".join(said(row, quality) for row in shown)
     figure = svg.picture(name, WIDTH, HEIGHT, *parts)
     timed = "The marker's area is decode tokens/s; a hollow ring was not timed. "
     note = f"Better: lower, further left, larger. {timed}The dashed line joins those that no other beats in both."
     used = [family for family in colours if any(row.family == family for row in shown)]
     key = svg.legend(used, [colours[family] for family in used])
-    return svg.tag("figure", key, figure, svg.tag("figcaption", note), aria_label="Size, perplexity and speed")
+    return svg.tag("figure", key, figure, svg.tag("figcaption", note), aria_label=f"Size, {quality} and speed")
 
 
 def radius(row: Row, best: float) -> float:
@@ -63,28 +67,17 @@ def radius(row: Row, best: float) -> float:
     return max(SMALLEST, LARGEST * math.sqrt(speed / best)) if speed else RING
 
 
-def said(row: Row) -> str:
+def said(row: Row, quality: str) -> str:
     speed = f", {row.decode_tokens_per_s:.0f} tokens/s" if row.decode_tokens_per_s else ""
-    return (
-        f"{row.name}: {row.size_bytes / 1e6:.3g} MB, perplexity {row.quality.perplexity:.2f}{speed}"
-        if row.quality
-        else ""
-    )
+    return f"{row.name}: {row.size_bytes / 1e6:.3g} MB, {quality} {cells(row)[quality]}{speed}"
 
 
-def marker(row: Row, centre: tuple[float, float], size: float, index: int) -> svg.Markup:
+def marker(row: Row, centre: tuple[float, float], size: float, index: int, title: str) -> svg.Markup:
     ring = (
         {"fill": "none", "stroke_width": 2} if row.speed is None else {"fill": svg.colour(index), "fill_opacity": 0.9}
     )
     stroke = svg.colour(index) if row.speed is None else "var(--paper)"
-    return svg.tag("circle", svg.tag("title", said(row)), cx=centre[0], cy=centre[1], r=size, stroke=stroke, **ring)
-
-
-def front_points(rows: Sequence[Row], x: svg.Scale, y: svg.Scale) -> list[tuple[float, float]]:
-    """Pixels of the models that no other beats in size and perplexity, from small to large."""
-    names = set(front(rows, ("size", "perplexity")))
-    found = sorted((row.size_bytes / 1e6, row.quality.perplexity) for row in rows if row.name in names and row.quality)
-    return [(x(a), y(b)) for a, b in found]
+    return svg.tag("circle", svg.tag("title", title), cx=centre[0], cy=centre[1], r=size, stroke=stroke, **ring)
 
 
 def along(points: Sequence[tuple[float, float]]) -> list[Box]:

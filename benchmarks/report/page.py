@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.ranking import front
 from benchmarks.report import frontier, growth, layers, routes, svg
 from benchmarks.report.svg import Markup, tag, together
-from benchmarks.row import HEADERS, Row, cells
+from benchmarks.row import Row, cells, columns, merit
 
 if TYPE_CHECKING:
     from benchmarks.comparison import Comparison
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 LIGHT = ("#6b6b6b", "#0072b2", "#d55e00", "#009e73", "#b3558c", "#b07d00", "#3a93c4", "#7a5195", "#5b7f00", "#a33b3b")
 DARK = ("#a8a8a8", "#5db2ea", "#ff8f4a", "#3fcf9f", "#e29cc4", "#e6b422", "#8fd0f5", "#b795d6", "#a4c94b", "#ef8a8a")
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # the browser refuses whatever else
-FIRST = ("model", "perplexity", "decode tokens/s", "file size")
 STYLE = """
 :root{color-scheme:light dark;--ink:#1d1d1f;--soft:#55555c;--paper:#fff;--line:#d9d9de;--tint:#f3f3f6;LIGHT}
 @media(prefers-color-scheme:dark){:root{--ink:#ececf0;--soft:#b0b0ba;--paper:#17171a;--line:#3a3a42;--tint:#222228;DARK}}
@@ -61,7 +60,7 @@ def page(result: Comparison) -> str:
         bullets(result.notes()),
     ]
     if drawn := frontier.draw(rows):
-        parts += [tag("h2", "Size, perplexity and speed"), drawn]
+        parts += [tag("h2", f"Size, {merit(rows)} and speed"), drawn]
     if curves := growth.figures([*(row.to_json() for row in rows), *result.growth]):
         parts += [tag("h2", "Growth of decode time"), tag("div", curves, class_="plots")]
     if maps := layers.figures([(row.name, row.path) for row in rows if row.kind in ("onnx", "quantized")]):
@@ -93,42 +92,43 @@ def variables(palette: tuple[str, ...]) -> str:
 def beside_control(rows: list[Row]) -> Markup:
     """Every DMPT with the GPT-2 that had the same training, stored alike; the line under the heading says if none."""
     controls = {row.scheme: row for row in reversed(rows) if row.control and not row.is_dmpt}
-    body = []
+    heads, body = ordered(rows), []
     for row in rows:
         if row.is_dmpt:
             control = controls.get(row.scheme)
-            other = (
-                ["control", *ordered(cells(control))]
-                if control
-                else ["control", "missing", *["-"] * (len(HEADERS) - 1)]
-            )
-            body += [["DMPT", *ordered(cells(row))], other]
+            other = picked(control, heads) if control else ["missing", *["-"] * (len(heads) - 1)]
+            body += [["DMPT", *picked(row, heads)], ["control", *other]]
     if not body:
         return Markup()
-    return svg.table(
-        ["", *ordered(HEADERS)], body, 2, "Each DMPT with the GPT-2 fine-tuned on the same tokens, stored alike"
-    )
+    return svg.table(["", *heads], body, 2, "Each DMPT with the GPT-2 fine-tuned on the same tokens, stored alike")
 
 
 def models_table(rows: list[Row]) -> Markup:
     """Numbered as in the figure; in the middle half of rounds lie the speeds in brackets."""
-    ahead = set(front(rows))
-    body = []
+    ahead, heads, body = set(front(rows)), ordered(rows), []
     for i, row in enumerate(rows, 1):
-        values = cells(row)
+        values = picked(row, heads)
         if row.speed:
             timed = row.speed.to_json()
-            values[6] += f" ({timed['decode_tokens_per_s_q1']:.1f}-{timed['decode_tokens_per_s_q3']:.1f})"
-        body.append([str(i), *ordered(values), "yes" if row.name in ahead else "-"])
+            middle = f" ({timed['decode_tokens_per_s_q1']:.1f}-{timed['decode_tokens_per_s_q3']:.1f})"
+            values[heads.index("decode tokens/s")] += middle
+        body.append([str(i), *values, "yes" if row.name in ahead else "-"])
     caption = (
-        "Medians; in brackets the middle half of the rounds. Front: no other is as good in perplexity, time and size."
+        "Medians; in brackets the middle half of the rounds. "
+        f"Front: no other is as good in {merit(rows)}, time and size."
     )
-    return svg.table(["#", *ordered(HEADERS), "front"], body, 2, caption)
+    return svg.table(["#", *heads, "front"], body, 2, caption)
 
 
-def ordered(values: Sequence[str]) -> list[str]:
-    """Cells of a row, what matters most first: a phone shows the first few, the others by scrolling."""
-    return [values[HEADERS.index(name)] for name in (*FIRST, *(h for h in HEADERS if h not in FIRST))]
+def ordered(rows: Sequence[Row]) -> list[str]:
+    """Columns, what matters most first: a phone shows the first few, the others by scrolling."""
+    first = ["model", merit(rows), "decode tokens/s", "file size"]
+    return first + [name for name in columns(rows) if name not in first]
+
+
+def picked(row: Row, names: Sequence[str]) -> list[str]:
+    values = cells(row)
+    return [values[name] for name in names]
 
 
 def bullets(lines: list[str]) -> Markup:

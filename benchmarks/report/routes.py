@@ -16,7 +16,7 @@ MOST = 160  # tokens
 def sample(scorer: Scorer, ids: NDArray[np.integer]) -> dict[str, Any] | None:
     """The text's first tokens: {"model", "leaves", "heads", "tokens": [[text, leaf index, head, weight] ...]}.
 
-    "heads": whether head and weight (of the likeliest head of the token's leaf) are known; an exported graph does not
+    "heads": whether head and weight (of the likeliest head of the token's leaf) are known; an old export does not
     tell them, and they are None then. None for a mode without a choice of leaf.
     """
     ids = ids[: min(MOST, scorer.context)]
@@ -58,7 +58,7 @@ def figure(found: dict[str, Any]) -> svg.Markup:
     ]
     table = svg.table(["path", "tokens", "share", "heads that weighed most"], rows, caption=name)
     note = "Hover over a token for its path and the head that weighed most." if found["heads"] else (
-        "Hover over a token for its path. Which head weighed most only a checkpoint tells: give it beside the export."
+        "Hover over a token for its path. Which head weighed most this export does not tell: make it again."
     )  # fmt: skip
     key = svg.legend(leaves, range(1, len(leaves) + 1))
     text = svg.tag("p", *spans, class_="routes", role="img", aria_label=f"{name}: {shares(leaves, counts)}")

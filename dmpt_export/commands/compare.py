@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dmpt_export.commands.eval import dequantize
+from dmpt_export.commands.eval import PROTOCOLS, dequantize
 from dmpt_export.extras import require
 
 if TYPE_CHECKING:
@@ -20,17 +20,23 @@ if TYPE_CHECKING:
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option("--data", multiple=True, type=click.Path(dir_okay=False), metavar="FILE",
               help="Text to score, as in eval. Without it only sizes and speeds are compared.")  # fmt: skip
+@click.option("--text-field", default="text", show_default=True, metavar="NAME",
+              help="Where the text is in JSONL, Parquet and datasets.")  # fmt: skip
+@click.option("--protocol", type=click.Choice(PROTOCOLS), default=PROTOCOLS[0], show_default=True,
+              help="What is scored after what, as in eval.")  # fmt: skip
 @click.option("--out", type=click.Path(file_okay=False),
               help="Folder for report.html and comparison.json, .md, .csv and .png.")  # fmt: skip
 @click.option("--control", multiple=True, metavar="NAME",
               help="A row that is plain GPT-2 fine-tuned on the same tokens as the DMPT rows.")  # fmt: skip
 @click.option("--peers", metavar="GPT2",
-              help="Also every peer that is installed, on this GPT-2 folder or hub id. Absent ones are listed with the "
-              "command that installs them.")  # fmt: skip
+              help="Also every peer that is installed, on this GPT-2 folder or hub id.")  # fmt: skip
 @click.option("--peer-python", multiple=True, metavar="PEER=PYTHON",
               help="The interpreter that holds a peer, where it is not this one.")  # fmt: skip
 @click.option("--growth", multiple=True, type=click.Path(exists=True, dir_okay=False), metavar="FILE",
               help="What `bench --json` printed, to be drawn in the report's growth curves.")  # fmt: skip
+@click.option("--resume", type=click.Path(file_okay=False), metavar="FOLDER",
+              help="Keep converted peers and scores there: a killed comparison, run again, goes on, and one with more "
+              "models measures only those anew. Speed is always timed again, all in one schedule.")  # fmt: skip
 @click.option("--max-length", type=click.IntRange(min=2), metavar="N",
               help="Tokens in a window. Default: 1024, or the smallest context if that is less.")  # fmt: skip
 @click.option("--stride", type=click.IntRange(min=1), metavar="N",
@@ -48,6 +54,9 @@ def command(
     peers: str | None,
     peer_python: tuple[str, ...],
     growth: tuple[str, ...],
+    text_field: str,
+    protocol: str,
+    resume: str | None,
     max_length: int | None,
     stride: int | None,
     prompt: int,
@@ -59,54 +68,58 @@ def command(
     """Compare any mix of models: GPT-2 folders or hub ids, DMPT and quantized folders, ONNX folders, peers.
 
     NAME=MODEL gives a model another name. All are scored on the same text in the same windows; ONNX folders and peers
-    are timed in one interleaved schedule, each in a process of its own; checkpoints have no speed (-).
+    are timed in one interleaved schedule, each in a process of its own; checkpoints have no speed (-). Where tokenizers
+    differ, perplexity per word and bits per byte stand in for what is per token.
     Whether DMPT gains anything can only be said beside a GPT-2 that was fine-tuned on the same tokens: mark it
     with --control.
 
-    A peer is another runtime that runs a plain GPT-2: openvino:int8@GPT2, llama.cpp:q4_0@GPT2 and so on; --peers GPT2
-    takes all that are installed. One that fails is a row that says why.
+    A peer is another runtime that runs a plain GPT-2, given as PEER:SCHEME@GPT2: transformers:fp32 :bf16,
+    optimum:fp32 :int8, openvino:int8 :int4, llama.cpp:q8_0 :q4_0, ctranslate2:fp32 :int8, bitsandbytes:int8 :nf4.
+    --peers GPT2 takes all that are installed; for the others the command that installs them is listed. A model that
+    fails is a row that says why, and the rest goes on; if it is none of the peers, the exit code is 4.
 
     \b
     Examples:
       dmpt-export compare tuned=gpt2-device device --control tuned --data wiki.test.raw --out report
+      dmpt-export compare gpt2-device device openvino:int8@./gpt2 --data wiki.test.raw --out report
       dmpt-export compare gpt2-device device --peers ./gpt2 --peer-python openvino=/venv/bin/python --out report
     """
-    with_peers = peers is not None or any("@" in model for model in models)
     exported = [(Path(model.partition("=")[2] or model) / "dmpt_manifest.json").is_file() for model in models]
-    needs_torch = with_peers or not all(exported) or out is not None
+    needs_torch = not all(exported) or peers is not None or out is not None
     wanted = {device: any(exported), "train": needs_torch, "bench": bool(out and data)}
     require(*(extra for extra, needed in wanted.items() if needed))
-    from benchmarks.comparison import compare
-    from benchmarks.contestants import peers_of
+    from benchmarks.comparison import Settings, compare
     from training.data import check_source
+    from training.errors import ValidationError
 
     for text in data:
         check_source(text)
     pythons = interpreters(peer_python)
-    entries = entries_of(models, control)
-    more, absent = peers_of(peers, pythons) if peers else ([], [])
-    result = compare(
-        [*entries, *more],
-        data,
-        out,
-        threads=threads,
-        device=device,
-        max_length=max_length,
-        stride=stride,
-        prompt=prompt,
-        gen=gen,
-        repetitions=repetitions,
-        dequantize=dequantize,
-        pythons=pythons,
-        absent=absent,
-        growth=[row for file in growth for row in bench_rows(file)],
-        show=show,
+    entries, absent = with_peers(entries_of(models, control), peers, pythons)
+    settings = Settings(
+        threads, device, protocol, max_length, stride, text_field, prompt, gen, repetitions, resume, dequantize, pythons
     )
+    drawn = [row for file in growth for row in bench_rows(file)]
+    result = compare(entries, data, out, settings, absent=absent, growth=drawn, show=show)
     if out is None:
         click.echo("Add --out DIR to keep this, with a report of figures.", err=True)
     else:
         more_data = "" if result.has_picture else "; with --data it would also compare quality"
         click.echo(f"Written to {out}: open {Path(out) / 'report.html'}{more_data}", err=True)
+    if result.failed:
+        raise ValidationError(f"{', '.join(result.failed)} could not be measured: the table says why")
+
+
+def with_peers(entries: list[Entry], source: str | None, pythons: dict[str, str]) -> tuple[list[Entry], list[str]]:
+    """The entries, then all peers that are here on the GPT-2 `source`; and lines about those that are not."""
+    from benchmarks.contestants import peers_of
+
+    asked = {entry.peer for entry in entries if entry.peer}
+    found, absent = peers_of(source, pythons, asked)
+    if source or asked:
+        return [*entries, *found], absent
+    here = "No other runtime was asked for (--peers GPT2 measures those that are installed)."
+    return entries, [" ".join([here, *(f"{line}." for line in absent)])]
 
 
 def show(result: Comparison) -> None:

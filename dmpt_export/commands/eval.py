@@ -143,7 +143,7 @@ def as_text(model: str, result: Quality, several_heads: bool = False) -> str:
         if len(shares) > 1:
             lines[f"heads {leaf}"] = ", ".join(f"{head}: {100 * weight:.1f} %" for head, weight in shares.items())
     if several_heads and result.head_shares is None:
-        lines["heads"] = "not told by an exported graph or a mixing mode: evaluate the checkpoint, with gate_hard"
+        lines["heads"] = "not told by this export (make it again) or by a mode that mixes paths"
     if result.base:
         lines |= against(result.base)
     return "\n".join(f"{key:<11} {value}" for key, value in lines.items())

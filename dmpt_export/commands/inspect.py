@@ -22,7 +22,7 @@ def command(model: str, data: str | None, as_json: bool) -> None:
     stored, and for an ONNX folder its operators; with --data also what a text makes it use (its first 4096 tokens).
 
     MODEL is a DMPT folder, a quantized folder, an ONNX folder, or a GPT-2 folder or hub id; an ONNX folder
-    is read without torch. Head weights are told for checkpoints, an exported graph does not give them.
+    is read without torch.
 
     \b
     Example:

@@ -218,7 +218,7 @@ class Demo:
             click.echo("\n")
 
     def compare(self, texts: Texts) -> Comparison:
-        from benchmarks.comparison import Entry, compare
+        from benchmarks.comparison import Entry, Settings, compare
 
         s = self.settings
         entries = [
@@ -231,10 +231,8 @@ class Demo:
             )
             for name, scheme, _ in self.variants()
         ]
-        seeds = {"demo": self.seed}
-        result = compare(
-            entries, [texts.held_out], prompt=s.prompt, gen=s.gen, repetitions=s.repetitions, seeds=seeds
-        )  # fmt: skip
+        settings = Settings(prompt=s.prompt, gen=s.gen, repetitions=s.repetitions)
+        result = compare(entries, [texts.held_out], settings=settings, seeds={"demo": self.seed})
         publish(result.write, self.out)
         click.echo(f"{result.table()}\n\n{result.reading}\n{result.conditions()}")
         return result

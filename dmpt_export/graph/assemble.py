@@ -11,7 +11,7 @@ from dmpt_export.graph.blocks import Past, Stream, Timeline, block_prefixes, emb
 from dmpt_export.graph.builder import MSFT, Builder, Spec
 from dmpt_export.graph.heads import leaf_log_probs
 from dmpt_export.graph.linear import Weights
-from dmpt_export.graph.routing import Router, Tail, cache_specs
+from dmpt_export.graph.routing import Router, Tail, cache_specs, head_specs
 from training.config import ROOT, DMPTConfig
 
 OPSETS = range(20, 25)  # ReduceMax of bool and Gelu came with 20; tested up to 24
@@ -48,6 +48,7 @@ def output_specs(config: DMPTConfig, dtype: ir.DataType, cache: ir.DataType) -> 
         Spec("routes", INT64, ("batch", "last")),
         *rows,
         *cache_specs(config, cache, [p for n in nodes for p in block_prefixes(n)], "present"),
+        *head_specs(config, config.leaves),
     ]
 
 
@@ -93,6 +94,7 @@ def build(
 
     results = {"log_probs": log_probs, "routes": routes}
     results |= {f"rows.{name}": value for name, value in router.rows.items()}
+    results |= {f"head_log_weights.{leaf}": value for leaf, value in router.head_log_weights.items()}
     for prefix, caches in router.present.items():
         results |= {f"present.{prefix}.key": caches.key, f"present.{prefix}.value": caches.value}
     outputs = [_named(b, results[spec.name], spec) for spec in output_specs(config, dtype, cache)]
@@ -113,11 +115,15 @@ def _single_leaf(
     """Without splits there is nothing to route: norm and heads on the last N rows, which `stream` holds."""
     h, _ = norm_stream(b, weights, stream, "transformer.ln_f", config.layer_norm_epsilon)  # (B, N, E)
     if len(config.head_allocation[ROOT]) == 1:
-        log_probs = leaf_log_probs(b, config, weights, ROOT, h)
+        log_probs, _ = leaf_log_probs(b, config, weights, ROOT, h)
     else:
         flat = b.op("Reshape", h, b.ints(1, -1, config.n_embd), name=f"{ROOT}.tail")
-        flat = leaf_log_probs(b, config, weights, ROOT, flat)  # (1, B * N, V)
-        log_probs = b.op("Reshape", flat, router.tail.by_batch(b, config.vocab_size), name="log_probs.by_batch")
+        flat_log_probs, log_pi = leaf_log_probs(b, config, weights, ROOT, flat)  # (1, B * N, V), (B * N, H)
+        assert log_pi is not None
+        router.head_log_weights[ROOT] = log_pi
+        log_probs = b.op(
+            "Reshape", flat_log_probs, router.tail.by_batch(b, config.vocab_size), name="log_probs.by_batch"
+        )
     batch = b.op("Shape", router.time.position_ids, name="routes.batch", start=0, end=1)
     shape = b.op("Concat", batch, router.tail.count, name="routes.shape", axis=0)
     return log_probs, b.op("ConstantOfShape", shape, name="routes.zero", value=ir.tensor([0], dtype=INT64))

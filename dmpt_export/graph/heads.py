@@ -19,12 +19,17 @@ from quant.tensor import DeltaTensor
 from training.config import DMPTConfig
 
 
-def leaf_log_probs(b: Builder, config: DMPTConfig, weights: Weights, leaf: str, h: ir.Value) -> ir.Value:
-    """log P_leaf: normalised hidden rows [1, n, E] -> [1, n, V], fp32; one head alone takes [B, N, E], too."""
+def leaf_log_probs(
+    b: Builder, config: DMPTConfig, weights: Weights, leaf: str, h: ir.Value
+) -> tuple[ir.Value, ir.Value | None]:
+    """log P_leaf and log pi, fp32: normalised hidden rows [1, n, E] -> [1, n, V] and [n, H].
+
+    One head alone takes [B, N, E], too, and has no log pi.
+    """
     anchor, *others = config.head_allocation[leaf]
     name = f"mixture.{leaf}"
     if not others:
-        return _log_softmax(b, project(b, weights, head(config, anchor), h), head(config, anchor))
+        return _log_softmax(b, project(b, weights, head(config, anchor), h), head(config, anchor)), None
     rows = b.op("Reshape", h, b.ints(-1, config.n_embd), name=f"{name}.rows")
     log_pi = _head_log_weights(b, config, weights, leaf, rows)  # (n, H)
     log_anchor = _log_softmax(b, project(b, weights, head(config, anchor), h), head(config, anchor))
@@ -34,7 +39,7 @@ def leaf_log_probs(b: Builder, config: DMPTConfig, weights: Weights, leaf: str, 
         for log_w, j in zip(weight_of[1:], others, strict=True):
             full = _log_softmax(b, _full_logits(b, config, weights, j, h, log_anchor), head(config, j))
             parts.append(b.op("Add", full, log_w, name=f"{name}.part"))
-        return _log_sum_exp(b, parts, name)
+        return _log_sum_exp(b, parts, name), log_pi
     k = b.ints(config.fast_k)
     log_c, candidates = b.ops("TopK", log_anchor, k, name=f"{name}.candidates", outputs=2, axis=-1, sorted=0)
     mass = b.op("ReduceLogSumExp", log_c, b.ints(2), name=f"{name}.mass", keepdims=1)
@@ -52,7 +57,7 @@ def leaf_log_probs(b: Builder, config: DMPTConfig, weights: Weights, leaf: str, 
     weighed = b.op("Add", within, b.op("Unsqueeze", log_pi, b.ints(2), name=f"{name}.log_pi"), name=f"{name}.weighed")
     mixed = b.op("ReduceLogSumExp", weighed, b.ints(2), name=f"{name}.within", keepdims=0)
     log_c = b.op("Add", mass, mixed, name=f"{name}.log_c")
-    return b.op("ScatterElements", log_anchor, candidates, log_c, name=name, axis=2)
+    return b.op("ScatterElements", log_anchor, candidates, log_c, name=name, axis=2), log_pi
 
 
 def _full_logits(

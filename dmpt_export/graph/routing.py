@@ -59,6 +59,7 @@ class Router:
     on: dict[str, ir.Value] = field(default_factory=dict)  # node -> bool [B, N]: routed through it
     present: dict[str, Past] = field(default_factory=dict)
     log_probs: dict[str, ir.Value] = field(default_factory=dict)  # leaf -> [1, rows routed to it, V]
+    head_log_weights: dict[str, ir.Value] = field(default_factory=dict)  # leaf with heads -> [rows routed to it, H]
 
     def choose(self, b: Builder, node: Node, x: ir.Value) -> ir.Value:
         """The child each of the last N rows takes: [B, R, E] -> int64 [B, N], 0 left, 1 right; a tie goes left."""
@@ -102,6 +103,8 @@ class Router:
         first, *rest = b.branch(needed, then, otherwise, specs, name=node.prefix)
         if node.children is None:
             self.log_probs[node.name] = first
+            if len(self.config.head_allocation[node.name]) > 1:
+                self.head_log_weights[node.name], *rest = rest
         else:
             self.rows[node.name] = first
             choice, *rest = rest
@@ -128,8 +131,10 @@ class Router:
 
     def _result_specs(self, b: Builder, node: Node) -> list[Spec]:
         if node.children is None:
+            shape = (1, f"routed_{node.name}", self.config.vocab_size)
             return [
-                Spec(f"log_probs.{node.name}", ir.DataType.FLOAT, (1, f"routed_{node.name}", self.config.vocab_size))
+                Spec(f"log_probs.{node.name}", ir.DataType.FLOAT, shape),
+                *head_specs(self.config, [node.name]),
             ]
         return [
             Spec(f"rows.{node.name}", b.dtype, ("batch", f"rows_{node.name}", self.config.n_embd)),
@@ -139,7 +144,8 @@ class Router:
     def _leaf_results(self, b: Builder, node: Node, stream: Stream) -> list[ir.Value]:
         """Only the rows routed here meet the heads: [(1, routed, V)]."""
         h, _ = norm_stream(b, self.weights, stream, f"{node.prefix}.ln_f", self.config.layer_norm_epsilon)
-        return [leaf_log_probs(b, self.config, self.weights, node.name, h)]
+        log_probs, log_pi = leaf_log_probs(b, self.config, self.weights, node.name, h)
+        return [log_probs, *([log_pi] if log_pi is not None else [])]
 
     def _fork_results(self, b: Builder, node: Node, stream: Stream) -> list[ir.Value]:
         rows = stream.total(b, f"{node.prefix}.output")
@@ -148,7 +154,10 @@ class Router:
     def _skipped(self, b: Builder, node: Node) -> list[ir.Value]:
         """What a node that did not run yields: no rows, and for an inner node a choice nobody reads."""
         if node.children is None:
-            return [empty(b, (1, 0, self.config.vocab_size), ir.DataType.FLOAT, node.name)]
+            shapes: list[tuple[int, ...]] = [(1, 0, self.config.vocab_size)]
+            if (heads := len(self.config.head_allocation[node.name])) > 1:
+                shapes.append((0, heads))
+            return [empty(b, shape, ir.DataType.FLOAT, node.name) for shape in shapes]
         nothing = b.op(
             "Slice", self.rows[node.parent or ""], b.ints(0), b.ints(0), b.ints(1), name=f"{node.prefix}.no_rows"
         )
@@ -204,6 +213,14 @@ def positions_of(b: Builder, mask: ir.Value, name: str) -> ir.Value:
 def empty(b: Builder, shape: tuple[int, ...], dtype: ir.DataType, name: str) -> ir.Value:
     zero = ir.tensor(np.zeros(1, dtype.numpy()))
     return b.op("ConstantOfShape", b.ints(*shape), name=f"{name}.skipped", value=zero)
+
+
+def head_specs(config: DMPTConfig, leaves: list[str]) -> list[Spec]:
+    """log pi of the leaves that have several heads, each for the rows routed to it, in their order."""
+    heads = {leaf: len(config.head_allocation[leaf]) for leaf in leaves}
+    return [
+        Spec(f"head_log_weights.{leaf}", ir.DataType.FLOAT, (f"routed_{leaf}", n)) for leaf, n in heads.items() if n > 1
+    ]
 
 
 def cache_specs(config: DMPTConfig, dtype: ir.DataType, prefixes: list[str], label: str) -> list[Spec]:
