@@ -47,7 +47,7 @@ class Damage:
                 want = self.want[row : row + len(got)]
                 total += float((want.exp() * (want - got)).sum(dtype=torch.float64))
                 row += len(got)
-        return total / row
+        return max(total / row, 0.0)  # rounding alone makes it less
 
     @contextmanager
     def _with(self, changed: Arrays) -> Iterator[None]:
