@@ -119,12 +119,18 @@ class Base:
         return log_probs[:n], gold[:n]
 
     def window(self, number: int, window: Window, targets: NDArray[np.integer]) -> tuple[Float, Float]:
-        """All rows of one window. Raises InputError for a damaged cache, OSError for a full disk."""
+        """All rows of one window.
+
+        Raises InputError for a damaged cache, ValidationError for a base without a perplexity, OSError for a full disk.
+        """
         file = self.file(number) if self.folder is not None else None
         if file is not None and file.is_file():
             return self._read(file, window, targets)
         found = np.concatenate([piece.log_probs.copy() for piece in pieces(self.scorer, [window])])
         gold = found[np.arange(len(targets)), targets]
+        if not np.isfinite(gold).all():
+            bad = int(targets[np.flatnonzero(~np.isfinite(gold))[0]])
+            raise ValidationError(f"{self.scorer.name} gives token {bad} of the text no probability: it can be no base")
         if file is None:
             return found, gold
         codes, rows = pack(found)

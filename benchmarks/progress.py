@@ -112,6 +112,8 @@ class Findings:
         if counts.dtype != np.int64 or counts.shape != (2,) or counts.min() < 0:
             raise InputError(f"{file} is damaged: {hint}")
         (windows, done), found = counts.tolist(), dict(zip(self.arrays, stored, strict=True))
+        if windows > done or bool(windows) != bool(done):  # a window scores one token at least
+            raise InputError(f"{file} is damaged, {windows} windows have not {done} tokens: {hint}")
         for name, array in self.arrays.items():
             if found[name].dtype != array.dtype or found[name].shape != (done, *array.shape[1:]) or done > len(array):
                 raise InputError(f"{file} is not of this evaluation: {hint}")

@@ -7,6 +7,7 @@ quantized folder (config.json, "quantization") -> the same, when the caller says
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ def kind_of(source: str | Path) -> str:
     folder = Path(source)
     if (folder / MANIFEST_NAME).is_file():
         return "onnx"
-    return "quantized" if "quantization" in config_json(folder) else "float"
+    return "float" if config_json(folder).get("quantization") is None else "quantized"
 
 
 def pieces(scorer: Scorer, windows: Sequence[Window]) -> Iterator[Piece]:

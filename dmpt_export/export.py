@@ -130,7 +130,8 @@ def readme(manifest: dict[str, Any]) -> str:
     return f"""# {manifest["source"]["name"]}: ONNX
 
 Exported by dmpt-export for {manifest["target"]}, weights {manifest["quantization"]["scheme"]}: \
-{manifest["parameters"]["total"]:,} parameters, {manifest["parameters"]["touched_per_token"]:,} touched per token,
+{manifest["parameters"]["total"]:,} parameters, {manifest["parameters"]["touched_per_token"]:,} touched per token \
+({manifest["bytes_touched_per_token"] / 1e6:.2f} MB),
 context {config["n_positions"]} tokens, paths: {leaves}.
 
     pip install 'dmpt-export[cpu]'

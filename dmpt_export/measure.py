@@ -1,4 +1,8 @@
-"""Counts of parameters and bytes: in all, and what one decoding step has to read."""
+"""Counts of parameters and bytes: in all, and what one decoding step has to read.
+
+Parameters are the model's, however it is stored: a matrix in 4 bits, or as a delta of low rank, counts as the matrix
+it stands for, so a model has as many quantized as in float. Bytes are what is stored.
+"""
 
 from __future__ import annotations
 

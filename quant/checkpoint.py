@@ -1,8 +1,7 @@
-"""The quantized checkpoint folder: config.json says how each tensor is stored, model.safetensors holds the bytes.
+"""The quantized checkpoint folder: reading and writing it, and quantizing a float checkpoint into one by rules.
 
-`<name>.packed`, `<name>.scales` (but for fp16) and, where there are any, `<name>.zero_points` stand for a quantized
-tensor, and factors `<name>.left` and `<name>.right` of such parts for a head delta; every other tensor is float32
-under its own name. Exporting reads these bytes as they are.
+config.json says how each tensor is stored, model.safetensors holds the bytes (see quant.folder). Exporting reads these
+bytes as they are.
 """
 
 from __future__ import annotations
@@ -15,23 +14,19 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
 from quant.calibration import Calibration, Inputs, observe
-from quant.codebook import CODEBOOKS, CodebookTensor, HalfTensor
-from quant.deltas import assemble, record
+from quant.folder import FORMAT_VERSION, WEIGHTS, read_weights, records, stored_arrays
 from quant.measure import with_damage
 from quant.quantize import TensorReport, quantize_tensors
 from quant.rules import FLOAT, Rule, anchors_of, assign, default_rules, is_quantizable
 from quant.schemes import SCHEMES, check_installed
-from quant.schemes.low_rank import DELTAS
 from quant.smooth import Arrays, smooth
-from quant.tensor import Alone, DeltaTensor, QuantizedTensor, Weight
+from quant.tensor import Weight
 from training.checkpoint import (
     Source,
     atomic_folder,
     check_replaceable,
-    check_tensors,
     config_fields,
     copy_tokenizer,
     load_state,
@@ -46,8 +41,6 @@ from training.config import DMPTConfig
 from training.errors import InputError
 from training.model import DMPTForCausalLM
 
-FORMAT_VERSION = 1
-WEIGHTS = "model.safetensors"
 PLANNED = "planned"  # how a folder is called whose tensors follow a plan's rules
 
 
@@ -62,30 +55,8 @@ def load_weights(source: Source) -> tuple[DMPTConfig, dict[str, Weight]]:
     if not is_quantized(config):
         _, arrays = load_state(folder)
         return config, dict(arrays)
-    stored = _read_arrays(folder / WEIGHTS)
-    weights: dict[str, Weight] = {}
-    entries = _entries(config.quantization, folder)
-    deltas = {name: entry for name, entry in entries.items() if entry["scheme"] in DELTAS}
-    for name in entries.keys() - deltas.keys():
-        weights[name] = _assemble(stored, name, entries[name], folder)
-    try:
-        weights |= assemble(stored, deltas, stored | weights)
-    except InputError as error:
-        raise InputError(f"{folder / WEIGHTS}: {error}: copy or quantize it again") from error
-    weights = {name: weights[name] for name in entries}
-    twice = sorted(weights.keys() & stored.keys())
-    if twice:
-        raise InputError(f"{folder / WEIGHTS} holds {', '.join(twice)} both quantized and float: quantize it again")
-    weights |= stored  # what is left is float
+    weights = read_weights(folder, config)
     del config.quantization  # each tensor carries its own record; the configuration is the model's again
-    wrong = [name for name, array in stored.items() if array.dtype != np.float32]
-    if wrong:
-        raise InputError(f"{folder / WEIGHTS} holds {', '.join(wrong)}, neither float32 nor quantized in config.json")
-    check_tensors(config, {name: checkpoint_shape(weight) for name, weight in weights.items()}, folder)
-    anchors = anchors_of(config)
-    for name, weight in weights.items():
-        if isinstance(weight, DeltaTensor) and anchors.get(name) != {weight.anchor_name}:
-            raise InputError(f"{folder}: {name} is a delta to {weight.anchor_name}, which is not its leaf's first head")
     return config, weights
 
 
@@ -214,22 +185,11 @@ def write_quantized(
         "scheme": scheme,
         "format_version": FORMAT_VERSION,
         **recorded,
-        "tensors": {
-            name: {
-                "scheme": weight.scheme,
-                "bits": weight.bits,
-                "block": weight.block,
-                "shape": list(weight.shape),
-                "transposed": weight.transposed,
-                **(record(weight) if isinstance(weight, DeltaTensor) else {}),
-            }
-            for name, weight in weights.items()
-            if not isinstance(weight, np.ndarray)
-        },
+        "tensors": records(weights),
     }
     with atomic_folder(out, "quantized") as tmp:
         # safetensors writes memory as it lies: a view with other strides would be stored scrambled
-        arrays = {name: np.ascontiguousarray(array) for name, array in _stored_arrays(weights).items()}
+        arrays = {name: np.ascontiguousarray(array) for name, array in stored_arrays(weights).items()}
         write_tensors(tmp / WEIGHTS, {name: torch.from_numpy(array) for name, array in arrays.items()})
         write_json(tmp / "config.json", config_fields(config) | {"quantization": quantization})
         if tokenizer_from is not None:
@@ -261,78 +221,3 @@ def check_unquantized(source: Source) -> Path:
 def is_quantized(config: DMPTConfig) -> bool:
     """Whether a configuration read from disk is that of a quantized folder."""
     return getattr(config, "quantization", None) is not None
-
-
-def checkpoint_shape(weight: Weight) -> tuple[int, ...]:
-    """A weight's shape in the float checkpoint."""
-    if isinstance(weight, np.ndarray):
-        return weight.shape
-    return weight.shape[::-1] if weight.transposed else weight.shape
-
-
-def _stored_arrays(weights: Mapping[str, Weight]) -> dict[str, NDArray[Any]]:
-    arrays: dict[str, NDArray[Any]] = {}
-    for name, weight in weights.items():
-        if isinstance(weight, np.ndarray):
-            arrays[name] = weight
-        else:
-            arrays |= {f"{name}.{part}": array for part, array in weight.parts().items()}
-    return arrays
-
-
-def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """Every array of a safetensors file. Raises InputError when it is missing, damaged or not finite."""
-    arrays: dict[str, NDArray[Any]] = {}
-    try:
-        with safe_open(path, framework="np") as file:
-            for name in file.keys():  # noqa: SIM118 (the file is no mapping)
-                arrays[name] = file.get_tensor(name)
-                if not np.isfinite(arrays[name]).all():
-                    raise InputError(f"{path}: '{name}' holds NaN or infinite values: quantize the checkpoint again")
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing: quantize the checkpoint again") from None
-    except SafetensorError as error:
-        raise InputError(f"{path} is damaged or cut short ({error}): copy or quantize it again") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    return arrays
-
-
-def _entries(quantization: Any, folder: Path) -> dict[str, dict[str, Any]]:
-    """The record of every quantized tensor in config.json, checked for form."""
-    where = f"{folder / 'config.json'}: quantization"
-    if not isinstance(quantization, dict) or not isinstance(quantization.get("tensors"), dict):
-        raise InputError(f"{where} has no table of tensors: quantize the checkpoint again")
-    version = quantization.get("format_version")
-    if version != FORMAT_VERSION:
-        raise InputError(f"{where} is of format {version}, this program reads {FORMAT_VERSION}: update one of them")
-    entries: dict[str, dict[str, Any]] = quantization["tensors"]
-    for name, entry in entries.items():
-        form = {"scheme": str, "bits": int, "block": int, "shape": list, "transposed": bool}
-        if not isinstance(entry, dict) or any(type(entry.get(key)) is not kind for key, kind in form.items()):
-            raise InputError(f"{where} of {name} must give {', '.join(form)}: quantize the checkpoint again")
-        if entry["scheme"] not in {**SCHEMES, **DELTAS}:
-            raise InputError(f"{where} of {name} names an unknown scheme '{entry['scheme']}': quantize it again")
-        if len(entry["shape"]) != 2 or any(type(size) is not int or size < 1 for size in entry["shape"]):
-            raise InputError(f"{where} of {name} has shape {entry['shape']}, not two sizes above 0")
-    return entries
-
-
-def _assemble(stored: dict[str, NDArray[Any]], name: str, entry: dict[str, Any], folder: Path) -> Alone:
-    """Take a tensor's parts out of `stored` and put them together."""
-    scheme, block, transposed = entry["scheme"], entry["block"], entry["transposed"]
-    packed = stored.pop(f"{name}.packed", None)
-    no_scales = scheme == HalfTensor.scheme
-    scales = np.empty(0, np.float32) if no_scales else stored.pop(f"{name}.scales", None)
-    if packed is None or scales is None:
-        raise InputError(f"{folder / WEIGHTS} lacks {name}.packed or {name}.scales: copy or quantize it again")
-    shape = (entry["shape"][0], entry["shape"][1])
-    try:
-        if no_scales:
-            return HalfTensor(packed, shape, transposed)
-        if scheme in CODEBOOKS:
-            return CodebookTensor(packed, scales, scheme, block, shape, transposed)
-        zero_points = stored.pop(f"{name}.zero_points", None)
-        return QuantizedTensor(packed, scales, zero_points, entry["bits"], block, shape, scheme, transposed)
-    except InputError as error:
-        raise InputError(f"{folder / WEIGHTS}: {name}: {error}") from error

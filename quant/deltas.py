@@ -13,6 +13,8 @@ from quant.schemes.low_rank import BITS, BLOCK, DELTAS, RIGHT_BITS, RIGHT_BLOCK,
 from quant.tensor import DeltaTensor, QuantizedTensor, Weight, fit_block
 from training.errors import InputError
 
+AGREED = ("anchor", "scheme", "block", "shape", "sharers")  # of heads with one left factor, in config.json
+
 
 def groups(plan: Mapping[str, Rule], anchors: Mapping[str, set[str]]) -> Iterator[tuple[str, Rule, list[str]]]:
     """(anchor, rule, heads that share a left factor): heads of the plan with one anchor, stored in one way."""
@@ -63,29 +65,42 @@ def assemble(
 ) -> dict[str, DeltaTensor]:
     """Take the deltas' parts out of `stored` and put them together with their anchors among `weights`.
 
-    Raises InputError for parts that are missing, do not fit or have no anchor.
+    Raises InputError for parts that are missing, do not fit or have no anchor, and for heads that do not agree about
+    the factor they share.
     """
     out: dict[str, DeltaTensor] = {}
     lefts: dict[str, QuantizedTensor] = {}
     for name, entry in entries.items():
-        anchor, sharers = weights.get(str(entry.get("anchor"))), entry.get("sharers")
+        anchor = weights.get(str(entry.get("anchor")))
         if anchor is None or isinstance(anchor, DeltaTensor):
             raise InputError(f"{name} is a delta to '{entry.get('anchor')}', which is no stored matrix")
-        if not isinstance(sharers, list) or name not in sharers or any(str(s) not in entries for s in sharers):
-            raise InputError(f"{name} is not among its sharers {sharers}")
-        rank, (rows, width) = DELTAS[entry["scheme"]], entry["shape"]
-        owner = sharers[0]
+        check_sharers(name, entries)
+        rank, (rows, width), sharers = DELTAS[entry["scheme"]], entry["shape"], entry["sharers"]
+        owner, place = sharers[0], sharers.index(name)
         try:
             if owner not in lefts:
                 lefts[owner] = _factor(stored, f"{owner}.left", BITS, entry["block"], (rows, rank))
             right = _factor(stored, f"{name}.right", RIGHT_BITS, fit_block(RIGHT_BLOCK, width), (rank, width))
-            place = sharers.index(name)
             out[name] = DeltaTensor(
                 anchor, lefts[owner], right, entry["scheme"], entry["anchor"], tuple(sharers), place
             )
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
     return out
+
+
+def check_sharers(name: str, entries: Mapping[str, dict[str, Any]]) -> None:
+    """Raise InputError unless all heads that a delta says it shares its factor with say the same of it."""
+    sharers = entries[name].get("sharers")
+    if not isinstance(sharers, list) or name not in sharers or any(str(other) not in entries for other in sharers):
+        raise InputError(f"{name} is not among its sharers {sharers}")
+    twice = sorted({other for other in sharers if sharers.count(other) > 1})
+    if twice:
+        raise InputError(f"{name} names {', '.join(twice)} twice among its sharers")
+    for other in sharers:
+        differ = [key for key in AGREED if entries[other].get(key) != entries[name][key]]
+        if differ:
+            raise InputError(f"{name} and {other} share a factor but differ in {', '.join(differ)}")
 
 
 def _factor(

@@ -174,7 +174,7 @@ def is_sound(rule: str, option: Option) -> bool:
         type(size) is int
         and size > 0
         and type(kl) is float
-        and math.isfinite(kl)
+        and 0 <= kl < math.inf
         and rule.endswith(f"={option.scheme}")
     )
 

@@ -59,6 +59,7 @@ class Plan:
     total_weights: int
     predicted_kl: float
     measured_kl: float
+    calibration: dict[str, Any] | None = None  # what is recorded of the text that damage was measured on
 
     @property
     def bytes(self) -> int:
@@ -87,6 +88,7 @@ class Plan:
             "bits_per_weight": self.bits,
             "predicted_kl": self.predicted_kl,
             "measured_kl": self.measured_kl,
+            "calibration": self.calibration,
             "rules": [str(rule) for rule in self.rules()],
             "groups": [
                 asdict(group) | {"chosen": options[i].scheme, "options": [asdict(option) for option in options]}
@@ -136,18 +138,22 @@ def groups_of(shapes: Mapping[str, Sequence[int]], anchors: Mapping[str, set[str
 
 
 def candidates_of(group: Group, text: str) -> list[str]:
-    """Those of a comma-separated list of schemes that can store the group. Raises InputError when there are none."""
+    """Those of a comma-separated list of schemes that can store the group, each once and by its name: "8" is int8.
+
+    A number of bits is GPTQ's scheme where there is one, as in rules beside calibration text. Raises InputError when
+    there are none.
+    """
     looked_up = any(ROWS.fullmatch(name) for name in group.tensors)
 
-    def fits(scheme: str) -> bool:
-        rule = parse_rule(f"{group.patterns[0]}={scheme}")
+    def fits(rule: Rule) -> bool:
         if rule.scheme in DELTAS:
             return group.anchor is not None
         if rule.scheme == "int8-dynamic":
             raise InputError("int8-dynamic rounds activations, and a plan measures what weights lose: use int8")
         return rule.scheme != FLOAT and (SCHEMES[rule.scheme].rows or not looked_up)
 
-    fit = [scheme.strip() for scheme in text.split(",") if fits(scheme.strip())]
+    rules = [parse_rule(f"{group.patterns[0]}={scheme.strip()}", calibrated=True) for scheme in text.split(",")]
+    fit = list(dict.fromkeys(str(rule).partition("=")[2] for rule in rules if fits(rule)))
     if not fit:
         raise InputError(f"none of --candidates {text} can store {group}: add int8 or int4 to them")
     return fit

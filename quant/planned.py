@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from quant.calibration import Calibration
 from quant.checkpoint import PLANNED, check_unquantized, note_of, write_quantized
 from quant.measure import Measurements
 from quant.plan import CANDIDATES, Plan, Target, candidates_of, groups_of, make_plan
 from quant.quantize import TensorReport, float_report
-from quant.rules import anchors_of, parse_rule
+from quant.rules import Rule, anchors_of, parse_rule
+from quant.schemes import SCHEMES
 from quant.tensor import Weight
 from training.checkpoint import Source, check_replaceable, load_state, read_json
 from training.errors import InputError
@@ -51,6 +54,7 @@ def save_planned(
         groups, options, target, sizes,
         lambda chosen: measured.joint(groups, [schemes[g][i] for g, i in enumerate(chosen)]),
     )  # fmt: skip
+    plan = replace(plan, calibration=calibration.as_dict())
     quantized = measured.quantized(groups, plan.schemes())
     weights: dict[str, Weight] = {
         name: quantized[name][0] if name in quantized else array for name, array in arrays.items()
@@ -76,9 +80,43 @@ def header_bytes(names: Iterable[str]) -> int:
     return 64 + sum(len(name) + longest for name in names)
 
 
-def read_rules(path: str | Path) -> list[str]:
-    """The rules of a plan.json, to be used again. Raises InputError when it holds none."""
-    rules = read_json(Path(path)).get("rules")
+@dataclass(frozen=True)
+class Replay:
+    """The rules of an earlier plan, to be used again."""
+
+    path: Path
+    rules: list[Rule]
+    calibration: dict[str, Any]  # sha256 and tokens of the text that it was made with; {} where that is not recorded
+
+    @property
+    def by_text(self) -> str | None:
+        """A scheme of it that goes by calibration text."""
+        schemes = (rule.scheme for rule in self.rules)
+        return next((scheme for scheme in schemes if scheme in SCHEMES and SCHEMES[scheme].calibrated), None)
+
+    def check_text(self) -> None:
+        """Raise InputError when no calibration text is given, but needed; said before any work is done."""
+        if self.by_text and self.calibration:
+            raise InputError(f"{self.made()}, and {self.by_text} goes by it: give the same with --calib FILE")
+
+    def other_text(self, given: Calibration) -> str | None:
+        """What to tell people when the text is needed and not that of the plan."""
+        text = (given.sha256, given.windows.numel())
+        if not self.by_text or not self.calibration or text == (self.calibration["sha256"], self.calibration["tokens"]):
+            return None
+        return f"{self.made()}, these are {text[1]} of {text[0][:12]}...: the weights will be others than planned"
+
+    def made(self) -> str:
+        tokens, sha256 = self.calibration["tokens"], self.calibration["sha256"]
+        return f"{self.path} was made with {tokens} tokens of a text with sha256 {sha256[:12]}..."
+
+
+def read_plan(path: str | Path) -> Replay:
+    """A plan.json. Raises InputError when it is none."""
+    fields = read_json(Path(path))
+    rules, text = fields.get("rules"), fields.get("calibration") or {}
     if not isinstance(rules, list) or not rules or not all(isinstance(rule, str) for rule in rules):
         raise InputError(f"{path} is no plan: give the plan.json of a planned quantized folder")
-    return [str(parse_rule(rule)) for rule in rules]
+    if text and not (isinstance(text, dict) and type(text.get("sha256")) is str and type(text.get("tokens")) is int):
+        raise InputError(f"{path}: calibration must give sha256 and tokens: give the plan.json as it was written")
+    return Replay(Path(path), [parse_rule(rule) for rule in rules], text)

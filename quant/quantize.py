@@ -108,10 +108,12 @@ def quantize_tensor(
     if scheme.calibrated:
         options["inputs"] = inputs
     try:
-        tensor = replace(scheme(matrix, **options), transposed=transposed)
-        for part in tensor.parts().values():
-            if not np.isfinite(part).all():
-                raise InputError("its weights are too large for scales in float32")
+        with np.errstate(over="raise", invalid="raise"):
+            tensor = replace(scheme(matrix, **options), transposed=transposed)
+        if not all(np.isfinite(part).all() for part in tensor.parts().values()):  # not every operation raises
+            raise FloatingPointError
+    except FloatingPointError:
+        raise InputError(f"tensor '{name}': its weights are too large for scales in float32") from None
     except InputError as error:
         raise InputError(f"tensor '{name}': {error}") from error
     stored = (tensor.scheme, tensor.block if SCHEMES[rule.scheme].blocks else None)

@@ -161,8 +161,8 @@ def test_both_torch_references_hold_the_same_weights(scheme: str, tmp_path: Path
         (lambda e, t: e.update(block=48), "blocks of 32, 64, 128, 256, not 48"),
         (lambda e, t: e.update(block=32), r"scales is float32 \[48\] where float32 \[96\] is needed"),
         (lambda e, t: t.update(packed=t["packed"][:-1]), r"packed is uint8 \[1535\] where uint8 \[1536\]"),
-        (lambda e, t: t.pop("scales"), "lacks"),
-        (lambda e, t: e.update(scheme="fp16"), r"packed is uint8 \[1536\] where float16 \[96, 32\] is needed"),
+        (lambda e, t: t.pop("scales"), "c_attn.weight.scales is missing"),
+        (lambda e, t: e.update(scheme="fp16", bits=16), r"packed is uint8 \[1536\] where float16 \[96, 32\] is needed"),
         (lambda e, t: t.update(zero_points=t["packed"]), "neither float32 nor quantized"),
     ],
 )

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import dmpt_export.export as export_module
 from dmpt_export.cli import main
+from dmpt_export.commands.onnx import report
 from dmpt_export.export import export_onnx
 from dmpt_export.manifest import describe
 from dmpt_export.summary import summarise
@@ -167,19 +168,23 @@ def test_reports_and_inspect_tell_sizes_and_errors(tmp_path: Path) -> None:
     reports = {r.name: r for r in save_quantized(source, tmp_path / "quantized", "int8", rules=[DELTA])}
     config, weights = load_weights(tmp_path / "quantized")
     for name in ("heads.1.weight", "heads.5.weight"):
-        weight, report, head = weights[name], reports[name], arrays[name]
+        weight, said, head = weights[name], reports[name], arrays[name]
         assert isinstance(weight, DeltaTensor) and isinstance(weight.anchor, QuantizedTensor)
         lost = np.linalg.norm(weight.dequantize() - head)
-        assert report.relative_error == pytest.approx(lost / np.linalg.norm(head), rel=1e-4)
-        assert report.delta_error == pytest.approx(lost / np.linalg.norm(weight.anchor.dequantize() - head), rel=1e-4)
-        assert (report.scheme, report.bytes_after) == ("delta-r16", weight.nbytes)
+        assert said.relative_error == pytest.approx(lost / np.linalg.norm(head), rel=1e-4)
+        assert said.delta_error == pytest.approx(lost / np.linalg.norm(weight.anchor.dequantize() - head), rel=1e-4)
+        assert (said.scheme, said.bytes_after) == ("delta-r16", weight.nbytes)
     assert reports["heads.0.weight"].delta_error is None
     # a leaf's two deltas: 16 codes and a scale a row together, and 16 x 32 bytes with a scale a row each
     assert sum(weights[f"heads.{j}.weight"].nbytes for j in (1, 2)) == 97 * (8 + 4) + 2 * 16 * (32 + 4)
-    export_onnx(tmp_path / "quantized", tmp_path / "onnx")
-    told = [summarise(str(tmp_path / kind))["tensors"] for kind in ("quantized", "onnx")]
-    assert told[0] == told[1]
-    assert told[0]["heads.1.weight"]["scheme"] == "delta-r16"
+    manifest = export_onnx(tmp_path / "quantized", tmp_path / "onnx")
+    told = [summarise(str(tmp_path / kind)) for kind in ("quantized", "onnx", "source")]
+    assert told[0]["tensors"] == told[1]["tensors"]
+    assert told[0]["tensors"]["heads.1.weight"]["scheme"] == "delta-r16"
+    # parameters are the model's, however it is stored; bytes are not
+    assert told[0]["parameters"] == told[1]["parameters"] == told[2]["parameters"]
+    assert f"touched per token ({told[1]['bytes_touched_per_token'] / 1e6:.2f} MB)" in report(manifest, "device")
+    assert told[1]["bytes_touched_per_token"] < told[2]["bytes_touched_per_token"]
     # candidates touch as many rows of the shared factor, and all of the small ones
     plain = describe(config, weights | {f"heads.{j}.weight": arrays["heads.0.weight"][:0] for j in (1, 2, 4, 5)}, "cpu",
                      tmp_path)["bytes_touched_per_token"]  # fmt: skip
@@ -312,7 +317,7 @@ def test_a_damaged_file_is_refused(
         ({"anchor": "heads.2.weight"}, "which is no stored matrix"),
         ({"anchor": None}, "which is no stored matrix"),
         ({"anchor": []}, "which is no stored matrix"),
-        ({"anchor": "transformer.wpe.weight"}, "do not make a delta"),
+        ({"anchor": "transformer.wpe.weight"}, "heads.2.weight share a factor but differ in anchor"),
         ({"sharers": ["heads.2.weight"]}, "not among its sharers"),
         ({"sharers": "heads.1.weight"}, "not among its sharers"),
         ({"sharers": ["heads.1.weight", "heads.8.weight"]}, "not among its sharers"),

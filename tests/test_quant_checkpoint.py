@@ -227,13 +227,28 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "no block": (change_config(lambda q: q["tensors"]["heads.1.weight"].pop("block")), r"heads\.1\.weight must give"),
     "text as bits": (change_config(lambda q: q["tensors"]["heads.1.weight"].update(bits="8")), "must give"),
     "bad shape": (change_config(lambda q: q["tensors"]["heads.1.weight"].update(shape=[300, 0])), "not two sizes"),
-    "wrong bits": (change_config(lambda q: q["tensors"]["heads.1.weight"].update(bits=4)), r"heads\.1\.weight: packed"),
-    "wrong layout": (
-        change_config(lambda q: q["tensors"]["transformer.h.0.attn.c_attn.weight"].update(transposed=False)),
-        r"wrong shape: transformer\.h\.0\.attn\.c_attn\.weight \[96, 32\] instead of \[32, 96\]",
+    "wrong bits": (
+        change_config(lambda q: q["tensors"]["heads.1.weight"].update(bits=4)),
+        r"heads\.1\.weight says 4 bits, where int8 is stored in 8",
+    ),
+    "unknown scheme": (
+        change_config(lambda q: q["tensors"]["heads.1.weight"].update(scheme="int5")),
+        r"heads\.1\.weight names an unknown scheme 'int5'",
+    ),
+    "wrong layout": (  # of a square matrix, whose shape says nothing
+        change_config(lambda q: q["tensors"]["transformer.h.0.attn.c_proj.weight"].update(transposed=False)),
+        r"transformer\.h\.0\.attn\.c_proj\.weight says transposed False",
+    ),
+    "wrong sizes": (
+        change_config(lambda q: q["tensors"]["transformer.h.0.attn.c_attn.weight"].update(shape=[32, 96])),
+        r"transformer\.h\.0\.attn\.c_attn\.weight: packed is uint8 \[96, 1, 16\]",
+    ),
+    "a vector's record": (
+        change_config(lambda q: q["tensors"].update({"transformer.wpe.weight": q["tensors"]["heads.1.weight"]})),
+        r"transformer\.wpe\.weight is of a tensor that always stays float32",
     ),
     "not in the table": (change_config(lambda q: q["tensors"].pop("heads.1.weight")), "neither float32 nor quantized"),
-    "no scales": (change_tensors(lambda t: t.pop("heads.1.weight.scales")), r"lacks heads\.1\.weight\.packed or"),
+    "no scales": (change_tensors(lambda t: t.pop("heads.1.weight.scales")), r"heads\.1\.weight\.packed or .* missing"),
     "float twice": (
         change_tensors(lambda t: t.update({"heads.1.weight": np.ones((300, 32), np.float32)})),
         r"heads\.1\.weight both quantized and float",
@@ -243,6 +258,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "half precision": (
         change_tensors(lambda t: t.update({"transformer.wpe.weight": t["transformer.wpe.weight"].astype(np.float16)})),
         r"holds transformer\.wpe\.weight, neither float32",
+    ),
+    "not a number": (
+        change_tensors(lambda t: t["heads.1.weight.scales"].__setitem__((7, 0), np.nan)),
+        r"'heads\.1\.weight\.scales' holds NaN or infinite",
     ),
     "not finite": (
         change_tensors(lambda t: t["heads.1.weight.scales"].fill(np.inf)),

@@ -52,7 +52,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _is_dmpt(folder: Path, *, quantized: bool) -> bool:
     config = _config(folder)
-    return config.get("model_type") == "dmpt" and ("quantization" in config) == quantized
+    return config.get("model_type") == "dmpt" and (config.get("quantization") is not None) == quantized
 
 
 # kind of product -> how a folder of that kind is recognised

@@ -80,6 +80,8 @@ def read_config(source: Source) -> DMPTConfig:
     if kind not in ("dmpt", "gpt2"):
         raise InputError(f"{path}: model_type {kind!r} is not supported, only 'dmpt' and 'gpt2' are")
     check_fields(fields, path)
+    if fields.get("quantization") is None:
+        fields.pop("quantization", None)  # null says what leaving it out says
     try:
         return config_from_gpt2(fields) if kind == "gpt2" else DMPTConfig.from_dict(fields)
     except InputError as error:

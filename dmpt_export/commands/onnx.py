@@ -97,7 +97,8 @@ def report(manifest: dict[str, Any], out: str) -> str:
     parameters = manifest["parameters"]
     lines = [
         f"{out}: {size / 1e6:.1f} MB, weights {manifest['quantization']['scheme']}, "
-        f"{parameters['total']:,} parameters, {parameters['touched_per_token']:,} touched per token"
+        f"{parameters['total']:,} parameters, {parameters['touched_per_token']:,} touched per token "
+        f"({manifest['bytes_touched_per_token'] / 1e6:.2f} MB)"
     ]
     if manifest["parity"] is None:
         lines.append("not verified against torch")

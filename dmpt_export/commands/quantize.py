@@ -16,7 +16,9 @@ from dmpt_export.extras import require
 if TYPE_CHECKING:
     from quant.calibration import Calibration
     from quant.plan import Plan, Target
+    from quant.planned import Replay
     from quant.quantize import TensorReport
+    from quant.rules import Rule
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 CACHE = Path("~/.cache/dmpt-export")
@@ -95,8 +97,10 @@ class Size(click.ParamType):  # type: ignore[type-arg]
 @click.option("--target-bits", type=Positive(), metavar="BITS",
               help="Plan: the least damage within so many bits per weight, all tensors counted.")  # fmt: skip
 @click.option("--candidates", metavar="SCHEME,...", help="What a plan chooses from, for each group of tensors, such as "
-              "int8,int4:32,int2-gptq.  [int8, and int4-gptq in blocks of 16 to 128]")  # fmt: skip
-@click.option("--plan", "replay", metavar="PLAN.json", type=click.Path(), help="Use the rules of an earlier plan.")
+              "int8,int4:32,int2-gptq; a number of bits stands for a scheme as in --rule.  [int8, and int4-gptq in "
+              "blocks of 16 to 128]")  # fmt: skip
+@click.option("--plan", "replay", metavar="PLAN.json", type=click.Path(), help="Use the rules of an "
+              "earlier plan; give the same --calib where GPTQ's schemes are in it.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print what would be done, write no model; OUT may be left out.")
 @click.option("--cache-dir", type=click.Path(path_type=Path), default=CACHE, show_default=True,
               help="Where damages are remembered: a killed plan goes on, another target is quick.")  # fmt: skip
@@ -141,19 +145,27 @@ def command(checkpoint: str, out: str | None, **options: Any) -> None:
     planned = sum(options[name] is not None for name in ("target_size", "target_kl", "target_bits"))
     check_usage(out, planned, options)
     require("train")
+    from quant.planned import read_plan
     from quant.rules import parse_rule
     from quant.schemes import check_installed
 
+    earlier = read_plan(options["replay"]) if options["replay"] else None
+    rules = [parse_rule(rule, calibrated=options["calib"] is not None) for rule in options["rules"]]
+    rules += earlier.rules if earlier else []
     chosen = [choice.strip().partition(":")[0] for choice in (options["candidates"] or "").split(",")]
-    check_installed([options["scheme"], *chosen, *(parse_rule(rule).scheme for rule in rules_given(options))])
+    check_installed([options["scheme"], *chosen, *(rule.scheme for rule in rules)])
     from quant.checkpoint import check_unquantized
 
     check_unquantized(checkpoint)
+    if earlier and not options["calib"]:
+        earlier.check_text()
     calibration = read_calibration(checkpoint, options["calib"], options["calib_tokens"])
     if planned:
         _planned(checkpoint, out, calibration, options)
     else:
-        _by_rules(checkpoint, out, calibration, options)
+        if calibration:
+            tell_of_text(calibration, earlier, rules, options)
+        _by_rules(checkpoint, out, calibration, rules, options)
     if out and not options["dry_run"]:
         click.echo(f"wrote {out}; next: dmpt-export onnx {out} DEVICE_FOLDER", err=True)
 
@@ -174,8 +186,11 @@ def check_usage(out: str | None, planned: int, options: dict[str, Any]) -> None:
         )
     if planned and not options["calib"]:
         raise click.UsageError("a plan measures damage on calibration text: give some with --calib FILE")
-    if not planned and options["candidates"]:
+    candidates = options["candidates"]
+    if not planned and candidates is not None:
         raise click.UsageError("--candidates are for a plan: give --target-size, --target-kl or --target-bits")
+    if candidates is not None and not all(part.strip() for part in candidates.split(",")):
+        raise click.UsageError(f"--candidates '{candidates}' has an empty part: give schemes with a comma between them")
     if not planned and not options["scheme"] and not options["replay"]:
         raise click.UsageError("give --scheme, or a target for a plan such as --target-size 200MB, or --plan PLAN.json")
 
@@ -195,20 +210,30 @@ def read_calibration(checkpoint: str, text: str | None, tokens: int) -> Calibrat
     return read
 
 
-def rules_given(options: dict[str, Any]) -> list[str]:
-    """Those of --rule, then those of --plan. Raises InputError for a file that is no plan."""
-    from quant.planned import read_rules
+def tell_of_text(
+    calibration: Calibration, earlier: Replay | None, rules: Sequence[Rule], options: dict[str, Any]
+) -> None:
+    """One line where the calibration text is another than the earlier plan's, or decides nothing."""
+    from quant.schemes import SCHEMES
 
-    return [*options["rules"], *(read_rules(options["replay"]) if options["replay"] else [])]
+    schemes = [SCHEMES[name] for name in (options["scheme"], *(rule.scheme for rule in rules)) if name in SCHEMES]
+    if options["alpha"] is None and not any(scheme.calibrated for scheme in schemes):
+        click.echo(
+            "note: --calib changes no weight here, it only measures what each tensor loses, for the report; schemes "
+            "that go by it end in -gptq",
+            err=True,
+        )
+    if earlier and (told := earlier.other_text(calibration)):
+        click.echo(f"warning: {told}", err=True)
 
 
-def _by_rules(checkpoint: str, out: str | None, calibration: Calibration | None, options: dict[str, Any]) -> None:
+def _by_rules(
+    checkpoint: str, out: str | None, calibration: Calibration | None, rules: Sequence[Rule], options: dict[str, Any]
+) -> None:
     from dmpt_export.quant_report import report_files
     from quant.checkpoint import save_quantized
-    from quant.rules import parse_rule
 
     block = int(options["block"]) if options["block"] else None
-    rules = [parse_rule(rule, calibrated=calibration is not None) for rule in rules_given(options)]
     reports = save_quantized(
         checkpoint, None if options["dry_run"] else out, options["scheme"], block, rules,
         asymmetric=options["asymmetric"],

@@ -78,7 +78,10 @@ def inverse_root(second_moment: NDArray[np.float64], damping: float = DAMPING) -
     try:
         upper = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        raise InputError("its inputs on the calibration text are not finite or all zero: use int4 for it") from None
+        raise InputError(
+            "its inputs on the calibration text are no finite numbers, or too large to square: give other text with "
+            "--calib, or another scheme for it"
+        ) from None
     return torch.linalg.solve_triangular(upper, torch.eye(len(h), dtype=h.dtype), upper=True).float().numpy()
 
 

@@ -32,7 +32,7 @@ def low_rank(
 ) -> tuple[QuantizedTensor, list[QuantizedTensor]]:
     """(left [V, rank], right [rank, E] of every head) for heads [V, E] and their anchor as it is stored.
 
-    Raises InputError for NaN, infinity or a rank that the deltas cannot have.
+    Raises InputError for NaN, infinity, deltas beyond 1e19, or a rank that they cannot have.
     """
     for head in heads:
         check_matrix(head)
@@ -50,7 +50,10 @@ def low_rank(
     gram = np.zeros((width * len(heads),) * 2)
     for rows in chunks:
         d = deltas(rows)
-        gram += d.T @ d
+        with np.errstate(over="ignore", invalid="ignore"):
+            gram += d.T @ d
+    if not np.isfinite(gram).all():
+        raise InputError("the deltas are too large to square in float32")
     vectors = np.linalg.eigh(gram)[1][:, : -rank - 1 : -1]  # [heads * E, rank], the largest first
     scores = np.concatenate([deltas(rows) @ vectors.astype(np.float32) for rows in chunks])  # [V, rank]
     # Columns of equal size: a block's scale then fits all of them. The sizes are in B, which is fitted below.

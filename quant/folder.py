@@ -1,0 +1,176 @@
+"""What lies in a quantized folder: a record of each tensor in config.json, its parts in model.safetensors.
+
+`<name>.packed`, `<name>.scales` (but for fp16) and, where there are any, `<name>.zero_points` stand for a quantized
+tensor, and factors `<name>.left` and `<name>.right` of such parts for a head delta; every other tensor is float32
+under its own name. A folder is somebody's to copy, edit and damage: whatever does not fit together is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from quant.codebook import CODEBOOKS, CodebookTensor, HalfTensor
+from quant.deltas import assemble, record
+from quant.rules import anchors_of, is_quantizable, is_transposed
+from quant.schemes import SCHEMES
+from quant.schemes.blockwise import FIELD
+from quant.schemes.low_rank import BITS, DELTAS
+from quant.tensor import Alone, DeltaTensor, QuantizedTensor, Weight
+from training.checkpoint import check_tensors
+from training.config import DMPTConfig
+from training.errors import InputError
+
+FORMAT_VERSION = 1
+WEIGHTS = "model.safetensors"
+FORM = {"scheme": str, "bits": int, "block": int, "shape": list, "transposed": bool}  # of every record
+STORED_BITS = {name: FIELD.get(how.bits, how.bits) for name, how in SCHEMES.items()} | dict.fromkeys(DELTAS, BITS)
+AGAIN = "quantize the checkpoint again"
+
+
+# --- writing ----------------------------------------------------------------------------------------
+
+
+def records(weights: Mapping[str, Weight]) -> dict[str, dict[str, Any]]:
+    """What config.json says of each quantized tensor."""
+    return {
+        name: {
+            "scheme": weight.scheme,
+            "bits": weight.bits,
+            "block": weight.block,
+            "shape": list(weight.shape),
+            "transposed": weight.transposed,
+            **(record(weight) if isinstance(weight, DeltaTensor) else {}),
+        }
+        for name, weight in weights.items()
+        if not isinstance(weight, np.ndarray)
+    }
+
+
+def stored_arrays(weights: Mapping[str, Weight]) -> dict[str, NDArray[Any]]:
+    """The arrays of the weights' file by their names in it."""
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, weight in weights.items():
+        if isinstance(weight, np.ndarray):
+            arrays[name] = weight
+        else:
+            arrays |= {f"{name}.{part}": array for part, array in weight.parts().items()}
+    return arrays
+
+
+# --- reading ----------------------------------------------------------------------------------------
+
+
+def read_weights(folder: Path, config: DMPTConfig) -> dict[str, Weight]:
+    """All tensors by the contract's names. Raises InputError for what is missing, damaged or does not fit together.
+
+    config: as read from the folder, with its `quantization`.
+    """
+    stored = read_arrays(folder / WEIGHTS)
+    known = read_records(config.quantization, folder)
+    deltas = {name: entry for name, entry in known.items() if entry["scheme"] in DELTAS}
+    weights: dict[str, Weight] = {}
+    try:
+        for name in known:
+            if name not in deltas:
+                weights[name] = _put_together(stored, name, known[name])
+        weights |= assemble(stored, deltas, stored | weights)
+    except InputError as error:
+        raise InputError(f"{folder / WEIGHTS}: {error}: copy or quantize it again") from error
+    weights = {name: weights[name] for name in known}
+    twice = sorted(weights.keys() & stored.keys())
+    if twice:
+        raise InputError(f"{folder / WEIGHTS} holds {', '.join(twice)} both quantized and float: quantize it again")
+    weights |= stored  # what is left is float
+    wrong = [name for name, array in stored.items() if array.dtype != np.float32]
+    if wrong:
+        raise InputError(f"{folder / WEIGHTS} holds {', '.join(wrong)}, neither float32 nor quantized in config.json")
+    check_tensors(config, {name: checkpoint_shape(weight) for name, weight in weights.items()}, folder)
+    anchors = anchors_of(config)
+    for name, weight in weights.items():
+        if isinstance(weight, DeltaTensor) and anchors.get(name) != {weight.anchor_name}:
+            raise InputError(f"{folder}: {name} is a delta to {weight.anchor_name}, which is not its leaf's first head")
+    return weights
+
+
+def read_records(quantization: Any, folder: Path) -> dict[str, dict[str, Any]]:
+    """The record of every quantized tensor in config.json, checked."""
+    where = f"{folder / 'config.json'}: quantization"
+    if not isinstance(quantization, dict) or not isinstance(quantization.get("tensors"), dict):
+        raise InputError(f"{where} has no table of tensors: {AGAIN}")
+    version = quantization.get("format_version")
+    if version != FORMAT_VERSION:
+        raise InputError(f"{where} is of format {version}, this program reads {FORMAT_VERSION}: update one of them")
+    known: dict[str, dict[str, Any]] = quantization["tensors"]
+    for name, entry in known.items():
+        if problem := wrong_with(name, entry):
+            raise InputError(f"{where} of {name} {problem}: {AGAIN}")
+    return known
+
+
+def wrong_with(name: str, entry: Any) -> str | None:
+    """What a tensor's record says that cannot be."""
+    if not isinstance(entry, dict) or any(type(entry.get(key)) is not kind for key, kind in FORM.items()):
+        return f"must give {', '.join(FORM)}"
+    scheme, bits, shape, transposed = (entry[key] for key in ("scheme", "bits", "shape", "transposed"))
+    if scheme not in STORED_BITS:
+        return f"names an unknown scheme '{scheme}'"
+    if bits != STORED_BITS[scheme]:
+        return f"says {bits} bits, where {scheme} is stored in {STORED_BITS[scheme]}"
+    if len(shape) != 2 or any(type(size) is not int or size < 1 for size in shape):
+        return f"has shape {shape}, not two sizes above 0"
+    if not is_quantizable(name):
+        return "is of a tensor that always stays float32"
+    if transposed != is_transposed(name):
+        return f"says transposed {transposed}, where such a matrix always lies the other way"
+    return None
+
+
+def checkpoint_shape(weight: Weight) -> tuple[int, ...]:
+    """A weight's shape in the float checkpoint."""
+    if isinstance(weight, np.ndarray):
+        return weight.shape
+    return weight.shape[::-1] if weight.transposed else weight.shape
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Every array of a safetensors file. Raises InputError when it is missing, damaged or not finite."""
+    arrays: dict[str, NDArray[Any]] = {}
+    try:
+        with safe_open(path, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118 (the file is no mapping)
+                arrays[name] = file.get_tensor(name)
+                if not np.isfinite(arrays[name]).all():
+                    raise InputError(f"{path}: '{name}' holds NaN or infinite values: {AGAIN}")
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: {AGAIN}") from None
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged or cut short ({error}): copy or quantize it again") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    return arrays
+
+
+def _put_together(stored: dict[str, NDArray[Any]], name: str, entry: dict[str, Any]) -> Alone:
+    """Take a tensor's parts out of `stored` and make it of them."""
+    scheme, block, transposed = entry["scheme"], entry["block"], entry["transposed"]
+    packed = stored.pop(f"{name}.packed", None)
+    no_scales = scheme == HalfTensor.scheme
+    scales = np.empty(0, np.float32) if no_scales else stored.pop(f"{name}.scales", None)
+    if packed is None or scales is None:
+        raise InputError(f"{name}.packed or {name}.scales is missing")
+    shape = (entry["shape"][0], entry["shape"][1])
+    try:
+        if no_scales:
+            return HalfTensor(packed, shape, transposed)
+        if scheme in CODEBOOKS:
+            return CodebookTensor(packed, scales, scheme, block, shape, transposed)
+        zero_points = stored.pop(f"{name}.zero_points", None)
+        return QuantizedTensor(packed, scales, zero_points, entry["bits"], block, shape, scheme, transposed)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
