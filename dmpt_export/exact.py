@@ -1,4 +1,5 @@
 """The same graph without integer arithmetic, for checking: weights stay as they are stored, activations stay float.
+And the same graph with gates that no longer choose, so that what they would leave out can be checked as well.
 
 Integer kernels round activations as they run, which hides small faults under their noise. With float kernels the
 exported weights, layout and routing must give torch's numbers to fp32 rounding, so a wrong scale or a swapped
@@ -10,11 +11,12 @@ rounding the rest is zero, so the columns that multiply it and add it up are jud
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import onnx
-from onnx import helper
+from onnx import helper, numpy_helper
 
 
 def has_integer_kernels(model: onnx.ModelProto) -> bool:
@@ -57,6 +59,18 @@ def use_float_caches(model: onnx.ModelProto) -> None:
         for value in (*graph.input, *graph.output, *graph.value_info):
             if value.type.tensor_type.elem_type == onnx.TensorProto.INT8:
                 value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+
+
+def force_turns(model: onnx.ModelProto, turns: Iterable[tuple[str, int]]) -> None:
+    """In place: at each of these split nodes every token turns the given way, 0 left or 1 right.
+
+    Only the bias of the gate's last layer is another: minus infinity on the other side, which no weight outweighs.
+    """
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node, turn in turns:
+        bias = stored[f"gates.{node}.2.bias"]
+        new = np.where(np.arange(2) == turn, 0, -np.inf).astype(helper.tensor_dtype_to_np_dtype(bias.data_type))
+        bias.CopyFrom(numpy_helper.from_array(new, bias.name))
 
 
 def _in_float(node: onnx.NodeProto) -> list[onnx.NodeProto]:

@@ -170,18 +170,20 @@ class DMPTConfig(PretrainedConfig):
         return EMBEDDING if j == 0 and self.tie_word_embeddings else f"heads.{j}.weight"
 
     def ways(self) -> dict[str, list[tuple[str, int]]]:
-        """For each leaf, the turns that lead to it: (split node, 0 for left or 1 for right), root first."""
-        tree, out = self.tree, {}
-        for leaf in self.leaves:
-            turns: list[tuple[str, int]] = []
-            node = tree[leaf]
-            while node.parent is not None:
-                parent = tree[node.parent]
-                assert parent.children is not None
-                turns.insert(0, (parent.name, parent.children.index(node.name)))
-                node = parent
-            out[leaf] = turns
-        return out
+        """For each leaf, the turns that lead to it: way()."""
+        return {leaf: self.way(leaf) for leaf in self.leaves}
+
+    def way(self, name: str) -> list[tuple[str, int]]:
+        """The turns that lead to a node: (split node, 0 for left or 1 for right), root first."""
+        tree = self.tree
+        turns: list[tuple[str, int]] = []
+        node = tree[name]
+        while node.parent is not None:
+            parent = tree[node.parent]
+            assert parent.children is not None
+            turns.insert(0, (parent.name, parent.children.index(node.name)))
+            node = parent
+        return turns
 
     def touched_per_token(self, sizes: Mapping[str, int]) -> int:
         """What one decoding step reads of a model, on the leaf where that is most.
