@@ -165,7 +165,7 @@ def peers_of(
         except WorkerFailed as error:
             raise InputError(str(error)) from error
         if lacking and name not in asked:
-            absent.append(f"{name} is not measured: it lacks {', '.join(lacking)}; {peer.install}")
+            absent.append(peers.absence(name, lacking))
         elif source and not lacking:
             found += [Entry(f"{name} {scheme}", source, scheme=scheme, peer=name) for scheme in peer.schemes]
     return found, absent

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,11 @@ def notations() -> list[str]:
 def missing(name: str, python: str | None = None) -> list[str]:
     """The packages of a peer that its Python lacks. Raises WorkerFailed (3) when there is no such Python."""
     return [package for package, version in versions_of(name, python).items() if version is None]
+
+
+def absence(name: str, lacking: Sequence[str]) -> str:
+    """What to say of a peer whose packages are not all there."""
+    return f"{name} is not measured: it lacks {', '.join(lacking)}; {PEERS[name].install}"
 
 
 def versions_of(name: str, python: str | None = None) -> dict[str, str | None]:

@@ -165,17 +165,20 @@ class Evidence:
             for scheme in wanted:
                 say(f"{subject.name}: {name} {scheme}")
                 try:
-                    self.peer(subject, keys[scheme], scheme, peer, pythons.get(name))
+                    self.peer(subject, keys[scheme], scheme, peer, pythons.get(name), found)
                 except (WorkerFailed, ValidationError) as error:
                     self.absent.append(f"{name} {scheme} is not measured: {error}")
 
-    def peer(self, subject: Subject, key: dict[str, str], scheme: str, peer: Peer, python: str | None) -> None:
+    def peer(
+        self, subject: Subject, key: dict[str, str], scheme: str, peer: Peer, python: str | None, versions: Any
+    ) -> None:
         """Convert in one process, score in another: as a user would."""
         out = self.work / "peer"
         shutil.rmtree(out, ignore_errors=True)
         plain = peers.gpt2_folder(subject.source, self.work / "gpt2" / subject.name)
         with worker(key["name"], python) as w:
             facts = w.ask(do="convert", adapter=peer.adapter, source=str(plain.resolve()), out=str(out), scheme=scheme)
+        facts["versions"] = versions
         (out / FACTS).write_text(json.dumps(facts), encoding="utf-8")
         size = int(facts["size_bytes"])
         target = Target(key["name"], str(out), peer.adapter, size, python=python)

@@ -118,8 +118,8 @@ def with_peers(entries: list[Entry], source: str | None, pythons: dict[str, str]
     found, absent = peers_of(source, pythons, asked)
     if source or asked:
         return [*entries, *found], absent
-    here = "No other runtime was asked for (--peers GPT2 measures those that are installed)."
-    return entries, [" ".join([here, *(f"{line}." for line in absent)])]
+    here = "No other runtime was asked for: --peers GPT2 measures those that are installed."
+    return entries, [here, *absent]
 
 
 def show(result: Comparison) -> None:
