@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from dmpt_export.deployed import deployed
 from dmpt_export.graph.assemble import OPSET, OPSETS, build
 from dmpt_export.kv_cache import INT8, KINDS, KV_FLOAT, calibrate
 from dmpt_export.manifest import ACTIVATIONS, MODEL_FILE, describe, write_manifest
@@ -20,7 +21,6 @@ from quant.checkpoint import load_weights
 from quant.tensor import QuantizedTensor, Weight
 from runtime.manifest import MANIFEST_NAME
 from training.checkpoint import atomic_folder, check_replaceable, copy_tokenizer, read_config, resolve
-from training.config import DMPTConfig
 from training.errors import InputError
 
 DATA_FILE = f"{MODEL_FILE}.data"
@@ -114,18 +114,6 @@ def check_options(
         raise InputError(f"atol {atol} must be a number above 0")
 
 
-def deployed(config: DMPTConfig, fast_k: int | None, head_topk: int | None) -> DMPTConfig:
-    """`config`, with fast_k and head_topk set where they are given; InputError where that cannot be exported."""
-    if fast_k is not None:
-        config.fast_k = fast_k or None
-    if head_topk is not None:
-        config.head_topk = head_topk or None
-    config.check()
-    if (width := config.n_embd // config.n_head) % 8:
-        raise InputError(f"attention heads are {width} wide (n_embd / n_head): ONNX Runtime needs a multiple of 8")
-    return config
-
-
 def readme(manifest: dict[str, Any]) -> str:
     config, leaves = manifest["config"], ", ".join(manifest["leaves"])
     return f"""# {manifest["source"]["name"]}: ONNX
@@ -134,7 +122,7 @@ Exported by dmpt-export for {manifest["target"]}, weights {manifest["quantizatio
 {manifest["parameters"]["total"]:,} parameters, {manifest["parameters"]["touched_per_token"]:,} touched per token,
 context {config["n_positions"]} tokens, paths: {leaves}.
 
-    pip install 'dmpt-export[cpu]'
+    pip install '.[cpu]'    # in the checkout of dmpt-export
     dmpt-export run . "Once upon a time"
 
 `{MANIFEST_NAME}` describes the graph's inputs and outputs, the node tree and how closely the exported model

@@ -8,11 +8,11 @@ from pathlib import Path
 from quant.calibration import Calibration
 from quant.checkpoint import PLANNED, check_unquantized, note_of, write_quantized
 from quant.measure import Measurements
-from quant.plan import CANDIDATES, Plan, Target, candidates_of, groups_of, make_plan
+from quant.plan import CANDIDATES, Plan, Target, candidates_of, check_candidates, groups_of, make_plan
 from quant.quantize import TensorReport, float_report
-from quant.rules import anchors_of, parse_rule
+from quant.rules import anchors_of
 from quant.tensor import Weight
-from training.checkpoint import Source, check_replaceable, load_state, read_json
+from training.checkpoint import Source, check_replaceable, load_state
 from training.errors import InputError
 
 MOST_PARTS = 4  # stored for one tensor: the two factors of a delta, each with scales
@@ -36,6 +36,7 @@ def save_planned(
     if out is not None:
         check_replaceable(Path(out), "quantized")
     folder = check_unquantized(source)
+    check_candidates(candidates)
     config, arrays = load_state(folder)
     groups = groups_of({name: array.shape for name, array in arrays.items()}, anchors_of(config))
     schemes = [candidates_of(group, candidates) for group in groups]
@@ -74,11 +75,3 @@ def header_bytes(names: Iterable[str]) -> int:
     """
     longest = len('"":{"dtype":"F32","shape":[,,],"data_offsets":[,]},.zero_points') + 4 * len(str(2**31))
     return 64 + sum(len(name) + longest for name in names)
-
-
-def read_rules(path: str | Path) -> list[str]:
-    """The rules of a plan.json, to be used again. Raises InputError when it holds none."""
-    rules = read_json(Path(path)).get("rules")
-    if not isinstance(rules, list) or not rules or not all(isinstance(rule, str) for rule in rules):
-        raise InputError(f"{path} is no plan: give the plan.json of a planned quantized folder")
-    return [str(parse_rule(rule)) for rule in rules]

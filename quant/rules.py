@@ -13,15 +13,17 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quant.schemes import SCHEMES
 from quant.schemes.low_rank import DELTAS
 from quant.tensor import fit_block
+from training.data import read_json
 from training.errors import InputError
 
 if TYPE_CHECKING:
-    from training.config import DMPTConfig
+    from training.config import Shape
 
 FLOAT = "float32"  # the scheme of a rule that keeps tensors as they are
 LINEAR = re.compile(r"(transformer|paths\.\w+)\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
@@ -80,6 +82,14 @@ def parse_rule(text: str, calibrated: bool = False) -> Rule:
     return Rule(pattern, scheme, block, asymmetric)
 
 
+def read_rules(path: str | Path) -> list[str]:
+    """The rules of a plan.json, to be used again. Raises InputError when it holds none."""
+    rules = read_json(Path(path)).get("rules")
+    if not isinstance(rules, list) or not rules or not all(isinstance(rule, str) for rule in rules):
+        raise InputError(f"{path} is no plan: give the plan.json of a planned quantized folder")
+    return [str(parse_rule(rule)) for rule in rules]
+
+
 def check_options(scheme: str, block: int | None, asymmetric: bool) -> None:
     """Raise InputError for a block or zero points that `scheme` (a registered one, or FLOAT) does not have."""
     how = SCHEMES.get(scheme)
@@ -122,7 +132,7 @@ def is_transposed(name: str) -> bool:
     return LINEAR.fullmatch(name) is not None
 
 
-def anchors_of(config: DMPTConfig) -> dict[str, set[str]]:
+def anchors_of(config: Shape) -> dict[str, set[str]]:
     """The anchors, by tensor name, of every head that is none: one, unless leaves with other anchors share it."""
     anchors = {config.head_name(heads[0]) for heads in config.head_allocation.values()}
     out: dict[str, set[str]] = {}

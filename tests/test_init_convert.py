@@ -19,7 +19,9 @@ from tests.tolerances import TOLERANCE
 from training.checkpoint import load_model, load_state
 from training.config import DMPTConfig
 from training.errors import InputError
-from training.init import default_heads, init_from_gpt2, read_head_allocation
+from training.folder import read_head_allocation
+from training.init import init_from_gpt2
+from training.shape import default_heads
 from training.model import DMPTForCausalLM
 from training.original import read_original
 

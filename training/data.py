@@ -22,7 +22,7 @@ from training.sources import FIELD, check_source, content_hash, is_dataset, read
 
 __all__ = [
     "END_OF_TEXT", "FIELD", "atomic_file", "check_source", "check_vocabulary", "encode_lines", "end_of_text_id",
-    "first_tokens", "is_dataset", "load_tokenizer", "read_lines", "read_rows", "read_text",
+    "first_tokens", "is_dataset", "load_tokenizer", "read_json", "read_lines", "read_rows", "read_text",
     "token_cache", "token_chunks", "windows",
 ]  # fmt: skip
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from training.errors import InputError
+from training.errors import InputError, install
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 TOKENIZER_FILES = (
@@ -46,8 +46,7 @@ def _hub_snapshot(name: str, files: Sequence[str]) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
     except ImportError:
         raise InputError(
-            f"there is no folder '{name}', and reading it from the hub needs huggingface_hub: "
-            "pip install 'dmpt-export[train]'"
+            f"there is no folder '{name}', and reading it from the hub needs huggingface_hub: {install('train')}"
         ) from None
     try:
         return Path(snapshot_download(name, allow_patterns=list(files)))

@@ -22,10 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from training.cache import CachedGeneration, KeyValues, causal_mask
 from training.config import DMPTConfig, Node
 from training.errors import InputError
-
-GATE_SOFT, GATE_HARD, MAX_PROB = "gate_soft", "gate_hard", "max_prob"
-RANDOM = "random"  # a control for evaluation: what the gates are worth
-PATH_MODES = (GATE_SOFT, GATE_HARD, MAX_PROB, RANDOM)  # besides `<leaf>_only`
+from training.shape import GATE_HARD, MAX_PROB, RANDOM
 
 
 class Conv1D(nn.Module):
@@ -305,7 +302,7 @@ class DMPTForCausalLM(CachedGeneration, PreTrainedModel, GenerationMixin):  # ty
         that leaf, or gate_hard below that node. fast_k: candidates of the anchor head; None scores every head
         fully. real: as in hidden(). Raises InputError for an unknown mode or a sequence longer than n_positions.
         """
-        only = self.leaves_of_mode(mode)
+        only = self.config.leaves_of_mode(mode)
         hidden = self.hidden(ids, only, real)
         keep = slice(-(last or ids.shape[1]), None)
         h = {leaf: x[:, keep] for leaf, x in hidden.leaves.items()}
@@ -332,16 +329,6 @@ class DMPTForCausalLM(CachedGeneration, PreTrainedModel, GenerationMixin):  # ty
             if rows.any():
                 out[rows] = self.leaf_log_probs(leaf, x[rows], fast_k)
         return out
-
-    def leaves_of_mode(self, mode: str) -> list[str] | None:
-        """The leaves a mode chooses among: None for all, for `<node>_only` those under the node."""
-        if mode in PATH_MODES:
-            return None
-        known = {f"{name}_only": name for name, node in self.tree.items() if node.parent or not node.children}
-        if mode not in known:
-            raise InputError(f"unknown path mode '{mode}': choose one of {', '.join([*PATH_MODES, *known])}")
-        name = known[mode]
-        return [leaf for leaf in self.config.leaves if leaf == name or leaf.startswith(f"{name}_")]
 
 
 def sum_turns(log_w: dict[str, Tensor], turns: list[tuple[str, int]]) -> Tensor:

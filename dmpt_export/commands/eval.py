@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dmpt_export.commands.checks import check_model, check_tokenizer, is_exported, usage
 from dmpt_export.extras import require
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ PROTOCOLS = ("stride-concat", "non-overlapping", "sliding")  # benchmarks.protoc
 @click.option("--text-field", default="text", show_default=True, metavar="NAME",
               help="Where the text is in JSONL, Parquet and datasets.")  # fmt: skip
 @click.option("--protocol", type=click.Choice(PROTOCOLS), default=PROTOCOLS[0], show_default=True,
-              help="What is scored after what; see below.")  # fmt: skip
+              help="What is scored after what; see above.")  # fmt: skip
 @click.option("--max-length", type=click.IntRange(min=2), metavar="N",
               help="Tokens in a window. Default: 1024, or the model's context if that is less.")  # fmt: skip
 @click.option("--stride", type=click.IntRange(min=1), metavar="N",
@@ -76,6 +77,9 @@ def command(
     without end-of-text, and the first window scores all its predictions. non-overlapping: that text in windows that
     share nothing.
 
+    Perplexities of different protocols do not compare, nor do those of different windows: stride-concat alone counts
+    the end-of-text tokens, and how much context a token has before it differs.
+
     Perplexity per word and bits per byte count what the scored tokens stand for, end-of-text as one newline, so
     they compare between tokenizers. Standard errors take tokens as independent.
 
@@ -88,18 +92,15 @@ def command(
     """
     if base_cache and not base:
         raise click.UsageError("--base-cache keeps the log-probs of --base: name one")
-    models = [model, base] if base else [model]
-    for source in models:
-        require(device if (Path(source) / "dmpt_manifest.json").is_file() else "train")
-    from benchmarks.protocols import choose_windows
+    for source in [model, base] if base else [model]:
+        require(device if is_exported(source) else "train")
+    check_request(data, protocol, max_length, stride)
+    check_scored(model, max_length, stride, protocol, mode, fast_k)
+    if base is not None:
+        check_scored(base, max_length, stride, protocol)
     from benchmarks.quality import Base, check_base, evaluate, read_text
-    from benchmarks.scorer import context_of, open_scorer
-    from training.data import check_source
+    from benchmarks.scorer import open_scorer
 
-    for text in data:
-        check_source(text)
-    for source in models:  # refused before a large model is loaded
-        choose_windows(context_of(source), max_length, stride, protocol)
     with contextlib.ExitStack() as stack:
         scorer = open_scorer(model, threads, device, mode, dequantize=dequantize, fast_k=fast_k)
         stack.callback(scorer.close)
@@ -114,6 +115,40 @@ def command(
         click.echo(json.dumps({"model": model, **result.to_json()}, allow_nan=False))
     else:
         click.echo(as_text(model, result, any(len(heads) > 1 for heads in scorer.head_allocation.values())))
+
+
+def check_request(data: tuple[str, ...], protocol: str, max_length: int | None, stride: int | None) -> None:
+    """Raise UsageError for windows that no model can have, InputError for texts that are not there."""
+    from benchmarks.protocols import LONGEST_WINDOW, choose_windows
+    from training.data import check_source
+
+    with usage():
+        choose_windows(max(max_length or 0, LONGEST_WINDOW), max_length, stride, protocol)
+    for text in data:
+        check_source(text)
+
+
+def check_scored(
+    source: str, max_length: int | None, stride: int | None, protocol: str, mode: str | None = None,
+    fast_k: int | None = None,
+) -> None:  # fmt: skip
+    """Refuse, before a large model or torch is loaded, what cannot be scored so."""
+    from benchmarks.protocols import choose_windows
+    from runtime.manifest import read_manifest
+    from training.progress import say
+
+    if is_exported(source):
+        choose_windows(read_manifest(Path(source)).config.n_positions, max_length, stride, protocol)
+        return
+    shape = check_model(source)
+    choose_windows(shape.n_positions, max_length, stride, protocol)
+    if mode is not None:
+        shape.leaves_of_mode(mode)
+    if fast_k is not None:
+        shape.fast_k = fast_k or None
+        shape.check()
+    check_tokenizer(source)
+    say("loading PyTorch")
 
 
 def dequantize(source: str | Path) -> DMPTForCausalLM:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dmpt_export.commands.checks import Finite, check_model, check_tokenizer
 from dmpt_export.extras import require
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
               "Default: random tokens.")  # fmt: skip
 @click.option("--opset", type=click.IntRange(20, 24), default=21, show_default=True,
               help="Version of the standard operators.")  # fmt: skip
-@click.option("--atol", type=click.FloatRange(min=0, min_open=True), help="Largest difference of a log-prob from "
+@click.option("--atol", type=Finite(min=0, min_open=True), help="Largest difference of a log-prob from "
               "torch's, with float kernels (cpu only). Default: the tolerance table's, 1e-4.")  # fmt: skip
 @click.option("--no-verify", is_flag=True, help="Publish without running the model against torch.")
 def command(
@@ -63,7 +64,21 @@ def command(
         raise click.UsageError("--calibrate is for --kv-cache int8")
     if atol is not None and (no_verify or target == "cuda"):
         raise click.UsageError("--atol is for the check of --target cpu: leave out --no-verify or --atol")
+    if target == "cuda" and kv_cache == "int8":
+        raise click.UsageError("an int8 KV cache is for --target cpu: leave --kv-cache out")
     require("train", "cpu")
+    from dmpt_export.deployed import deployed
+    from training.atomic import check_replaceable
+    from training.data import check_source
+    from training.progress import say
+
+    check_replaceable(Path(out), "onnx")
+    deployed(check_model(checkpoint), fast_k, head_topk)
+    if calibrate is not None:
+        check_source(calibrate)
+        check_tokenizer(checkpoint)
+
+    say("loading PyTorch and ONNX")
     from dmpt_export.export import export_onnx
 
     ids = calibration_ids(checkpoint, calibrate) if calibrate is not None else None
@@ -93,10 +108,12 @@ def calibration_ids(checkpoint: str, file: str) -> np.ndarray:
 
 def report(manifest: dict[str, Any], out: str) -> str:
     """What was written and how closely it follows torch, in a few lines."""
-    size = sum(file["size"] for file in manifest["files"].values())
+    sizes = {name: file["size"] for name, file in manifest["files"].items()}
+    model = sum(size for name, size in sizes.items() if name.startswith(manifest["model"]))
     parameters = manifest["parameters"]
     lines = [
-        f"{out}: {size / 1e6:.1f} MB, weights {manifest['quantization']['scheme']}, "
+        f"{out}: graph and weights {model / 1e6:.1f} MB ({sum(sizes.values()) / 1e6:.1f} MB with tokenizer and "
+        f"reports), weights {manifest['quantization']['scheme']}, "
         f"{parameters['total']:,} parameters, {parameters['touched_per_token']:,} touched per token"
     ]
     if manifest["parity"] is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dmpt_export.commands.checks import Finite, check_tokenizer, usage
 from dmpt_export.extras import require
 
 if TYPE_CHECKING:
     from quant.calibration import Calibration
     from quant.plan import Plan, Target
     from quant.quantize import TensorReport
+    from quant.rules import Rule
+    from training.shape import Shape
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 CACHE = Path("~/.cache/dmpt-export")
@@ -38,21 +40,6 @@ class SchemeName(click.ParamType):  # type: ignore[type-arg]  # generic only fro
         if value not in SCHEMES:
             self.fail(f"'{value}' is not one of {', '.join(SCHEMES)}.", param, ctx)
         return str(value)
-
-
-class Positive(click.ParamType):  # type: ignore[type-arg]
-    """A finite number above 0."""
-
-    name = "number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if not 0 < number < math.inf:
-            self.fail(f"'{value}' is no number above 0.", param, ctx)
-        return number
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]
@@ -82,7 +69,7 @@ class Size(click.ParamType):  # type: ignore[type-arg]
               "the gptq schemes, --smooth, plans, and the damage of each tensor in the report.")  # fmt: skip
 @click.option("--calib-tokens", type=click.IntRange(min=2), default=8192, show_default=True,
               help="How much of the calibration text to use.")  # fmt: skip
-@click.option("--smooth", "alpha", type=click.FloatRange(0, 1), metavar="ALPHA", help="For int8-dynamic: balance "
+@click.option("--smooth", "alpha", type=Finite(0, 1), metavar="ALPHA", help="For int8-dynamic: balance "
               "activations (1) against weights (0) first; 0.5 is usual.")  # fmt: skip
 @click.option(
     "--target-size",
@@ -90,13 +77,14 @@ class Size(click.ParamType):  # type: ignore[type-arg]
     help="Plan: the least damage within this size, such as "
     "200MB, of the weights' file; graph and tokenizer come on top.",
 )
-@click.option("--target-kl", type=Positive(), metavar="NATS",
+@click.option("--target-kl", type=Finite(min=0, min_open=True), metavar="NATS",
               help="Plan: the smallest model whose KL to the float one on that text is at most this.")  # fmt: skip
-@click.option("--target-bits", type=Positive(), metavar="BITS",
+@click.option("--target-bits", type=Finite(min=0, min_open=True), metavar="BITS",
               help="Plan: the least damage within so many bits per weight, all tensors counted.")  # fmt: skip
 @click.option("--candidates", metavar="SCHEME,...", help="What a plan chooses from, for each group of tensors, such as "
               "int8,int4:32,int2-gptq.  [int8, and int4-gptq in blocks of 16 to 128]")  # fmt: skip
-@click.option("--plan", "replay", metavar="PLAN.json", type=click.Path(), help="Use the rules of an earlier plan.")
+@click.option("--plan", "replay", metavar="PLAN.json", type=click.Path(), help="Use the rules of an earlier plan. "
+              "Its gptq parts need --calib again, and give the same bytes on the same text alone.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print what would be done, write no model; OUT may be left out.")
 @click.option("--cache-dir", type=click.Path(path_type=Path), default=CACHE, show_default=True,
               help="Where damages are remembered: a killed plan goes on, another target is quick.")  # fmt: skip
@@ -127,7 +115,8 @@ def command(checkpoint: str, out: str | None, **options: Any) -> None:
     \b
     In rules for heads also:
     delta-rN      as its path's first head (the anchor) plus a delta of rank N (16, 32, 64, 128, 256); the heads of
-                  a path share the larger factor, so a row of 4-bit codes serves all of them
+                  a path share the larger factor, so a row of 4-bit codes serves all of them. heads.*=delta-rN skips
+                  the anchors, which keep their own scheme.
 
     \b
     Examples:
@@ -141,19 +130,15 @@ def command(checkpoint: str, out: str | None, **options: Any) -> None:
     planned = sum(options[name] is not None for name in ("target_size", "target_kl", "target_bits"))
     check_usage(out, planned, options)
     require("train")
-    from quant.rules import parse_rule
-    from quant.schemes import check_installed
+    from training.progress import say
 
-    chosen = [choice.strip().partition(":")[0] for choice in (options["candidates"] or "").split(",")]
-    check_installed([options["scheme"], *chosen, *(parse_rule(rule).scheme for rule in rules_given(options))])
-    from quant.checkpoint import check_unquantized
-
-    check_unquantized(checkpoint)
+    rules = check_files(checkpoint, out, planned, options)
+    say("loading PyTorch")
     calibration = read_calibration(checkpoint, options["calib"], options["calib_tokens"])
     if planned:
         _planned(checkpoint, out, calibration, options)
     else:
-        _by_rules(checkpoint, out, calibration, options)
+        _by_rules(checkpoint, out, calibration, rules, options)
     if out and not options["dry_run"]:
         click.echo(f"wrote {out}; next: dmpt-export onnx {out} DEVICE_FOLDER", err=True)
 
@@ -178,13 +163,87 @@ def check_usage(out: str | None, planned: int, options: dict[str, Any]) -> None:
         raise click.UsageError("--candidates are for a plan: give --target-size, --target-kl or --target-bits")
     if not planned and not options["scheme"] and not options["replay"]:
         raise click.UsageError("give --scheme, or a target for a plan such as --target-size 200MB, or --plan PLAN.json")
+    with usage():
+        check_schemes(options)
+
+
+def check_schemes(options: dict[str, Any]) -> None:
+    """Raise InputError for schemes, blocks or rules that no model can have."""
+    from quant.plan import check_candidates
+    from quant.rules import default_rules, parse_rule
+
+    if options["scheme"]:
+        default_rules(options["scheme"], block_of(options), options["asymmetric"])
+    for rule in options["rules"]:
+        parse_rule(rule)
+    if options["candidates"]:
+        check_candidates(options["candidates"])
+
+
+def check_files(checkpoint: str, out: str | None, planned: int, options: dict[str, Any]) -> list[Rule]:
+    """Refuse, before torch is imported, what files cannot give: the model, OUT, the texts, rules that do not fit.
+
+    Returns the rules, those of --rule and then those of --plan.
+    """
+    from quant.plan import CANDIDATES, check_target
+    from quant.rules import anchors_of, parse_rule, read_rules
+    from quant.schemes import check_installed
+    from training.atomic import check_replaceable
+    from training.data import check_source
+    from training.errors import InputError
+    from training.folder import float_folder, read_shape, tensor_shapes
+
+    calibrated = options["calib"] is not None
+    given = [*options["rules"], *(read_rules(options["replay"]) if options["replay"] else [])]
+    rules = [parse_rule(rule, calibrated) for rule in given]
+    candidates = options["candidates"] or CANDIDATES
+    chosen = [part.strip().partition(":")[0] for part in candidates.split(",")] if planned else []
+    check_installed([options["scheme"], *chosen, *(rule.scheme for rule in rules)])
+    if out is not None:
+        check_replaceable(Path(out), "quantized")
+    folder = float_folder(checkpoint)
+    if calibrated:
+        if not Path(options["calib"]).is_file():
+            raise InputError(f"calibration text {options['calib']} is no file")
+        check_source(options["calib"])
+        check_tokenizer(checkpoint)
+    shape = read_shape(folder)
+    shapes = tensor_shapes(folder, shape)
+    if shapes and planned:
+        check_target(shapes, anchors_of(shape), candidates, _target(options))
+    elif shapes:
+        check_rules(shapes, shape, rules, options)
+    return rules
+
+
+def check_rules(shapes: dict[str, tuple[int, ...]], shape: Shape, rules: list[Rule], options: dict[str, Any]) -> None:
+    """Raise InputError for rules that do not fit the tensors, UsageError where what they need was not given."""
+    from quant.rules import anchors_of, assign, default_rules
+    from quant.schemes import SCHEMES
+
+    defaults = default_rules(options["scheme"], block_of(options), options["asymmetric"]) if options["scheme"] else []
+    chosen = assign(shapes, rules, defaults, shape.tie_word_embeddings, anchors_of(shape))
+    needing = [name for name, rule in chosen.items() if rule.scheme in SCHEMES and SCHEMES[rule.scheme].calibrated]
+    if needing and not options["calib"]:
+        scheme = chosen[needing[0]].scheme
+        raise click.UsageError(f"{scheme} (of {needing[0]}) goes by calibration text: give some with --calib FILE")
+    if options["alpha"] is not None and all(rule.scheme != "int8-dynamic" for rule in chosen.values()):
+        raise click.UsageError("smoothing is for int8-dynamic, which no tensor gets: leave --smooth out")
+    if options["alpha"] is not None and not options["calib"]:
+        raise click.UsageError("smoothing goes by calibration text: give some with --calib FILE")
+
+
+def block_of(options: dict[str, Any]) -> int | None:
+    return int(options["block"]) if options["block"] else None
 
 
 def read_calibration(checkpoint: str, text: str | None, tokens: int) -> Calibration | None:
     from quant import calibration
+    from training.progress import say
 
     if text is None:
         return None
+    say(f"reading {text}, and what the float model makes of it")
     read = calibration.read_calibration(text, checkpoint, tokens)
     if read.foreign:
         click.echo(
@@ -195,22 +254,16 @@ def read_calibration(checkpoint: str, text: str | None, tokens: int) -> Calibrat
     return read
 
 
-def rules_given(options: dict[str, Any]) -> list[str]:
-    """Those of --rule, then those of --plan. Raises InputError for a file that is no plan."""
-    from quant.planned import read_rules
-
-    return [*options["rules"], *(read_rules(options["replay"]) if options["replay"] else [])]
-
-
-def _by_rules(checkpoint: str, out: str | None, calibration: Calibration | None, options: dict[str, Any]) -> None:
+def _by_rules(
+    checkpoint: str, out: str | None, calibration: Calibration | None, rules: list[Rule], options: dict[str, Any]
+) -> None:
     from dmpt_export.quant_report import report_files
     from quant.checkpoint import save_quantized
-    from quant.rules import parse_rule
+    from training.progress import say
 
-    block = int(options["block"]) if options["block"] else None
-    rules = [parse_rule(rule, calibrated=calibration is not None) for rule in rules_given(options)]
+    say("quantizing" if calibration is None else "quantizing, then measuring what each tensor loses")
     reports = save_quantized(
-        checkpoint, None if options["dry_run"] else out, options["scheme"], block, rules,
+        checkpoint, None if options["dry_run"] else out, options["scheme"], block_of(options), rules,
         asymmetric=options["asymmetric"],
         calibration=calibration, alpha=options["alpha"], files=lambda reports: report_files(reports, None),
     )  # fmt: skip
@@ -221,8 +274,10 @@ def _planned(checkpoint: str, out: str | None, calibration: Calibration | None, 
     from dmpt_export.quant_report import report_files
     from quant.plan import CANDIDATES
     from quant.planned import save_planned
+    from training.progress import say
 
     assert calibration is not None
+    say("measuring what each group loses, by each way to store it")
     plan, reports = save_planned(
         checkpoint, None if options["dry_run"] else out, _target(options), calibration,
         options["cache_dir"].expanduser(), options["candidates"] or CANDIDATES, report_files,
