@@ -21,7 +21,7 @@ def test_missing_modules_are_named_with_the_command_that_installs_them(monkeypat
     monkeypatch.setitem(extras.MODULES, "bench", ("no_such_plot",))
     with pytest.raises(extras.MissingExtra) as caught:
         extras.require("train", "cpu", "bench")
-    expected = "this command needs no_such_torch, no_such_onnx, no_such_plot: pip install 'dmpt-export[train,bench]'"
+    expected = "this command needs no_such_torch, no_such_onnx, no_such_plot: pip install '.[train,bench]' in the checkout of dmpt-export"
     assert str(caught.value) == expected
     assert caught.value.exit_code == 3
 

@@ -169,7 +169,7 @@ def test_without_data_and_without_a_hub_one_line_says_so(
     monkeypatch.setattr("training.sources.find_spec", lambda name: None)
     assert main(["train", str(tiny_gpt2), "out"]) == 3
     err = capsys.readouterr().err
-    assert err.startswith("Error: --data FILE is missing") and err.endswith("pip install 'dmpt-export[data]'\n")
+    assert err.startswith("Error: --data FILE is missing") and err.endswith("pip install '.[data]' in the checkout of dmpt-export\n")
     assert err.count("\n") == 1 and not Path("out").exists()
 
 

@@ -229,7 +229,7 @@ def test_a_missing_library_is_said_at_once(
     line = {"train": ["train", "no-model", "out"], "eval": ["eval", "no-model"], "compare": ["compare", "no-model"]}
     assert main([*line[verb], "--data", name]) == 3  # before the model is looked for
     err = capsys.readouterr().err
-    assert err.endswith(f"needs {library}: pip install 'dmpt-export[data]'\n") and err.count("\n") == 1
+    assert err.endswith(f"needs {library}: pip install '.[data]' in the checkout of dmpt-export\n") and err.count("\n") == 1
 
 
 # --- hub datasets -------------------------------------------------------------------------------------
@@ -318,7 +318,7 @@ def test_what_the_hub_answers_is_one_line(answer: Any, message: str, hub: FakeHu
 @pytest.mark.filterwarnings("ignore")  # of the library and what it imports
 def test_the_real_datasets_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if importlib.util.find_spec("datasets") is None:
-        pytest.skip("datasets is not installed: pip install 'dmpt-export[data]'")
+        pytest.skip("datasets is not installed: pip install '.[data]' in the checkout of dmpt-export")
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)

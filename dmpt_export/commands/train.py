@@ -36,6 +36,10 @@ class TrainCommand(click.Command):
                 rows.append(record)
         with formatter.section(title):
             formatter.write_dl(rows)
+        from training.recipes import described
+
+        with formatter.section("Recipes"):
+            formatter.write_dl(described())
 
 
 @click.command(
