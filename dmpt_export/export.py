@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ def export_onnx(
     calibration: np.ndarray | None = None,
     opset: int = OPSET,
     atol: float | None = None,
+    say: Callable[[str], None] = lambda phase: None,
 ) -> dict[str, Any]:
     """Write the ONNX folder of a checkpoint and return its manifest.
 
@@ -53,6 +54,7 @@ def export_onnx(
         calibration: token ids of typical text to scale an int8 cache by; random ids where there are none.
         opset: version of the standard operators.
         atol: largest difference of a log-prob from torch's with float kernels, instead of the tolerance table's.
+        say: told what begins, for it takes a while.
 
     Raises InputError (3) for an unusable source or option, ValidationError (4) when the exported model differs
     from the checkpoint beyond `dmpt_export.tolerances`; nothing is left behind then.
@@ -62,6 +64,7 @@ def export_onnx(
     folder = resolve(source)
     config = deployed(read_config(folder), fast_k, head_topk)
     scales = calibrate(folder, config, calibration) if kv_cache == INT8 else None  # before weights are in memory
+    say("reading the weights and building the graph")
     config, weights = load_weights(folder)
     config = deployed(config, fast_k, head_topk)
     if target == "cuda":
@@ -80,6 +83,7 @@ def export_onnx(
         if verify:
             from dmpt_export.verify import check_export
 
+            say("comparing it with torch")
             manifest["parity"] = check_export(temporary, manifest, folder, config, atol)
             write_manifest(manifest, temporary)
     return manifest

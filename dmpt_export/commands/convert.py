@@ -9,8 +9,6 @@ import click
 from dmpt_export.commands.checks import check_tokenizer
 from dmpt_export.extras import require
 
-EXPECTED = "give a .pt file that the original project's training wrote"
-
 
 @click.command("convert", short_help="Convert a .pt checkpoint of the original DMPT project.")
 @click.argument("file", type=click.Path(path_type=Path))
@@ -40,13 +38,12 @@ def command(file: Path, out: Path, tokenizer: str | None, head_allocation: Path 
     """
     require("train")
     from training.atomic import check_replaceable
-    from training.errors import InputError
+    from training.files import check_pt
     from training.folder import read_head_allocation
     from training.progress import say
 
     check_replaceable(out, "checkpoint")
-    if not file.is_file():
-        raise InputError(f"{file} {'is a folder' if file.is_dir() else 'does not exist'}: {EXPECTED}")
+    check_pt(file)
     if tokenizer is not None:
         check_tokenizer(tokenizer)
     allocation = None if head_allocation is None else read_head_allocation(head_allocation)

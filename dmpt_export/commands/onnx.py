@@ -84,7 +84,7 @@ def command(
     ids = calibration_ids(checkpoint, calibrate) if calibrate is not None else None
     manifest = export_onnx(
         checkpoint, out, target=target, fast_k=fast_k, head_topk=head_topk, verify=not no_verify, kv_cache=kv_cache,
-        calibration=ids, opset=opset, atol=atol,
+        calibration=ids, opset=opset, atol=atol, say=say,
     )  # fmt: skip
     click.echo(report(manifest, out), err=True)
 
