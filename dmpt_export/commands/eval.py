@@ -92,12 +92,16 @@ def command(
     """
     if base_cache and not base:
         raise click.UsageError("--base-cache keeps the log-probs of --base: name one")
-    for source in [model, base] if base else [model]:
-        require(device if is_exported(source) else "train")
-    check_request(data, protocol, max_length, stride)
+    from training.progress import say
+
+    exported = [is_exported(source) for source in ([model, base] if base else [model])]
+    require(*(device if ready else "train" for ready in exported))
+    check_request(data, protocol, max_length, stride, [folder for folder in (base_cache, resume) if folder])
     check_scored(model, max_length, stride, protocol, mode, fast_k)
     if base is not None:
         check_scored(base, max_length, stride, protocol)
+    if not all(exported):
+        say("loading PyTorch")
     from benchmarks.quality import Base, check_base, evaluate, read_text
     from benchmarks.scorer import open_scorer
 
@@ -117,15 +121,21 @@ def command(
         click.echo(as_text(model, result, any(len(heads) > 1 for heads in scorer.head_allocation.values())))
 
 
-def check_request(data: tuple[str, ...], protocol: str, max_length: int | None, stride: int | None) -> None:
-    """Raise UsageError for windows that no model can have, InputError for texts that are not there."""
+def check_request(
+    data: tuple[str, ...], protocol: str, max_length: int | None, stride: int | None, folders: list[str]
+) -> None:
+    """Raise UsageError for windows that no model can have, InputError for texts that are not there and for folders
+    that cannot be made."""
     from benchmarks.protocols import LONGEST_WINDOW, choose_windows
+    from training.atomic import check_place
     from training.data import check_source
 
     with usage():
         choose_windows(max(max_length or 0, LONGEST_WINDOW), max_length, stride, protocol)
     for text in data:
         check_source(text)
+    for folder in folders:
+        check_place(Path(folder))
 
 
 def check_scored(
@@ -135,7 +145,6 @@ def check_scored(
     """Refuse, before a large model or torch is loaded, what cannot be scored so."""
     from benchmarks.protocols import choose_windows
     from runtime.manifest import read_manifest
-    from training.progress import say
 
     if is_exported(source):
         choose_windows(read_manifest(Path(source)).config.n_positions, max_length, stride, protocol)
@@ -148,7 +157,6 @@ def check_scored(
         shape.fast_k = fast_k or None
         shape.check()
     check_tokenizer(source)
-    say("loading PyTorch")
 
 
 def dequantize(source: str | Path) -> DMPTForCausalLM:

@@ -188,7 +188,7 @@ def check_files(checkpoint: str, out: str | None, planned: int, options: dict[st
     from quant.plan import CANDIDATES, check_target
     from quant.rules import anchors_of, parse_rule, read_rules
     from quant.schemes import check_installed
-    from training.atomic import check_replaceable
+    from training.atomic import check_place, check_replaceable
     from training.data import check_source
     from training.errors import InputError
     from training.folder import float_folder, read_shape, tensor_shapes
@@ -201,6 +201,8 @@ def check_files(checkpoint: str, out: str | None, planned: int, options: dict[st
     check_installed([options["scheme"], *chosen, *(rule.scheme for rule in rules)])
     if out is not None:
         check_replaceable(Path(out), "quantized")
+    if planned:
+        check_place(options["cache_dir"].expanduser())
     folder = float_folder(checkpoint)
     if calibrated:
         if not Path(options["calib"]).is_file():
