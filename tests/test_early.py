@@ -16,8 +16,8 @@ from dmpt_export.cli import main
 HEAVY = ("torch", "transformers", "accelerate", "safetensors", "onnx", "onnx_ir", "onnxruntime", "matplotlib")
 
 # Words of a command line -> exit code (2: the command line alone is wrong, 3: files are), what is said.
-# {gpt2} 4 blocks, 300 tokens, 64 positions; {dmpt}; {int8} quantized; {onnx} exported; {text}; {full} somebody's work
-# beside {full}/file; {none} is not there; {out} neither.
+# {gpt2} 4 blocks, 300 tokens, 64 positions; {dmpt}; {int8} quantized; {onnx} exported; {text}; {short}; {full} holds
+# somebody's {full}/file; {none} is not there; {out} neither.
 MISTAKES: list[tuple[str, int, str]] = [
     ("init {none} {out}", 3, "does not exist: check the path"),
     ("init {full} {out}", 3, "no model folder: it has no config.json"),
@@ -64,6 +64,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("quantize {gpt2} {out} --scheme int8 --rule *=delta-r16", 3, "only a head can be a delta"),
     ("quantize {gpt2} {out} --scheme int4-gptq", 2, "goes by calibration text: give some with --calib"),
     ("quantize {gpt2} {out} --scheme int4 --calib {none}", 3, "is no file"),
+    ("quantize {gpt2} {out} --scheme int4 --calib {short}", 3, "calibration needs 64 or more"),
     ("quantize {gpt2} {out} --scheme int8 --smooth 0.5 --calib {text}", 2, "leave --smooth out"),
     ("quantize {gpt2} {out} --scheme int8-dynamic --smooth 0.5", 2, "give some with --calib FILE"),
     ("quantize {gpt2} {out} --plan {none}", 3, "is missing"),
@@ -81,6 +82,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("onnx {gpt2} {out} --target cuda --kv-cache int8", 2, "--target cpu"),
     ("onnx {gpt2} {out} --atol nan", 2, "no finite number"),
     ("onnx {gpt2} {out} --kv-cache int8 --calibrate {none}", 3, "does not exist"),
+    ("runn {onnx} hello", 2, "No such command 'runn': did you mean run?"),
     ("run {none} hello", 3, "is no folder"),
     ("run {gpt2} hello", 3, "make an ONNX folder with `dmpt-export onnx`"),
     ("run {onnx} hello --top-p 2", 2, "top_p 2.0 must be"),
@@ -123,9 +125,10 @@ def places(
     save_quantized(tiny_dmpt, folder / "int8", "int8")
     export_onnx(tiny_gpt2, folder / "onnx", verify=False)
     (folder / "text.txt").write_text(sample_text, encoding="utf-8")
+    (folder / "short").write_text("a mill")
     (folder / "full").mkdir()
     (folder / "full" / "file").write_text("years of work")
-    names = {name: folder / name for name in ("int8", "onnx", "full", "none", "out")}
+    names = {name: folder / name for name in ("int8", "onnx", "full", "none", "out", "short")}
     return {key: str(path) for key, path in (names | {"gpt2": tiny_gpt2, "dmpt": tiny_dmpt}).items()} | {
         "text": str(folder / "text.txt")
     }

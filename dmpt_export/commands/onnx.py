@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dmpt_export.commands.checks import Finite, check_model, check_tokenizer
+from dmpt_export.commands.checks import Finite, check_model
 from dmpt_export.extras import require
 
 if TYPE_CHECKING:
@@ -69,19 +69,15 @@ def command(
     require("train", "cpu")
     from dmpt_export.deployed import deployed
     from training.atomic import check_replaceable
-    from training.data import check_source
     from training.progress import say
 
     check_replaceable(Path(out), "onnx")
     deployed(check_model(checkpoint), fast_k, head_topk)
-    if calibrate is not None:
-        check_source(calibrate)
-        check_tokenizer(checkpoint)
+    ids = calibration_ids(checkpoint, calibrate) if calibrate is not None else None
 
     say("loading PyTorch and ONNX")
     from dmpt_export.export import export_onnx
 
-    ids = calibration_ids(checkpoint, calibrate) if calibrate is not None else None
     manifest = export_onnx(
         checkpoint, out, target=target, fast_k=fast_k, head_topk=head_topk, verify=not no_verify, kv_cache=kv_cache,
         calibration=ids, opset=opset, atol=atol, say=say,
@@ -92,15 +88,15 @@ def command(
 def calibration_ids(checkpoint: str, file: str) -> np.ndarray:
     """The first tokens of a text file, as many as calibration reads."""
     from dmpt_export.kv_cache import SEQUENCES
-    from training.checkpoint import read_config, resolve
     from training.data import check_vocabulary, end_of_text_id, first_tokens, load_tokenizer
     from training.errors import InputError
+    from training.files import resolve
+    from training.folder import read_shape
 
     folder = resolve(checkpoint)
-    config, tokenizer = read_config(folder), load_tokenizer(folder)
-    check_vocabulary(tokenizer, config.vocab_size, folder)
-    eot = end_of_text_id(tokenizer, config)
-    ids = first_tokens(Path(file), tokenizer, eot, SEQUENCES * config.n_positions)
+    shape, tokenizer = read_shape(folder), load_tokenizer(folder)
+    check_vocabulary(tokenizer, shape.vocab_size, folder)
+    ids = first_tokens(Path(file), tokenizer, end_of_text_id(tokenizer, shape), SEQUENCES * shape.n_positions)
     if not len(ids):
         raise InputError(f"{file} has no text to calibrate with")
     return ids

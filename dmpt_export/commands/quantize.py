@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dmpt_export.commands.checks import Finite, check_tokenizer, usage
+from dmpt_export.commands.checks import Finite, usage
 from dmpt_export.extras import require
 
 if TYPE_CHECKING:
@@ -188,9 +188,8 @@ def check_files(checkpoint: str, out: str | None, planned: int, options: dict[st
     from quant.plan import CANDIDATES, check_target
     from quant.rules import anchors_of, parse_rule, read_rules
     from quant.schemes import check_installed
+    from quant.text import read_ids
     from training.atomic import check_place, check_replaceable
-    from training.data import check_source
-    from training.errors import InputError
     from training.folder import float_folder, read_shape, tensor_shapes
 
     calibrated = options["calib"] is not None
@@ -204,12 +203,9 @@ def check_files(checkpoint: str, out: str | None, planned: int, options: dict[st
     if planned:
         check_place(options["cache_dir"].expanduser())
     folder = float_folder(checkpoint)
-    if calibrated:
-        if not Path(options["calib"]).is_file():
-            raise InputError(f"calibration text {options['calib']} is no file")
-        check_source(options["calib"])
-        check_tokenizer(checkpoint)
     shape = read_shape(folder)
+    if calibrated:
+        read_ids(options["calib"], folder, shape, options["calib_tokens"])
     shapes = tensor_shapes(folder, shape)
     if shapes and planned:
         check_target(shapes, anchors_of(shape), candidates, _target(options))
