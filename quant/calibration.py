@@ -60,7 +60,7 @@ class Calibration:
 
 
 def read_calibration(text: str | Path, source: Source, tokens: int = TOKENS) -> Calibration:
-    """The first `tokens` tokens of a text file, judged by the float model; raises as load_model and quant.text.read_ids."""
+    """The first `tokens` tokens of a text file, judged by the float model; raises as load_model and read_ids."""
     folder = resolve(source)
     windows = read_windows(text, folder, read_config(folder), tokens)
     model = load_model(folder)

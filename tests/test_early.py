@@ -188,7 +188,11 @@ def test_the_help_of_train_says_what_recipes_hold(capsys: pytest.CaptureFixture[
 
 
 def test_phases_are_named_on_a_terminal_alone(
-    tiny_gpt2: Path, sample_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_gpt2: Path,
+    sample_text: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "text").write_text(sample_text * 2, encoding="utf-8")
     line = ["quantize", str(tiny_gpt2), "--dry-run", "--scheme", "int4-gptq", "--calib", str(tmp_path / "text")]

@@ -21,9 +21,9 @@ from training.config import DMPTConfig
 from training.errors import InputError
 from training.folder import read_head_allocation
 from training.init import init_from_gpt2
-from training.shape import default_heads
 from training.model import DMPTForCausalLM
 from training.original import read_original
+from training.shape import default_heads
 
 LIMIT = TOLERANCE["float32", "torch"]
 IDS = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(5))

@@ -39,7 +39,10 @@ def losses(run: Path) -> list[float]:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--optimizer", "adamw8bit"], "--optimizer adamw8bit needs bitsandbytes: pip install '.[bnb]' in the checkout of dmpt-export"),
+        (
+            ["--optimizer", "adamw8bit"],
+            "--optimizer adamw8bit needs bitsandbytes: pip install '.[bnb]' in the checkout of dmpt-export",
+        ),
         (["--tensorboard"], "--tensorboard needs tensorboard: pip install tensorboard"),
     ],
 )

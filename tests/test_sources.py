@@ -229,7 +229,7 @@ def test_a_missing_library_is_said_at_once(
     line = {"train": ["train", "no-model", "out"], "eval": ["eval", "no-model"], "compare": ["compare", "no-model"]}
     assert main([*line[verb], "--data", name]) == 3  # before the model is looked for
     err = capsys.readouterr().err
-    assert err.endswith(f"needs {library}: pip install '.[data]' in the checkout of dmpt-export\n") and err.count("\n") == 1
+    assert err.endswith(f"needs {library}: {sources.INSTALL}\n") and err.count("\n") == 1
 
 
 # --- hub datasets -------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def parameters() -> list[click.Parameter]:
         option(["--tokenizer"], metavar="FOLDER", help="Tokenizer of --from-scratch, or instead of MODEL's own."),
         option(["--resume"], is_flag=False, flag_value="", metavar="[RUN]", help="Continue OUT, or the run given."),
         option(["--overwrite"], is_flag=True, help="Start anew where a run already lies, deleting it."),
-        option(["--recipe"], metavar="NAME", help=f"Settings and phases: {', '.join(names())} (see the end), or a JSON file."),
+        option(["--recipe"], metavar="NAME", help=f"Settings and phases: {', '.join(names())} (below), or a JSON file."),
         option(["--cache-dir"], type=path, help="Where tokenised text is kept.  [~/.cache/dmpt-export]"),
         option(["--splits", "--split-at-layer", "splits"], metavar="LIST", help="As in init: 6, or 6,9, or none."),
         option(["--heads", "--n-lm-perceptrons", "heads"], type=size, help="As in init: vocabulary heads in all."),

@@ -121,6 +121,7 @@ class DMPTForCausalLM(CachedGeneration, PreTrainedModel, GenerationMixin):  # ty
     Source: S. Qian, "Dynamic Multiple Path Transformer" (2025); GPT-2: Radford et al. (2019).
     """
 
+    config: DMPTConfig
     config_class = DMPTConfig
     base_model_prefix = "transformer"
     _tied_weights_keys = {"heads.0.weight": "transformer.wte.weight"}  # type: ignore[assignment]  # 5.x form

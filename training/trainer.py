@@ -28,7 +28,7 @@ from training.model import DMPTForCausalLM
 from training.nonfinite import NonFiniteError, first_bad_tensor
 from training.objective import Loss, Objective
 from training.optim import collect_gradients, lr_factor, make_optimizer, set_lr
-from training.options import TrainOptions, eval_windows, read_freeze_schedule, trained_leaves
+from training.options import TrainOptions, eval_windows, flag, read_freeze_schedule, trained_leaves
 from training.watch import Meter, Watcher, perplexity
 
 
@@ -147,7 +147,7 @@ class Trainer:
                 )
         for name, value in self.progress.options.items():
             if saved.options.get(name) != value:
-                self.notes.append(f"resuming with --{name.replace('_', '-')} {value} (before: {saved.options.get(name)})")
+                self.notes.append(f"resuming with {flag(name)} {value} (before: {saved.options.get(name)})")
         state.restore_optimizer(self.optimizer, files["optimizer"], scalars)
         state.restore_rng(self.accelerator, files["rng"])
         if self.objective.reference is not None and "tether" in files:

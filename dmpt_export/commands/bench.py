@@ -81,8 +81,9 @@ def command(
     tg128 @ d512 greedy decoding of 128 tokens after 512 others, in tokens/s: median ± half the distance between
     the quartiles; ratio is to the first model, round by round. Roof is the share of memory's read rate, measured in
     between, that reading the weights a token touches makes use of (cpu only; above 100 % where the CPU's caches hold
-    them); python is what a step spends outside ONNX Runtime. Defaults shrink to the smallest context; numbers you give must fit it. Loading is timed
-    in fresh processes, cold with the files dropped from the page cache (as far as the system heeds that).
+    them); python is what a step spends outside ONNX Runtime. Defaults shrink to the smallest context; numbers you give
+    must fit it. Loading is timed in fresh processes, cold with the files dropped from the page cache (as far as the
+    system heeds that).
 
     \b
     Examples:
