@@ -48,7 +48,7 @@ SECTIONS = {
 
 def parameters() -> list[click.Parameter]:
     """Arguments and options. Underscores and dashes in option names mean the same."""
-    path, file, size = click.Path(path_type=Path), click.Path(path_type=Path, dir_okay=False), click.IntRange(min=1)
+    path, size = click.Path(path_type=Path), click.IntRange(min=1)
     option = click.Option
     # fmt: off
     return [
@@ -56,20 +56,20 @@ def parameters() -> list[click.Parameter]:
         click.Argument(["out_argument"], required=False, type=path, metavar="[OUT]"),
         option(["--model", "--pretrained-model", "--init-from-dual", "model"], metavar="MODEL", help="Same as MODEL."),
         option(["--out", "--checkpoint-dir", "out"], type=path, metavar="OUT", help="Same as OUT."),
-        option(["--data"], multiple=True, type=file, metavar="FILE",
+        option(["--data"], multiple=True, type=path, metavar="FILE",
                help="Text to train on: plain, JSONL (both also .xz, .gz, .zst), Parquet, or a hub dataset such as "
                "wikitext-103 or OWNER/NAME:CONFIG:SPLIT; several times for several.  [wikitext-103]"),
-        option(["--eval-data"], multiple=True, type=file, metavar="FILE",
+        option(["--eval-data"], multiple=True, type=path, metavar="FILE",
                help="Held-out text, as --data; without it no best model."),
         option(["--text-field"], metavar="NAME", help="Where the text is in JSONL, Parquet and datasets.  [text]"),
         option(["--tokenizer"], metavar="FOLDER", help="Tokenizer of --from-scratch, or instead of MODEL's own."),
         option(["--resume"], is_flag=False, flag_value="", metavar="[RUN]", help="Continue OUT, or the run given."),
         option(["--overwrite"], is_flag=True, help="Start anew where a run already lies, deleting it."),
-        option(["--recipe"], metavar="NAME", help=f"Settings and phases: {', '.join(names())} (below), or a JSON file."),
+        option(["--recipe"], metavar="NAME", help=f"Settings and phases: {', '.join(names())} (see below), or a file."),
         option(["--cache-dir"], type=path, help="Where tokenised text is kept.  [~/.cache/dmpt-export]"),
         option(["--splits", "--split-at-layer", "splits"], metavar="LIST", help="As in init: 6, or 6,9, or none."),
         option(["--heads", "--n-lm-perceptrons", "heads"], type=size, help="As in init: vocabulary heads in all."),
-        option(["--head-allocation"], type=file, metavar="FILE.json", help="As in init: the heads of each leaf."),
+        option(["--head-allocation"], type=path, metavar="FILE.json", help="As in init: the heads of each leaf."),
         option(["--use-head-mixture/--no-use-head-mixture"], default=None, help="no: a single head for each leaf."),
         option(["--gate-hidden"], type=size, default=256, show_default=True, help="As in init: width of the gates."),
         option(["--from-scratch"], is_flag=True, help="A new GPT-2 with random weights, instead of MODEL."),

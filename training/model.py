@@ -279,7 +279,7 @@ class DMPTForCausalLM(CachedGeneration, PreTrainedModel, GenerationMixin):  # ty
         mass = torch.logsumexp(log_c, -1, keepdim=True)
         parts = [log_c - mass + log_pi[..., :1]]
         for i, j in enumerate(others, start=1):
-            rows = self.heads[j].weight[candidates]  # (..., K, E)
+            rows = self.heads[j].weight[candidates]  # type: ignore[index]  # a Linear; (..., K, E)
             logits = (rows @ h.unsqueeze(-1)).squeeze(-1).float()
             parts.append(F.log_softmax(logits, -1) + log_pi[..., i, None])
         return log_anchor.scatter(-1, candidates, mass + torch.logsumexp(torch.stack(parts), dim=0))

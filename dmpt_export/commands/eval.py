@@ -21,7 +21,7 @@ PROTOCOLS = ("stride-concat", "non-overlapping", "sliding")  # benchmarks.protoc
 
 @click.command("eval", short_help="Measure perplexity and accuracy on a text.")
 @click.argument("model")
-@click.option("--data", multiple=True, required=True, type=click.Path(dir_okay=False), metavar="FILE",
+@click.option("--data", multiple=True, required=True, metavar="FILE",
               help="Text: plain, JSONL (both also .xz, .gz, .zst), Parquet, or a hub dataset such as "
               "wikitext-103:test. Several are scored as one text.")  # fmt: skip
 @click.option("--text-field", default="text", show_default=True, metavar="NAME",
