@@ -61,7 +61,7 @@ def test_a_missing_package_is_one_line_before_anything_is_written(
     assert capsys.readouterr().err == f"Error: {message}\n"
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="pip install"):
-        options(optimizer="adamw8bit").check()
+        options(optimizer="adamw8bit").check_installed()
 
 
 # --- bitsandbytes -----------------------------------------------------------------------------------

@@ -175,7 +175,7 @@ def test_files_packed_with_a_long_window_can_be_read(tmp_path: Path) -> None:
         ("a.jsonl", b"[" * 100_000 + b"\n", "line 1 is no JSON"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n')[:-9], "is damaged"),
         ("a.parquet", b"PAR1 and then nothing of the kind", "is damaged or no Parquet"),
-        ("a.parquet", b"", "is damaged or no Parquet"),
+        ("a.parquet", b"", "is empty"),
         ("a.parquet.gz", gzip.compress(b"PAR1"), "unpack it first"),
         ("a.parquet", "cut", "is damaged or no Parquet"),
         ("a.parquet", table(["a"], field="body"), "no column 'text': choose one of id, body"),
