@@ -183,7 +183,7 @@ def test_the_help_of_train_says_what_recipes_hold(capsys: pytest.CaptureFixture[
     assert main(["train", "--help"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "_steps" not in said
-    for name, steps in (("deployed", "as long as you say"), ("quad", "2 phases, 42,000 steps")):
+    for name, steps in (("deployed", "as long as --epochs or --max-steps say"), ("quad", "2 phases, 42,000 steps")):
         assert f"{name} " in said.partition("Recipes:")[2] and f"[{steps}]" in said
 
 

@@ -48,7 +48,8 @@ SECTIONS = {
 
 def parameters() -> list[click.Parameter]:
     """Arguments and options. Underscores and dashes in option names mean the same."""
-    path, size = click.Path(path_type=Path), click.IntRange(min=1)
+    path = click.Path(path_type=Path)
+    size: dict[str, Any] = {"type": click.IntRange(min=1), "metavar": "N"}
     option = click.Option
     # fmt: off
     return [
@@ -65,18 +66,19 @@ def parameters() -> list[click.Parameter]:
         option(["--tokenizer"], metavar="FOLDER", help="Tokenizer of --from-scratch, or instead of MODEL's own."),
         option(["--resume"], is_flag=False, flag_value="", metavar="[RUN]", help="Continue OUT, or the run given."),
         option(["--overwrite"], is_flag=True, help="Start anew where a run already lies, deleting it."),
-        option(["--recipe"], metavar="NAME", help=f"Settings and phases: {', '.join(names())} (see below), or a file."),
+        option(["--recipe"], metavar="NAME",
+               help=f"Settings and phases: {', '.join(names())} (see below), or a JSON file; options win over it."),
         option(["--cache-dir"], type=path, help="Where tokenised text is kept.  [~/.cache/dmpt-export]"),
         option(["--splits", "--split-at-layer", "splits"], metavar="LIST", help="As in init: 6, or 6,9, or none."),
-        option(["--heads", "--n-lm-perceptrons", "heads"], type=size, help="As in init: vocabulary heads in all."),
+        option(["--heads", "--n-lm-perceptrons", "heads"], **size, help="As in init: vocabulary heads in all."),
         option(["--head-allocation"], type=path, metavar="FILE.json", help="As in init: the heads of each leaf."),
         option(["--use-head-mixture/--no-use-head-mixture"], default=None, help="no: a single head for each leaf."),
-        option(["--gate-hidden"], type=size, default=256, show_default=True, help="As in init: width of the gates."),
+        option(["--gate-hidden"], **size, default=256, show_default=True, help="As in init: width of the gates."),
         option(["--from-scratch"], is_flag=True, help="A new GPT-2 with random weights, instead of MODEL."),
-        option(["--n-layer"], type=size, default=12, show_default=True, help="Its blocks."),
-        option(["--n-embd"], type=size, default=768, show_default=True, help="Its width."),
-        option(["--n-head"], type=size, default=12, show_default=True, help="Its attention heads."),
-        option(["--n-positions"], type=size, default=1024, show_default=True, help="Its context, in tokens."),
+        option(["--n-layer"], **size, default=12, show_default=True, help="Its blocks."),
+        option(["--n-embd"], **size, default=768, show_default=True, help="Its width."),
+        option(["--n-head"], **size, default=12, show_default=True, help="Its attention heads."),
+        option(["--n-positions"], **size, default=1024, show_default=True, help="Its context, in tokens."),
         *(_option(field) for field in fields(TrainOptions)),
     ]
     # fmt: on

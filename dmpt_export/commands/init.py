@@ -41,7 +41,7 @@ def parse_splits(ctx: click.Context, option: click.Parameter, text: str) -> list
               help="Heads mixed per token. Default: all of the leaf.")  # fmt: skip
 @click.option("--noise", type=Finite(min=0), default=1e-3, show_default=True, metavar="STD",
               help="Noise on the heads that are no anchor, in standard deviations of the embedding.")  # fmt: skip
-@click.option("--gate-bias", type=Finite(), default=0.25, show_default=True, metavar="LOGITS",
+@click.option("--gate-bias", type=Finite(-100, 100), default=0.25, show_default=True, metavar="LOGITS",
               help="Head start of the left path in every gate, in logits.")  # fmt: skip
 @click.option("--gate-hidden", type=click.IntRange(min=1), default=256, show_default=True, metavar="N",
               help="Hidden width of gates and head gates.")  # fmt: skip

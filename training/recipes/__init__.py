@@ -38,7 +38,12 @@ def described() -> list[tuple[str, str]]:
         recipe = read_recipe(name)
         steps = sum(phase.get("max_steps", 0) for phase in recipe.phases)
         count = f"{len(recipe.phases)} phases, " if len(recipe.phases) > 1 else ""
-        out.append((name, f"{recipe.about}  [{count}{f'{steps:,} steps' if steps else 'as long as you say'}]"))
+        out.append(
+            (
+                name,
+                f"{recipe.about}  [{count}{f'{steps:,} steps' if steps else 'as long as --epochs or --max-steps say'}]",
+            )
+        )
     return out
 
 
