@@ -39,6 +39,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("train {gpt2} {full} --data {text} --recipe quad", 3, "is not empty and holds no training run"),
     ("train {gpt2} {out} --data {text} --recipe quart", 3, "there is no recipe 'quart'"),
     ("train {gpt2} {out} --data {text} --recipe deployed", 3, "splits [6] do not fit 4 blocks"),
+    ("train {gpt2} {out} --data {text} --recipe {recipe}", 3, "lr must be a number, not 'fast'"),
     ("train {gpt2} {out} --data {text} --splits 5", 3, "splits [5] do not fit 4 blocks"),
     ("train {gpt2} {out} --data {text} --batch-size 0", 2, "--batch-size 0 must be at least 1"),
     ("train {gpt2} {out} --data {text} --lr nan", 2, "--lr nan must be a number"),
@@ -126,9 +127,10 @@ def places(
     export_onnx(tiny_gpt2, folder / "onnx", verify=False)
     (folder / "text.txt").write_text(sample_text, encoding="utf-8")
     (folder / "short").write_text("a mill")
+    (folder / "recipe").write_text('{"phases": [{"lr": "fast"}]}')
     (folder / "full").mkdir()
     (folder / "full" / "file").write_text("years of work")
-    names = {name: folder / name for name in ("int8", "onnx", "full", "none", "out", "short")}
+    names = {name: folder / name for name in ("int8", "onnx", "full", "none", "out", "recipe", "short")}
     return {key: str(path) for key, path in (names | {"gpt2": tiny_gpt2, "dmpt": tiny_dmpt}).items()} | {
         "text": str(folder / "text.txt")
     }
@@ -167,6 +169,17 @@ def test_a_mistake_is_told_before_anything_heavy_is_imported(
     assert message in found["err"] and "Traceback" not in found["err"]
     assert code == 2 or found["err"].count("\n") == 1
     assert not Path(places["out"]).exists() and os.listdir(places["full"]) == ["file"]
+
+
+def test_an_export_tells_the_size_that_compare_tells(places: dict[str, str]) -> None:
+    from benchmarks.scorer import onnx_size
+    from dmpt_export.commands.onnx import report
+
+    folder = Path(places["onnx"])
+    manifest = json.loads((folder / "dmpt_manifest.json").read_text())
+    whole = sum(path.stat().st_size for path in folder.iterdir() if path.name != "dmpt_manifest.json")
+    said = report(manifest, "out")
+    assert f"graph and weights {onnx_size(folder) / 1e6:.1f} MB ({whole / 1e6:.1f} MB with tokenizer" in said
 
 
 @pytest.mark.parametrize("verb", ["train", "quantize", "eval"])

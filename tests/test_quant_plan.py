@@ -237,6 +237,8 @@ def test_report_names_every_tensor_and_its_damage(quantize: Callable[..., Any], 
     report = json.loads((tmp_path / "int4/quantization_report.json").read_text())
     _, weights = load_weights(tmp_path / "int4")
     assert code == 0 and {tensor["name"] for tensor in report["tensors"]} == set(weights)
+    worst = max(report["tensors"], key=lambda tensor: tensor["kl"] or 0)
+    assert "worst KL alone" in out and f"{worst['kl']:.5f} {worst['name']}\n" in out
     for tensor in report["tensors"]:
         weight = weights[tensor["name"]]
         quantized = isinstance(weight, QuantizedTensor)

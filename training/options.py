@@ -15,10 +15,12 @@ from training.shape import GATE_HARD, GATE_SOFT, MAX_PROB, RANDOM, Shape
 if TYPE_CHECKING:
     import numpy as np
 
-KINDS: dict[str, tuple[type, ...]] = {  # annotation -> what JSON may hold for it
-    "int": (int,), "float": (float, int), "str": (str,), "bool": (bool,), "int | None": (int, type(None)),
-    "float | None": (float, int, type(None)), "str | None": (str, type(None)),
-}  # fmt: skip
+KINDS: dict[str, tuple[str, tuple[type, ...]]] = {  # annotation -> what JSON may hold for it, in words and types
+    "int": ("a whole number", (int,)),
+    "float": ("a number", (float, int)),
+    "str": ("a text", (str,)),
+    "bool": ("true or false", (bool,)),
+}
 GATE_EXPECTED = "gate_expected"  # for training alone: the mean loss of routes drawn from the gates
 
 
@@ -126,9 +128,12 @@ class TrainOptions:
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise InputError(f"{where} holds unknown options: {', '.join(unknown)}")
-        for kind, name in ((str(f.type), f.name) for f in fields(cls) if f.name in values):
-            if type(values[name]) not in KINDS[kind]:
-                raise InputError(f"{where}: {name} must be {kind.replace(' | None', '')}, not {values[name]!r}")
+        for one in fields(cls):
+            annotation, _, optional = str(one.type).partition(" | ")
+            words, kinds = KINDS[annotation]
+            value = values.get(one.name, one.default)
+            if type(value) not in kinds and not (optional and value is None):
+                raise InputError(f"{where}: {one.name} must be {words}, not {value!r}")
         return cls(**values)
 
 
