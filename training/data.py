@@ -100,7 +100,7 @@ def token_chunks(
     """int32 arrays that joined are the tokens of `sources`: each non-empty stripped line, then one `eot`."""
     items = [sources] if isinstance(sources, (str, Path)) else list(sources)
     total = sum(os.path.getsize(item) for item in items if isinstance(item, Path) and item.is_file())
-    bar = {"desc": "tokenising", "unit": "B", "unit_scale": True, "delay": SHORT_S}
+    bar: dict[str, Any] = {"desc": "tokenising", "unit": "B", "unit_scale": True, "delay": SHORT_S}
     with tqdm(total=total or None, disable=None, **bar) as progress:
         batch: list[str] = []
         for item in items:
