@@ -29,7 +29,7 @@ LAZY = {"dmpt_export": {"runtime"}}  # inside functions only: checking an export
 
 DEVICE_ONLY = {"numpy", "onnxruntime", "tokenizers"}  # all that may be installed where runtime runs
 # For evaluating an exported model, and for what every verb refuses in its first second.
-LIGHT = "atomic data errors files folder gpt2 options progress recipes/__init__ shape sources zstd".split()
+LIGHT = "atomic data errors files folder freeze gpt2 options progress recipes/__init__ shape sources zstd".split()
 WITHOUT_TORCH = tuple(f"training/{name}.py" for name in LIGHT)
 
 

@@ -48,6 +48,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("train {gpt2} {out} --data {text} --train-path-selection up", 3, "unknown --train-path-selection 'up'"),
     ("train {dmpt} {out} --data {text} --head-topk 3", 3, "head_topk 3 must be from 1 to the heads of a leaf (2)"),
     ("train {gpt2} {out} --data {text} --freeze-schedule {none}", 3, "cannot be read"),
+    ('train {gpt2} {out} --data {text} --freeze-schedule {{"0":{{"lefty":true}}}}', 3, "group 'lefty' is unknown"),
     ("train {gpt2} {out} --data {text} --resume", 3, "no trainer_state"),
     ("train {int8} {out} --data {text}", 3, "is already quantized"),
     ("train --from-scratch {out} --data {text}", 2, "--from-scratch needs --tokenizer"),
@@ -57,6 +58,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("quantize {int8} {out} --scheme int8", 3, "is already quantized"),
     ("quantize {gpt2} {full} --scheme int8", 3, "is not empty and is no quantized folder"),
     ("quantize {gpt2} {out} --scheme int5", 2, "'int5' is not one of int8"),
+    ("quantize {gpt2} {out} --scheme delta-r16", 2, "give a scheme for the rest and a rule 'heads.*=delta-r16'"),
     ("quantize {gpt2} {out} --scheme int2 --block 256", 2, "blocks from 32 to 128"),
     ("quantize {gpt2} {out} --scheme int8 --rule heads.*", 2, "has not the form"),
     ("quantize {gpt2} {out} --scheme int8 --rule *=int9", 2, "unknown scheme 'int9'"),
@@ -110,6 +112,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("convert {text} {out}", 3, "is no PyTorch checkpoint"),
     ("convert {gpt2} {full}", 3, "is not empty and is no checkpoint folder"),
     ("demo --out {full}", 3, "was not made by `dmpt-export demo`"),
+    ("demo --out {full}/file/out", 3, "file is a file: give another place"),
     ("demo --out {out} --data {none}", 3, "does not exist"),
     ("demo --out {out} --scale 0", 2, "--scale"),
 ]
@@ -215,3 +218,11 @@ def test_phases_are_named_on_a_terminal_alone(
     assert main(line) == 0
     said = capsys.readouterr().err.splitlines()
     assert said[0] == "loading PyTorch ..." and said[1].endswith("what the float model makes of it ...")
+
+
+def test_a_gpu_that_is_not_there_is_one_line(
+    places: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["eval", places["gpt2"], "--data", places["text"], "--device", "cuda"]) == 3
+    assert capsys.readouterr().err.startswith("Error: --device cuda: torch sees no GPU")

@@ -15,6 +15,7 @@ from training.atomic import check_run
 from training.errors import InputError
 from training.files import read_json, resolve
 from training.folder import float_folder, read_head_allocation, read_shape
+from training.freeze import expanded
 from training.options import TrainOptions, read_freeze_schedule
 from training.progress import say
 from training.recipes import Recipe, read_recipe
@@ -110,8 +111,8 @@ def _check(
     for one in options:
         one.check()
         one.check_installed()
-        read_freeze_schedule(one.freeze_schedule)
         shape = one.check_shape(shape)
+        expanded(read_freeze_schedule(one.freeze_schedule), shape)
 
 
 def _places(values: dict[str, Any]) -> tuple[str | None, Path]:

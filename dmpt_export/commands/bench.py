@@ -100,12 +100,14 @@ def command(
     from benchmarks.scorer import context_of, named
     from benchmarks.speed import measure, target
     from training.atomic import check_place
+    from training.progress import say
 
     targets = [target(name, path) for name, path in named(models)]
     given = [context.get_parameter_source(name) != ParameterSource.DEFAULT for name in ("prompt", "gen")]
     cases(prompt, gen, depth, min(context_of(t.path) for t in targets), *given)  # refused before anything is timed
     if report is not None:
         check_place(Path(report))
+    say("loading each model in fresh processes")
     rounds = [
         measure(
             targets, prompt, gen, repetitions, count, device, loads=loads, fixed_prompt=given[0], fixed_gen=given[1],

@@ -36,8 +36,9 @@ class SchemeName(click.ParamType):  # type: ignore[type-arg]  # generic only fro
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         from quant.schemes import SCHEMES
+        from quant.schemes.low_rank import DELTAS
 
-        if value not in SCHEMES:
+        if value not in SCHEMES and value not in DELTAS:  # what deltas are for is told with the rules
             self.fail(f"'{value}' is not one of {', '.join(SCHEMES)}.", param, ctx)
         return str(value)
 
