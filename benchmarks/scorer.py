@@ -158,6 +158,7 @@ def open_scorer(
     from benchmarks.torch_scorer import TorchScorer
     from training import checkpoint
 
+    check_device(device)
     model = dequantize(source) if kind == "quantized" and dequantize else checkpoint.load_model(source)
     folder = checkpoint.resolve(source)
     scheme = "fp32" if kind == "float" else config_json(folder)["quantization"]["scheme"]
@@ -165,6 +166,14 @@ def open_scorer(
         model.config.fast_k = fast_k or None
         model.config.check()
     return TorchScorer(model, folder, threads, device, mode, name, scheme)
+
+
+def check_device(device: str) -> None:
+    """Raise InputError when torch cannot use it."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no GPU that it can use; leave it out, or install torch for CUDA")
 
 
 class OnnxScorer:

@@ -28,7 +28,7 @@ class TorchScorer:
         name: str,
         scheme: str = "fp32",
     ) -> None:
-        model.leaves_of_mode(mode)  # an unknown mode is refused before anything else
+        model.config.leaves_of_mode(mode)  # an unknown mode is refused before anything else
         if threads:
             torch.set_num_threads(threads)
         self.model = model.to(device).eval()  # type: ignore[arg-type]  # transformers' stub of `to`

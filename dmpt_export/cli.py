@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 import re
@@ -40,6 +41,13 @@ class LazyGroup(click.Group):
             return None
         command: click.Command = import_module(f"dmpt_export.commands.{cmd_name}").command
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in VERBS and (near := difflib.get_close_matches(args[0], VERBS, 1)):
+            ctx.fail(f"No such command '{args[0]}': did you mean {near[0]}?")
+        return super().resolve_command(ctx, args)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from dmpt_export.deployed import deployed
 from dmpt_export.graph.assemble import OPSET, OPSETS, build
 from dmpt_export.kv_cache import INT8, KINDS, KV_FLOAT, calibrate
 from dmpt_export.manifest import ACTIVATIONS, MODEL_FILE, describe, write_manifest
@@ -19,7 +20,6 @@ from quant.checkpoint import load_weights
 from quant.tensor import QuantizedTensor, Weight
 from runtime.manifest import MANIFEST_NAME, REPORT_NAME
 from training.checkpoint import atomic_folder, check_replaceable, copy_tokenizer, read_config, resolve
-from training.config import DMPTConfig
 from training.errors import InputError
 
 DATA_FILE = f"{MODEL_FILE}.data"
@@ -38,6 +38,7 @@ def export_onnx(
     calibration: np.ndarray | None = None,
     opset: int = OPSET,
     atol: float | None = None,
+    say: Callable[[str], None] = lambda phase: None,
 ) -> dict[str, Any]:
     """Write the ONNX folder of a checkpoint and return its manifest.
 
@@ -52,6 +53,7 @@ def export_onnx(
         calibration: token ids of typical text to scale an int8 cache by; random ids where there are none.
         opset: version of the standard operators.
         atol: largest difference of a log-prob from torch's with float kernels, instead of the tolerance table's.
+        say: told what begins, for it takes a while.
 
     Raises InputError (3) for an unusable source or option, ValidationError (4) when the exported model differs
     from the checkpoint beyond `dmpt_export.tolerances`; nothing is left behind then.
@@ -61,6 +63,7 @@ def export_onnx(
     folder = resolve(source)
     config = deployed(read_config(folder), fast_k, head_topk)
     scales = calibrate(folder, config, calibration) if kv_cache == INT8 else None  # before weights are in memory
+    say("reading the weights and building the graph")
     config, weights = load_weights(folder)
     config = deployed(config, fast_k, head_topk)
     if target == "cuda":
@@ -79,6 +82,7 @@ def export_onnx(
         if verify:
             from dmpt_export.verify import check_export
 
+            say("comparing it with torch")
             manifest["parity"] = check_export(temporary, manifest, folder, config, atol)
             write_manifest(manifest, temporary)
     return manifest
@@ -113,18 +117,6 @@ def check_options(
         raise InputError(f"atol {atol} must be a number above 0")
 
 
-def deployed(config: DMPTConfig, fast_k: int | None, head_topk: int | None) -> DMPTConfig:
-    """`config`, with fast_k and head_topk set where they are given; InputError where that cannot be exported."""
-    if fast_k is not None:
-        config.fast_k = fast_k or None
-    if head_topk is not None:
-        config.head_topk = head_topk or None
-    config.check()
-    if (width := config.n_embd // config.n_head) % 8:
-        raise InputError(f"attention heads are {width} wide (n_embd / n_head): ONNX Runtime needs a multiple of 8")
-    return config
-
-
 def readme(manifest: dict[str, Any]) -> str:
     config, leaves = manifest["config"], ", ".join(manifest["leaves"])
     return f"""# {manifest["source"]["name"]}: ONNX
@@ -134,7 +126,7 @@ Exported by dmpt-export for {manifest["target"]}, weights {manifest["quantizatio
 ({manifest["bytes_touched_per_token"] / 1e6:.2f} MB),
 context {config["n_positions"]} tokens, paths: {leaves}.
 
-    pip install 'dmpt-export[cpu]'
+    pip install '.[cpu]'    # in the checkout of dmpt-export
     dmpt-export run . "Once upon a time"
 
 `{MANIFEST_NAME}` describes the graph's inputs and outputs, the node tree and how closely the exported model

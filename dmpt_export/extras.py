@@ -33,4 +33,6 @@ def require(*extras: str) -> None:
     lacking = [extra for extra, modules in missing.items() if modules]
     if lacking:
         names = ", ".join(dict.fromkeys(m for modules in missing.values() for m in modules))
-        raise MissingExtra(f"this command needs {names}: pip install 'dmpt-export[{','.join(lacking)}]'")
+        raise MissingExtra(
+            f"this command needs {names}: pip install '.[{','.join(lacking)}]' in the checkout of dmpt-export"
+        )

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from training.config import DMPTConfig
 from training.errors import InputError
+
+if TYPE_CHECKING:
+    from training.config import DMPTConfig
 
 KV_FLOAT, INT8 = "float", "int8"
 KINDS = (KV_FLOAT, INT8)

@@ -56,13 +56,23 @@ def table(reports: Sequence[TensorReport]) -> str:
     for report in reports:
         groups.setdefault(report.scheme + (f" block {report.block}" if report.block else ""), []).append(report)
     ordered = sorted(groups.items(), key=lambda item: -sum(report.weights for report in item[1]))
-    lines = [("stored as", "tensors", "weights", "bits/weight", "MB before", "MB after", "worst relative error")]
-    for label, group in [*ordered, ("total", list(reports))]:
-        worst = max(group, key=lambda report: report.relative_error)
-        told = label != "total" and worst.relative_error > 0
-        of_delta = "" if worst.delta_error is None else f", {worst.delta_error:.4f} of its delta"
-        lines.append((*_sums(label, group), f"{worst.relative_error:.4f} {worst.name}{of_delta}" if told else ""))
-    return _aligned(lines)
+    measured = any(report.kl is not None for report in reports)
+    damage = "worst KL alone" if measured else "worst relative error"
+    lines = [("stored as", "tensors", "weights", "bits/weight", "MB before", "MB after", damage)]
+    for label, group in ordered:
+        lines.append((*_sums(label, group), _worst_kl(group) if measured else _worst_error(group)))
+    return _aligned([*lines, (*_sums("total", reports), "")])
+
+
+def _worst_kl(group: Sequence[TensorReport]) -> str:
+    measured = [(report.kl, report.name) for report in group if report.kl is not None]
+    return "{:.5f} {}".format(*max(measured)) if measured else ""
+
+
+def _worst_error(group: Sequence[TensorReport]) -> str:
+    worst = max(group, key=lambda report: report.relative_error)
+    of_delta = "" if worst.delta_error is None else f", {worst.delta_error:.4f} of its delta"
+    return f"{worst.relative_error:.4f} {worst.name}{of_delta}" if worst.relative_error > 0 else ""
 
 
 def tensor_table(reports: Sequence[TensorReport]) -> str:

@@ -19,14 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from training import data
+from quant.text import TOKENS, read_ids
 from training.checkpoint import Source, load_model, read_config, resolve
 from training.config import DMPTConfig
-from training.errors import InputError
 from training.model import Conv1D, DMPTForCausalLM
 
-TOKENS = 8192  # of calibration text by default
-LONGEST = 512  # tokens of a calibration window
 JUDGED = 1024  # tokens by which a text is judged to be foreign to the model
 # A matrix that is both embedding and head: beside the error of logits, that of the rows themselves, as much as if
 # all inputs were independent and of the mean size. With 0 the whole model loses more than by plain rounding.
@@ -63,7 +60,7 @@ class Calibration:
 
 
 def read_calibration(text: str | Path, source: Source, tokens: int = TOKENS) -> Calibration:
-    """The first `tokens` tokens of a text file, judged by the float model; raises as load_model and read_windows."""
+    """The first `tokens` tokens of a text file, judged by the float model; raises as load_model and read_ids."""
     folder = resolve(source)
     windows = read_windows(text, folder, read_config(folder), tokens)
     model = load_model(folder)
@@ -73,23 +70,8 @@ def read_calibration(text: str | Path, source: Source, tokens: int = TOKENS) -> 
 
 
 def read_windows(text: str | Path, source: Source, config: DMPTConfig, tokens: int = TOKENS) -> Tensor:
-    """The first `tokens` tokens of a text file, in windows: int64 [n, S], S at most LONGEST and the context.
-
-    Raises InputError for a text of less than one window, of other tokens than the model's, or unreadable.
-    """
-    if tokens < 2:
-        raise InputError(f"{tokens} calibration tokens are too few: give thousands")
-    if not Path(text).is_file():
-        raise InputError(f"calibration text {text} is no file")
-    folder = resolve(source)
-    tokenizer = data.load_tokenizer(folder)
-    data.check_vocabulary(tokenizer, config.vocab_size, folder)
-    ids = data.first_tokens(Path(text), tokenizer, data.end_of_text_id(tokenizer, config), tokens)
-    length = min(LONGEST, config.n_positions, tokens)
-    if len(ids) < length:
-        raise InputError(f"{text} has {len(ids)} tokens, calibration needs {length} or more: give a longer text")
-    whole = len(ids) // length * length
-    return torch.from_numpy(ids[:whole].astype(np.int64)).view(-1, length)
+    """quant.text.read_ids as a tensor: int64 [n, S]."""
+    return torch.from_numpy(read_ids(text, resolve(source), config, tokens))
 
 
 @torch.inference_mode()

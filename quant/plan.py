@@ -148,8 +148,6 @@ def candidates_of(group: Group, text: str) -> list[str]:
     def fits(rule: Rule) -> bool:
         if rule.scheme in DELTAS:
             return group.anchor is not None
-        if rule.scheme == "int8-dynamic":
-            raise InputError("int8-dynamic rounds activations, and a plan measures what weights lose: use int8")
         return rule.scheme != FLOAT and (SCHEMES[rule.scheme].rows or not looked_up)
 
     rules = [parse_rule(f"{group.patterns[0]}={scheme.strip()}", calibrated=True) for scheme in text.split(",")]
@@ -157,6 +155,35 @@ def candidates_of(group: Group, text: str) -> list[str]:
     if not fit:
         raise InputError(f"none of --candidates {text} can store {group}: add int8 or int4 to them")
     return fit
+
+
+def check_candidates(text: str) -> None:
+    """Raise InputError for a list of candidates that no group can choose from."""
+    for scheme in text.split(","):
+        rule = parse_rule(f"*={scheme.strip()}")
+        if rule.scheme == "int8-dynamic":
+            raise InputError("int8-dynamic rounds activations, and a plan measures what weights lose: use int8")
+
+
+def check_target(
+    shapes: Mapping[str, Sequence[int]], anchors: Mapping[str, set[str]], candidates: str, target: Target
+) -> None:
+    """Raise InputError for candidates that cannot store some group, and for a size below that of the codes alone:
+    said before anything is measured. What make_plan() refuses is finer."""
+    check_candidates(candidates)
+    groups = groups_of(shapes, anchors)
+    weights = sum(map(math.prod, shapes.values()))
+    least = 4 * (weights - sum(group.weights for group in groups))  # bytes of what stays float32
+    for group in groups:
+        rules = [parse_rule(f"*={scheme}") for scheme in candidates_of(group, candidates)]
+        bits = min(0 if rule.scheme in DELTAS else SCHEMES[rule.scheme].bits for rule in rules)
+        least += group.weights * bits // 8
+    size = int(target.bits * weights / 8) if target.bits is not None else target.size
+    if size is not None and size < least:
+        raise InputError(
+            f"no plan fits {target}: the least is {least / 1e6:.2f} MB ({8 * least / weights:.2f} bits per weight) and "
+            "the scales, with these candidates"
+        )
 
 
 def make_plan(

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from quant.calibration import Calibration
 from quant.checkpoint import PLANNED, check_unquantized, note_of, write_quantized
 from quant.measure import Measurements
-from quant.plan import CANDIDATES, Plan, Target, candidates_of, groups_of, make_plan
+from quant.plan import CANDIDATES, Plan, Target, candidates_of, check_candidates, groups_of, make_plan
 from quant.quantize import TensorReport, float_report
-from quant.rules import Rule, anchors_of, parse_rule
-from quant.schemes import SCHEMES
+from quant.rules import anchors_of
 from quant.tensor import Weight
-from training.checkpoint import Source, check_replaceable, load_state, read_json
+from training.checkpoint import Source, check_replaceable, load_state
 from training.errors import InputError
 
 MOST_PARTS = 4  # stored for one tensor: the two factors of a delta, each with scales
@@ -39,6 +37,7 @@ def save_planned(
     if out is not None:
         check_replaceable(Path(out), "quantized")
     folder = check_unquantized(source)
+    check_candidates(candidates)
     config, arrays = load_state(folder)
     groups = groups_of({name: array.shape for name, array in arrays.items()}, anchors_of(config))
     schemes = [candidates_of(group, candidates) for group in groups]
@@ -78,45 +77,3 @@ def header_bytes(names: Iterable[str]) -> int:
     """
     longest = len('"":{"dtype":"F32","shape":[,,],"data_offsets":[,]},.zero_points') + 4 * len(str(2**31))
     return 64 + sum(len(name) + longest for name in names)
-
-
-@dataclass(frozen=True)
-class Replay:
-    """The rules of an earlier plan, to be used again."""
-
-    path: Path
-    rules: list[Rule]
-    calibration: dict[str, Any]  # sha256 and tokens of the text that it was made with; {} where that is not recorded
-
-    @property
-    def by_text(self) -> str | None:
-        """A scheme of it that goes by calibration text."""
-        schemes = (rule.scheme for rule in self.rules)
-        return next((scheme for scheme in schemes if scheme in SCHEMES and SCHEMES[scheme].calibrated), None)
-
-    def check_text(self) -> None:
-        """Raise InputError when no calibration text is given, but needed; said before any work is done."""
-        if self.by_text and self.calibration:
-            raise InputError(f"{self.made()}, and {self.by_text} goes by it: give the same with --calib FILE")
-
-    def other_text(self, given: Calibration) -> str | None:
-        """What to tell people when the text is needed and not that of the plan."""
-        text = (given.sha256, given.windows.numel())
-        if not self.by_text or not self.calibration or text == (self.calibration["sha256"], self.calibration["tokens"]):
-            return None
-        return f"{self.made()}, these are {text[1]} of {text[0][:12]}...: the weights will be others than planned"
-
-    def made(self) -> str:
-        tokens, sha256 = self.calibration["tokens"], self.calibration["sha256"]
-        return f"{self.path} was made with {tokens} tokens of a text with sha256 {sha256[:12]}..."
-
-
-def read_plan(path: str | Path) -> Replay:
-    """A plan.json. Raises InputError when it is none."""
-    fields = read_json(Path(path))
-    rules, text = fields.get("rules"), fields.get("calibration") or {}
-    if not isinstance(rules, list) or not rules or not all(isinstance(rule, str) for rule in rules):
-        raise InputError(f"{path} is no plan: give the plan.json of a planned quantized folder")
-    if text and not (isinstance(text, dict) and type(text.get("sha256")) is str and type(text.get("tokens")) is int):
-        raise InputError(f"{path}: calibration must give sha256 and tokens: give the plan.json as it was written")
-    return Replay(Path(path), [parse_rule(rule) for rule in rules], text)

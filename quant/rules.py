@@ -21,7 +21,7 @@ from quant.tensor import fit_block
 from training.errors import InputError
 
 if TYPE_CHECKING:
-    from training.config import DMPTConfig
+    from training.config import Shape
 
 FLOAT = "float32"  # the scheme of a rule that keeps tensors as they are
 LINEAR = re.compile(r"(transformer|paths\.\w+)\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
@@ -122,7 +122,7 @@ def is_transposed(name: str) -> bool:
     return LINEAR.fullmatch(name) is not None
 
 
-def anchors_of(config: DMPTConfig) -> dict[str, set[str]]:
+def anchors_of(config: Shape) -> dict[str, set[str]]:
     """The anchors, by tensor name, of every head that is none: one, unless leaves with other anchors share it."""
     anchors = {config.head_name(heads[0]) for heads in config.head_allocation.values()}
     out: dict[str, set[str]] = {}

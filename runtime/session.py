@@ -124,7 +124,8 @@ def import_onnxruntime(device: str) -> Any:
         import onnxruntime
     except ImportError as error:
         extra = "cuda" if device == "cuda" else "cpu"
-        raise SetupError(f"onnxruntime cannot be imported ({error}): pip install 'dmpt-export[{extra}]'") from error
+        install = f"pip install '.[{extra}]' in the checkout of dmpt-export"
+        raise SetupError(f"onnxruntime cannot be imported ({error}): {install}") from error
     return onnxruntime
 
 
@@ -184,7 +185,7 @@ def check_cuda(ort: Any, manifest: Manifest, folder: Path) -> None:
     if PROVIDERS["cuda"] not in ort.get_available_providers():
         raise SetupError(
             f"this onnxruntime {ort.__version__} has no CUDA: "
-            "pip uninstall onnxruntime, then pip install 'dmpt-export[cuda]'"
+            "pip uninstall onnxruntime, then pip install '.[cuda]' in the checkout of dmpt-export"
         )
     if hasattr(ort, "preload_dlls"):  # finds the CUDA libraries that pip installed
         ort.preload_dlls()

@@ -28,7 +28,9 @@ TIES = ("dmpt_export.commands.", "dmpt_export.demo.")
 LAZY = {"dmpt_export": {"runtime"}}  # inside functions only: checking an export runs it
 
 DEVICE_ONLY = {"numpy", "onnxruntime", "tokenizers"}  # all that may be installed where runtime runs
-WITHOUT_TORCH = tuple(f"training/{name}.py" for name in ("data", "errors", "files", "sources", "zstd"))  # for eval
+# For evaluating an exported model, and for what every verb refuses in its first second.
+LIGHT = "atomic data errors files folder freeze gpt2 options progress recipes/__init__ shape sources zstd".split()
+WITHOUT_TORCH = tuple(f"training/{name}.py" for name in LIGHT)
 
 
 @dataclass(frozen=True)

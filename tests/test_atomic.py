@@ -246,7 +246,7 @@ def test_file_in_the_way_and_unknown_kind(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="is a file"):
         write(tmp_path / "file", "one")
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(InputError, match="is a file: give another place"):
         write(tmp_path / "file" / "below", "one")
     with pytest.raises(ValueError, match="KINDS"):
         check_replaceable(tmp_path, "something")

@@ -178,6 +178,9 @@ def test_the_share_of_the_roof() -> None:
     assert found.roof_share(found.first("tg")) == pytest.approx(0.2)
     assert found.roof_share(found.first("pp")) is None
     assert speed([2, 4, 3]).roof_share(found.first("tg")) is None
+    above = speed([2, 4, 3], touched_bytes=400, read_bytes_per_s={2: [1000, 1000, 1000]})
+    assert "120.0 %" in as_text([above]) and "caches" in as_text([found, above])
+    assert "caches" not in as_text([found])
 
 
 def test_memory_is_read_once_a_round(monkeypatch: pytest.MonkeyPatch) -> None:

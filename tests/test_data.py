@@ -140,7 +140,7 @@ def packed(text: bytes, cut: int) -> bytes:
         ("plain.xz", b"no xz at all\n", "is damaged"),
         ("cut.gz", gzip.compress(os.urandom(500))[:-20], "is damaged"),
         ("plain.gz", b"no gzip at all\n", "cannot be read|is damaged"),
-        ("folder", "folder", "cannot be read"),
+        ("folder", "folder", "is a folder: give a file"),
     ],
 )
 def test_bad_data_file_is_one_clear_error(name: str, content: bytes | str | None, message: str, tmp_path: Path) -> None:

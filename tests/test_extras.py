@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dmpt_export import extras
+from training.errors import install
 
 PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 
@@ -21,8 +22,9 @@ def test_missing_modules_are_named_with_the_command_that_installs_them(monkeypat
     monkeypatch.setitem(extras.MODULES, "bench", ("no_such_plot",))
     with pytest.raises(extras.MissingExtra) as caught:
         extras.require("train", "cpu", "bench")
-    expected = "this command needs no_such_torch, no_such_onnx, no_such_plot: pip install 'dmpt-export[train,bench]'"
-    assert str(caught.value) == expected
+    needed, how = "no_such_torch, no_such_onnx, no_such_plot", install("train", "bench")
+    assert str(caught.value) == f"this command needs {needed}: {how}"
+    assert how == "pip install '.[train,bench]' in the checkout of dmpt-export"
     assert caught.value.exit_code == 3
 
 

@@ -16,8 +16,10 @@ from tests.models import modes
 from tests.tolerances import TOLERANCE
 from training.checkpoint import load_model, load_state
 from training.errors import InputError
-from training.init import default_heads, init_from_gpt2, read_head_allocation
+from training.folder import read_head_allocation
+from training.init import init_from_gpt2
 from training.model import DMPTForCausalLM
+from training.shape import default_heads
 
 LIMIT = TOLERANCE["float32", "torch"]
 IDS = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(5))
@@ -219,9 +221,9 @@ BAD_INIT = [
     (["--heads", "many"], 2, "many"),
     (["--heads", "2", "--head-allocation", "x.json"], 2, "exclude each other"),
     (["--head-allocation", "missing.json"], 3, "missing.json is missing"),
-    (["--noise", "-1"], 3, "noise"),
+    (["--noise", "-1"], 2, "--noise"),
     (["--noise", "1e39"], 3, "NaN or infinity"),
-    (["--gate-bias", "nan"], 3, "gates.root.2.bias"),
+    (["--gate-bias", "nan"], 2, "no finite number"),
     (["--heads", "1000000000000"], 5, "heads 1000000000000 needs"),
     (["--gate-hidden", "10000000000000000000"], 5, "gate_hidden"),
     (["--seed", "-1"], 2, "-1"),

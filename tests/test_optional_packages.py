@@ -39,7 +39,10 @@ def losses(run: Path) -> list[float]:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--optimizer", "adamw8bit"], "--optimizer adamw8bit needs bitsandbytes: pip install 'dmpt-export[bnb]'"),
+        (
+            ["--optimizer", "adamw8bit"],
+            "--optimizer adamw8bit needs bitsandbytes: pip install '.[bnb]' in the checkout of dmpt-export",
+        ),
         (["--tensorboard"], "--tensorboard needs tensorboard: pip install tensorboard"),
     ],
 )
@@ -58,7 +61,7 @@ def test_a_missing_package_is_one_line_before_anything_is_written(
     assert capsys.readouterr().err == f"Error: {message}\n"
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="pip install"):
-        options(optimizer="adamw8bit").check()
+        options(optimizer="adamw8bit").check_installed()
 
 
 # --- bitsandbytes -----------------------------------------------------------------------------------
@@ -68,7 +71,7 @@ def test_a_missing_package_is_one_line_before_anything_is_written(
 def eight_bit() -> Any:
     """Runs on the CPU as on a GPU. One thread: sums in one order."""
     if not HAVE_BNB:
-        pytest.skip("bitsandbytes is not installed: pip install 'dmpt-export[bnb]'")
+        pytest.skip("bitsandbytes is not installed: pip install '.[bnb]' in the checkout of dmpt-export")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

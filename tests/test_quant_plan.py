@@ -237,6 +237,8 @@ def test_report_names_every_tensor_and_its_damage(quantize: Callable[..., Any], 
     report = json.loads((tmp_path / "int4/quantization_report.json").read_text())
     _, weights = load_weights(tmp_path / "int4")
     assert code == 0 and {tensor["name"] for tensor in report["tensors"]} == set(weights)
+    worst = max(report["tensors"], key=lambda tensor: tensor["kl"] or 0)
+    assert "worst KL alone" in out and f"{worst['kl']:.5f} {worst['name']}\n" in out
     for tensor in report["tensors"]:
         weight = weights[tensor["name"]]
         quantized = isinstance(weight, QuantizedTensor)
@@ -266,8 +268,8 @@ def test_all_zero_tensors_are_named(
         (("--target-size", "many"), 2, "no size: give one like 200MB"),
         (("--target-size", "1MB", "--target-bits", "4"), 2, "give one of"),
         (("--target-size", "1MB", "--scheme", "int4"), 2, "leave out --scheme"),
-        (("--target-size", "1MB", "--candidates", "int5"), 3, "unknown scheme 'int5'"),
-        (("--target-size", "1MB", "--candidates", "int8-dynamic"), 3, "int8-dynamic rounds activations"),
+        (("--target-size", "1MB", "--candidates", "int5"), 2, "unknown scheme 'int5'"),
+        (("--target-size", "1MB", "--candidates", "int8-dynamic"), 2, "int8-dynamic rounds activations"),
         (("--candidates", "int4", "--scheme", "int4"), 2, "--candidates are for a plan"),
         ((), 2, "give --scheme, or a target"),
         (("--plan", "nowhere.json"), 3, "nowhere.json"),

@@ -17,6 +17,7 @@ from fake_hub import FakeDataset, FakeHub
 from dmpt_export.cli import main
 from dmpt_export.commands.train import command
 from training.checkpoint import load_model, read_config
+from training.errors import install
 from training.options import TrainOptions
 from training.recipes import names, read_recipe
 
@@ -169,7 +170,7 @@ def test_without_data_and_without_a_hub_one_line_says_so(
     monkeypatch.setattr("training.sources.find_spec", lambda name: None)
     assert main(["train", str(tiny_gpt2), "out"]) == 3
     err = capsys.readouterr().err
-    assert err.startswith("Error: --data FILE is missing") and err.endswith("pip install 'dmpt-export[data]'\n")
+    assert err.startswith("Error: --data FILE is missing") and err.endswith(f"{install('data')}\n")
     assert err.count("\n") == 1 and not Path("out").exists()
 
 

@@ -175,7 +175,7 @@ def test_files_packed_with_a_long_window_can_be_read(tmp_path: Path) -> None:
         ("a.jsonl", b"[" * 100_000 + b"\n", "line 1 is no JSON"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n')[:-9], "is damaged"),
         ("a.parquet", b"PAR1 and then nothing of the kind", "is damaged or no Parquet"),
-        ("a.parquet", b"", "is damaged or no Parquet"),
+        ("a.parquet", b"", "is empty"),
         ("a.parquet.gz", gzip.compress(b"PAR1"), "unpack it first"),
         ("a.parquet", "cut", "is damaged or no Parquet"),
         ("a.parquet", table(["a"], field="body"), "no column 'text': choose one of id, body"),
@@ -229,7 +229,7 @@ def test_a_missing_library_is_said_at_once(
     line = {"train": ["train", "no-model", "out"], "eval": ["eval", "no-model"], "compare": ["compare", "no-model"]}
     assert main([*line[verb], "--data", name]) == 3  # before the model is looked for
     err = capsys.readouterr().err
-    assert err.endswith(f"needs {library}: pip install 'dmpt-export[data]'\n") and err.count("\n") == 1
+    assert err.endswith(f"needs {library}: {sources.INSTALL}\n") and err.count("\n") == 1
 
 
 # --- hub datasets -------------------------------------------------------------------------------------
@@ -318,7 +318,7 @@ def test_what_the_hub_answers_is_one_line(answer: Any, message: str, hub: FakeHu
 @pytest.mark.filterwarnings("ignore")  # of the library and what it imports
 def test_the_real_datasets_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if importlib.util.find_spec("datasets") is None:
-        pytest.skip("datasets is not installed: pip install 'dmpt-export[data]'")
+        pytest.skip("datasets is not installed: pip install '.[data]' in the checkout of dmpt-export")
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)

@@ -127,8 +127,8 @@ def test_the_recipes_can_be_read(name: str) -> None:
         ("{gpt2} {out} --data {text} --recipe none", 3, "there is no recipe"),
         ("{gpt2} {out} --data {text} --resume", 3, "no trainer_state"),
         ("{gpt2} {out} --data {text} --fast-k 301", 3, "fast_k 301"),
-        ("{gpt2} {out} --data {text} --lr-schedule step", 3, "choose one of"),
-        ("{gpt2} {out} --data {text} --train-path-selection up_only", 3, "unknown --train_path_selection 'up_only'"),
+        ("{gpt2} {out} --data {text} --lr-schedule step", 2, "choose one of"),
+        ("{gpt2} {out} --data {text} --train-path-selection up_only", 3, "unknown --train-path-selection 'up_only'"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(

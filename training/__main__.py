@@ -6,7 +6,8 @@ import sys
 
 import click
 
-from training.command import parameters, run
+from training.command import run
+from training.parameters import parameters
 
 
 @click.pass_context

@@ -71,6 +71,7 @@ def check_replaceable(out: Path, kind: str) -> None:
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind of folder '{kind}': add it to KINDS")
+    check_place(out)
     if not out.exists():
         return
     if not out.is_dir():
@@ -86,6 +87,32 @@ def check_replaceable(out: Path, kind: str) -> None:
             f"{out} also holds {', '.join(foreign)}, which replacing it would delete: "
             "move that away or give another folder"
         )
+
+
+def check_run(out: Path, overwrite: bool, saved: str = "last") -> None:
+    """Raise InputError when a new training run cannot go to `out`: it holds something else, or a run to be kept.
+
+    saved: the folder in `out` by which a run that can be continued is recognised.
+    """
+    check_place(out)
+    if not out.is_dir():
+        if out.exists():
+            raise InputError(f"{out} is a file: give a folder that does not exist yet")
+        return
+    ours = {path.name for path in out.iterdir()} & {saved, "metrics.jsonl"}
+    if any(out.iterdir()) and not ours:
+        raise InputError(f"{out} is not empty and holds no training run: give another folder")
+    if saved in ours and not overwrite:
+        raise InputError(f"{out} holds a training run: continue it with --resume, or start anew with --overwrite")
+
+
+def check_place(out: Path) -> None:
+    """Raise InputError when nothing can be made at `out`, because of what is above it."""
+    above = next((path for path in out.absolute().parents if path.exists()), Path("/"))
+    if not above.is_dir():
+        raise InputError(f"{out} cannot be made, for {above} is a file: give another place")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f"{out} cannot be made, for {above} may not be written to: give another place")
 
 
 def _own(path: Path) -> bool:

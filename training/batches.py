@@ -21,7 +21,7 @@ class TokenBatches:
         if len(tokens) < length + 1:
             raise InputError(
                 f"the training text has {len(tokens)} tokens, one sequence needs {length + 1}: "
-                "give more text or a smaller --max_length"
+                "give more text or a smaller --max-length"
             )
         # A strided view: nothing is copied until a batch is taken, also from a memory-mapped file.
         self.rows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length]

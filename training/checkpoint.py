@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,12 +18,14 @@ from training.config import DMPTConfig
 from training.data import load_tokenizer
 from training.errors import InputError
 from training.files import TOKENIZER_FILES, read_json, resolve
-from training.gpt2 import config_from_gpt2, dmpt_name
+from training.folder import SINGLE, TOKENS, Source, float_folder, naming, read_fields
+from training.gpt2 import dmpt_name
 from training.model import DMPTForCausalLM
-from training.tensors import SINGLE, read_tensors, write_tensors
+from training.tensors import read_tensors, write_tensors
 
 __all__ = [
     "Checkpoint",
+    "Source",
     "atomic_file",
     "atomic_folder",
     "check_replaceable",
@@ -45,11 +46,7 @@ __all__ = [
     "write_tensors",
 ]
 
-Source = str | os.PathLike[str]  # a DMPT or GPT-2 folder, or a hub id
 TIED_HEAD = "heads.0.weight"
-SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "gate_hidden")
-LARGEST = 1 << 24  # of any size; the product of two still counts elements without overflow
-TOKENS = ("bos_token_id", "eos_token_id")
 MOST_NAMED = 40  # tensor names in one error line
 
 
@@ -70,52 +67,9 @@ def read_config(source: Source) -> DMPTConfig:
 
     Plain GPT-2 becomes `splits=[]` with one head. Raises InputError naming the folder and the field.
     """
-    folder = resolve(source)
-    if not (folder / "config.json").is_file():
-        known = "an exported model (run it with `dmpt-export run`)" if (folder / "dmpt_manifest.json").is_file() else ""
-        raise InputError(f"{folder} is {known or 'no model folder: it has no config.json'}")
-    path = folder / "config.json"
-    fields = read_json(path)
-    kind = fields.get("model_type")
-    if kind not in ("dmpt", "gpt2"):
-        raise InputError(f"{path}: model_type {kind!r} is not supported, only 'dmpt' and 'gpt2' are")
-    check_fields(fields, path)
-    if fields.get("quantization") is None:
-        fields.pop("quantization", None)  # null says what leaving it out says
-    try:
-        return config_from_gpt2(fields) if kind == "gpt2" else DMPTConfig.from_dict(fields)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
-        raise InputError(f"{path} cannot be used ({error}): restore or replace it") from error
-
-
-def check_fields(fields: Mapping[str, Any], path: Path) -> None:
-    """Raise InputError naming the first field of a config.json whose value is of the wrong kind.
-
-    Python's JSON reads NaN and Infinity, and true passes for 1.
-    """
-
-    def whole(value: Any, least: int, most: int) -> bool:
-        return type(value) is int and least <= value <= most
-
-    def positive(value: Any) -> bool:
-        return type(value) in (int, float) and 0 < value < float("inf")
-
-    vocab_size: Any = fields.get("vocab_size")
-    last = vocab_size - 1 if whole(vocab_size, 1, LARGEST) and fields["model_type"] == "dmpt" else LARGEST
-    kinds = (
-        (SIZES, f"a whole number from 1 to {LARGEST}", lambda value: whole(value, 1, LARGEST)),
-        (("gate_temp", "head_gate_temp", "layer_norm_epsilon"), "a number above 0", positive),
-        (("fast_k", "head_topk"), "a whole number or null", lambda value: value is None or type(value) is int),
-        (("splits",), "a list of whole numbers", lambda value: type(value) is list and {*map(type, value)} <= {int}),
-        (("tie_word_embeddings",), "true or false", lambda value: type(value) is bool),
-        (TOKENS, f"a token id from 0 to {last} or null", lambda value: value is None or whole(value, 0, last)),
-    )
-    for names, kind, fits in kinds:
-        for name in names:
-            if name in fields and not fits(fields[name]) and not (name == "n_inner" and fields[name] is None):
-                raise InputError(f"{path}: {name} must be {kind}, not {fields[name]!r}")
+    path, fields = read_fields(source)
+    with naming(path):
+        return DMPTConfig.from_dict(fields)
 
 
 def read_checkpoint(source: Source) -> Checkpoint:
@@ -124,13 +78,8 @@ def read_checkpoint(source: Source) -> Checkpoint:
     Raises InputError for a missing folder, a quantized one, damaged files, and for missing, unexpected or
     misshapen tensors (all named at once).
     """
-    folder = resolve(source)
+    folder = float_folder(source)
     config = read_config(folder)
-    if hasattr(config, "quantization"):
-        raise InputError(
-            f"{folder} is quantized, float weights are needed here: give the checkpoint it was made from, "
-            "or read it with quant.checkpoint.dequantized_model"
-        )
     tied = config.tie_word_embeddings
     if read_json(folder / "config.json")["model_type"] == "gpt2":
         tensors = read_tensors(folder, lambda name: dmpt_name(name, tied=tied))

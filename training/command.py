@@ -1,19 +1,25 @@
-"""`dmpt-export train` without its wrapping: the options, and what they do. Heavy imports stay inside functions."""
+"""What `dmpt-export train` does with its options (training.parameters). Heavy imports stay inside functions."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from training.atomic import check_run
 from training.errors import InputError
 from training.files import read_json, resolve
-from training.options import TrainOptions
-from training.recipes import Recipe, names, read_recipe
+from training.folder import float_folder, read_head_allocation, read_shape
+from training.freeze import expanded
+from training.options import TrainOptions, read_freeze_schedule
+from training.progress import say
+from training.recipes import Recipe, read_recipe
+from training.shape import ROOT, Shape, check_init
 from training.sources import FIELD, check_source, is_dataset
 
 if TYPE_CHECKING:
@@ -22,67 +28,8 @@ if TYPE_CHECKING:
     from training.model import DMPTForCausalLM
     from training.trainer import TrainResult
 
-TYPES = {"int": int, "float": float, "str": str, "bool": bool}
+PHASE = "phase-{}"  # folder of a recipe's phase, by its number from 1
 DEFAULT_TEXTS = {"data": ["wikitext-103"], "eval_data": ["wikitext-103:validation"]}
-# The first option of each part of the help
-SECTIONS = {
-    "model": "Model, data and result",
-    "splits": "Making a DMPT of a GPT-2 first",
-    "from_scratch": "Starting from nothing",
-    "epochs": "How long",
-    "lr": "Optimizer",
-    "train_path_selection": "What is minimised",
-    "gate_temp": "The model's own settings",
-    "freeze_head0_steps": "Freezing",
-    "log_every": "Watching and saving",
-    "bf16": "Machine",
-}
-
-
-def parameters() -> list[click.Parameter]:
-    """Arguments and options. Underscores and dashes in option names mean the same."""
-    path, file = click.Path(path_type=Path), click.Path(path_type=Path, dir_okay=False)
-    option = click.Option
-    # fmt: off
-    return [
-        click.Argument(["model_argument"], required=False, metavar="[MODEL]"),
-        click.Argument(["out_argument"], required=False, type=path, metavar="[OUT]"),
-        option(["--model", "--pretrained-model", "--init-from-dual", "model"], metavar="MODEL", help="Same as MODEL."),
-        option(["--out", "--checkpoint-dir", "out"], type=path, metavar="OUT", help="Same as OUT."),
-        option(["--data"], multiple=True, type=file, metavar="FILE",
-               help="Text to train on: plain, JSONL (both also .xz, .gz, .zst), Parquet, or a hub dataset such as "
-               "wikitext-103 or OWNER/NAME:CONFIG:SPLIT; several times for several.  [wikitext-103]"),
-        option(["--eval-data"], multiple=True, type=file, metavar="FILE",
-               help="Held-out text, as --data; without it no best model."),
-        option(["--text-field"], metavar="NAME", help="Where the text is in JSONL, Parquet and datasets.  [text]"),
-        option(["--tokenizer"], metavar="FOLDER", help="Tokenizer of --from-scratch, or instead of MODEL's own."),
-        option(["--resume"], is_flag=False, flag_value="", metavar="[RUN]", help="Continue OUT, or the run given."),
-        option(["--overwrite"], is_flag=True, help="Start anew where a run already lies, deleting it."),
-        option(["--recipe"], metavar="NAME", help=f"Settings and phases: {', '.join(names())}, or a JSON file."),
-        option(["--cache-dir"], type=path, help="Where tokenised text is kept.  [~/.cache/dmpt-export]"),
-        option(["--splits", "--split-at-layer", "splits"], metavar="LIST", help="As in init: 6, or 6,9, or none."),
-        option(["--heads", "--n-lm-perceptrons", "heads"], type=int, help="As in init: vocabulary heads in all."),
-        option(["--head-allocation"], type=file, metavar="FILE.json", help="As in init: the heads of each leaf."),
-        option(["--use-head-mixture/--no-use-head-mixture"], default=None, help="no: a single head for each leaf."),
-        option(["--gate-hidden"], type=int, default=256, show_default=True, help="As in init: width of the gates."),
-        option(["--from-scratch"], is_flag=True, help="A new GPT-2 with random weights, instead of MODEL."),
-        option(["--n-layer"], type=int, default=12, show_default=True, help="Its blocks."),
-        option(["--n-embd"], type=int, default=768, show_default=True, help="Its width."),
-        option(["--n-head"], type=int, default=12, show_default=True, help="Its attention heads."),
-        option(["--n-positions"], type=int, default=1024, show_default=True, help="Its context, in tokens."),
-        *(_option(field) for field in fields(TrainOptions)),
-    ]
-    # fmt: on
-
-
-def _option(field: dataclasses.Field[Any]) -> click.Option:
-    kind = TYPES[str(field.type).split(" ", 1)[0]]
-    name = f"--{field.name.replace('_', '-')}"
-    aliases = ["--max-grad-norm"] if field.name == "clip_grad_norm" else []
-    shown = {"show_default": field.default is not None and kind is not bool, "help": field.metadata["help"]}
-    if kind is bool:
-        return click.Option([name, field.name], is_flag=True, default=field.default, **shown)
-    return click.Option([name, *aliases, field.name], type=kind, default=field.default, **shown)
 
 
 def run(values: dict[str, Any], explicit: set[str]) -> None:
@@ -90,25 +37,30 @@ def run(values: dict[str, Any], explicit: set[str]) -> None:
     model_name, out = _places(values)
     recipe = read_recipe(values["recipe"]) if values["recipe"] else Recipe()
     chosen = {name: values[name] for name in explicit & {field.name for field in fields(TrainOptions)}}
+    with _usage():
+        TrainOptions(**chosen).check()
     source = None if values["resume"] is None else _run_folder(Path(values["resume"] or out))
     saved = {} if source is None or len(recipe.phases) > 1 else _saved(source)
     about = _texts(saved.get("about", {"model": model_name}) | _given_texts(values))
     options = [TrainOptions.from_dict(saved.get("options", {}) | phase | chosen, "the run") for phase in recipe.phases]
-    for one in options:
-        one.check()
-
-    from accelerate import PartialState
-
-    from training.setup import check_folder, on_cpu
-    from training.trainer import train
-
-    if source is None and len(options) == 1:
-        check_folder(out, values["overwrite"])
+    if source is None:
+        check_run(out, values["overwrite"], "last" if len(options) == 1 else PHASE.format(1))
     first = None if len(options) > 1 else source
     tokenizer_from = values["tokenizer"] or (first and str(first)) or model_name
+    if first is None and model_name is None and not values["from_scratch"]:
+        raise click.UsageError("MODEL is missing: phases of a recipe go on with the same command and --resume")
     if tokenizer_from is None:
         raise click.UsageError("--from-scratch needs --tokenizer FOLDER")
     folder = resolve(tokenizer_from)
+    _check(options, first, model_name, folder, values, recipe)
+
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        say("loading PyTorch")
+    from accelerate import PartialState
+
+    from training.setup import on_cpu
+    from training.trainer import train
+
     model = _model(first, model_name, folder, values, recipe)
     processes = PartialState(cpu=on_cpu(options[0]))
     with processes.main_process_first():  # it tokenises, the others find the result
@@ -122,6 +74,45 @@ def run(values: dict[str, Any], explicit: set[str]) -> None:
         result = train(model, tokens, options[0], out, eval_tokens, resume=source or False, **shared)
     if processes.is_main_process:
         click.echo(report(result), err=True)
+
+
+@contextmanager
+def _usage() -> Iterator[None]:
+    """What is wrong with values of the command line alone is an error of usage."""
+    try:
+        yield
+    except InputError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _check(
+    options: list[TrainOptions],
+    source: Path | None,
+    name: str | None,
+    tokenizer: Path,
+    values: dict[str, Any],
+    recipe: Recipe,
+) -> None:
+    """Raise, before torch is imported, for what config.json and the list of files tell already."""
+    from training.data import load_tokenizer
+
+    load_tokenizer(tokenizer)
+    if source is not None:
+        shape = read_shape(source)
+    elif values["from_scratch"]:
+        with _usage():
+            shape = Shape.of(_new_fields(tokenizer, values))
+    else:
+        assert name is not None
+        shape = read_shape(float_folder(name))
+    changes = None if source is not None else _changes(shape, values, recipe)
+    if changes is not None:
+        shape = check_init(shape, **changes)
+    for one in options:
+        one.check()
+        one.check_installed()
+        shape = one.check_shape(shape)
+        expanded(read_freeze_schedule(one.freeze_schedule), shape)
 
 
 def _places(values: dict[str, Any]) -> tuple[str | None, Path]:
@@ -212,36 +203,46 @@ def _model(
     import torch
 
     from training.checkpoint import load_model
-    from training.config import ROOT, DMPTConfig
-    from training.data import end_of_text_id, load_tokenizer
-    from training.init import init_from_gpt2, read_head_allocation
+    from training.config import DMPTConfig
+    from training.init import init_from_gpt2
     from training.model import DMPTForCausalLM
 
     if source is not None:
         return load_model(source)
     if values["from_scratch"]:
-        sizes = {key: values[key] for key in ("n_layer", "n_embd", "n_head", "n_positions")}
-        words = load_tokenizer(tokenizer)
-        eot = end_of_text_id(words)
         torch.manual_seed(values["seed"])
-        config = DMPTConfig(
-            vocab_size=words.get_vocab_size(), head_allocation={ROOT: [0]}, bos_token_id=eot, eos_token_id=eot, **sizes
-        )
-        model = DMPTForCausalLM(config)
+        model = DMPTForCausalLM(DMPTConfig(**_new_fields(tokenizer, values)))
     else:
         assert name is not None
         model = load_model(name)
+    changes = _changes(model.config, values, recipe)
+    return model if changes is None else init_from_gpt2(model, **changes)
+
+
+def _new_fields(tokenizer: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a new GPT-2 for a tokenizer."""
+    from training.data import end_of_text_id, load_tokenizer
+
+    words = load_tokenizer(tokenizer)
+    eot = end_of_text_id(words)
+    sizes = {key: values[key] for key in ("n_layer", "n_embd", "n_head", "n_positions")}
+    vocabulary = {"vocab_size": words.get_vocab_size(), "bos_token_id": eot, "eos_token_id": eot}
+    return {**vocabulary, **sizes, "head_allocation": {ROOT: [0]}}
+
+
+def _changes(start: Shape, values: dict[str, Any], recipe: Recipe) -> dict[str, Any] | None:
+    """How the model that training starts with becomes a DMPT, as arguments of init_from_gpt2; None: it stays."""
     shape = recipe.init | {key: values[key] for key in ("splits", "heads", "fast_k") if values[key] is not None}
     if isinstance(shape.get("splits"), str):
         shape["splits"] = _splits(shape["splits"])
     allocation = read_head_allocation(values["head_allocation"]) if values["head_allocation"] else None
     wanted = {"splits", "heads"} & set(shape) or allocation or values["use_head_mixture"] is not None
-    plain = not model.config.splits and model.config.n_vocab_heads == 1
+    plain = not start.splits and start.n_vocab_heads == 1
     if not wanted or not plain:  # a DMPT keeps the shape it has
-        return model
+        return None
     if values["use_head_mixture"] is False:
         allocation, shape["heads"] = None, 2 ** len(shape.get("splits") or [0])
-    return init_from_gpt2(model, head_allocation=allocation, gate_hidden=values["gate_hidden"], **shape)
+    return {"head_allocation": allocation, "gate_hidden": values["gate_hidden"], **shape}
 
 
 def _splits(text: str) -> list[int]:
@@ -284,7 +285,7 @@ def _phases(
     from training.trainer import train
 
     for number, options in enumerate(phases, start=1):
-        folder = out / f"phase-{number}"
+        folder = out / PHASE.format(number)
         started = resume and (folder / "last").is_dir()
         title = f"phase {number} of {len(phases)}"
         result = train(model, tokens, options, folder, eval_tokens, resume=started, title=title, **shared)

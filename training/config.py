@@ -1,82 +1,19 @@
-"""What a DMPT is made of: GPT-2's fields, where it forks, and which head belongs to which leaf."""
+"""The configuration of a DMPT as transformers loads and saves it; what its fields mean is in training.shape."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from training.errors import InputError
+from training.shape import EMBEDDING, POSITIONS, ROOT, Node, Shape, build_tree, even_allocation, leaf_names
 
-ROOT = "root"  # the trunk's node name, and the only leaf's name when there are no splits
-EMBEDDING, POSITIONS = "transformer.wte.weight", "transformer.wpe.weight"
-
-
-@dataclass(frozen=True)
-class Node:
-    """One segment of blocks between two splits; nodes form a binary tree named by turns."""
-
-    name: str
-    start: int  # first block index (absolute)
-    stop: int  # one past the last block index
-    parent: str | None
-    children: tuple[str, str] | None  # (left, right), or None for a leaf
-
-    @property
-    def prefix(self) -> str:
-        """What the node's blocks are filed under in the checkpoint."""
-        return "transformer" if self.parent is None else f"paths.{self.name}"
+__all__ = [
+    "EMBEDDING", "POSITIONS", "ROOT", "DMPTConfig", "Node", "Shape", "build_tree", "even_allocation", "leaf_names",
+]  # fmt: skip
 
 
-def build_tree(splits: list[int], n_layer: int) -> dict[str, Node]:
-    """Nodes by name, parents before children, left before right.
-
-    >>> [n.name for n in build_tree([6], 12).values()]
-    ['root', 'left', 'right']
-    """
-    bounds = [0, *splits, n_layer]
-    if any(a >= b for a, b in zip(bounds, bounds[1:], strict=False)):
-        raise InputError(
-            f"splits {list(splits)} do not fit {n_layer} blocks: give increasing block indices from 1 to {n_layer - 1}"
-        )
-    nodes: dict[str, Node] = {}
-    level: list[tuple[str, str | None]] = [(ROOT, None)]
-    for depth, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        below: list[tuple[str, str | None]] = []
-        for name, parent in level:
-            children = None
-            if depth < len(splits):
-                stem = "" if name == ROOT else f"{name}_"
-                children = (f"{stem}left", f"{stem}right")
-                below += [(child, name) for child in children]
-            nodes[name] = Node(name, start, stop, parent, children)
-        level = below
-    return nodes
-
-
-def leaf_names(splits: list[int], n_layer: int) -> list[str]:
-    """Leaf (= path) names, left to right. Raises InputError as build_tree."""
-    return [name for name, node in build_tree(splits, n_layer).items() if node.children is None]
-
-
-def even_allocation(leaves: list[str], n_heads: int) -> dict[str, list[int]]:
-    """The default head allocation: `n_heads` heads shared out evenly, in leaf order.
-
-    >>> even_allocation(["left", "right"], 4)
-    {'left': [0, 1], 'right': [2, 3]}
-    """
-    if n_heads < 1 or n_heads % len(leaves):
-        raise InputError(
-            f"{n_heads} heads do not divide evenly among {len(leaves)} leaves ({', '.join(leaves)}): "
-            f"use a multiple of {len(leaves)}, or name the heads of each leaf with --head-allocation"
-        )
-    each = n_heads // len(leaves)
-    return {leaf: list(range(i * each, (i + 1) * each)) for i, leaf in enumerate(leaves)}
-
-
-class DMPTConfig(PretrainedConfig):
+class DMPTConfig(Shape, PretrainedConfig):
     """GPT-2's configuration plus splits, head allocation and gates.
 
     ``splits=[]`` with one tied head is plain GPT-2; it goes through the same trainer, quantizer,
@@ -93,27 +30,27 @@ class DMPTConfig(PretrainedConfig):
 
     def __init__(
         self,
-        vocab_size: int = 50257,
-        n_positions: int = 1024,  # the longest context, in tokens
-        n_embd: int = 768,
-        n_layer: int = 12,  # blocks on any root-to-leaf way
-        n_head: int = 12,  # attention heads (not vocabulary heads)
-        n_inner: int | None = None,  # width of the MLP; None: 4 * n_embd
+        vocab_size: int = Shape.vocab_size,
+        n_positions: int = Shape.n_positions,
+        n_embd: int = Shape.n_embd,
+        n_layer: int = Shape.n_layer,
+        n_head: int = Shape.n_head,
+        n_inner: int | None = None,
         resid_pdrop: float = 0.1,
         embd_pdrop: float = 0.1,
         attn_pdrop: float = 0.1,
         layer_norm_epsilon: float = 1e-5,
         initializer_range: float = 0.02,
-        splits: list[int] | tuple[int, ...] = (),  # block indices where every path forks in two
-        head_allocation: dict[str, list[int]] | None = None,  # leaf -> head ids, the anchor first
-        gate_hidden: int = 256,
-        gate_temp: float = 1.2,  # softens gates in gate_soft; hard choices do not depend on it
-        head_gate_temp: float = 1.0,
-        head_topk: int | None = None,  # heads mixed per token; None: all of the leaf
-        fast_k: int | None = None,  # candidates of the anchor; None: every head is scored fully
-        tie_word_embeddings: bool = True,  # heads.0 is transformer.wte
-        bos_token_id: int | None = 50256,
-        eos_token_id: int | None = 50256,
+        splits: list[int] | tuple[int, ...] = (),
+        head_allocation: dict[str, list[int]] | None = None,
+        gate_hidden: int = Shape.gate_hidden,
+        gate_temp: float = Shape.gate_temp,
+        head_gate_temp: float = Shape.head_gate_temp,
+        head_topk: int | None = None,
+        fast_k: int | None = None,
+        tie_word_embeddings: bool = True,
+        bos_token_id: int | None = Shape.bos_token_id,
+        eos_token_id: int | None = Shape.eos_token_id,
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -122,7 +59,7 @@ class DMPTConfig(PretrainedConfig):
         self.n_layer = n_layer
         self.n_head = n_head
         self.n_inner = n_inner
-        self.activation_function = kwargs.pop("activation_function", "gelu_new")
+        self.activation_function = kwargs.pop("activation_function", Shape.activation_function)
         self.resid_pdrop = resid_pdrop
         self.embd_pdrop = embd_pdrop
         self.attn_pdrop = attn_pdrop
@@ -141,91 +78,3 @@ class DMPTConfig(PretrainedConfig):
             bos_token_id=bos_token_id, eos_token_id=eos_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs
         )
         self.check()
-
-    @property
-    def tree(self) -> dict[str, Node]:
-        """Nodes by name, parents before children."""
-        return build_tree(self.splits, self.n_layer)
-
-    @property
-    def leaves(self) -> list[str]:
-        """Leaf (= path) names, left to right."""
-        return leaf_names(self.splits, self.n_layer)
-
-    @property
-    def split_nodes(self) -> list[str]:
-        """Nodes that hold a gate, parents first."""
-        return [name for name, node in self.tree.items() if node.children is not None]
-
-    @property
-    def n_vocab_heads(self) -> int:
-        return 1 + max(j for heads in self.head_allocation.values() for j in heads)
-
-    @property
-    def mlp_width(self) -> int:
-        return self.n_inner or 4 * self.n_embd
-
-    def head_name(self, j: int) -> str:
-        """The checkpoint tensor that holds head j; a tied head 0 is the embedding."""
-        return EMBEDDING if j == 0 and self.tie_word_embeddings else f"heads.{j}.weight"
-
-    def ways(self) -> dict[str, list[tuple[str, int]]]:
-        """For each leaf, the turns that lead to it: way()."""
-        return {leaf: self.way(leaf) for leaf in self.leaves}
-
-    def way(self, name: str) -> list[tuple[str, int]]:
-        """The turns that lead to a node: (split node, 0 for left or 1 for right), root first."""
-        tree = self.tree
-        turns: list[tuple[str, int]] = []
-        node = tree[name]
-        while node.parent is not None:
-            parent = tree[node.parent]
-            assert parent.children is not None
-            turns.insert(0, (parent.name, parent.children.index(node.name)))
-            node = parent
-        return turns
-
-    def touched_per_token(self, sizes: Mapping[str, int]) -> int:
-        """What one decoding step reads of a model, on the leaf where that is most.
-
-        sizes: checkpoint tensor -> its size, in parameters or bytes; the result is in the same unit. Read are the
-        blocks and gates on the leaf's way, its norm and head gate, one row each of the embedding and the positions,
-        the anchor head whole, and fast_k rows of every other head of the leaf (all without fast-k).
-        """
-
-        def of_leaf(leaf: str, splits: list[str]) -> float:
-            parts = ["transformer.h.", "transformer.ln_f.", f"head_gates.{leaf}.", f"paths.{leaf}."]
-            parts += [f"{kind}.{name}." for name in splits for kind in ("paths", "gates")]
-            anchor, *others = (sizes[self.head_name(j)] for j in self.head_allocation[leaf])
-            rows = sizes[EMBEDDING] / self.vocab_size + sizes[POSITIONS] / self.n_positions
-            heads = anchor + sum(others) * (self.fast_k or self.vocab_size) / self.vocab_size
-            return rows + heads + sum(size for name, size in sizes.items() if name.startswith(tuple(parts)))
-
-        return round(max(of_leaf(leaf, [name for name, _ in turns]) for leaf, turns in self.ways().items()))
-
-    def check(self) -> None:
-        """Raise InputError naming the first field that cannot be."""
-        if self.n_embd % self.n_head:
-            raise InputError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
-        if self.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
-            raise InputError(
-                f"activation_function '{self.activation_function}' is not GPT-2's: only gelu_new is supported"
-            )
-        if set(self.head_allocation) != set(self.leaves):
-            raise InputError(
-                f"head_allocation names leaves {sorted(self.head_allocation)}, the tree has {sorted(self.leaves)}"
-            )
-        used: set[int] = set()
-        for leaf, heads in self.head_allocation.items():
-            if not heads or len(set(heads)) != len(heads) or any(type(j) is not int or j < 0 for j in heads):
-                raise InputError(f"head_allocation of '{leaf}' must be distinct head ids from 0, not {heads}")
-            used |= set(heads)
-        if used != set(range(len(used))):
-            raise InputError(f"head_allocation uses heads {sorted(used)}: ids must run from 0 without a gap")
-        if self.fast_k is not None and not 1 <= self.fast_k <= self.vocab_size:
-            raise InputError(f"fast_k {self.fast_k} must be from 1 to the vocabulary size {self.vocab_size}")
-        most = max(len(heads) for heads in self.head_allocation.values())
-        if self.head_topk is not None and not 1 <= self.head_topk <= most:
-            raise InputError(f"head_topk {self.head_topk} must be from 1 to the heads of a leaf ({most})")
-        if self.gate_temp <= 0 or self.head_gate_temp <= 0:
-            raise InputError("gate_temp and head_gate_temp must be above 0")

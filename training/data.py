@@ -22,13 +22,14 @@ from training.sources import FIELD, check_source, content_hash, is_dataset, read
 
 __all__ = [
     "END_OF_TEXT", "FIELD", "atomic_file", "check_source", "check_vocabulary", "encode_lines", "end_of_text_id",
-    "first_tokens", "is_dataset", "load_tokenizer", "read_lines", "read_rows", "read_text",
+    "first_tokens", "is_dataset", "load_tokenizer", "read_json", "read_lines", "read_rows", "read_text",
     "token_cache", "token_chunks", "train_tokenizer", "windows",
 ]  # fmt: skip
 
 END_OF_TEXT = "<|endoftext|>"
 LINES_PER_BATCH = 2000  # tokenised at once: enough for the tokenizer's threads, little in memory
 Source = str | Path  # a text, or where text is: see training.sources
+SHORT_S = 0.5  # what takes less shows no bar
 
 
 def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
@@ -121,7 +122,8 @@ def token_chunks(
     """int32 arrays that joined are the tokens of `sources`: each non-empty stripped line, then one `eot`."""
     items = [sources] if isinstance(sources, (str, Path)) else list(sources)
     total = sum(os.path.getsize(item) for item in items if isinstance(item, Path) and item.is_file())
-    with tqdm(total=total or None, desc="tokenising", unit="B", unit_scale=True, disable=None) as progress:
+    bar: dict[str, Any] = {"desc": "tokenising", "unit": "B", "unit_scale": True, "delay": SHORT_S}
+    with tqdm(total=total or None, disable=None, **bar) as progress:
         batch: list[str] = []
         for item in items:
             for line in read_lines(item, progress, field) if isinstance(item, Path) else _lines(item):

@@ -18,3 +18,12 @@ class ValidationError(RuntimeError):
     """A result did not pass its own check."""
 
     exit_code = 4
+
+
+def install(*extras: str) -> str:
+    """The command that adds extras of this project, which lies in no package index: it is installed from a checkout.
+
+    >>> install("train", "cpu")
+    "pip install '.[train,cpu]' in the checkout of dmpt-export"
+    """
+    return f"pip install '.[{','.join(extras)}]' in the checkout of dmpt-export"

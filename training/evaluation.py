@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from training.data import windows
-from training.model import GATE_HARD, DMPTForCausalLM
+from training.model import DMPTForCausalLM
+from training.shape import GATE_HARD
 
 ROWS_AT_ONCE = 1024  # predictions scored in one go: their (rows, vocab) log-probs are held in memory
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from training.errors import InputError
+from training.errors import InputError, install
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 TOKENIZER_FILES = (
@@ -20,6 +21,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+EXPECTED = "give a .pt file that the original project's training wrote"
 # What a model folder needs; hubs also hold TensorFlow, ONNX and pickled copies.
 MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 
@@ -46,8 +48,7 @@ def _hub_snapshot(name: str, files: Sequence[str]) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
     except ImportError:
         raise InputError(
-            f"there is no folder '{name}', and reading it from the hub needs huggingface_hub: "
-            "pip install 'dmpt-export[train]'"
+            f"there is no folder '{name}', and reading it from the hub needs huggingface_hub: {install('train')}"
         ) from None
     try:
         return Path(snapshot_download(name, allow_patterns=list(files)))
@@ -61,6 +62,14 @@ def _hub_snapshot(name: str, files: Sequence[str]) -> Path:
             f"there is no folder '{name}', and the Hugging Face hub does not give out a model of that name "
             f"({first_line(error)}): check the spelling, and your login for a private one"
         ) from error
+
+
+def check_pt(path: Path) -> None:
+    """Raise InputError when a file cannot be a .pt checkpoint of the original project: it is missing, or no archive."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist or is no file: {EXPECTED}")
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"{path} is no PyTorch checkpoint, or cut short: copy it again")
 
 
 def first_line(error: BaseException) -> str:

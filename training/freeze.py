@@ -1,25 +1,27 @@
-"""Which parameters stand still at a step: the freeze flags, head 0, and the freeze schedule."""
+"""Which parameters stand still at a step: the freeze flags, head 0, and the freeze schedule. Imports nothing heavy."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from training.config import ROOT
 from training.errors import InputError
-from training.model import DMPTForCausalLM
 from training.options import TrainOptions
+from training.shape import ROOT, Shape
+
+if TYPE_CHECKING:
+    from training.model import DMPTForCausalLM
 
 HEADS = "lm_headers"  # the schedule's name of the vocabulary heads: a bool, or {head index: bool}
 
 
-def schedule_groups(model: DMPTForCausalLM) -> dict[str, tuple[str, ...]]:
+def schedule_groups(shape: Shape) -> dict[str, tuple[str, ...]]:
     """Group of a freeze schedule -> the parameter name prefixes it stands for.
 
     A node has its own name (`left_right`), its initials (`LR`), `<node>_intermediate` (the same blocks) and
     `<node>_path` (its blocks and all below). Gates are `gate` or `gate1` (the root's), `gate2_left`, ...
     """
     groups: dict[str, tuple[str, ...]] = {"shared": ("transformer.",), "head_gates": ("head_gates.",)}
-    for node in model.tree.values():
+    for node in shape.tree.values():
         turns = [] if node.name == ROOT else node.name.split("_")
         if turns:
             own = f"paths.{node.name}."
@@ -33,6 +35,41 @@ def schedule_groups(model: DMPTForCausalLM) -> dict[str, tuple[str, ...]]:
     return groups
 
 
+def expanded(schedule: dict[int, dict[str, Any]], shape: Shape) -> dict[int, dict[tuple[str, ...], bool]]:
+    """The entries of a schedule as {parameter name prefixes: frozen}. Raises InputError for unknown groups."""
+    groups = schedule_groups(shape)
+    out: dict[int, dict[tuple[str, ...], bool]] = {}
+    for step, entry in schedule.items():
+        out[step] = {}
+        for group, value in entry.items():
+            where = f"freeze schedule, step {step}: group '{group}'"
+            if group == HEADS:
+                heads = _heads(value, shape.n_vocab_heads, where)
+                out[step] |= {(shape.head_name(j),): frozen for j, frozen in heads.items()}
+            elif group in groups and isinstance(value, bool):
+                out[step][groups[group]] = value
+            elif group in groups:
+                raise InputError(f"{where} must be true (frozen) or false, not {value!r}")
+            else:
+                raise InputError(f"{where} is unknown: choose from {', '.join([*sorted(groups), HEADS])}")
+    return out
+
+
+def _heads(value: Any, n: int, where: str) -> dict[int, bool]:
+    """Which of n heads are frozen."""
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    elif isinstance(value, bool):
+        value = dict.fromkeys(range(n), value)
+    try:
+        heads = {int(j): frozen for j, frozen in value.items()}
+    except (AttributeError, TypeError, ValueError):
+        heads = {-1: None}
+    if any(not 0 <= j < n or not isinstance(frozen, bool) for j, frozen in heads.items()):
+        raise InputError(f"{where} must be a bool, or bools by head index from 0 to {n - 1}, not {value!r}")
+    return heads
+
+
 class Freezer:
     """Applies the options' freezing to a model, step by step. A pure function of the step, so resuming is exact."""
 
@@ -41,39 +78,9 @@ class Freezer:
     ) -> None:
         """epoch_steps: optimizer steps of one pass over the data. Raises InputError for unknown schedule groups."""
         self.model, self.options = model, options
-        self.groups = schedule_groups(model)
-        self.schedule = {step: self._expanded(step, entry) for step, entry in schedule.items()}
+        self.schedule = expanded(schedule, model.config)
         self.head_only_steps = options.head_only_epochs * epoch_steps
         self.current: frozenset[str] | None = None
-
-    def _expanded(self, step: int, entry: dict[str, Any]) -> dict[tuple[str, ...], bool]:
-        """One schedule entry as {parameter name prefixes: frozen}."""
-        out: dict[tuple[str, ...], bool] = {}
-        for group, value in entry.items():
-            where = f"freeze schedule, step {step}: group '{group}'"
-            if group == HEADS:
-                out |= {(self.model.config.head_name(j),): frozen for j, frozen in self._heads(value, where).items()}
-            elif group in self.groups and isinstance(value, bool):
-                out[self.groups[group]] = value
-            elif group in self.groups:
-                raise InputError(f"{where} must be true (frozen) or false, not {value!r}")
-            else:
-                raise InputError(f"{where} is unknown: choose from {', '.join([*sorted(self.groups), HEADS])}")
-        return out
-
-    def _heads(self, value: Any, where: str) -> dict[int, bool]:
-        n = len(self.model.heads)
-        if isinstance(value, list):
-            value = dict(enumerate(value))
-        elif isinstance(value, bool):
-            value = dict.fromkeys(range(n), value)
-        try:
-            heads = {int(j): frozen for j, frozen in value.items()}
-        except (AttributeError, TypeError, ValueError):
-            heads = {-1: None}
-        if any(not 0 <= j < n or not isinstance(frozen, bool) for j, frozen in heads.items()):
-            raise InputError(f"{where} must be a bool, or bools by head index from 0 to {n - 1}, not {value!r}")
-        return heads
 
     def frozen(self, step: int) -> frozenset[str]:
         """Names of the parameters that step `step` (from 0) leaves bitwise unchanged."""

@@ -1,4 +1,4 @@
-"""Hugging Face GPT-2 folders read as a DMPT without splits and with one head."""
+"""Hugging Face GPT-2 folders read as a DMPT without splits and with one head. Standard library only."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from training.config import ROOT, DMPTConfig
 from training.errors import InputError
+from training.shape import ROOT, Shape
 
 COPIED = (
     "vocab_size",
@@ -32,23 +32,19 @@ FIXED = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "
 BUFFERS = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
 
 
-def config_from_gpt2(fields: Mapping[str, Any]) -> DMPTConfig:
-    """The DMPT configuration of a GPT-2's config.json. Raises InputError for variants that compute otherwise."""
+def gpt2_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a DMPT from a GPT-2's config.json. Raises InputError for variants that compute otherwise."""
     for name, only in FIXED.items():
         if fields.get(name, only) != only:
             raise InputError(f"{name} is {fields[name]}: only GPT-2's own {only} is supported")
     if fields.get("quantization_config"):
         raise InputError("this model was quantized by another tool: give the float model it was made from")
     copied = {name: fields[name] for name in COPIED if name in fields}
-    vocab_size = fields.get("vocab_size", DMPTConfig().vocab_size)
+    vocab_size = fields.get("vocab_size", Shape.vocab_size)
     for name in ("bos_token_id", "eos_token_id"):  # transformers leaves GPT-2's own 50256 in models of any vocabulary
-        token = fields.get(name, DMPTConfig().eos_token_id)
+        token = fields.get(name, Shape.eos_token_id)
         copied[name] = token if token is not None and token < vocab_size else None
-    return DMPTConfig(
-        **copied,
-        splits=[],
-        head_allocation={ROOT: [0]},
-    )
+    return {**copied, "splits": [], "head_allocation": {ROOT: [0]}}
 
 
 def dmpt_name(name: str, *, tied: bool) -> str | None:

@@ -7,24 +7,19 @@ symmetry that would keep copies identical for ever.
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from training.checkpoint import model_from_tensors
-from training.config import DMPTConfig, even_allocation, leaf_names
+from training.config import DMPTConfig
 from training.errors import InputError
-from training.files import read_json
 from training.gpt2 import COPIED
 from training.model import DMPTForCausalLM
+from training.shape import init_fields
 
 NOISE = 1e-3  # of the embedding's standard deviation: about 0.02 on a logit of GPT-2 small
 GATE_BIAS = 0.25  # logits in favour of left, which starts as the unchanged GPT-2
 HEAD_GATE_STD = 1e-3  # so small that mixing starts near uniform
-MOST_HEADS = 8  # the default never gives a model more heads than this, unless it has more leaves
 
 
 def init_from_gpt2(
@@ -50,7 +45,9 @@ def init_from_gpt2(
     tie: heads.0 is the embedding; None: as in `model`. Same arguments and seed: same tensors, bit by bit.
     Raises InputError when the fields do not fit each other or `model`.
     """
-    config = init_config(model, splits, head_allocation, heads, fast_k, head_topk, gate_hidden, tie)
+    old = model.config
+    changed = init_fields(old, splits, head_allocation, heads, fast_k, head_topk, gate_hidden, tie)
+    config = DMPTConfig(**{name: getattr(old, name) for name in COPIED} | changed)
     if not noise >= 0 or noise == float("inf"):
         raise InputError(f"noise {noise} must be a number from 0 on")
     source = {name: tensor.detach() for name, tensor in model.state_dict().items()}
@@ -74,76 +71,6 @@ def init_from_gpt2(
     if wild := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise InputError(f"{wild[0]} would hold NaN or infinity: use a smaller --noise and --gate-bias, or mend SOURCE")
     return model_from_tensors(config, tensors)
-
-
-def init_config(
-    model: DMPTForCausalLM,
-    splits: list[int] | None,
-    head_allocation: dict[str, list[int]] | None,
-    heads: int | None,
-    fast_k: int | None,
-    head_topk: int | None,
-    gate_hidden: int,
-    tie: bool | None,
-) -> DMPTConfig:
-    """The configuration init_from_gpt2 gives its model. Raises InputError as it does."""
-    old = model.config
-    assert isinstance(old, DMPTConfig)
-    if old.splits or old.n_vocab_heads != 1:
-        raise InputError(
-            f"this model already has splits {old.splits} and {old.n_vocab_heads} head(s): "
-            "init starts from a GPT-2, or from a DMPT without splits and with one head"
-        )
-    if splits is None:
-        if old.n_layer < 2:
-            raise InputError("a model of one block cannot be split: use --splits none")
-        splits = [old.n_layer // 2]
-    if tie and not old.tie_word_embeddings:
-        raise InputError("this model's head is not tied to its embedding: leave --tie out")
-    if gate_hidden < 1:
-        raise InputError(f"gate_hidden {gate_hidden} must be at least 1")
-    _check_memory("heads", 0 if heads is None else heads, old.vocab_size * old.n_embd)
-    _check_memory("gate_hidden", gate_hidden, old.n_embd)
-    if head_allocation is None:
-        leaves = leaf_names(splits, old.n_layer)
-        head_allocation = even_allocation(leaves, default_heads(len(leaves)) if heads is None else heads)
-    return DMPTConfig(
-        **{name: getattr(old, name) for name in COPIED if name != "tie_word_embeddings"},
-        splits=splits,
-        head_allocation=head_allocation,
-        gate_hidden=gate_hidden,
-        head_topk=head_topk,
-        fast_k=fast_k,
-        tie_word_embeddings=old.tie_word_embeddings if tie is None else tie,
-    )
-
-
-def _check_memory(name: str, value: int, elements: int) -> None:
-    """Raise MemoryError for what this machine can never hold: Linux would kill the process instead of saying so."""
-    needed = 4 * value * elements
-    if hasattr(os, "sysconf") and needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        raise MemoryError(f"{name} {value} needs {needed / 1e9:.0f} GB")
-
-
-def read_head_allocation(path: str | os.PathLike[str]) -> dict[str, list[int]]:
-    """Which head ids belong to which leaf, from JSON such as {"left": [0, 1], "right": [2, 3]}.
-
-    Raises InputError when the file is no such object; whether it fits the tree is DMPTConfig's check.
-    """
-    allocation = read_json(Path(path))
-    for leaf, heads in allocation.items():
-        if not isinstance(heads, list) or any(type(j) is not int for j in heads):
-            raise InputError(f"{path}: the heads of '{leaf}' must be a list of whole numbers, not {json.dumps(heads)}")
-    return allocation
-
-
-def default_heads(n_leaves: int) -> int:
-    """Four heads a leaf, but no more than eight in all: each costs as much memory as the embedding.
-
-    >>> [default_heads(n) for n in (1, 2, 4, 16)]
-    [4, 8, 8, 16]
-    """
-    return max(n_leaves, min(MOST_HEADS, 4 * n_leaves))
 
 
 def _heads(config: DMPTConfig, base: Tensor, noise: float, random: torch.Generator) -> dict[str, Tensor]:

@@ -22,10 +22,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from training.cache import CachedGeneration, KeyValues, causal_mask
 from training.config import DMPTConfig, Node
 from training.errors import InputError
+from training.shape import GATE_HARD, MAX_PROB, RANDOM
 
-GATE_SOFT, GATE_HARD, MAX_PROB = "gate_soft", "gate_hard", "max_prob"
-RANDOM = "random"  # a control for evaluation: what the gates are worth
-PATH_MODES = (GATE_SOFT, GATE_HARD, MAX_PROB, RANDOM)  # besides `<leaf>_only`
 ROWS_AT_ONCE = 128  # given to pick() by who scores a text: of each, K rows of every head are gathered (K * E floats)
 
 
@@ -125,6 +123,7 @@ class DMPTForCausalLM(CachedGeneration, PreTrainedModel, GenerationMixin):  # ty
     Source: S. Qian, "Dynamic Multiple Path Transformer" (2025); GPT-2: Radford et al. (2019).
     """
 
+    config: DMPTConfig
     config_class = DMPTConfig
     base_model_prefix = "transformer"
     _tied_weights_keys = {"heads.0.weight": "transformer.wte.weight"}  # type: ignore[assignment]  # 5.x form
@@ -282,7 +281,7 @@ class DMPTForCausalLM(CachedGeneration, PreTrainedModel, GenerationMixin):  # ty
         mass = torch.logsumexp(log_c, -1, keepdim=True)
         parts = [log_c - mass + log_pi[..., :1]]
         for i, j in enumerate(others, start=1):
-            rows = self.heads[j].weight[candidates]  # (..., K, E)
+            rows = self.heads[j].weight[candidates]  # type: ignore[index]  # a Linear; (..., K, E)
             logits = (rows @ h.unsqueeze(-1)).squeeze(-1).float()
             parts.append(F.log_softmax(logits, -1) + log_pi[..., i, None])
         return log_anchor.scatter(-1, candidates, mass + torch.logsumexp(torch.stack(parts), dim=0))
@@ -306,7 +305,7 @@ class DMPTForCausalLM(CachedGeneration, PreTrainedModel, GenerationMixin):  # ty
         that leaf, or gate_hard below that node. fast_k: candidates of the anchor head; None scores every head
         fully. real: as in hidden(). Raises InputError for an unknown mode or a sequence longer than n_positions.
         """
-        only = self.leaves_of_mode(mode)
+        only = self.config.leaves_of_mode(mode)
         hidden = self.hidden(ids, only, real)
         keep = slice(-(last or ids.shape[1]), None)
         h = {leaf: x[:, keep] for leaf, x in hidden.leaves.items()}
@@ -333,16 +332,6 @@ class DMPTForCausalLM(CachedGeneration, PreTrainedModel, GenerationMixin):  # ty
             if rows.any():
                 out[rows] = self.leaf_log_probs(leaf, x[rows], fast_k)
         return out
-
-    def leaves_of_mode(self, mode: str) -> list[str] | None:
-        """The leaves a mode chooses among: None for all, for `<node>_only` those under the node."""
-        if mode in PATH_MODES:
-            return None
-        known = {f"{name}_only": name for name, node in self.tree.items() if node.parent or not node.children}
-        if mode not in known:
-            raise InputError(f"unknown path mode '{mode}': choose one of {', '.join([*PATH_MODES, *known])}")
-        name = known[mode]
-        return [leaf for leaf in self.config.leaves if leaf == name or leaf.startswith(f"{name}_")]
 
 
 def sum_turns(log_w: dict[str, Tensor], turns: list[tuple[str, int]]) -> Tensor:

@@ -11,34 +11,10 @@ from torch import Tensor
 
 from training import losses
 from training.cross_entropy import fast_k_gold, head_gold
-from training.errors import InputError
 from training.losses import Across, alone, masked_mean
-from training.model import GATE_HARD, GATE_SOFT, MAX_PROB, RANDOM, DMPTForCausalLM, Hidden
-from training.options import TrainOptions
-
-GATE_EXPECTED = "gate_expected"  # for training alone: the mean loss of routes drawn from the gates
-
-
-def trained_leaves(model: DMPTForCausalLM, options: TrainOptions) -> list[str] | None:
-    """The one leaf that the options train, None for all. Raises InputError for what cannot be trained."""
-    mode = options.train_path_selection
-    if options.fast_k_loss and model.head_gates and not model.config.fast_k:
-        raise InputError("--fast_k_loss needs --fast_k K, the number of candidates that will be deployed")
-    if mode == GATE_EXPECTED:
-        return None
-    if mode == RANDOM:
-        raise InputError("--train_path_selection random: random routing is a control for evaluation alone")
-    try:
-        leaves = model.leaves_of_mode(mode)
-    except InputError:
-        known = ", ".join(
-            [GATE_SOFT, GATE_EXPECTED, GATE_HARD, MAX_PROB, *(f"{leaf}_only" for leaf in model.config.leaves)]
-        )
-        raise InputError(f"unknown --train_path_selection '{mode}': choose one of {known}") from None
-    if leaves and len(leaves) > 1:
-        names = ", ".join(f"{leaf}_only" for leaf in leaves)
-        raise InputError(f"--train_path_selection {mode} has several leaves: {names}")
-    return leaves
+from training.model import DMPTForCausalLM, Hidden
+from training.options import GATE_EXPECTED, TrainOptions, trained_leaves
+from training.shape import GATE_HARD, GATE_SOFT, MAX_PROB
 
 
 @dataclass
@@ -60,7 +36,7 @@ class Objective:
 
     def __init__(self, model: DMPTForCausalLM, options: TrainOptions, across: Across = alone) -> None:
         self.model, self.options, self.across = model, options, across
-        self.only = trained_leaves(model, options)
+        self.only = trained_leaves(model.config, options)
         # The tether's teacher: head 0 as it was at the start, apart from the one that is trained.
         self.reference: Tensor | None = None
         if options.tether_coef and len(model.heads) > 1:

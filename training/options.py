@@ -7,9 +7,21 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from training.errors import InputError
+from training.errors import InputError, install
+from training.shape import GATE_HARD, GATE_SOFT, MAX_PROB, RANDOM, Shape
+
+if TYPE_CHECKING:
+    import numpy as np
+
+KINDS: dict[str, tuple[str, tuple[type, ...]]] = {  # annotation -> what JSON may hold for it, in words and types
+    "int": ("a whole number", (int,)),
+    "float": ("a number", (float, int)),
+    "str": ("a text", (str,)),
+    "bool": ("true or false", (bool,)),
+}
+GATE_EXPECTED = "gate_expected"  # for training alone: the mean loss of routes drawn from the gates
 
 
 def opt(default: Any, about: str) -> Any:
@@ -20,7 +32,7 @@ def opt(default: Any, about: str) -> Any:
 @dataclass
 class TrainOptions:
     # --- how long
-    epochs: int = opt(3, "passes over the data, when --max_steps is 0")
+    epochs: int = opt(3, "passes over the data, when --max-steps is 0")
     max_steps: int = opt(0, "optimizer steps; 0: as many as --epochs take")
     max_length: int = opt(256, "tokens per training sequence; capped at the model's context")
     batch_size: int = opt(4, "sequences per forward pass and process")
@@ -76,25 +88,39 @@ class TrainOptions:
     cpu: bool = opt(False, "use the CPU even when there is a GPU")
 
     def check(self) -> None:
-        """Raise InputError naming the first option that cannot be, or the package it needs."""
+        """Raise InputError naming the first option that cannot be."""
         for name in ("batch_size", "grad_accum_steps", "log_every", "eval_every", "save_every"):
             if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)} must be at least 1")
+                raise InputError(f"{flag(name)} {getattr(self, name)} must be at least 1")
         if self.max_length < 1 or (self.max_steps < 1 and self.epochs < 1):
-            raise InputError("--max_length and one of --max_steps and --epochs must be above 0")
+            raise InputError("--max-length and one of --max-steps and --epochs must be above 0")
         for name, value in asdict(self).items():
             if type(value) is float and not math.isfinite(value):
-                raise InputError(f"--{name} {value} must be a number")
+                raise InputError(f"{flag(name)} {value} must be a number")
             if type(value) in (int, float) and value < 0:
-                raise InputError(f"--{name} {value} must not be negative")
+                raise InputError(f"{flag(name)} {value} must not be negative")
+        if self.dropout is not None and self.dropout >= 1:
+            raise InputError(f"--dropout {self.dropout} must be below 1")
         choices = {"optimizer": ("adamw", "adamw8bit"), "lr_schedule": ("linear", "cosine", "constant")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                raise InputError(f"--{name} '{getattr(self, name)}': choose one of {', '.join(known)}")
+                raise InputError(f"{flag(name)} '{getattr(self, name)}': choose one of {', '.join(known)}")
+
+    def check_installed(self) -> None:
+        """Raise InputError naming a package that an option needs and that is not installed."""
         if self.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
-            raise InputError("--optimizer adamw8bit needs bitsandbytes: pip install 'dmpt-export[bnb]'")
+            raise InputError(f"--optimizer adamw8bit needs bitsandbytes: {install('bnb')}")
         if self.tensorboard and find_spec("tensorboard") is None:
             raise InputError("--tensorboard needs tensorboard: pip install tensorboard")
+
+    def check_shape(self, shape: Shape) -> Shape:
+        """What the options make of a model's shape. Raises InputError where that cannot be, or be trained."""
+        own = ("gate_temp", "head_gate_temp", "head_topk", "fast_k")
+        shape = Shape.of(vars(shape) | {name: getattr(self, name) for name in own if getattr(self, name) is not None})
+        trained_leaves(shape, self)
+        shape.leaves_of_mode(self.eval_path_selection)
+        eval_windows(self, shape.n_positions)
+        return shape
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str) -> TrainOptions:
@@ -102,7 +128,59 @@ class TrainOptions:
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise InputError(f"{where} holds unknown options: {', '.join(unknown)}")
+        for one in fields(cls):
+            annotation, _, optional = str(one.type).partition(" | ")
+            words, kinds = KINDS[annotation]
+            value = values.get(one.name, one.default)
+            if type(value) not in kinds and not (optional and value is None):
+                raise InputError(f"{where}: {one.name} must be {words}, not {value!r}")
         return cls(**values)
+
+
+def flag(name: str) -> str:
+    """An option as it is typed."""
+    return f"--{name.replace('_', '-')}"
+
+
+def trained_leaves(shape: Shape, options: TrainOptions) -> list[str] | None:
+    """The one leaf that the options train, None for all. Raises InputError for what cannot be trained."""
+    mode = options.train_path_selection
+    mixed = any(len(heads) > 1 for heads in shape.head_allocation.values())
+    if options.fast_k_loss and mixed and not (options.fast_k or shape.fast_k):
+        raise InputError("--fast-k-loss needs --fast-k K, the number of candidates that will be deployed")
+    if mode == GATE_EXPECTED:
+        return None
+    if mode == RANDOM:
+        raise InputError("--train-path-selection random: random routing is a control for evaluation alone")
+    try:
+        leaves = shape.leaves_of_mode(mode)
+    except InputError:
+        known = ", ".join([GATE_SOFT, GATE_EXPECTED, GATE_HARD, MAX_PROB, *(f"{leaf}_only" for leaf in shape.leaves)])
+        raise InputError(f"unknown --train-path-selection '{mode}': choose one of {known}") from None
+    if leaves and len(leaves) > 1:
+        names = ", ".join(f"{leaf}_only" for leaf in leaves)
+        raise InputError(f"--train-path-selection {mode} has several leaves: {names}")
+    return leaves
+
+
+def eval_windows(options: TrainOptions, context: int, tokens: np.ndarray | None = None) -> tuple[int, int]:
+    """(length, stride) of the evaluation windows. Raises InputError when they cannot be, or score none of `tokens`."""
+    length = options.eval_length or context
+    stride = options.eval_stride or max(1, length // 2)
+    if length > context:
+        raise InputError(f"--eval-length {length} must be at most the model's context of {context}")
+    if stride > length:
+        raise InputError(f"--eval-stride {stride} must be at most the window's length of {length}")
+    if tokens is None:
+        return length, stride
+    from training.data import windows
+
+    if not any(windows(len(tokens), length, stride)):
+        raise InputError(
+            f"the evaluation text has {len(tokens)} tokens, and windows of {length} advancing by {stride} score only "
+            f"those after the first {length - stride}: give more text or a smaller --eval-length"
+        )
+    return length, stride
 
 
 def read_freeze_schedule(given: str | Path | None) -> dict[int, dict[str, Any]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor
 from training.checkpoint import TIED_HEAD, Checkpoint, check_tensors
 from training.config import ROOT, DMPTConfig, leaf_names
 from training.errors import InputError
-from training.files import first_line
+from training.files import EXPECTED, check_pt, first_line
 from training.tensors import as_float32
 
 SAFE_TORCH = (2, 10)  # before, files could run code although weights_only was set: CVE-2025-32434, CVE-2026-24747
@@ -42,7 +41,6 @@ SEPARATE_HEADS = {"left_lm_head": "left", "right_lm_head": "right"}  # quad: lm_
 LAYERS = {"fc1": 0, "fc2": 2, "net.0": 0, "net.2": 2}  # of a head gate: two generations of names
 WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|model\.)+")  # DataParallel, torch.compile
 COUNTERS = re.compile(r"lm_head\.(usage|selection)_counts|.*\.attn\.(bias|masked_bias)")
-EXPECTED = "give a .pt file that the original project's training wrote"
 GPT2_EOS = {50257: 50256}  # vocabulary size -> id of <|endoftext|>
 
 
@@ -86,10 +84,7 @@ def load_pt(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise InputError(
             f"torch {torch.__version__} has known holes in reading .pt files safely: upgrade to 2.10 or later"
         )
-    if not path.is_file():
-        raise InputError(f"{path} does not exist or is no file: {EXPECTED}")
-    if not zipfile.is_zipfile(path):
-        raise InputError(f"{path} is no PyTorch checkpoint, or cut short: copy it again")
+    check_pt(path)
     try:
         with torch.serialization.safe_globals([GPT2Config]):  # the original may have filed its whole configuration
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from training.atomic import recover
+from training.atomic import check_run, recover
 from training.checkpoint import load_model
-from training.data import windows
 from training.errors import InputError
 from training.model import Attention, DMPTForCausalLM
 from training.options import TrainOptions
@@ -23,24 +22,11 @@ def on_cpu(options: TrainOptions) -> bool:
     return options.cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
 
 
-def check_folder(out: Path, overwrite: bool) -> None:
-    """Raise InputError when a new run cannot go to `out`: it holds something else, or a run that is to be kept."""
-    if not out.is_dir():
-        if out.exists():
-            raise InputError(f"{out} is a file: give a folder that does not exist yet")
-        return
-    ours = {path.name for path in out.iterdir()} & {"last", "metrics.jsonl"}
-    if any(out.iterdir()) and not ours:
-        raise InputError(f"{out} is not empty and holds no training run: give another folder")
-    if "last" in ours and not overwrite:
-        raise InputError(f"{out} holds a training run: continue it with --resume, or start anew with --overwrite")
-
-
 def prepare_folder(out: Path, resume: bool | str | os.PathLike[str], overwrite: bool) -> None:
-    """Make `out` ready for a run. Raises InputError as check_folder."""
+    """Make `out` ready for a run. Raises InputError as check_run."""
     recover((out / "last").resolve())  # a kill in the middle of replacing OUT/last
     if not resume:
-        check_folder(out, overwrite)
+        check_run(out, overwrite)
         for name in ("last", "best", "tensorboard"):
             shutil.rmtree(out / name, ignore_errors=True)
         (out / "metrics.jsonl").unlink(missing_ok=True)
@@ -73,28 +59,12 @@ def apply_to_config(model: DMPTForCausalLM, options: TrainOptions) -> None:
             setattr(model.config, name, getattr(options, name))
     model.config.check()
     if options.dropout is not None:
-        if options.dropout >= 1:
-            raise InputError(f"--dropout {options.dropout} must be below 1")
         model.config.resid_pdrop = model.config.embd_pdrop = model.config.attn_pdrop = options.dropout
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = options.dropout
             elif isinstance(module, Attention):
                 module.attn_dropout = options.dropout
-
-
-def eval_windows(options: TrainOptions, context: int, tokens: np.ndarray | None) -> tuple[int, int]:
-    """(length, stride) of the evaluation windows. Raises InputError when they cannot be, or score none of `tokens`."""
-    length = options.eval_length or context
-    stride = options.eval_stride or max(1, length // 2)
-    if length > context:
-        raise InputError(f"--eval_length {length} must be at most the model's context of {context}")
-    if tokens is not None and not any(windows(len(tokens), length, stride)):
-        raise InputError(
-            f"the evaluation text has {len(tokens)} tokens, and windows of {length} advancing by {stride} score only "
-            f"those after the first {length - stride}: give more text or a smaller --eval_length"
-        )
-    return length, stride
 
 
 def check_tokens(tokens: np.ndarray, eval_tokens: np.ndarray | None, vocab: int) -> None:

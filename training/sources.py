@@ -26,7 +26,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from training.errors import InputError
+from training.errors import InputError, install
 from training.files import first_line
 from training.zstd import DamagedError, ZstdReader
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 FIELD = "text"  # of a JSON object, a Parquet file or a dataset
 ROWS_AT_ONCE = 1000  # of Parquet files and datasets, in memory together
-INSTALL = "pip install 'dmpt-export[data]'"
+INSTALL = install("data")
 
 # suffix -> how to read the bytes inside; no entry: the file itself
 OPENERS: dict[str, Callable[[BinaryIO], Any]] = {
@@ -65,7 +65,7 @@ def is_dataset(source: str | os.PathLike[str]) -> bool:
 
 
 def check_source(source: str | os.PathLike[str]) -> None:
-    """Raise InputError when the file is missing, or the library that reads it: said before long work."""
+    """Raise InputError when the file is missing or empty, or the library that reads it: said before long work."""
     path = Path(source)
     if is_dataset(path):
         if find_spec("datasets") is None:
@@ -75,9 +75,13 @@ def check_source(source: str | os.PathLike[str]) -> None:
         return
     if not path.exists():
         raise InputError(f"data file {path} does not exist: check the path")
+    if path.is_dir():
+        raise InputError(f"data file {path} is a folder: give a file in it")
     library = LIBRARY.get(path.suffix.lower())
     if library is not None and find_spec(library) is None:
         raise InputError(f"reading {path} needs {library}: {INSTALL}")
+    if path.is_file() and not path.stat().st_size:  # a pipe has no size to speak of
+        raise InputError(f"data file {path} is empty: give a file with text")
 
 
 def read_lines(path: str | os.PathLike[str], progress: tqdm[Any] | None = None, field: str = FIELD) -> Iterator[str]:

@@ -13,9 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from training.errors import InputError
-from training.files import read_json
+from training.folder import INDEX, tensor_files
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -45,32 +44,6 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         if system is None:
             raise
         raise OSError(int(system[1]), os.strerror(int(system[1])), str(path)) from error
-
-
-def tensor_files(folder: Path) -> list[tuple[Path, list[str] | None]]:
-    """The safetensors files of a folder, each with the names to take from it (None: all)."""
-    if (folder / SINGLE).is_file():
-        return [(folder / SINGLE, None)]
-    index = folder / INDEX
-    if not index.is_file():
-        if list(folder.glob("pytorch_model*.bin")):
-            raise InputError(
-                f"{folder} has only pickled weights (pytorch_model.bin), which are not read because they can run code: "
-                "convert it once with transformers, AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)"
-            )
-        raise InputError(f"{folder} has no {SINGLE}: give a folder with a trained model")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise InputError(f"{index} has no weight_map: fetch the model again")
-    by_file: dict[str, list[str]] = {}
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or "\\" in file:
-            raise InputError(f"{index} points outside its folder for '{name}' ({file!r}): do not use this model")
-        by_file.setdefault(file, []).append(name)
-    for file in by_file:
-        if not (folder / file).is_file():
-            raise InputError(f"{folder / file} is missing, though {INDEX} names it: fetch the model again")
-    return [(folder / file, names) for file, names in sorted(by_file.items())]
 
 
 def _tensors_of(path: Path, wanted: list[str] | None) -> Iterator[tuple[str, Tensor]]:

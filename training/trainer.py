@@ -26,9 +26,9 @@ from training.freeze import Freezer
 from training.interrupt import Interrupted, StopRequest, stop_on_signals
 from training.model import DMPTForCausalLM
 from training.nonfinite import NonFiniteError, first_bad_tensor
-from training.objective import Loss, Objective, trained_leaves
+from training.objective import Loss, Objective
 from training.optim import collect_gradients, lr_factor, make_optimizer, set_lr
-from training.options import TrainOptions, read_freeze_schedule
+from training.options import TrainOptions, eval_windows, flag, read_freeze_schedule, trained_leaves
 from training.watch import Meter, Watcher, perplexity
 
 
@@ -97,6 +97,7 @@ class Trainer:
         overwrite: bool,
     ) -> None:
         options.check()
+        options.check_installed()
         self.options, self.out, self.tokenizer_from = options, out, tokenizer_from
         self.accelerator = Accelerator(gradient_accumulation_steps=options.grad_accum_steps, cpu=setup.on_cpu(options))
         torch.manual_seed(options.seed + self.accelerator.process_index)
@@ -106,15 +107,15 @@ class Trainer:
         self.batches = TokenBatches(tokens, self.length, options.seed)
         setup.check_tokens(tokens, eval_tokens, model.config.vocab_size)
         self.eval_tokens = None if eval_tokens is None else eval_tokens[: options.eval_max_tokens or None]
-        self.eval_windows = setup.eval_windows(options, model.config.n_positions, self.eval_tokens)
+        self.eval_windows = eval_windows(options, model.config.n_positions, self.eval_tokens)
         self.per_pass = options.batch_size * self.accelerator.num_processes  # sequences
         self.per_step = self.per_pass * options.grad_accum_steps
         self.epoch_steps = max(1, len(self.batches) // self.per_step)
         self.total = options.max_steps or max(1, options.epochs * len(self.batches) // self.per_step)
 
         self.freezer = Freezer(model, options, read_freeze_schedule(options.freeze_schedule), self.epoch_steps)
-        trained_leaves(model, options)  # what cannot be is refused here, before anything is written
-        model.leaves_of_mode(options.eval_path_selection)
+        trained_leaves(model.config, options)  # what cannot be is refused here, before anything is written
+        model.config.leaves_of_mode(options.eval_path_selection)
 
         if self.accelerator.is_main_process:
             setup.prepare_folder(out, resume, overwrite)
@@ -142,11 +143,11 @@ class Trainer:
             if saved.data.get(name) != value:
                 raise InputError(
                     f"cannot resume {folder}: {name} of the training data was {saved.data.get(name)}, now it is "
-                    f"{value}: give the same text, tokenizer, --max_length and --seed"
+                    f"{value}: give the same text, tokenizer, --max-length and --seed"
                 )
         for name, value in self.progress.options.items():
             if saved.options.get(name) != value:
-                self.notes.append(f"resuming with --{name} {value} (before: {saved.options.get(name)})")
+                self.notes.append(f"resuming with {flag(name)} {value} (before: {saved.options.get(name)})")
         state.restore_optimizer(self.optimizer, files["optimizer"], scalars)
         state.restore_rng(self.accelerator, files["rng"])
         if self.objective.reference is not None and "tether" in files:

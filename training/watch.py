@@ -109,7 +109,7 @@ class Watcher:
         for leaf, share in routes.items():
             self.low[leaf] = self.low[leaf] + 1 if share < COLLAPSED else 0
             if self.low[leaf] == PATIENCE:
-                self.warn(step, f"routing collapses: path '{leaf}' gets {share:.1%} of the tokens; raise --lb_coef")
+                self.warn(step, f"routing collapses: path '{leaf}' gets {share:.1%} of the tokens; raise --lb-coef")
         return record
 
     def write(self, record: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from dmpt_export.commands.checks import check_tokenizer
 from dmpt_export.extras import require
 
 
@@ -36,16 +37,21 @@ def command(file: Path, out: Path, tokenizer: str | None, head_allocation: Path 
       dmpt-export quantize OUT small --scheme int8
     """
     require("train")
-    from training.checkpoint import check_replaceable, model_from_tensors, resolve, save_model
-    from training.data import load_tokenizer
-    from training.files import TOKENIZER_FILES
-    from training.init import read_head_allocation
-    from training.original import read_original
+    from training.atomic import check_replaceable
+    from training.files import check_pt
+    from training.folder import read_head_allocation
+    from training.progress import say
 
     check_replaceable(out, "checkpoint")
+    check_pt(file)
     if tokenizer is not None:
-        load_tokenizer(resolve(tokenizer, TOKENIZER_FILES))
+        check_tokenizer(tokenizer)
     allocation = None if head_allocation is None else read_head_allocation(head_allocation)
+
+    say("loading PyTorch")
+    from training.checkpoint import model_from_tensors, save_model
+    from training.original import read_original
+
     checkpoint, notes = read_original(file, allocation, n_head)
     model = model_from_tensors(checkpoint.config, checkpoint.tensors)
     save_model(model, out, tokenizer_from=tokenizer, card=f"Converted from `{file.name}`.\n\n" + as_list(notes))

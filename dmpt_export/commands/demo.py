@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import click
 
+from dmpt_export.commands.checks import Finite
 from dmpt_export.extras import require
-
-
-def finite(ctx: click.Context, option: click.Parameter, value: float) -> float:
-    """FloatRange lets NaN and infinity through."""
-    if not math.isfinite(value):
-        raise click.BadParameter(f"{value} is no number to multiply by")
-    return value
 
 
 @click.command("demo", short_help="Train, quantize, export, run and compare small models.")
@@ -24,8 +17,7 @@ def finite(ctx: click.Context, option: click.Parameter, value: float) -> float:
               help="Text to train and test on instead (plain, .xz, .gz); may be repeated.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True,
               help="Of weights, order of the data, and sampling.")  # fmt: skip
-@click.option("--scale", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True,
-              callback=finite,
+@click.option("--scale", type=Finite(min=0, min_open=True), default=1.0, show_default=True,
               help="Times the training steps; time and quality grow with it.")  # fmt: skip
 def command(out: Path, data: tuple[Path, ...], seed: int, scale: float) -> None:
     """Show the whole way in about five minutes on two cores, without network.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dmpt_export.commands.checks import check_model, check_tokenizer, is_exported, usage
 from dmpt_export.extras import require
 
 if TYPE_CHECKING:
@@ -20,13 +21,13 @@ PROTOCOLS = ("stride-concat", "non-overlapping", "sliding")  # benchmarks.protoc
 
 @click.command("eval", short_help="Measure perplexity and accuracy on a text.")
 @click.argument("model")
-@click.option("--data", multiple=True, required=True, type=click.Path(dir_okay=False), metavar="FILE",
+@click.option("--data", multiple=True, required=True, metavar="FILE",
               help="Text: plain, JSONL (both also .xz, .gz, .zst), Parquet, or a hub dataset such as "
               "wikitext-103:test. Several are scored as one text.")  # fmt: skip
 @click.option("--text-field", default="text", show_default=True, metavar="NAME",
               help="Where the text is in JSONL, Parquet and datasets.")  # fmt: skip
 @click.option("--protocol", type=click.Choice(PROTOCOLS), default=PROTOCOLS[0], show_default=True,
-              help="What is scored after what; see below.")  # fmt: skip
+              help="What is scored after what; see above.")  # fmt: skip
 @click.option("--max-length", type=click.IntRange(min=2), metavar="N",
               help="Tokens in a window. Default: 1024, or the model's context if that is less.")  # fmt: skip
 @click.option("--stride", type=click.IntRange(min=1), metavar="N",
@@ -76,6 +77,9 @@ def command(
     without end-of-text, and the first window scores all its predictions. non-overlapping: that text in windows that
     share nothing.
 
+    Perplexities of different protocols do not compare, nor do those of different windows: stride-concat alone counts
+    the end-of-text tokens, and how much context a token has before it differs.
+
     Perplexity per word and bits per byte count what the scored tokens stand for, end-of-text as one newline, so
     they compare between tokenizers. Standard errors take tokens as independent.
 
@@ -88,18 +92,19 @@ def command(
     """
     if base_cache and not base:
         raise click.UsageError("--base-cache keeps the log-probs of --base: name one")
-    models = [model, base] if base else [model]
-    for source in models:
-        require(device if (Path(source) / "dmpt_manifest.json").is_file() else "train")
-    from benchmarks.protocols import choose_windows
-    from benchmarks.quality import Base, check_base, evaluate, read_text
-    from benchmarks.scorer import context_of, open_scorer
-    from training.data import check_source
+    from training.progress import say
 
-    for text in data:
-        check_source(text)
-    for source in models:  # refused before a large model is loaded
-        choose_windows(context_of(source), max_length, stride, protocol)
+    exported = [is_exported(source) for source in ([model, base] if base else [model])]
+    require(*(device if ready else "train" for ready in exported))
+    check_request(data, protocol, max_length, stride, [folder for folder in (base_cache, resume) if folder])
+    check_scored(model, max_length, stride, protocol, mode, fast_k)
+    if base is not None:
+        check_scored(base, max_length, stride, protocol)
+    if not all(exported):
+        say("loading PyTorch")
+    from benchmarks.quality import Base, check_base, evaluate, read_text
+    from benchmarks.scorer import open_scorer
+
     with contextlib.ExitStack() as stack:
         scorer = open_scorer(model, threads, device, mode, dequantize=dequantize, fast_k=fast_k)
         stack.callback(scorer.close)
@@ -114,6 +119,44 @@ def command(
         click.echo(json.dumps({"model": model, **result.to_json()}, allow_nan=False))
     else:
         click.echo(as_text(model, result, any(len(heads) > 1 for heads in scorer.head_allocation.values())))
+
+
+def check_request(
+    data: tuple[str, ...], protocol: str, max_length: int | None, stride: int | None, folders: list[str]
+) -> None:
+    """Raise UsageError for windows that no model can have, InputError for texts that are not there and for folders
+    that cannot be made."""
+    from benchmarks.protocols import LONGEST_WINDOW, choose_windows
+    from training.atomic import check_place
+    from training.data import check_source
+
+    with usage():
+        choose_windows(max(max_length or 0, LONGEST_WINDOW), max_length, stride, protocol)
+    for text in data:
+        check_source(text)
+    for folder in folders:
+        check_place(Path(folder))
+
+
+def check_scored(
+    source: str, max_length: int | None, stride: int | None, protocol: str, mode: str | None = None,
+    fast_k: int | None = None,
+) -> None:  # fmt: skip
+    """Refuse, before a large model or torch is loaded, what cannot be scored so."""
+    from benchmarks.protocols import choose_windows
+    from runtime.manifest import read_manifest
+
+    if is_exported(source):
+        choose_windows(read_manifest(Path(source)).config.n_positions, max_length, stride, protocol)
+        return
+    shape = check_model(source)
+    choose_windows(shape.n_positions, max_length, stride, protocol)
+    if mode is not None:
+        shape.leaves_of_mode(mode)
+    if fast_k is not None:
+        shape.fast_k = fast_k or None
+        shape.check()
+    check_tokenizer(source)
 
 
 def dequantize(source: str | Path) -> DMPTForCausalLM:

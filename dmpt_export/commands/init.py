@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
+from dmpt_export.commands.checks import Finite
 from dmpt_export.extras import require
 
 
@@ -27,20 +29,22 @@ def parse_splits(ctx: click.Context, option: click.Parameter, text: str) -> list
 @click.option("--splits", default="", callback=parse_splits, metavar="LIST",
               help="Block indices where every path forks in two: 6 (dual), 6,9 (quad); none for several heads on one "
               "path. Default: half the depth.")  # fmt: skip
-@click.option("--heads", type=int, metavar="N",
+@click.option("--heads", type=click.IntRange(min=1), metavar="N",
               help="Vocabulary heads in all, shared out evenly. Default: 4 a leaf, at most 8 in all.")  # fmt: skip
 @click.option("--head-allocation", type=click.Path(path_type=Path), metavar="FILE.json",
               help='Which heads belong to which leaf instead: {"left": [0, 1], "right": [2, 3]}; the first is the '
               "leaf's anchor.")  # fmt: skip
-@click.option("--fast-k", type=int, metavar="K",
+@click.option("--fast-k", type=click.IntRange(min=1), metavar="K",
               help="Candidates that the heads besides the anchor are scored on when deployed. Default: the whole "
               "vocabulary; 256 is a good start.")  # fmt: skip
-@click.option("--head-topk", type=int, metavar="H", help="Heads mixed per token. Default: all of the leaf.")
-@click.option("--noise", type=float, default=1e-3, show_default=True, metavar="STD",
+@click.option("--head-topk", type=click.IntRange(min=1), metavar="H",
+              help="Heads mixed per token. Default: all of the leaf.")  # fmt: skip
+@click.option("--noise", type=Finite(min=0), default=1e-3, show_default=True, metavar="STD",
               help="Noise on the heads that are no anchor, in standard deviations of the embedding.")  # fmt: skip
-@click.option("--gate-bias", type=float, default=0.25, show_default=True,
+@click.option("--gate-bias", type=Finite(-100, 100), default=0.25, show_default=True, metavar="LOGITS",
               help="Head start of the left path in every gate, in logits.")  # fmt: skip
-@click.option("--gate-hidden", type=int, default=256, show_default=True, help="Hidden width of gates and head gates.")
+@click.option("--gate-hidden", type=click.IntRange(min=1), default=256, show_default=True, metavar="N",
+              help="Hidden width of gates and head gates.")  # fmt: skip
 @click.option("--tie/--no-tie", default=None,
               help="Whether head 0 is the embedding (saves its memory) or a copy. Default: as in SOURCE.")  # fmt: skip
 @click.option(
@@ -76,20 +80,29 @@ def command(
     Next:
       dmpt-export train OUT tuned --data text.txt
     """
-    require("train")
     if heads is not None and head_allocation is not None:
         raise click.UsageError("--heads and --head-allocation exclude each other: the file already names every head")
-    from training.checkpoint import check_replaceable, load_model, resolve, save_model
-    from training.init import init_from_gpt2, read_head_allocation
+    require("train")
+    from training.atomic import check_replaceable
+    from training.folder import float_folder, read_head_allocation, read_shape
+    from training.progress import say
+    from training.shape import check_init
 
     check_replaceable(out, "checkpoint")
-    allocation = None if head_allocation is None else read_head_allocation(head_allocation)
-    model = init_from_gpt2(
-        load_model(source), splits, allocation, heads=heads, fast_k=fast_k, head_topk=head_topk, noise=noise,
-        gate_bias=gate_bias, gate_hidden=gate_hidden, tie=tie, seed=seed,
-    )  # fmt: skip
+    shape: dict[str, Any] = {
+        "splits": splits, "heads": heads, "fast_k": fast_k, "head_topk": head_topk, "gate_hidden": gate_hidden,
+        "tie": tie, "head_allocation": None if head_allocation is None else read_head_allocation(head_allocation),
+    }  # fmt: skip
+    folder = float_folder(source)
+    check_init(read_shape(folder), **shape)
+
+    say("loading PyTorch")
+    from training.checkpoint import load_model, save_model
+    from training.init import init_from_gpt2
+
+    model = init_from_gpt2(load_model(folder), **shape, noise=noise, gate_bias=gate_bias, seed=seed)
     name = Path(source).name
-    save_model(model, out, tokenizer_from=resolve(source), card=f"Initialised from `{name}` without training.")
+    save_model(model, out, tokenizer_from=folder, card=f"Initialised from `{name}` without training.")
     if not (out / "tokenizer.json").is_file():
         click.echo(f"{source} has no tokenizer, so {out} has none: training on text will need one", err=True)
     config = model.config

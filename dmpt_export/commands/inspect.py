@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from dmpt_export.commands.checks import check_model, is_exported
 from dmpt_export.extras import require
 
 
@@ -28,8 +29,17 @@ def command(model: str, data: str | None, as_json: bool) -> None:
     Example:
       dmpt-export inspect device --data test.txt
     """
-    exported = (Path(model) / "dmpt_manifest.json").is_file()
+    exported = is_exported(model)
     require(*([] if exported else ["train"]), *(["cpu"] if exported and data is not None else []))
+    if data is not None:
+        from training.data import check_source
+
+        check_source(data)
+    if not exported:
+        from training.progress import say
+
+        check_model(model)
+        say("loading PyTorch")
     from dmpt_export.summary import as_text, summarise, usage_lines
 
     summary = summarise(model)
@@ -45,9 +55,8 @@ def follow(model: str, text: str) -> dict[str, Any]:
     from benchmarks.scorer import open_scorer
     from benchmarks.usage import MOST, usage
     from dmpt_export.commands.eval import dequantize
-    from training.data import check_source, check_vocabulary, first_tokens
+    from training.data import check_vocabulary, first_tokens
 
-    check_source(text)
     scorer = open_scorer(model, dequantize=dequantize)
     try:
         check_vocabulary(scorer.tokenizer, scorer.vocab_size, scorer.folder)

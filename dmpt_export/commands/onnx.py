@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dmpt_export.commands.checks import Finite, check_model
 from dmpt_export.extras import require
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
               "Default: random tokens.")  # fmt: skip
 @click.option("--opset", type=click.IntRange(20, 24), default=21, show_default=True,
               help="Version of the standard operators.")  # fmt: skip
-@click.option("--atol", type=click.FloatRange(min=0, min_open=True), help="Largest difference of a log-prob from "
+@click.option("--atol", type=Finite(min=0, min_open=True), help="Largest difference of a log-prob from "
               "torch's, with float kernels (cpu only). Default: the tolerance table's, 1e-4.")  # fmt: skip
 @click.option("--no-verify", is_flag=True, help="Publish without running the model against torch.")
 def command(
@@ -63,13 +64,23 @@ def command(
         raise click.UsageError("--calibrate is for --kv-cache int8")
     if atol is not None and (no_verify or target == "cuda"):
         raise click.UsageError("--atol is for the check of --target cpu: leave out --no-verify or --atol")
+    if target == "cuda" and kv_cache == "int8":
+        raise click.UsageError("an int8 KV cache is for --target cpu: leave --kv-cache out")
     require("train", "cpu")
+    from dmpt_export.deployed import deployed
+    from training.atomic import check_replaceable
+    from training.progress import say
+
+    check_replaceable(Path(out), "onnx")
+    deployed(check_model(checkpoint), fast_k, head_topk)
+    ids = calibration_ids(checkpoint, calibrate) if calibrate is not None else None
+
+    say("loading PyTorch and ONNX")
     from dmpt_export.export import export_onnx
 
-    ids = calibration_ids(checkpoint, calibrate) if calibrate is not None else None
     manifest = export_onnx(
         checkpoint, out, target=target, fast_k=fast_k, head_topk=head_topk, verify=not no_verify, kv_cache=kv_cache,
-        calibration=ids, opset=opset, atol=atol,
+        calibration=ids, opset=opset, atol=atol, say=say,
     )  # fmt: skip
     click.echo(report(manifest, out), err=True)
 
@@ -77,15 +88,15 @@ def command(
 def calibration_ids(checkpoint: str, file: str) -> np.ndarray:
     """The first tokens of a text file, as many as calibration reads."""
     from dmpt_export.kv_cache import SEQUENCES
-    from training.checkpoint import read_config, resolve
     from training.data import check_vocabulary, end_of_text_id, first_tokens, load_tokenizer
     from training.errors import InputError
+    from training.files import resolve
+    from training.folder import read_shape
 
     folder = resolve(checkpoint)
-    config, tokenizer = read_config(folder), load_tokenizer(folder)
-    check_vocabulary(tokenizer, config.vocab_size, folder)
-    eot = end_of_text_id(tokenizer, config)
-    ids = first_tokens(Path(file), tokenizer, eot, SEQUENCES * config.n_positions)
+    shape, tokenizer = read_shape(folder), load_tokenizer(folder)
+    check_vocabulary(tokenizer, shape.vocab_size, folder)
+    ids = first_tokens(Path(file), tokenizer, end_of_text_id(tokenizer, shape), SEQUENCES * shape.n_positions)
     if not len(ids):
         raise InputError(f"{file} has no text to calibrate with")
     return ids
@@ -93,10 +104,12 @@ def calibration_ids(checkpoint: str, file: str) -> np.ndarray:
 
 def report(manifest: dict[str, Any], out: str) -> str:
     """What was written and how closely it follows torch, in a few lines."""
-    size = sum(file["size"] for file in manifest["files"].values())
+    sizes = {name: file["size"] for name, file in manifest["files"].items()}
+    model = sum(size for name, size in sizes.items() if name.startswith(manifest["model"]))
     parameters = manifest["parameters"]
     lines = [
-        f"{out}: {size / 1e6:.1f} MB, weights {manifest['quantization']['scheme']}, "
+        f"{out}: graph and weights {model / 1e6:.1f} MB ({sum(sizes.values()) / 1e6:.1f} MB with tokenizer and "
+        f"reports), weights {manifest['quantization']['scheme']}, "
         f"{parameters['total']:,} parameters, {parameters['touched_per_token']:,} touched per token "
         f"({manifest['bytes_touched_per_token'] / 1e6:.2f} MB)"
     ]

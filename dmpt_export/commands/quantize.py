@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dmpt_export.commands.checks import Finite, usage
 from dmpt_export.extras import require
 
 if TYPE_CHECKING:
     from quant.calibration import Calibration
     from quant.plan import Plan, Target
-    from quant.planned import Replay
     from quant.quantize import TensorReport
+    from quant.replay import Replay
     from quant.rules import Rule
+    from training.shape import Shape
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 CACHE = Path("~/.cache/dmpt-export")
@@ -36,25 +37,11 @@ class SchemeName(click.ParamType):  # type: ignore[type-arg]  # generic only fro
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         from quant.schemes import SCHEMES
+        from quant.schemes.low_rank import DELTAS
 
-        if value not in SCHEMES:
+        if value not in SCHEMES and value not in DELTAS:  # what deltas are for is told with the rules
             self.fail(f"'{value}' is not one of {', '.join(SCHEMES)}.", param, ctx)
         return str(value)
-
-
-class Positive(click.ParamType):  # type: ignore[type-arg]
-    """A finite number above 0."""
-
-    name = "number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if not 0 < number < math.inf:
-            self.fail(f"'{value}' is no number above 0.", param, ctx)
-        return number
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]
@@ -84,7 +71,7 @@ class Size(click.ParamType):  # type: ignore[type-arg]
               "the gptq schemes, --smooth, plans, and the damage of each tensor in the report.")  # fmt: skip
 @click.option("--calib-tokens", type=click.IntRange(min=2), default=8192, show_default=True,
               help="How much of the calibration text to use.")  # fmt: skip
-@click.option("--smooth", "alpha", type=click.FloatRange(0, 1), metavar="ALPHA", help="For int8-dynamic: balance "
+@click.option("--smooth", "alpha", type=Finite(0, 1), metavar="ALPHA", help="For int8-dynamic: balance "
               "activations (1) against weights (0) first; 0.5 is usual.")  # fmt: skip
 @click.option(
     "--target-size",
@@ -92,15 +79,15 @@ class Size(click.ParamType):  # type: ignore[type-arg]
     help="Plan: the least damage within this size, such as "
     "200MB, of the weights' file; graph and tokenizer come on top.",
 )
-@click.option("--target-kl", type=Positive(), metavar="NATS",
+@click.option("--target-kl", type=Finite(min=0, min_open=True), metavar="NATS",
               help="Plan: the smallest model whose KL to the float one on that text is at most this.")  # fmt: skip
-@click.option("--target-bits", type=Positive(), metavar="BITS",
+@click.option("--target-bits", type=Finite(min=0, min_open=True), metavar="BITS",
               help="Plan: the least damage within so many bits per weight, all tensors counted.")  # fmt: skip
 @click.option("--candidates", metavar="SCHEME,...", help="What a plan chooses from, for each group of tensors, such as "
               "int8,int4:32,int2-gptq; a number of bits stands for a scheme as in --rule.  [int8, and int4-gptq in "
               "blocks of 16 to 128]")  # fmt: skip
-@click.option("--plan", "replay", metavar="PLAN.json", type=click.Path(), help="Use the rules of an "
-              "earlier plan; give the same --calib where GPTQ's schemes are in it.")  # fmt: skip
+@click.option("--plan", "replay", metavar="PLAN.json", type=click.Path(), help="Use the rules of an earlier plan. "
+              "Its gptq parts need --calib again, and give the same bytes on the same text alone.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print what would be done, write no model; OUT may be left out.")
 @click.option("--cache-dir", type=click.Path(path_type=Path), default=CACHE, show_default=True,
               help="Where damages are remembered: a killed plan goes on, another target is quick.")  # fmt: skip
@@ -131,7 +118,8 @@ def command(checkpoint: str, out: str | None, **options: Any) -> None:
     \b
     In rules for heads also:
     delta-rN      as its path's first head (the anchor) plus a delta of rank N (16, 32, 64, 128, 256); the heads of
-                  a path share the larger factor, so a row of 4-bit codes serves all of them
+                  a path share the larger factor, so a row of 4-bit codes serves all of them. heads.*=delta-rN skips
+                  the anchors, which keep their own scheme.
 
     \b
     Examples:
@@ -145,20 +133,10 @@ def command(checkpoint: str, out: str | None, **options: Any) -> None:
     planned = sum(options[name] is not None for name in ("target_size", "target_kl", "target_bits"))
     check_usage(out, planned, options)
     require("train")
-    from quant.planned import read_plan
-    from quant.rules import parse_rule
-    from quant.schemes import check_installed
+    from training.progress import say
 
-    earlier = read_plan(options["replay"]) if options["replay"] else None
-    rules = [parse_rule(rule, calibrated=options["calib"] is not None) for rule in options["rules"]]
-    rules += earlier.rules if earlier else []
-    chosen = [choice.strip().partition(":")[0] for choice in (options["candidates"] or "").split(",")]
-    check_installed([options["scheme"], *chosen, *(rule.scheme for rule in rules)])
-    from quant.checkpoint import check_unquantized
-
-    check_unquantized(checkpoint)
-    if earlier and not options["calib"]:
-        earlier.check_text()
+    rules, earlier = check_files(checkpoint, out, planned, options)
+    say("loading PyTorch")
     calibration = read_calibration(checkpoint, options["calib"], options["calib_tokens"])
     if planned:
         _planned(checkpoint, out, calibration, options)
@@ -193,13 +171,90 @@ def check_usage(out: str | None, planned: int, options: dict[str, Any]) -> None:
         raise click.UsageError(f"--candidates '{candidates}' has an empty part: give schemes with a comma between them")
     if not planned and not options["scheme"] and not options["replay"]:
         raise click.UsageError("give --scheme, or a target for a plan such as --target-size 200MB, or --plan PLAN.json")
+    with usage():
+        check_schemes(options)
+
+
+def check_schemes(options: dict[str, Any]) -> None:
+    """Raise InputError for schemes, blocks or rules that no model can have."""
+    from quant.plan import check_candidates
+    from quant.rules import default_rules, parse_rule
+
+    if options["scheme"]:
+        default_rules(options["scheme"], block_of(options), options["asymmetric"])
+    for rule in options["rules"]:
+        parse_rule(rule)
+    if options["candidates"]:
+        check_candidates(options["candidates"])
+
+
+def check_files(
+    checkpoint: str, out: str | None, planned: int, options: dict[str, Any]
+) -> tuple[list[Rule], Replay | None]:
+    """Refuse, before torch is imported, what files cannot give: the model, OUT, the texts, rules that do not fit.
+
+    Returns the rules, those of --rule and then those of --plan, and what --plan says.
+    """
+    from quant.plan import CANDIDATES, check_target
+    from quant.replay import read_plan
+    from quant.rules import anchors_of, parse_rule
+    from quant.schemes import check_installed
+    from quant.text import read_ids
+    from training.atomic import check_place, check_replaceable
+    from training.folder import float_folder, read_shape, tensor_shapes
+
+    calibrated = options["calib"] is not None
+    earlier = read_plan(options["replay"]) if options["replay"] else None
+    rules = [*(parse_rule(rule, calibrated) for rule in options["rules"]), *(earlier.rules if earlier else [])]
+    if earlier and not calibrated:
+        earlier.check_text()
+    candidates = options["candidates"] or CANDIDATES
+    chosen = [part.strip().partition(":")[0] for part in candidates.split(",")] if planned else []
+    check_installed([options["scheme"], *chosen, *(rule.scheme for rule in rules)])
+    if out is not None:
+        check_replaceable(Path(out), "quantized")
+    if planned:
+        check_place(options["cache_dir"].expanduser())
+    folder = float_folder(checkpoint)
+    shape = read_shape(folder)
+    if calibrated:
+        read_ids(options["calib"], folder, shape, options["calib_tokens"])
+    shapes = tensor_shapes(folder, shape)
+    if shapes and planned:
+        check_target(shapes, anchors_of(shape), candidates, _target(options))
+    elif shapes:
+        check_rules(shapes, shape, rules, options)
+    return rules, earlier
+
+
+def check_rules(shapes: dict[str, tuple[int, ...]], shape: Shape, rules: list[Rule], options: dict[str, Any]) -> None:
+    """Raise InputError for rules that do not fit the tensors, UsageError where what they need was not given."""
+    from quant.rules import anchors_of, assign, default_rules
+    from quant.schemes import SCHEMES
+
+    defaults = default_rules(options["scheme"], block_of(options), options["asymmetric"]) if options["scheme"] else []
+    chosen = assign(shapes, rules, defaults, shape.tie_word_embeddings, anchors_of(shape))
+    needing = [name for name, rule in chosen.items() if rule.scheme in SCHEMES and SCHEMES[rule.scheme].calibrated]
+    if needing and not options["calib"]:
+        scheme = chosen[needing[0]].scheme
+        raise click.UsageError(f"{scheme} (of {needing[0]}) goes by calibration text: give some with --calib FILE")
+    if options["alpha"] is not None and all(rule.scheme != "int8-dynamic" for rule in chosen.values()):
+        raise click.UsageError("smoothing is for int8-dynamic, which no tensor gets: leave --smooth out")
+    if options["alpha"] is not None and not options["calib"]:
+        raise click.UsageError("smoothing goes by calibration text: give some with --calib FILE")
+
+
+def block_of(options: dict[str, Any]) -> int | None:
+    return int(options["block"]) if options["block"] else None
 
 
 def read_calibration(checkpoint: str, text: str | None, tokens: int) -> Calibration | None:
     from quant import calibration
+    from training.progress import say
 
     if text is None:
         return None
+    say(f"reading {text}, and what the float model makes of it")
     read = calibration.read_calibration(text, checkpoint, tokens)
     if read.foreign:
         click.echo(
@@ -210,9 +265,7 @@ def read_calibration(checkpoint: str, text: str | None, tokens: int) -> Calibrat
     return read
 
 
-def tell_of_text(
-    calibration: Calibration, earlier: Replay | None, rules: Sequence[Rule], options: dict[str, Any]
-) -> None:
+def tell_of_text(calibration: Calibration, earlier: Replay | None, rules: list[Rule], options: dict[str, Any]) -> None:
     """One line where the calibration text is another than the earlier plan's, or decides nothing."""
     from quant.schemes import SCHEMES
 
@@ -228,14 +281,15 @@ def tell_of_text(
 
 
 def _by_rules(
-    checkpoint: str, out: str | None, calibration: Calibration | None, rules: Sequence[Rule], options: dict[str, Any]
+    checkpoint: str, out: str | None, calibration: Calibration | None, rules: list[Rule], options: dict[str, Any]
 ) -> None:
     from dmpt_export.quant_report import report_files
     from quant.checkpoint import save_quantized
+    from training.progress import say
 
-    block = int(options["block"]) if options["block"] else None
+    say("quantizing" if calibration is None else "quantizing, then measuring what each tensor loses")
     reports = save_quantized(
-        checkpoint, None if options["dry_run"] else out, options["scheme"], block, rules,
+        checkpoint, None if options["dry_run"] else out, options["scheme"], block_of(options), rules,
         asymmetric=options["asymmetric"],
         calibration=calibration, alpha=options["alpha"], files=lambda reports: report_files(reports, None),
     )  # fmt: skip
@@ -246,8 +300,10 @@ def _planned(checkpoint: str, out: str | None, calibration: Calibration | None, 
     from dmpt_export.quant_report import report_files
     from quant.plan import CANDIDATES
     from quant.planned import save_planned
+    from training.progress import say
 
     assert calibration is not None
+    say("measuring what each group loses, by each way to store it")
     plan, reports = save_planned(
         checkpoint, None if options["dry_run"] else out, _target(options), calibration,
         options["cache_dir"].expanduser(), options["candidates"] or CANDIDATES, report_files,

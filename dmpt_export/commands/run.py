@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dmpt_export.commands.checks import usage
 from dmpt_export.extras import require
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def command(model: str, prompt: str | None, as_json: bool, verbose: bool, batch:
     if batch and (as_json or verbose):
         raise click.UsageError("--batch prints a line of JSON for each prompt, no statistics: leave --json and -v out")
     require(device)
+    check_values(options, **session)
     import runtime
     from runtime.generate import Generations
 
@@ -89,6 +91,21 @@ def command(model: str, prompt: str | None, as_json: bool, verbose: bool, batch:
         click.echo(json.dumps({"text": generation.text, "ids": generation.ids, **statistics}))
     elif verbose or sys.stderr.isatty():
         click.echo(summary(statistics), err=True)
+
+
+def check_values(options: dict[str, Any], threads: int | None, deterministic: bool) -> None:
+    """Raise UsageError for a value that no model could take, before one is loaded."""
+    from runtime.sampling import Sampling
+    from runtime.threads import resolve_threads
+    from runtime.writing import Limits
+
+    limits = ("max_new_tokens", "stop", "on_full", "speculate")
+    with usage():
+        sampling = Sampling(**{name: value for name, value in options.items() if name not in limits})
+        Limits(**{name: options[name] for name in limits})
+        resolve_threads(threads, deterministic)
+    if options["speculate"] and sampling.heat > 0:
+        raise click.UsageError("--speculate needs the greedy choice: leave temperature, top-k, top-p and seed out")
 
 
 def read_prompt() -> str:

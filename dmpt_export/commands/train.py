@@ -1,4 +1,4 @@
-"""`dmpt-export train`: the options are those of training.command, imported when the verb is used."""
+"""`dmpt-export train`: the options are those of training.parameters, imported when the verb is used."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class TrainCommand(click.Command):
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         if not self.params:
-            from training.command import parameters
+            from training.parameters import parameters
 
             self.params = parameters()
         return super().get_params(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from training.command import SECTIONS
+        from training.parameters import SECTIONS
 
         title = "Options"
         rows: list[tuple[str, str]] = []
@@ -36,6 +36,10 @@ class TrainCommand(click.Command):
                 rows.append(record)
         with formatter.section(title):
             formatter.write_dl(rows)
+        from training.recipes import described
+
+        with formatter.section("Recipes"):
+            formatter.write_dl(described())
 
 
 @click.command(

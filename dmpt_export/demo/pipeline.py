@@ -251,6 +251,9 @@ def opening(text: str) -> str:
 
 def check_out(out: Path) -> None:
     """Raise InputError unless `out` is absent, empty, or an earlier demo's folder."""
+    from training.atomic import check_place
+
+    check_place(out)
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file: give a folder with --out")
     if out.is_dir() and any(out.iterdir()) and not (out / MARKER).is_file():

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from quant.codebook import BLOCKS, CodebookTensor
 from quant.schemes.blockwise import check_matrix
 from quant.tensor import QuantizedTensor, fit_block
-from training.errors import InputError
+from training.errors import InputError, install
 
 SMALLEST = np.float32(1e-36)  # largest magnitudes of a row: 127 over less is no float32
-MISSING = "bitsandbytes is not installed: pip install 'dmpt-export[bnb]'"
+MISSING = f"bitsandbytes is not installed: {install('bnb')}"
 
 
 def nf4(array: NDArray[np.float32], block: int = 64) -> CodebookTensor:

@@ -12,14 +12,17 @@ scales beforehand) nor the inputs that already quantized layers make came out be
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from quant.calibration import Inputs
 from quant.schemes.blockwise import Store, check_matrix, quantize, round_codes, safe, search
 from quant.tensor import QuantizedTensor, fit_block
 from training.errors import InputError
+
+if TYPE_CHECKING:
+    from quant.calibration import Inputs
 
 DAMPING = 0.01  # of H's mean diagonal, added to it: inputs that calibration hardly saw may not run away
 ROWS = 2048  # output rows at a time: a block of them stays in the processor's cache
@@ -73,6 +76,8 @@ def inverse_root(second_moment: NDArray[np.float64], damping: float = DAMPING) -
 
     Factored backwards H = U U^T with U upper triangular, so R = U^-1: the inverse itself is never made.
     """
+    import torch
+
     h = torch.from_numpy(second_moment).clone()
     h.diagonal().add_(damping * h.diagonal().mean())
     try:

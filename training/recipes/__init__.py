@@ -31,6 +31,22 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
+def described() -> list[tuple[str, str]]:
+    """(name, what it holds in a line) of every recipe, for the help."""
+    out = []
+    for name in names():
+        recipe = read_recipe(name)
+        steps = sum(phase.get("max_steps", 0) for phase in recipe.phases)
+        count = f"{len(recipe.phases)} phases, " if len(recipe.phases) > 1 else ""
+        out.append(
+            (
+                name,
+                f"{recipe.about}  [{count}{f'{steps:,} steps' if steps else 'as long as --epochs or --max-steps say'}]",
+            )
+        )
+    return out
+
+
 def read_recipe(name: str) -> Recipe:
     """A recipe by name, or of a JSON file. Raises InputError naming what it cannot use."""
     path = FOLDER / f"{name}.json"

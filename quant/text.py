@@ -1,0 +1,38 @@
+"""The tokens of a calibration text. Needs no torch, so that an unfit text is refused at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from training import data
+from training.errors import InputError
+
+if TYPE_CHECKING:
+    from training.config import Shape
+
+TOKENS = 8192  # of calibration text by default
+LONGEST = 512  # tokens of a calibration window
+
+
+def read_ids(text: str | Path, folder: Path, shape: Shape, tokens: int = TOKENS) -> NDArray[np.int64]:
+    """The first `tokens` tokens of a text file for the model in `folder`, in whole windows: int64 [n, S], S at most
+    LONGEST and the context.
+
+    Raises InputError for a text of less than one window, of other tokens than the model's, or unreadable.
+    """
+    if tokens < 2:
+        raise InputError(f"{tokens} calibration tokens are too few: give thousands")
+    if not Path(text).is_file():
+        raise InputError(f"calibration text {text} is no file")
+    tokenizer = data.load_tokenizer(folder)
+    data.check_vocabulary(tokenizer, shape.vocab_size, folder)
+    ids = data.first_tokens(Path(text), tokenizer, data.end_of_text_id(tokenizer, shape), tokens)
+    length = min(LONGEST, shape.n_positions, tokens)
+    if len(ids) < length:
+        raise InputError(f"{text} has {len(ids)} tokens, calibration needs {length} or more: give a longer text")
+    whole = len(ids) // length * length
+    return ids[:whole].astype(np.int64).reshape(-1, length)
