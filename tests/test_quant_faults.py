@@ -129,7 +129,7 @@ def test_damage_is_never_below_nothing(tiny_dmpt: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "0", "-1", "much"])
 def test_a_target_is_a_number_above_0(option: str, value: str, quantize: Callable[..., tuple[int, str]]) -> None:
     code, err = quantize("out", option, value, "--calib", "absent.txt")
-    assert code == 2 and f"Invalid value for '{option}': '{value}' is no number above 0" in err
+    assert code == 2 and f"Invalid value for '{option}'" in err and value.lstrip("-") in err
 
 
 @pytest.mark.parametrize("value", ["int8,", ",int8", "int8,,int4", " ", ""])
