@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dmpt_export.commands.eval import PROTOCOLS, dequantize
+from dmpt_export.commands.checks import is_exported, usage
+from dmpt_export.commands.eval import PROTOCOLS, check_request, check_scored, dequantize
 from dmpt_export.extras import require
 
 if TYPE_CHECKING:
@@ -84,18 +85,25 @@ def command(
       dmpt-export compare gpt2-device device openvino:int8@./gpt2 --data wiki.test.raw --out report
       dmpt-export compare gpt2-device device --peers ./gpt2 --peer-python openvino=/venv/bin/python --out report
     """
-    exported = [(Path(model.partition("=")[2] or model) / "dmpt_manifest.json").is_file() for model in models]
+    exported = [is_exported(model.partition("=")[2] or model) for model in models]
     needs_torch = not all(exported) or peers is not None or out is not None
     wanted = {device: any(exported), "train": needs_torch, "bench": bool(out and data)}
     require(*(extra for extra, needed in wanted.items() if needed))
-    from benchmarks.comparison import Settings, compare
-    from training.data import check_source
+    from training.atomic import check_replaceable
     from training.errors import ValidationError
+    from training.progress import say
 
-    for text in data:
-        check_source(text)
-    pythons = interpreters(peer_python)
-    entries, absent = with_peers(entries_of(models, control), peers, pythons)
+    pythons, named = interpreters(peer_python), entries_of(models, control)
+    if out is not None:
+        check_replaceable(Path(out), "comparison")
+    check_request(data, protocol, max_length, stride, [resume] if resume else [])
+    for source in dict.fromkeys([*(entry.path for entry in named), *([peers] if peers else [])]):
+        check_scored(source, max_length, stride, protocol)
+    if needs_torch:
+        say("loading PyTorch")
+    from benchmarks.comparison import Settings, compare
+
+    entries, absent = with_peers(named, peers, pythons)
     settings = Settings(
         threads, device, protocol, max_length, stride, text_field, prompt, gen, repetitions, resume, dequantize, pythons
     )
@@ -135,7 +143,9 @@ def entries_of(models: tuple[str, ...], control: tuple[str, ...]) -> list[Entry]
 
     entries = []
     for name, path in named(models):
-        if peer := parse(path):
+        with usage():
+            peer = parse(path)
+        if peer:
             kind, scheme, source = peer
             called = f"{kind} {scheme}" if name in (path, Path(path).name) else name
             entries.append(Entry(called, source, scheme=scheme, peer=kind))
