@@ -20,7 +20,6 @@ from benchmarks.cases import fit
 from benchmarks.contestants import Entry as Entry  # this module's callers name their models with it
 from benchmarks.contestants import Opener, check, failed_row, row_of
 from benchmarks.contestants import Settings as Settings
-from benchmarks.processes import WorkerFailed
 from benchmarks.protocols import Text, plan
 from benchmarks.ranking import front, rankings
 from benchmarks.reading import reading
@@ -28,11 +27,9 @@ from benchmarks.report import routes
 from benchmarks.row import PERPLEXITY, Row, cells, columns, merit
 from benchmarks.scorer import Scorer
 from benchmarks.table import markdown
-from runtime.errors import ModelError, SetupError
-from training.errors import InputError, ValidationError
+from training.errors import is_out_of_memory
 
 FORMAT_VERSION = 1
-FAILURES = (InputError, ValidationError, ModelError, SetupError, WorkerFailed, OSError, MemoryError)  # become a row
 CSV = (
     "name", "kind", "family", "scheme", "control", "parameters", "parameters_touched_per_token", "size_bytes",
     "protocol", "tokens_scored", "perplexity", "mean_nll", "standard_error", "word_perplexity", "bits_per_byte",
@@ -134,11 +131,11 @@ class Comparison:
 
     @property
     def has_picture(self) -> bool:
-        """Whether there is a perplexity to draw."""
+        """Whether there is a quality to draw."""
         return any(row.figure(merit(self.rows)) is not None for row in self.rows)
 
     def write(self, folder: Path) -> None:
-        """comparison.{json,md,csv}, report.html and, when perplexities are known, comparison.png, into `folder`."""
+        """comparison.{json,md,csv}, report.html and, when a quality is known, comparison.png, into `folder`."""
         from benchmarks.report.page import page
 
         text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
@@ -243,8 +240,8 @@ def scored(entry: Entry, opener: Opener, texts: Texts, samples: list[dict[str, A
     settings = opener.settings
     try:
         scorer = opener.open(entry)
-    except FAILURES as error:
-        return failed_row(entry, said(error))
+    except Exception as error:  # noqa: BLE001  # reason() raises what is none
+        return failed_row(entry, reason(error))
     try:
         row = replace(row_of(entry, scorer), versions=opener.versions(entry))
         text = texts.of(scorer)
@@ -252,18 +249,23 @@ def scored(entry: Entry, opener: Opener, texts: Texts, samples: list[dict[str, A
             return row
         resume = opener.work / "scores" if settings.resume is not None else None
         try:
-            found = quality.evaluate(scorer, text, *texts.windows, settings.protocol, resume=resume, keep=True)
-        except FAILURES as error:
-            return replace(row, failure=said(error))
-        if row.is_dmpt and (sample := routes.sample(scorer, text.ids)):
-            samples.append(sample)
-        return replace(row, quality=found)
+            row = replace(
+                row, quality=quality.evaluate(scorer, text, *texts.windows, settings.protocol, resume=resume, keep=True)
+            )
+            if row.is_dmpt and (sample := routes.sample(scorer, text.ids)):
+                samples.append(sample)
+        except Exception as error:  # noqa: BLE001
+            return replace(row, failure=reason(error))
+        return row
     finally:
         scorer.close()
 
 
-def said(error: BaseException) -> str:
-    return str(error) or type(error).__name__
+def reason(error: Exception) -> str:
+    """What a row says of its failure; an error that is not meant for people is a bug of ours, and raised again."""
+    if hasattr(error, "exit_code") or isinstance(error, OSError) or is_out_of_memory(error):
+        return str(error) or type(error).__name__
+    raise error
 
 
 def timed(

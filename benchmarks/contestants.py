@@ -13,7 +13,8 @@ from benchmarks.processes import WorkerFailed
 from benchmarks.progress import files_digest
 from benchmarks.protocols import STRIDE_CONCAT
 from benchmarks.row import Row
-from benchmarks.scorer import Scorer, context_of, kind_of, open_scorer
+from benchmarks.scorer import DMPT, Scorer, context_of, family_of, kind_of, open_scorer, scheme_of_source
+from runtime.errors import ModelError
 from runtime.manifest import read_manifest
 from training import data
 from training.errors import InputError
@@ -111,7 +112,7 @@ def row_of(entry: Entry, scorer: Scorer) -> Row:
         name=entry.name,
         path=entry.path,
         kind=entry.kind,
-        is_dmpt=scorer.family == "DMPT",
+        is_dmpt=scorer.family == DMPT,
         family=entry.family or ("GPT-2 fine-tuned" if entry.control else scorer.family),
         scheme=entry.scheme or scorer.scheme,
         control=entry.control,
@@ -123,11 +124,23 @@ def row_of(entry: Entry, scorer: Scorer) -> Row:
 
 
 def failed_row(entry: Entry, failure: str) -> Row:
-    """Of a model that could not be opened at all."""
+    """Of a model that could not be opened at all; what it is, its description may still tell."""
+    family, scheme = (entry.peer, entry.scheme) if entry.peer else described(entry.path)
+    is_dmpt = family == DMPT
     return Row(
-        entry.name, entry.path, entry.kind, False, entry.family or entry.peer or "?", entry.scheme or "?",
+        entry.name, entry.path, entry.kind, is_dmpt, entry.family or family or "?", entry.scheme or scheme or "?",
         entry.control, 0, 0, 0, failure=failure,
     )  # fmt: skip
+
+
+def described(source: str | Path) -> tuple[str, str] | tuple[None, None]:
+    """Family and scheme from a model's manifest or config.json; None where these cannot be read."""
+    try:
+        shape = onnx_shape(source) if kind_of(source) == "onnx" else checkpoint_shape(source)
+        scheme = scheme_of_source(source)
+    except (InputError, ModelError, OSError):
+        return None, None
+    return family_of(shape["paths"], shape["heads"]), scheme
 
 
 def shape_of(entry: Entry) -> dict[str, int]:
@@ -165,7 +178,7 @@ def peers_of(
         except WorkerFailed as error:
             raise InputError(str(error)) from error
         if lacking and name not in asked:
-            absent.append(peers.absence(name, lacking))
+            absent.append(f"{name} is not measured: {peers.absence(peer, lacking)}")
         elif source and not lacking:
             found += [Entry(f"{name} {scheme}", source, scheme=scheme, peer=name) for scheme in peer.schemes]
     return found, absent

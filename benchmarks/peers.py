@@ -103,9 +103,9 @@ def missing(name: str, python: str | None = None) -> list[str]:
     return [package for package, version in versions_of(name, python).items() if version is None]
 
 
-def absence(name: str, lacking: Sequence[str]) -> str:
+def absence(peer: Peer, lacking: Sequence[str]) -> str:
     """What to say of a peer whose packages are not all there."""
-    return f"{name} is not measured: it lacks {', '.join(lacking)}; {PEERS[name].install}"
+    return f"it lacks {', '.join(lacking)}; {peer.install}"
 
 
 def versions_of(name: str, python: str | None = None) -> dict[str, str | None]:
@@ -169,17 +169,26 @@ def prepare(
     peer = PEERS[name]
     versions = versions_of(name, python)
     if lacking := [package for package in peer.packages if versions[package] is None]:
-        raise WorkerFailed(f"it lacks {', '.join(lacking)}; {peer.install}", 3)
-    if not (out / FACTS).is_file() or read_facts(out)["versions"] != versions:
+        raise WorkerFailed(absence(peer, lacking), 3)
+    if not is_converted(out, source, versions):
         shutil.rmtree(out, ignore_errors=True)
         with worker(f"{name} {scheme}", python) as w:
             facts = w.ask(do="convert", adapter=peer.adapter, source=str(source.resolve()), out=str(out), scheme=scheme)
-            facts["versions"] = versions
+            facts |= {"versions": versions, "source_path": str(source.resolve())}
         with atomic_file(out / FACTS) as tmp:
             tmp.write_text(json.dumps(facts), encoding="utf-8")
     facts = read_facts(out)
     sizes = {key: int(facts[key]) for key in ("size_bytes", "touched_bytes")}
     return Target(called or f"{name} {scheme}", str(out), peer.adapter, python=python, **sizes)
+
+
+def is_converted(out: Path, source: Path, versions: Mapping[str, str | None]) -> bool:
+    """Whether `out` is whole, and what these packages made of that very folder `source`: some adapters read it again."""
+    try:
+        facts = read_facts(out)
+    except (OSError, ValueError):  # absent, or damaged: made again
+        return False
+    return facts.get("versions") == versions and facts.get("source_path") == str(source.resolve())
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

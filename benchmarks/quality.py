@@ -133,7 +133,7 @@ def evaluate(
             tqdm.write(f"base log-probs: {size / 1e9:.2f} GB in {base.folder}", file=sys.stderr)
     file = None
     if resume is not None:
-        key = key_of(model=fingerprint(scorer), batch=batch, base=base_key(base), with_=versions(), **facts)
+        key = key_of(model=fingerprint(scorer), batch=batch, base=base_key(base), versions=versions(), **facts)
         file = Path(resume) / f"eval-{key}.npz"
     findings = Findings(columns(scorer, sum(n for _, _, n in windows), base is not None), file)
     try:

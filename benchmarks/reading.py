@@ -40,6 +40,8 @@ def clause(row: Row, control: Row | None) -> str:
     """One DMPT row beside its control, as in "perplexity 4.1 % ± 0.6 % lower, 1.82x the size, ..."."""
     if control is None:
         return "no such GPT-2 row"
+    if not row.size_bytes or not control.size_bytes:
+        return f"{row.name if not row.size_bytes else control.name} failed"
     parts = [perplexity_clause(row.quality, control.quality)] if row.quality and control.quality else []
     parts.append(f"{row.size_bytes / control.size_bytes:.2f}x the size")
     if row.speed and control.speed:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from training.model import DMPTForCausalLM
 
+DMPT = "DMPT"  # the family of models with several paths or heads
 GATE_HARD, RANDOM = "gate_hard", "random"  # training.model's names; repeated because that module imports torch
 
 Float = NDArray[np.float32]
@@ -161,7 +162,7 @@ def open_scorer(
     check_device(device)
     model = dequantize(source) if kind == "quantized" and dequantize else checkpoint.load_model(source)
     folder = checkpoint.resolve(source)
-    scheme = "fp32" if kind == "float" else config_json(folder)["quantization"]["scheme"]
+    scheme = scheme_of_source(folder)
     if fast_k is not None:
         model.config.fast_k = fast_k or None
         model.config.check()
@@ -214,7 +215,15 @@ class OnnxScorer:
 
 
 def family_of(n_leaves: int, n_heads: int) -> str:
-    return "DMPT" if n_leaves > 1 or n_heads > 1 else "GPT-2"
+    return DMPT if n_leaves > 1 or n_heads > 1 else "GPT-2"
+
+
+def scheme_of_source(source: str | Path) -> str:
+    """How a model stores its weights, from its manifest or config.json."""
+    if kind_of(source) == "onnx":
+        return scheme_of(read_manifest(Path(source)).raw)
+    found: dict[str, str] = config_json(Path(source)).get("quantization") or {"scheme": "fp32"}
+    return found["scheme"]
 
 
 def scheme_of(manifest: dict[str, Any]) -> str:

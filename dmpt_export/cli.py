@@ -26,8 +26,6 @@ PATH_ERRORS = {
 }  # fmt: skip
 RESOURCE_ERRORS = {errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC}
 SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")  # all that numpy's tofile says of a full disk
-# torch and ONNX Runtime report memory through plain RuntimeErrors (or subclasses we must not import here).
-MEMORY_MESSAGES = ("can't allocate memory", "failed to allocate memory", "out of memory", "bad_alloc", "bad allocation")
 
 
 class LazyGroup(click.Group):
@@ -116,6 +114,8 @@ def explain(error: Exception) -> tuple[int, str] | None:
         return NO_RESOURCES, f"no space left where the result goes ({error}): free some, or choose another place"
     if isinstance(error, OSError) and error.errno in PATH_ERRORS and error.filename is not None:
         return BAD_INPUT, f"{error.strerror}{path_of(error)}"
+    from training.errors import is_out_of_memory
+
     if is_out_of_memory(error):
         return NO_RESOURCES, f"out of memory: use a shorter context, a smaller batch or a smaller model ({error})"
     return None
@@ -123,10 +123,3 @@ def explain(error: Exception) -> tuple[int, str] | None:
 
 def path_of(error: OSError) -> str:
     return "" if error.filename is None else f": {os.fsdecode(error.filename)!r}"
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    native = isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime")
-    return native and any(text in str(error).lower() for text in MEMORY_MESSAGES)

@@ -126,7 +126,7 @@ Exported by dmpt-export for {manifest["target"]}, weights {manifest["quantizatio
 ({manifest["bytes_touched_per_token"] / 1e6:.2f} MB),
 context {config["n_positions"]} tokens, paths: {leaves}.
 
-    pip install '.[cpu]'    # in the checkout of dmpt-export
+    pip install 'CHECKOUT[cpu]'    # the folder where dmpt-export was checked out
     dmpt-export run . "Once upon a time"
 
 `{MANIFEST_NAME}` describes the graph's inputs and outputs, the node tree and how closely the exported model

@@ -103,7 +103,7 @@ def fits_config(name: str, shape: tuple[int | str, ...], manifest: Manifest) -> 
     if kind in ("past", "present"):
         return len(shape) == 4 and (shape[1], shape[3]) == (config.n_head, config.head_dim)
     if kind == HEAD_LOG_WEIGHTS:
-        return len(shape) == 2 and shape[1] == len(manifest.head_allocation[name.partition(".")[2]])
+        return len(shape) == 2 and shape[1] == len(manifest.head_allocation.get(name.partition(".")[2], ()))
     width = {"log_probs": config.vocab_size, "pending": config.n_embd, "rows": config.n_embd}.get(kind)
     return width is None or (len(shape) == 3 and shape[2] == width)
 

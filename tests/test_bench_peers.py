@@ -15,9 +15,10 @@ from safetensors.numpy import load_file, save_file
 
 import benchmarks.quality
 from benchmarks import comparison, peers
+from benchmarks.adapters import FACTS
 from benchmarks.comparison import Comparison, Settings, compare
 from benchmarks.contestants import Entry, Opener, peers_of
-from benchmarks.peers import PEERS, Peer, gpt2_folder, parse
+from benchmarks.peers import PEERS, Peer, gpt2_folder, parse, read_facts
 from dmpt_export.cli import main
 from training.errors import InputError
 
@@ -241,6 +242,50 @@ def test_a_killed_comparison_goes_on(
     changed = qualities(run(entries, text, resume=state))
     assert set(asked) == {"peer", "a"}  # those whose weights changed
     assert changed[2] == whole[2] and changed[1]["perplexity"] > whole[1]["perplexity"]
+
+
+def test_a_moved_or_copied_source_is_read_where_it_is(tiny_gpt2: Path, text: Path, tmp_path: Path) -> None:
+    """Some adapters convert nothing and note where the source lies: there other weights may lie by now."""
+    first, second, state = tmp_path / "first", tmp_path / "second", tmp_path / "state"
+    shutil.copytree(tiny_gpt2, first)
+    run([Entry("p", str(first), scheme="reads", peer="here")], text, resume=state)
+    shutil.copytree(first, second)
+    nudge(first)
+    shutil.rmtree(state / "scores")  # so that it is scored again
+    run([Entry("p", str(second), scheme="reads", peer="here")], text, resume=state)
+    (facts,) = (read_facts(folder) for folder in (state / "here-reads").iterdir())
+    assert facts["source"] == str(second)
+    next((state / "here-reads").iterdir()).joinpath(FACTS).write_text("")  # by a full disk, say
+    (row,) = run([Entry("p", str(second), scheme="reads", peer="here")], text, resume=state).rows
+    assert row.quality and not row.failure
+
+
+def test_memory_that_runs_out_is_a_row(
+    tiny_gpt2: Path, tiny_dmpt: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch says it; while an error of ours is one, and not hidden in a table."""
+    entries, pieces = [Entry("a", str(tiny_gpt2)), Entry("b", str(tiny_dmpt)), Entry("c", str(tiny_gpt2))], []
+    real = benchmarks.quality.pieces
+    pieces.append(RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"))
+    monkeypatch.setattr(
+        benchmarks.quality, "pieces", lambda s, w: real(s, w) if s.name != "b" else (_ for _ in ()).throw(pieces[0])
+    )
+    rows = run(entries, text).rows
+    assert [bool(row.quality) for row in rows] == [True, False, True] and "can't allocate" in str(rows[1].failure)
+    pieces[0] = RuntimeError("shapes do not fit")
+    with pytest.raises(RuntimeError, match="shapes"):
+        run(entries, text)
+
+
+def test_a_failed_dmpt_or_control_is_said_to_have_failed(tiny_gpt2: Path, tiny_dmpt: Path, tmp_path: Path) -> None:
+    cut = {}
+    for name, source in (("gpt2", tiny_gpt2), ("dmpt", tiny_dmpt)):
+        cut[name] = tmp_path / name
+        shutil.copytree(source, cut[name])
+        (cut[name] / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:-8])
+    tuned, ours = Entry("tuned", str(tiny_gpt2), control=True), Entry("ours", str(tiny_dmpt))
+    assert "fp32: dmpt failed" in compare([tuned, Entry("dmpt", str(cut["dmpt"]))]).reading
+    assert "fp32: gpt2 failed" in compare([Entry("gpt2", str(cut["gpt2"]), control=True), ours]).reading
 
 
 def test_a_full_disk_does_not_take_the_result_away(

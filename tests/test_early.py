@@ -32,6 +32,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("init {dmpt} {out}", 3, "already has splits [2] and 4 head(s)"),
     ("init {int8} {out}", 3, "is already quantized"),
     ("init {onnx} {out}", 3, "is an exported model"),
+    ("train {gpt2} {out} --data {text} --epochs 0", 2, "one of --max-steps and --epochs must be above 0"),
     ("train {none} {out} --data {text}", 3, "does not exist: check the path"),
     ("train {gpt2} {out} --data {none}", 3, "does not exist: check the path"),
     ("train {gpt2} {out} --data {full}", 3, "is a folder: give a file"),

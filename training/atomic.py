@@ -107,8 +107,13 @@ def check_run(out: Path, overwrite: bool, saved: str = "last") -> None:
 
 
 def check_place(out: Path) -> None:
-    """Raise InputError when nothing can be made at `out`, because of what is above it."""
-    above = next((path for path in out.absolute().parents if path.exists()), Path("/"))
+    """Raise InputError when nothing can be made at `out`, because of what is above it, or written into it."""
+    out = out.resolve()
+    if out.is_dir():
+        if not os.access(out, os.W_OK | os.X_OK):
+            raise InputError(f"{out} may not be written to: give another place")
+        return
+    above = next((path for path in out.parents if path.exists()), Path("/"))
     if not above.is_dir():
         raise InputError(f"{out} cannot be made, for {above} is a file: give another place")
     if not os.access(above, os.W_OK | os.X_OK):

@@ -37,8 +37,9 @@ def run(values: dict[str, Any], explicit: set[str]) -> None:
     model_name, out = _places(values)
     recipe = read_recipe(values["recipe"]) if values["recipe"] else Recipe()
     chosen = {name: values[name] for name in explicit & {field.name for field in fields(TrainOptions)}}
-    with _usage():
-        TrainOptions(**chosen).check()
+    with _usage():  # a recipe or a saved run may hold what the options need beside them
+        alone = values["recipe"] is None and values["resume"] is None
+        (TrainOptions.check if alone else TrainOptions.check_each)(TrainOptions(**chosen))
     source = None if values["resume"] is None else _run_folder(Path(values["resume"] or out))
     saved = {} if source is None or len(recipe.phases) > 1 else _saved(source)
     about = _texts(saved.get("about", {"model": model_name}) | _given_texts(values))

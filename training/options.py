@@ -88,12 +88,16 @@ class TrainOptions:
     cpu: bool = opt(False, "use the CPU even when there is a GPU")
 
     def check(self) -> None:
-        """Raise InputError naming the first option that cannot be."""
-        for name in ("batch_size", "grad_accum_steps", "log_every", "eval_every", "save_every"):
+        """Raise InputError naming the first option that cannot be, by itself or beside the others."""
+        self.check_each()
+        if self.max_steps < 1 and self.epochs < 1:
+            raise InputError("one of --max-steps and --epochs must be above 0")
+
+    def check_each(self) -> None:
+        """Raise InputError naming the first option that cannot be, whatever the others are."""
+        for name in ("batch_size", "grad_accum_steps", "log_every", "eval_every", "save_every", "max_length"):
             if getattr(self, name) < 1:
                 raise InputError(f"{flag(name)} {getattr(self, name)} must be at least 1")
-        if self.max_length < 1 or (self.max_steps < 1 and self.epochs < 1):
-            raise InputError("--max-length and one of --max-steps and --epochs must be above 0")
         for name, value in asdict(self).items():
             if type(value) is float and not math.isfinite(value):
                 raise InputError(f"{flag(name)} {value} must be a number")

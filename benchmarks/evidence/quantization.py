@@ -87,6 +87,7 @@ class Evidence:
         self.work, self.calib, self.threads = work, calib, threads
         work.mkdir(parents=True, exist_ok=True)
         self.results = Results(work / "results.jsonl")
+        self.asked: list[dict[str, str]] = []  # keys of the lines that this run wants
         self.current: dict[str, str] = {}  # model -> "against" of its lines that the table shows
         self.absent: list[str] = []
 
@@ -113,13 +114,17 @@ class Evidence:
     def table(self) -> str:
         lines = self.results.lines
         current = {line["model"]: line.get("against") for line in lines} | self.current
-        return table([line for line in lines if line.get("against") == current[line["model"]]], self.absent)
+        shown = [line for line in lines if line.get("against") == current[line["model"]]]
+        # of lines with one name the last is shown: let that be the one that was asked for in this run
+        shown.sort(key=lambda line: any(key.items() <= line.items() for key in self.asked))
+        return table(shown, self.absent)
 
     # --- ours -------------------------------------------------------------------------------------
 
     def ours(self, subject: Subject, name: str, options: list[str]) -> None:
         """Quantize, export, score; what is made lies in WORK/made until it is measured."""
         key = subject.key | {"name": name, "options": self.told(options)}
+        self.asked.append(key)
         if self.results.has(**key):
             return
         say(f"{subject.name}: {name}")
@@ -154,13 +159,14 @@ class Evidence:
         """All peers that are there; for the others the line that says how to get them, or why it failed."""
         for name, peer in all_peers().items():
             keys = {scheme: subject.key | {"name": f"{name} {scheme}"} for scheme in peer.schemes}
+            self.asked += keys.values()
             wanted = [scheme for scheme in peer.schemes if not self.results.has(**keys[scheme])]
             if not wanted:
                 continue
             with worker(name, pythons.get(name)) as w:
                 found = w.ask(do="versions", packages=list(peer.packages))
             if lacking := [package for package in peer.packages if found[package] is None]:
-                self.absent.append(f"{name} is not measured: it lacks {', '.join(lacking)}; {peer.install}")
+                self.absent.append(f"{name} is not measured: {peers.absence(peer, lacking)}")
                 continue
             for scheme in wanted:
                 say(f"{subject.name}: {name} {scheme}")

@@ -127,7 +127,7 @@ class Workshop:
         found, absent = [], []
         for name, peer in peers.PEERS.items():
             if lacking := peers.missing(name, pythons.get(name)):
-                absent.append(peers.absence(name, lacking))
+                absent.append(f"{name} is not measured: {peers.absence(peer, lacking)}")
                 continue
             for scheme in peer.schemes:
                 out = self.work / "peers" / f"{name}-{scheme}"

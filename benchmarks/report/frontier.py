@@ -41,7 +41,8 @@ def draw(rows: Sequence[Row]) -> svg.Markup:
     colours = colour_numbers([row.family for row in rows])
     best = max((row.decode_tokens_per_s or 0.0 for row in shown), default=0.0) or 1.0
     parts = [svg.axes(x, y, "file size, MB (log scale)", f"{quality}{' (log scale)' if wide else ''}")]
-    ahead = sorted((row.size_bytes / 1e6, height[row.name]) for row in shown if row.name in front(shown, timed=False))
+    best_of_all = set(front(shown, timed=False))
+    ahead = sorted((row.size_bytes / 1e6, height[row.name]) for row in shown if row.name in best_of_all)
     points = [(x(a), y(b)) for a, b in ahead]
     path = " ".join(f"{svg.number(a)},{svg.number(b)}" for a, b in points)
     parts.append(svg.tag("polyline", points=path, fill="none", class_="front"))

@@ -36,7 +36,7 @@ def usage() -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError) as error:
-        if not hasattr(error, "exit_code") or isinstance(error, click.ClickException):
+        if not hasattr(error, "exit_code"):
             raise
         raise click.UsageError(str(error)) from error
 
@@ -57,9 +57,12 @@ def check_model(source: str) -> Shape:
     return shape
 
 
-def check_tokenizer(source: str) -> None:
-    """Raise InputError when a folder or hub id has no tokenizer, or a damaged one."""
-    from training.data import load_tokenizer
+def check_tokenizer(source: str, vocab_size: int | None = None) -> None:
+    """Raise InputError when a folder or hub id has no tokenizer, a damaged one, or one of another model."""
+    from training.data import check_vocabulary, load_tokenizer
     from training.files import TOKENIZER_FILES, resolve
 
-    load_tokenizer(resolve(source, TOKENIZER_FILES))
+    folder = resolve(source, TOKENIZER_FILES)
+    tokenizer = load_tokenizer(folder)
+    if vocab_size is not None:
+        check_vocabulary(tokenizer, vocab_size, folder)

@@ -112,7 +112,7 @@ def command(
     if out is None:
         click.echo("Add --out DIR to keep this, with a report of figures.", err=True)
     else:
-        more_data = "" if result.has_picture else "; with --data it would also compare quality"
+        more_data = "" if data else "; with --data it would also compare quality"
         click.echo(f"Written to {out}: open {Path(out) / 'report.html'}{more_data}", err=True)
     if result.failed:
         raise ValidationError(f"{', '.join(result.failed)} could not be measured: the table says why")

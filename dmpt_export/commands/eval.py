@@ -156,7 +156,7 @@ def check_scored(
     if fast_k is not None:
         shape.fast_k = fast_k or None
         shape.check()
-    check_tokenizer(source)
+    check_tokenizer(source, shape.vocab_size)
 
 
 def dequantize(source: str | Path) -> DMPTForCausalLM:
