@@ -20,14 +20,14 @@ from benchmarks.cases import fit
 from benchmarks.contestants import Entry as Entry  # this module's callers name their models with it
 from benchmarks.contestants import Opener, check, failed_row, row_of
 from benchmarks.contestants import Settings as Settings
-from benchmarks.protocols import Text, plan
+from benchmarks.protocols import STRIDE_CONCAT, Text, plan
 from benchmarks.ranking import front, rankings
 from benchmarks.reading import reading
 from benchmarks.report import routes
 from benchmarks.row import PERPLEXITY, Row, cells, columns, merit
 from benchmarks.scorer import Scorer
 from benchmarks.table import markdown
-from training.errors import is_out_of_memory
+from training.errors import InputError, is_out_of_memory
 
 FORMAT_VERSION = 1
 CSV = (
@@ -101,9 +101,21 @@ class Comparison:
         if (ahead := front(self.rows)) and len(self.rows) > 1:
             lines.append(f"Beaten by no other in {merit(self.rows)}, decode time and size together: {listed(ahead)}.")
         if merit(self.rows) != PERPLEXITY:
-            lines.append("The tokenizers differ, so perplexities per token do not compare: words and bytes do.")
+            lines.append(self.unlike_tokens())
         lines += [f"{row.name} failed: {' '.join(row.failure.split())}" for row in self.rows if row.failure]
         return [*lines, *self.absent]
+
+    def unlike_tokens(self) -> str:
+        """What compares between models of several tokenizers, and how far."""
+        scored = [row.quality for row in self.rows if row.quality]
+        line = "The tokenizers differ, so perplexities per token do not compare: words and bytes do."
+        counts = {q.bytes_scored for q in scored if q.bytes_scored}
+        if len(counts) > 1 and scored[0].protocol == STRIDE_CONCAT:
+            line += (
+                f" They scored {min(counts):,} to {max(counts):,} bytes: {STRIDE_CONCAT} leaves out a number of first "
+                "tokens, which decides on a short text; --protocol sliding scores all."
+            )
+        return line
 
     def to_json(self) -> dict[str, Any]:
         keys = ("reading", "data", "command", "seeds", "created", "machine", "versions", "absent", "routes", "growth")
@@ -227,7 +239,10 @@ class Texts:
         if key not in self.read:
             protocol = self.settings.protocol
             self.read[key] = quality.read_text(scorer, self.data, self.settings.text_field, protocol)
-            plan(len(self.read[key].ids), *self.windows, protocol)
+            try:
+                plan(len(self.read[key].ids), *self.windows, protocol)
+            except InputError as error:
+                raise InputError(f"as {scorer.name} reads it, {error}") from error
         return self.read[key]
 
     def in_common(self) -> list[int] | None:

@@ -194,6 +194,8 @@ def check(entries: list[Entry], out: str | Path | None) -> int:
     for entry in entries:
         if entry.peer:
             peers.check_plain(entry.path)
+        elif entry.control and described(entry.path)[0] == DMPT:
+            raise InputError(f"{entry.name} is a DMPT: a control is plain GPT-2 that was trained on the same tokens")
         check_tokenizer(entry.path)
     if out is not None:
         from training.checkpoint import check_replaceable

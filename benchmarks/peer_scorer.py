@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import peers
-from benchmarks.processes import Worker
+from benchmarks.processes import Worker, WorkerFailed
 from benchmarks.scorer import GATE_HARD, Float, Ints, tokenizer_of
 from benchmarks.speed import Target
 
@@ -50,7 +50,10 @@ class PeerScorer:
     def score(self, ids: NDArray[np.integer], last: int) -> tuple[Float, Ints | None]:
         out = Path(self.scratch.name) / "scores.npy"
         self.worker.ask(do="score", ids=[int(i) for i in ids], last=last, out=str(out))
-        return np.load(out, allow_pickle=False), None
+        found: Float = np.load(out, allow_pickle=False)
+        if found.shape != (last, self.vocab_size):
+            raise WorkerFailed(f"{self.name} gives scores {list(found.shape)} for {[last, self.vocab_size]}", 4)
+        return found, None
 
     def close(self) -> None:
         self.worker.close()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import platform
-import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,6 @@ from benchmarks.processes import Worker, WorkerFailed, worker
 from benchmarks.scorer import kind_of
 from benchmarks.speed import Target
 from benchmarks.worker import installed
-from training.data import atomic_file
 from training.errors import InputError
 
 
@@ -137,6 +138,7 @@ def gpt2_folder(source: str | Path, out: Path) -> Path:
 
     source: folder or hub id. Raises InputError for what is not plain GPT-2 in float, which is all that peers read.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file, save_file
 
     from training import checkpoint
@@ -144,16 +146,34 @@ def gpt2_folder(source: str | Path, out: Path) -> Path:
     fields, folder = check_plain(source), checkpoint.resolve(source)
     if fields["model_type"] == "gpt2":
         return folder
+    if (out / "config.json").is_file():  # named by its weights, and made in one step
+        return out
     weights = load_file(folder / "model.safetensors")
     if (head := weights.pop("heads.0.weight", None)) is not None:
         weights["lm_head.weight"] = head
     ours = ("splits", "head_allocation", "gate_hidden", "gate_temp", "head_gate_temp", "head_topk", "fast_k")
     kept = {key: value for key, value in fields.items() if key not in ours}
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(weights, out / "model.safetensors", {"format": "pt"})
     plain = {**kept, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
-    (out / "config.json").write_text(json.dumps(plain, indent=2), encoding="utf-8")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as tmp:
+        made = Path(tmp) / out.name
+        made.mkdir()
+        try:
+            save_file(weights, made / "model.safetensors", {"format": "pt"})
+        except SafetensorError as error:  # all that it says of a full disk
+            raise OSError(f"the GPT-2 for peers cannot be written to {out}: {error}") from error
+        (made / "config.json").write_text(json.dumps(plain, indent=2), encoding="utf-8")
+        replace(made, out)
     return out
+
+
+def replace(made: Path, out: Path) -> None:
+    """`made` becomes `out`; where another run was quicker, which made the same, that stays."""
+    old = made.with_name("old")
+    with contextlib.suppress(FileNotFoundError):
+        out.rename(old)
+    with contextlib.suppress(OSError):
+        made.rename(out)
 
 
 def prepare(
@@ -171,24 +191,39 @@ def prepare(
     if lacking := [package for package in peer.packages if versions[package] is None]:
         raise WorkerFailed(absence(peer, lacking), 3)
     if not is_converted(out, source, versions):
-        shutil.rmtree(out, ignore_errors=True)
-        with worker(f"{name} {scheme}", python) as w:
-            facts = w.ask(do="convert", adapter=peer.adapter, source=str(source.resolve()), out=str(out), scheme=scheme)
-            facts |= {"versions": versions, "source_path": str(source.resolve())}
-        with atomic_file(out / FACTS) as tmp:
-            tmp.write_text(json.dumps(facts), encoding="utf-8")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix=f".{out.name}-", dir=out.parent
+        ) as folder:  # another run may do it, too
+            made = Path(folder) / out.name
+            with worker(f"{name} {scheme}", python) as w:
+                request = {"adapter": peer.adapter, "source": str(source.resolve()), "scheme": scheme}
+                facts = w.ask(do="convert", out=str(made), **request)
+            facts |= {"versions": versions, "source_path": str(source.resolve()), "sha256": digests(made)}
+            (made / FACTS).write_text(json.dumps(facts), encoding="utf-8")
+            replace(made, out)
     facts = read_facts(out)
     sizes = {key: int(facts[key]) for key in ("size_bytes", "touched_bytes")}
     return Target(called or f"{name} {scheme}", str(out), peer.adapter, python=python, **sizes)
 
 
 def is_converted(out: Path, source: Path, versions: Mapping[str, str | None]) -> bool:
-    """Whether `out` is whole, and what these packages made of that very folder `source`: some adapters read it again."""
+    """Whether `out` holds, to the byte, what these packages made of that very folder: some adapters read it again."""
     try:
         facts = read_facts(out)
-    except (OSError, ValueError):  # absent, or damaged: made again
+        made = facts["versions"], facts["source_path"], facts["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):  # absent, or damaged: made again
         return False
-    return facts.get("versions") == versions and facts.get("source_path") == str(source.resolve())
+    return made == (versions, str(source.resolve()), digests(out))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """File -> sha256 of a conversion."""
+    found = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != FACTS):
+        with open(file, "rb") as opened:
+            found[str(file.relative_to(folder))] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return found
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

@@ -16,6 +16,15 @@ ROOT = Path(__file__).resolve().parents[1]  # where the package benchmarks lies
 INSTALLED = ("site-packages", "dist-packages")  # folders of packages that pip fills
 
 
+def short(line: str) -> str:
+    """
+    >>> short("a" * 100)[-3:], short(" b ")
+    ('aa…', 'b')
+    """
+    line = line.strip()
+    return line if len(line) <= 60 else f"{line[:60]}…"
+
+
 class WorkerFailed(RuntimeError):
     """A model could not be measured; `exit_code` is that of the error in its process."""
 
@@ -60,7 +69,14 @@ class Worker:
             line = ""
         if not line:
             raise self.death()
-        reply: dict[str, Any] = json.loads(line)
+        try:
+            reply: dict[str, Any] = json.loads(line)
+            fine = isinstance(reply, dict)
+        except ValueError:
+            fine = False
+        if not fine:
+            self.process.kill()  # what else it says cannot be told from replies
+            raise WorkerFailed(f"{self.name}: its Python answers with {short(line)!r}: give the interpreter itself", 3)
         if "error" in reply:
             raise WorkerFailed(f"{self.name}: {reply['error']}", reply["exit_code"])
         return reply
@@ -68,9 +84,9 @@ class Worker:
     def death(self) -> WorkerFailed:
         code = self.process.wait()
         if code == -signal.SIGKILL:
-            return WorkerFailed(f"the process that timed {self.name} was killed: probably out of memory", 5)
+            return WorkerFailed(f"the process of {self.name} was killed: probably out of memory", 5)
         end = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        return WorkerFailed(f"the process that timed {self.name} {end}: see what it said above", 1)
+        return WorkerFailed(f"the process of {self.name} {end}: see what it said above", 1)
 
     def close(self) -> None:
         assert self.process.stdin and self.process.stdout

@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +68,13 @@ def files_digest(folder: str | Path) -> str:
 class Findings:
     """Arrays over the scored tokens, in the text's order, filled window by window."""
 
-    def __init__(self, arrays: Mapping[str, NDArray[Any]], file: Path | None = None) -> None:
+    def __init__(self, arrays: Mapping[str, NDArray[Any]], file: Path | None, sizes: Sequence[int]) -> None:
         """arrays: name -> [total, ...]. file: where they are kept; a run's earlier state there is taken up.
+        sizes: tokens that each window scores.
 
         Raises InputError for a file that is damaged or not of this evaluation, OSError when it cannot be written.
         """
-        self.arrays, self.file = dict(arrays), file
+        self.arrays, self.file, self.sizes = dict(arrays), file, sizes
         self.done = 0  # tokens
         self.windows = self.complete = 0  # windows that are complete, and their tokens
         self.saved = time.monotonic()
@@ -103,21 +104,26 @@ class Findings:
             return
         with atomic_file(self.file) as tmp, open(tmp, "wb") as out:
             parts: dict[str, Any] = {name: array[: self.complete] for name, array in self.arrays.items()}
-            np.savez(out, counts=np.array([self.windows, self.complete], np.int64), **parts)
+            counts = np.array([self.windows, self.complete], np.int64)
+            np.savez(out, name=np.array(self.file.name), counts=counts, **parts)
         self.saved = time.monotonic()
 
     def _load(self, file: Path) -> None:
         hint = "delete it, and the evaluation starts again"
-        counts, *stored = read_arrays(file, ["counts", *self.arrays], hint)
+        owner, counts, *stored = read_arrays(file, ["name", "counts", *self.arrays], hint)
+        if str(owner) != file.name:
+            raise InputError(f"{file} was {owner} once, and is of another evaluation: {hint}")
         if counts.dtype != np.int64 or counts.shape != (2,) or counts.min() < 0:
             raise InputError(f"{file} is damaged: {hint}")
         (windows, done), found = counts.tolist(), dict(zip(self.arrays, stored, strict=True))
-        if windows > done or bool(windows) != bool(done):  # a window scores one token at least
+        if sum(self.sizes[:windows]) != done:
             raise InputError(f"{file} is damaged, {windows} windows have not {done} tokens: {hint}")
         for name, array in self.arrays.items():
             if found[name].dtype != array.dtype or found[name].shape != (done, *array.shape[1:]) or done > len(array):
                 raise InputError(f"{file} is not of this evaluation: {hint}")
             array[:done] = found[name]
+        if not np.isfinite(self.arrays["nll"][:done]).all():
+            raise InputError(f"{file} is damaged, it holds losses that are no numbers: {hint}")
         self.windows, self.complete, self.done = windows, done, done
 
     def finish(self) -> None:

@@ -135,7 +135,8 @@ def evaluate(
     if resume is not None:
         key = key_of(model=fingerprint(scorer), batch=batch, base=base_key(base), versions=versions(), **facts)
         file = Path(resume) / f"eval-{key}.npz"
-    findings = Findings(columns(scorer, sum(n for _, _, n in windows), base is not None), file)
+    sizes = [n for _, _, n in windows]
+    findings = Findings(columns(scorer, sum(sizes), base is not None), file, sizes)
     try:
         run(scorer, ids, windows, findings, batch, base)
     except BaseException:  # also when interrupted; a kill loses what came after the last write
@@ -144,7 +145,10 @@ def evaluate(
         raise
     found = summary(scorer, ids, text if isinstance(text, Text) else None, windows, findings, base)
     if keep:
-        findings.save()
+        try:
+            findings.save()
+        except OSError as error:  # what was found is still good
+            tqdm.write(f"the scores of {scorer.name} are not kept: {error.strerror or error}", file=sys.stderr)
     else:
         findings.finish()
     return Quality(

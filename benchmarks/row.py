@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.quality import Quality
 from benchmarks.results import Speed
-from benchmarks.table import megabytes
+from benchmarks.table import megabytes, readable
 
 NONE = "-"
 REASON = 90  # characters of a failure in the table
@@ -74,9 +74,9 @@ def cells(row: Row) -> dict[str, str]:
         "parameters": f"{row.parameters:,}" if row.parameters else NONE,
         "touched per token": f"{row.parameters_touched_per_token:,}" if row.parameters else NONE,
         "file size": megabytes(row.size_bytes) if row.size_bytes else NONE,
-        PERPLEXITY: f"{scored.perplexity:.2f}" if scored else NONE,
+        PERPLEXITY: readable(scored.perplexity) if scored else NONE,
         "accuracy": f"{100 * scored.accuracy:.1f} %" if scored else NONE,
-        "word perplexity": f"{scored.word_perplexity:.2f}" if scored and scored.word_perplexity else NONE,
+        "word perplexity": readable(scored.word_perplexity) if scored and scored.word_perplexity else NONE,
         BITS_PER_BYTE: f"{scored.bits_per_byte:.4f}" if scored and scored.bits_per_byte else NONE,
         "decode tokens/s": f"{timed['decode_tokens_per_s']:.1f}" if timed else NONE,
         "prefill tokens/s": f"{timed['prefill_tokens_per_s']:.0f}" if timed else NONE,

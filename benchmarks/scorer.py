@@ -106,7 +106,11 @@ def named(arguments: Sequence[str]) -> list[tuple[str, str]]:
         given = bool(equals and name and path) and not Path(argument).exists()
         pairs.append((name, path) if given else (Path(argument).name or argument, argument))
     names = [name for name, _ in pairs]
-    return [(path if names.count(name) > 1 and Path(path).name == name else name, path) for name, path in pairs]
+    found = [(path if names.count(name) > 1 and Path(path).name == name else name, path) for name, path in pairs]
+    names = [name for name, _ in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"several models are called {', '.join(twice)}: tell them apart with NAME=PATH")
+    return found
 
 
 def context_of(source: str | Path) -> int:

@@ -34,3 +34,12 @@ def megabytes(size: float) -> str:
     """
     mb = size / 1e6
     return f"{mb:.1f} MB" if mb >= 10 else f"{mb:.2f} MB"
+
+
+def readable(value: float) -> str:
+    """A perplexity with two digits behind the point, or four in all where it is no use to read more.
+
+    >>> readable(81.512), readable(1.5649e45)
+    ('81.51', '1.565e+45')
+    """
+    return f"{value:.2f}" if value < 1e6 else f"{value:.4g}"

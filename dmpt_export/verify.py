@@ -15,6 +15,7 @@ import onnx
 
 from dmpt_export.exact import force_turns, has_integer_kernels, read_graph, use_float_caches, use_float_kernels
 from dmpt_export.manifest import write_manifest
+from dmpt_export.stored import check_stored
 from dmpt_export.tolerances import EXACT, KV_INT8, TOLERANCES, Tolerance, loosest
 from training.config import ROOT, DMPTConfig
 from training.errors import ValidationError
@@ -60,8 +61,9 @@ def check_export(
     Integer kernels are checked twice: first the same graph with float kernels, to fp32 rounding, then the graph as
     deployed. The first proves the weights, whose small faults the second's rounding would hide; what only the second
     has (scales of an int8 cache, the kernels themselves) only it can show. So both also run with all tokens sent
-    wherever the gates sent too few (torch_references). `atol` replaces the table's max_abs where there is one.
-    Raises ValidationError (exit code 4) saying what differs, by how much and where.
+    wherever the gates sent too few (torch_references). At last every stored number is compared (dmpt_export.stored).
+    `atol` replaces the table's max_abs where there is one. Raises ValidationError (exit code 4) saying what differs,
+    by how much and where.
     """
     ids = np.random.default_rng(SEED).integers(0, config.vocab_size, min(CHECKED_TOKENS, config.n_positions))
     wants = torch_references(source, config, ids)
@@ -82,6 +84,8 @@ def check_export(
     results |= compare_graph(folder, manifest, deployed, ids, wants, tolerance)
     path.write_bytes(deployed)
     write_manifest(manifest, folder)
+    results["numbers_compared"] = check_stored(path, source)
+    give_back_memory()
     return results
 
 

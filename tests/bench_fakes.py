@@ -112,6 +112,8 @@ def convert(source: str, out: str, scheme: str) -> dict[str, Any]:
         raise FakeError("cannot be converted")
     if scheme == "full":
         raise OSError(errno.ENOSPC, "No space left on device")
+    if scheme == "file":
+        Path(out, "weights").write_text("good")
     behaviour = {"prefill": 0.5, "decode": 0.25, "vocab": 300, "context": 64}
     faults = {"dies": {"dies": True}, "unloadable": {"fail": "bug"}, "silent": {"silent": True}}
     more = {**behaviour, **faults.get(scheme, {})}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from training import atomic
-from training.atomic import atomic_file, atomic_folder, check_replaceable, recover
+from training.atomic import atomic_file, atomic_folder, check_place, check_replaceable, recover
 from training.errors import InputError
 
 
@@ -204,6 +204,17 @@ FOREIGN = {
     "notes": {"notes.txt": ""},
     "broken": {"config.json": "{"},
 }
+
+
+def test_a_place_is_judged_by_itself_where_it_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a volume that is mounted below what one may not write to."""
+    inside = tmp_path / "kept" / "mine"
+    inside.mkdir(parents=True)
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) == inside)
+    check_place(inside)
+    for place in (tmp_path / "kept" / "new", tmp_path / "kept"):
+        with pytest.raises(InputError, match="may not be written to"):
+            check_place(place)
 
 
 @pytest.mark.parametrize("kind", PRODUCTS)

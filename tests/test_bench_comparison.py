@@ -117,6 +117,7 @@ def test_other_tokenizers_are_ranked_by_bytes() -> None:
     assert "in bits per byte, decode time" in text
     assert "Size, bits per byte and speed" in (drawn := page(result)) and "Size, perplexity" not in drawn
     assert "coarse: 20 MB, bits per byte 0.9555" in drawn
+    assert "They scored 16,000 to 32,000 bytes" in text  # which the fine print of stride-concat is about
 
 
 def test_without_text_or_speed_only_what_is_known_is_said() -> None:
@@ -175,6 +176,9 @@ def test_a_cell_cannot_break_the_table() -> None:
 def test_names_of_models_on_the_command_line(tmp_path: Path) -> None:
     odd = tmp_path / "lr=1e-4"
     odd.mkdir()
+    for twice in (["a=x", "a=y"], [str(odd), str(odd)]):
+        with pytest.raises(InputError, match="several models are called"):
+            named(twice)
     assert named([str(odd), f"tuned={odd}", "gpt2", "x="]) == [
         ("lr=1e-4", str(odd)),
         ("tuned", str(odd)),

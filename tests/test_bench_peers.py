@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from benchmarks.adapters import FACTS
 from benchmarks.comparison import Comparison, Settings, compare
 from benchmarks.contestants import Entry, Opener, peers_of
 from benchmarks.peers import PEERS, Peer, gpt2_folder, parse, read_facts
+from benchmarks.progress import Findings
 from dmpt_export.cli import main
 from training.errors import InputError
 
@@ -258,6 +260,49 @@ def test_a_moved_or_copied_source_is_read_where_it_is(tiny_gpt2: Path, text: Pat
     next((state / "here-reads").iterdir()).joinpath(FACTS).write_text("")  # by a full disk, say
     (row,) = run([Entry("p", str(second), scheme="reads", peer="here")], text, resume=state).rows
     assert row.quality and not row.failure
+
+
+def test_a_damaged_conversion_is_made_again(tiny_gpt2: Path, text: Path, tmp_path: Path) -> None:
+    entries = [Entry("p", str(tiny_gpt2), scheme="file", peer="here")]
+    run(entries, text, resume=tmp_path)
+    (folder,) = (tmp_path / "here-file").iterdir()
+    assert (folder / "weights").read_text() == "good"
+    (folder / "weights").write_text("bad!")
+    run(entries, text, resume=tmp_path)
+    assert (folder / "weights").read_text() == "good" and [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def test_an_interpreter_that_says_something_else_is_a_failure(tiny_gpt2: Path, text: Path, tmp_path: Path) -> None:
+    """A wrapper that prints a line before it starts Python."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "activating the environment"\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    entries = [Entry("p", str(tiny_gpt2), scheme=GOOD, peer="here"), Entry("base", str(tiny_gpt2))]
+    peer, base = run(entries, text, pythons={"here": str(python)}).rows
+    assert "answers with 'activating the environment'" in str(peer.failure) and base.quality
+
+
+def test_scores_that_cannot_be_kept_are_still_told(
+    tiny_gpt2: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Findings) -> None:
+        if self.done:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Findings, "save", full)
+    (row,) = run([Entry("base", str(tiny_gpt2))], text, resume=tmp_path).rows
+    assert row.quality and not row.failure
+
+
+def test_a_dmpt_is_no_control(tiny_dmpt: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", f"d={tiny_dmpt}", "--control", "d", "--data", str(text)]) == 3
+    assert "d is a DMPT: a control is plain GPT-2" in capsys.readouterr().err
+
+
+def test_a_peer_is_not_asked_for_twice(tiny_gpt2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--peers", str(tiny_gpt2), "--threads", "1", "--repetitions", "1", "--prompt", "8", "--gen", "2"]
+    assert main(["compare", f"here:{GOOD}@{tiny_gpt2}", *options]) == 0
+    assert sum(line.startswith(f"| here {GOOD} ") for line in capsys.readouterr().out.splitlines()) == 1
 
 
 def test_memory_that_runs_out_is_a_row(

@@ -28,14 +28,15 @@ def change(file: Path, **changes: Any) -> None:
 
 
 def state(file: Path) -> Findings:
-    return Findings({"nll": np.zeros(9), "rank": np.zeros(9, np.int32)}, file)
+    return Findings({"nll": np.zeros(9), "rank": np.zeros(9, np.int32)}, file, [1, 3, 2, 2, 1])
 
 
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        (np.array([2, 5]), "is not of this evaluation"),  # four tokens are kept
-        (np.array([2, 3]), "is not of this evaluation"),
+        (np.array([3, 6]), "is not of this evaluation"),  # four tokens are kept
+        (np.array([2, 5]), "is damaged, 2 windows have not 5 tokens"),
+        (np.array([3, 4]), "is damaged, 3 windows have not 4 tokens"),
         (np.array([-1, 4]), "is damaged"),
         (np.array([2, -4]), "is damaged"),
         (np.array([5, 4]), "is damaged, 5 windows have not 4 tokens"),
@@ -55,6 +56,21 @@ def test_counts_that_do_not_agree_are_refused(counts: np.ndarray, message: str, 
     assert (again.windows, again.done) == (2, 4) and again["nll"][:4].tolist() == [0, 1, 2, 3]
     change(file, counts=lambda _: counts)
     with pytest.raises(InputError, match=rf"state\.npz {message}.*: delete it, and the evaluation starts again"):
+        state(file)
+
+
+def test_a_state_is_its_own_evaluations(tmp_path: Path) -> None:
+    """One that was renamed to another's, or holds no losses, is not taken up."""
+    file, other = tmp_path / "state.npz", tmp_path / "other.npz"
+    findings = state(file)
+    findings.add(nll=np.arange(4.0), rank=np.arange(4, dtype=np.int32))
+    findings.end_of_windows(2)
+    findings.save()
+    other.write_bytes(file.read_bytes())
+    with pytest.raises(InputError, match=r"was state\.npz once, and is of another evaluation"):
+        state(other)
+    change(file, nll=lambda nll: np.where(nll == 2, np.nan, nll))
+    with pytest.raises(InputError, match="losses that are no numbers"):
         state(file)
 
 

@@ -121,6 +121,25 @@ def test_another_model_text_or_calibration_is_measured_anew(
     assert len(lines(tiny_dmpt, 140)) == 4 and lines(tiny_gpt2) == lines(tiny_dmpt, 140)
 
 
+def test_the_table_shows_what_was_asked_for_last(
+    tiny_gpt2: Path, sample_text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Options that were measured before are not measured again, and it is theirs that is shown."""
+    monkeypatch.setattr(quantization.Evidence, "cli", lambda _, *arguments: main(list(map(str, arguments))))
+    (tmp_path / "text.txt").write_text(sample_text)
+
+    def shown(scheme: str) -> str:
+        capsys.readouterr()
+        quantization.main(["--work", str(tmp_path / "work"), "--model", f"m={tiny_gpt2}", "--calib", "none", "--text",
+                           str(tmp_path / "text.txt"), "--tokens", "150", "--variants", "other",
+                           "--also", f"other=--scheme {scheme}"])  # fmt: skip
+        return capsys.readouterr().out.partition("m: ")[2]
+
+    first, second = shown("int8"), shown("int4")
+    assert "| other" in first != second and shown("int8") == first
+
+
 def test_wrong_options_are_usage_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     needed = ["--work", str(tmp_path), "--calib", "c", "--text", "t"]
     for option in (["--model", "gpt2"], ["--model", "a=b", "--also", "x"], ["--model", "a=b", "--peer-python", "y"]):

@@ -191,6 +191,7 @@ def test_all_faults_are_named_at_once() -> None:
         (damaged("head_allocation", "right", value=[]), "head_allocation"),
         (damaged("inputs", 6, drop=True), "inputs: missing pending.left"),
         (damaged("inputs", 8, "name", value="past.x.key"), "inputs: unknown past.x.key"),
+        (damaged("outputs", 0, "name", value="head_log_weights.x"), "outputs: unknown head_log_weights.x"),
         (damaged("outputs", 2, "dtype", value="float16"), "rows.root is float16, expected float32"),
         (damaged("config", "vocab_size", value=10**9), "log_probs is ['batch', 'last', 11]"),
         (damaged("config", "n_embd", value=10**9), "rows.root is ['batch', 'tokens', 8]"),

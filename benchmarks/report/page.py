@@ -30,7 +30,7 @@ svg text{fill:var(--ink)}svg .tick{fill:var(--soft)}svg .grid{stroke:var(--line)
 svg .front{stroke:var(--ink);stroke-dasharray:5 4;stroke-width:1.5}
 svg .label{paint-order:stroke;stroke:var(--paper);stroke-width:3px}
 .plots{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr))}
-.legend{display:flex;flex-wrap:wrap;gap:.2rem 1rem;list-style:none;padding:0;margin:.5rem 0}
+.legend{overflow-wrap:anywhere;display:flex;flex-wrap:wrap;gap:.2rem 1rem;list-style:none;padding:0;margin:.5rem 0}
 .swatch{display:inline-block;width:.8em;height:.8em;border-radius:50%;margin-right:.4em;
 background:var(--own);border:2px solid var(--own)}
 .dashed{background:none;border-style:dashed}

@@ -125,7 +125,8 @@ def with_peers(entries: list[Entry], source: str | None, pythons: dict[str, str]
     asked = {entry.peer for entry in entries if entry.peer}
     found, absent = peers_of(source, pythons, asked)
     if source or asked:
-        return [*entries, *found], absent
+        known = {(entry.peer, entry.scheme, entry.path) for entry in entries}
+        return [*entries, *(entry for entry in found if (entry.peer, entry.scheme, entry.path) not in known)], absent
     here = "No other runtime was asked for: --peers GPT2 measures those that are installed."
     return entries, [here, *absent]
 

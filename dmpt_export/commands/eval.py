@@ -168,6 +168,8 @@ def dequantize(source: str | Path) -> DMPTForCausalLM:
 
 def as_text(model: str, result: Quality, several_heads: bool = False) -> str:
     """The result for people. several_heads: whether a path of the model has heads to weigh."""
+    from benchmarks.table import readable
+
     lines = {
         "model": model,
         "tokens": f"{result.tokens_scored:,} scored of {result.tokens:,} "
@@ -175,7 +177,7 @@ def as_text(model: str, result: Quality, several_heads: bool = False) -> str:
         "perplexity": f"{result.perplexity:.4f} ± {result.perplexity * result.standard_error:.4f}",
     }
     if result.word_perplexity is not None and result.bits_per_byte is not None:
-        lines["per word"] = f"{result.word_perplexity:.2f} ({result.words_scored:,} words)"
+        lines["per word"] = f"{readable(result.word_perplexity)} ({result.words_scored:,} words)"
         lines["per byte"] = f"{result.bits_per_byte:.4f} bits ({result.bytes_scored:,} bytes)"
     lines["accuracy"] = f"{100 * result.accuracy:.2f} %"
     if result.top5_accuracy is not None:
@@ -204,8 +206,8 @@ def against(base: dict[str, Any]) -> dict[str, str]:
     """The comparison with --base."""
     return {
         "base": f"{base['model']}, perplexity {base['perplexity']:.4f}",
-        "KL": f"mean {base['kl_mean']:.6f} ± {base['kl_mean_error']:.6f}, median {base['kl_median']:.6f}, "
-        f"99 % {base['kl_99']:.6f}, largest {base['kl_max']:.4f}",
+        "KL": f"mean {max(base['kl_mean'], 0):.6f} ± {base['kl_mean_error']:.6f}, "
+        f"median {max(base['kl_median'], 0):.6f}, 99 % {base['kl_99']:.6f}, largest {base['kl_max']:.4f}",
         "same top": f"{100 * base['top1_agreement']:.2f} ± {100 * base['top1_agreement_error']:.2f} %",
         "ln ratio": f"{base['log_ratio']:+.6f} ± {base['log_ratio_error']:.6f} of perplexity to the base's",
     }
