@@ -27,7 +27,8 @@ from benchmarks.report import routes
 from benchmarks.row import PERPLEXITY, Row, cells, columns, merit
 from benchmarks.scorer import Scorer
 from benchmarks.table import markdown
-from training.errors import InputError, is_out_of_memory
+from runtime.errors import is_out_of_memory
+from training.errors import InputError
 
 FORMAT_VERSION = 1
 CSV = (

@@ -114,7 +114,7 @@ def explain(error: Exception) -> tuple[int, str] | None:
         return NO_RESOURCES, f"no space left where the result goes ({error}): free some, or choose another place"
     if isinstance(error, OSError) and error.errno in PATH_ERRORS and error.filename is not None:
         return BAD_INPUT, f"{error.strerror}{path_of(error)}"
-    from training.errors import is_out_of_memory
+    from runtime.errors import is_out_of_memory
 
     if is_out_of_memory(error):
         return NO_RESOURCES, f"out of memory: use a shorter context, a smaller batch or a smaller model ({error})"

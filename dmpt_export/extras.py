@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from training.errors import install
-
 # extra -> the modules it brings; checked without importing them
 MODULES: dict[str, tuple[str, ...]] = {
     "cpu": ("onnxruntime",),
@@ -35,4 +33,6 @@ def require(*extras: str) -> None:
     lacking = [extra for extra, modules in missing.items() if modules]
     if lacking:
         names = ", ".join(dict.fromkeys(m for modules in missing.values() for m in modules))
-        raise MissingExtra(f"this command needs {names}: {install(*lacking)}")
+        raise MissingExtra(
+            f"this command needs {names}: pip install '.[{','.join(lacking)}]' in the checkout of dmpt-export"
+        )

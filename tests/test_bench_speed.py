@@ -86,7 +86,7 @@ def test_a_worker_that_spins_while_others_run_is_seen() -> None:
     [
         ({"fail": "user"}, 3, "B: cannot be opened"),
         ({"fail": "bug"}, 1, "B: RuntimeError: cannot be opened"),
-        ({"dies": True}, 5, "timed B was killed"),
+        ({"dies": True}, 5, "the process of B was killed"),
     ],
 )
 def test_a_worker_that_fails_says_which_model_and_why(told: dict[str, Any], code: int, said: str) -> None:
