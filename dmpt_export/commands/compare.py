@@ -42,7 +42,13 @@ if TYPE_CHECKING:
               help="Tokens in a window. Default: 1024, or the smallest context if that is less.")  # fmt: skip
 @click.option("--stride", type=click.IntRange(min=1), metavar="N",
               help="Predictions scored in each window. Default: half a window.")  # fmt: skip
-@click.option("--prompt", default=128, show_default=True, type=click.IntRange(min=1), help="Tokens fed at once.")
+@click.option(
+    "--prompt",
+    default=128,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Tokens fed at once; this and --gen shrink to the smallest context.",
+)
 @click.option("--gen", default=64, show_default=True, type=click.IntRange(min=1), help="Tokens decoded after them.")
 @click.option("--repetitions", default=5, show_default=True, type=click.IntRange(min=1), help="Rounds that count.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: all this process may use.")
