@@ -47,6 +47,12 @@ def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
                 yield from graphs(attribute.g)
 
 
+def initializers(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """Those of a graph, and those that its branches hold for themselves."""
+    for part in graphs(graph):
+        yield from part.initializer
+
+
 def use_float_caches(model: onnx.ModelProto) -> None:
     """In place: keys and values are kept as they are computed instead of as int8 codes."""
     for graph in graphs(model.graph):

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from dmpt_export.exact import read_graph
+from dmpt_export.exact import initializers, read_graph
 from dmpt_export.graph_summary import stored_names
 from quant.checkpoint import load_weights
 from quant.codebook import HalfTensor, in_layout
@@ -30,7 +30,7 @@ def check_stored(graph: Path, source: Path) -> int:
     """
     _, weights = load_weights(source)
     compared = 0
-    for tensor in read_graph(graph).graph.initializer:
+    for tensor in initializers(read_graph(graph).graph):
         names = stored_names(tensor.name)
         if not names or not all(name in weights for name in names):
             continue
@@ -72,7 +72,7 @@ def part_of(weight: Weight, part: str) -> NDArray[np.generic]:
         return in_layout(weight.packed, weight.transposed)
     if first == "int8":
         return weight.packed.T
-    if first == "zero_points" and rest:
+    if first == "zero_points" and rest == "rows":
         return weight.offsets  # type: ignore[union-attr]  # only n-bit tensors have them
     array: NDArray[np.generic] = getattr(weight, first)
     return array

@@ -2,6 +2,10 @@
 
 Every weight is an initializer of the MAIN graph, also when only a branch uses it: subgraphs see it through
 outer scope, so it is stored and prepacked once, and external-data and quantization tools find it.
+
+The exception are scales and zero points of n-bit products in a branch (`own_weight`): they belong to that branch.
+Kernels may read them while they pack the weights, and then see only what the same graph holds. On Arm processors with
+dot-product instructions ONNX Runtime before 1.29 reads a null pointer otherwise.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 MSFT = "com.microsoft"
+OWN = ".branch"  # ends the names of a branch's own initializers
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,8 @@ class Builder:
     def __init__(self, dtype: ir.DataType = ir.DataType.FLOAT, parent: Builder | None = None) -> None:
         self.dtype = dtype  # of activations
         self.nodes: list[ir.Node] = []
-        self.initializers: dict[str, ir.Value] = parent.initializers if parent else {}
+        self.initializers: dict[str, ir.Value] = parent.initializers if parent else {}  # of the main graph
+        self.own: dict[str, ir.Value] = {} if parent else self.initializers  # of the graph that is being filled
         self._names: dict[str, int] = parent._names if parent else {}
 
     # --- nodes ----------------------------------------------------------------------------------
@@ -69,10 +75,12 @@ class Builder:
 
     def weight(self, name: str, array: np.ndarray) -> ir.Value:
         """The main-graph initializer `name`; the first caller brings it in, later ones share it."""
-        if name not in self.initializers:
-            tensor = ir.Tensor(np.ascontiguousarray(array), name=name)
-            self.initializers[name] = ir.val(name, tensor.dtype, tensor.shape, const_value=tensor)
-        return self.initializers[name]
+        return _initializer(self.initializers, name, array)
+
+    def own_weight(self, name: str, array: np.ndarray) -> ir.Value:
+        """An initializer of the graph that is being filled; a branch names it `name` + OWN, for one of the main
+        graph's may have that name. Each branch that uses the array stores it."""
+        return _initializer(self.own, name if self.own is self.initializers else f"{name}{OWN}", array)
 
     def lazy_weight(
         self, name: str, dtype: np.dtype[Any], shape: Sequence[int], make: Callable[[], np.ndarray]
@@ -107,8 +115,18 @@ class Builder:
             results = list(fill(inner))
             for value, spec in zip(results, outputs, strict=True):
                 value.dtype, value.shape = spec.dtype, ir.Shape(spec.shape)
-            graphs[f"{label}_branch"] = ir.Graph([], results, nodes=inner.nodes, name=f"{name}.{label}")
+            own = list(inner.own.values())
+            graphs[f"{label}_branch"] = ir.Graph(
+                [], results, nodes=inner.nodes, initializers=own, name=f"{name}.{label}"
+            )
         values = [spec.value() for spec in outputs]
         attributes = [ir.AttrGraph(key, graph) for key, graph in graphs.items()]
         self.nodes.append(ir.Node("", "If", [condition], attributes, outputs=values, name=self._unique(name)))
         return values
+
+
+def _initializer(held: dict[str, ir.Value], name: str, array: np.ndarray) -> ir.Value:
+    if name not in held:
+        tensor = ir.Tensor(np.ascontiguousarray(array), name=name)
+        held[name] = ir.val(name, tensor.dtype, tensor.shape, const_value=tensor)
+    return held[name]

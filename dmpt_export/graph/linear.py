@@ -7,7 +7,8 @@
 
 Rows of heads on candidates are read by dmpt_export.graph.rescore. A matrix used both ways (a tied embedding, a head
 that is one leaf's anchor and another's candidate) is stored once: the n-bit tensor [N, blocks, bytes] serves
-MatMulNBits as it is and GatherBlockQuantized along its last axis; only the scales need a second shape.
+MatMulNBits as it is and GatherBlockQuantized along its last axis; only the scales need a second shape. Products in a
+branch own their scales and zero points (Builder.own_weight).
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def gather_blocks(b: Builder, weight_name: str, weight: QuantizedTensor, ids: ir
         "GatherBlockQuantized",
         b.weight(f"{weight_name}.packed", weight.packed),
         ids,
-        _scales(b, weight_name, weight, ".rows"),
+        b.weight(f"{weight_name}.scales.rows", _scales(b, weight)[..., None]),
         zero_points,
         name=name,
         domain=MSFT,
@@ -114,12 +115,12 @@ def nbits_matmul(
     """x W^T + bias for a blockwise matrix [N, K]: [..., K] -> [..., N]."""
     zero_points = None
     if weight.zero_points is not None:
-        zero_points = b.weight(f"{weight_name}.zero_points", weight.zero_points)
+        zero_points = b.own_weight(f"{weight_name}.zero_points", weight.zero_points)
     return b.op(
         "MatMulNBits",
         x,
         b.weight(f"{weight_name}.packed", weight.packed),
-        _scales(b, weight_name, weight),
+        b.own_weight(f"{weight_name}.scales", _scales(b, weight)),
         zero_points,
         None,
         bias,
@@ -133,10 +134,9 @@ def nbits_matmul(
     )
 
 
-def _scales(b: Builder, weight_name: str, weight: QuantizedTensor | CodebookTensor, suffix: str = "") -> ir.Value:
-    """Scales as they are stored, or for gathering [N, blocks, 1]."""
-    scales = weight.scales.astype(b.dtype.numpy(), copy=False)
-    return b.weight(f"{weight_name}.scales{suffix}", scales[..., None] if suffix else scales)
+def _scales(b: Builder, weight: QuantizedTensor | CodebookTensor) -> np.ndarray:
+    """Scales as they are stored, in the graph's activation type."""
+    return weight.scales.astype(b.dtype.numpy(), copy=False)
 
 
 def _bnb4_matmul(b: Builder, name: str, weight: CodebookTensor, x: ir.Value) -> ir.Value:
@@ -144,7 +144,7 @@ def _bnb4_matmul(b: Builder, name: str, weight: CodebookTensor, x: ir.Value) -> 
         "MatMulBnb4",
         x,
         b.weight(f"{name}.weight.packed", weight.packed),
-        _scales(b, f"{name}.weight", weight),
+        b.weight(f"{name}.weight.scales", _scales(b, weight)),
         name=name,
         domain=MSFT,
         N=weight.shape[0],
