@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -54,27 +55,35 @@ def make_dmpt(out: Path, shape: Shape, split: int = SPLIT, **sizes: Any) -> None
 
 
 def rig(model: Any, switching: Switching) -> None:
-    """Let the position alone decide the path: never the right one, the other one at every token, or by a coin.
-
-    Channel 0 of the residual stream is kept free of everything but a mark in the position embedding: no token and no
-    block of the trunk adds to it (zeros survive quantization), and the gate reads its sign. What is computed for a
-    token on its path is as much as in any model.
-    """
+    """Let the position alone decide the path: never the right one, the other one at every token, or by a coin."""
     import torch
 
     n = model.config.n_positions
     coin = torch.randint(0, 2, (n,), generator=torch.Generator().manual_seed(SEED))
-    goes_right = {"never": torch.zeros(n), "always": torch.arange(n) % 2, "natural": coin}[switching]
-    first, second = model.gates["root"][0], model.gates["root"][2]
+    steer(model, {"root": {"never": torch.zeros(n), "always": torch.arange(n) % 2, "natural": coin}[switching]})
+
+
+def steer(model: Any, goes_right: Mapping[str, Any]) -> None:
+    """Let the position alone decide at each gate: 0 left or 1 right, [n_positions] for each split node.
+
+    One channel of the residual stream for each gate is kept free of everything but a mark in the position embedding:
+    no token and no block above the gate adds to it (zeros survive quantization), and the gate reads its sign. What is
+    computed for a token on its path is as much as in any model.
+    """
+    import torch
+
     with torch.no_grad():
-        model.transformer.wte.weight[:, 0] = 0
-        model.transformer.wpe.weight[:, 0] = MARK * (2 * goes_right - 1)
-        for block in model.transformer.h.values():
-            for layer in (block.attn.c_proj, block.mlp.c_proj):
-                layer.weight[:, 0] = 0
-                layer.bias[0] = 0
-        for layer in (first, second):
-            layer.weight.zero_()
-            layer.bias.zero_()
-        first.weight[0, 0] = 1
-        second.weight[1, 0] = 1  # logits (0, tanh(mark)): right where the mark is above zero
+        for channel, (name, turns) in enumerate(goes_right.items()):
+            model.transformer.wte.weight[:, channel] = 0
+            model.transformer.wpe.weight[:, channel] = MARK * (2 * turns - 1)
+            above = [node for node, _ in model.config.way(name)][1:] + [name] if name != "root" else []
+            for segment in (model.transformer, *(model.paths[node] for node in above)):
+                for layer in (part for block in segment.h.values() for part in (block.attn.c_proj, block.mlp.c_proj)):
+                    layer.weight[:, channel] = 0
+                    layer.bias[channel] = 0
+            first, second = model.gates[name][0], model.gates[name][2]
+            for layer in (first, second):
+                layer.weight.zero_()
+                layer.bias.zero_()
+            first.weight[0, channel] = 1
+            second.weight[1, 0] = 1  # logits (0, tanh(mark)): right where the mark is above zero
