@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from dmpt_export.deployed import deployed
 from dmpt_export.graph.assemble import OPSET, OPSETS, build
+from dmpt_export.graph.versions import least_onnxruntime
 from dmpt_export.kv_cache import INT8, KINDS, KV_FLOAT, calibrate
 from dmpt_export.manifest import ACTIVATIONS, MODEL_FILE, describe, write_manifest
 from quant.checkpoint import load_weights
@@ -75,6 +76,7 @@ def export_onnx(
         if (folder / REPORT_NAME).is_file():  # so that a comparison can show what each tensor lost
             shutil.copyfile(folder / REPORT_NAME, temporary / REPORT_NAME)
         manifest = describe(config, weights, target, folder, kv_cache, opset)
+        manifest["requires"] = {"onnxruntime": least_onnxruntime(model)}
         (temporary / "README.md").write_text(readme(manifest), encoding="utf-8")
         write_manifest(manifest, temporary)
         del model, weights  # checking needs the memory

@@ -71,6 +71,7 @@ def describe(
         },
         "bytes_touched_per_token": touched_bytes,
         "parts": parts_table(weights),
+        "branches_own_scales": True,  # see Builder.own_weight
         "files": {},
         "source": {"name": folder.name, "fingerprint": fingerprint(config, weights)},
         "tools": tool_versions(),

@@ -46,7 +46,11 @@ class Batch:
     """
 
     def __init__(self, engine: Engine, rows: int, capacity: int = 0) -> None:
-        """rows: texts, all empty. capacity: tokens to make room for at once; room doubles when needed."""
+        """rows: texts, all empty. capacity: tokens to make room for at once; room doubles when needed.
+
+        Raises SetupError for an onnxruntime that would decode them wrongly.
+        """
+        engine.check_batches()
         self.engine = engine
         manifest = engine.manifest
         self.config = manifest.config

@@ -14,6 +14,7 @@ from typing import Any
 from runtime.consistency import HEAD_LOG_WEIGHTS, contradictions
 from runtime.errors import ModelError
 from runtime.schema import (
+    BOOL,
     COUNT,
     ID,
     ID_OR_NULL,
@@ -23,6 +24,7 @@ from runtime.schema import (
     PAIR_OR_NULL,
     SHA256,
     SHAPE,
+    VERSION,
     Each,
     faults,
 )
@@ -69,6 +71,8 @@ SCHEMA: dict[str, Any] = {
     "source": OBJECT_OR_NULL,
     "tools": OBJECT_OR_NULL,
 }
+# Fields that exports have had since they were introduced; checked where they are there.
+LATER: dict[str, Any] = {"requires": {"onnxruntime": VERSION}, "branches_own_scales": BOOL}
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,24 @@ class Manifest:
         return {tensor["scheme"] for tensor in self.raw["quantization"]["tensors"].values()}
 
     @property
+    def least_onnxruntime(self) -> str | None:
+        """The earliest version that has all operators of the graph; None where the export does not say."""
+        return self.raw["requires"]["onnxruntime"] if "requires" in self.raw else None
+
+    @property
+    def has_outer_scales(self) -> bool:
+        """Whether a branch multiplies by 4-bit weights whose scales belong to the main graph (earlier exports)."""
+        if len(self.tree) == 1 or self.raw.get("branches_own_scales", False):
+            return False
+        whole = slice(1) if self.config.fast_k else slice(None)  # heads besides the anchor are gathered, not multiplied
+        heads = {f"heads.{j}.weight" for heads in self.head_allocation.values() for j in heads[whole]}
+        tensors = self.raw["quantization"]["tensors"]
+        if not heads <= tensors.keys():  # a tied head 0
+            heads.add("transformer.wte.weight")
+        used = [tensor for name, tensor in tensors.items() if name.startswith("paths.") or name in heads]
+        return any(tensor.get("bits") == 4 and tensor["scheme"] not in ("nf4", "fp4") for tensor in used)
+
+    @property
     def tells_head_weights(self) -> bool:
         """Whether the graph yields what the heads of its leaves weigh; exports of before it did do not."""
         allocation = self.head_allocation.items()
@@ -185,7 +207,8 @@ def parse_manifest(raw: Any, where: str = MANIFEST_NAME) -> Manifest:
     if isinstance(raw, dict) and (raw.get("format") != FORMAT or raw.get("format_version") != FORMAT_VERSION):
         found = f"format {raw.get('format')!r}, format_version {raw.get('format_version')!r}"
         raise ModelError(f"{where} has {found}; this program reads {FORMAT!r}, {FORMAT_VERSION}")
-    problems = faults(raw, SCHEMA)
+    later = {name: form for name, form in LATER.items() if isinstance(raw, dict) and name in raw}
+    problems = faults(raw, SCHEMA | later)
     if not problems:
         manifest = build(raw)
         problems = contradictions(manifest)

@@ -29,6 +29,8 @@ PAIR_OR_NULL = "a list of two names, or null"
 OBJECT_OR_NULL = "an object or null"
 SHAPE = "a list of sizes and names"
 SHA256 = "64 hexadecimal digits"
+VERSION = "a version such as 1.24"
+BOOL = "true or false"
 
 CHECKS: dict[str, Callable[[Any], bool]] = {
     COUNT: lambda v: whole(v, 1),
@@ -40,6 +42,8 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     OBJECT_OR_NULL: lambda v: v is None or isinstance(v, dict),
     SHAPE: lambda v: isinstance(v, list) and all(whole(dim, 0) or name(dim) for dim in v),
     SHA256: lambda v: isinstance(v, str) and re.fullmatch("[0-9a-f]{64}", v) is not None,
+    VERSION: lambda v: isinstance(v, str) and re.fullmatch(r"\d{1,4}\.\d{1,4}", v) is not None,
+    BOOL: lambda v: isinstance(v, bool),
 }
 
 

@@ -14,6 +14,7 @@ from weakref import WeakSet
 from runtime.errors import ModelError, OutOfMemory, RequestError, SetupError
 from runtime.manifest import Manifest
 from runtime.pages import large_pages
+from runtime.processor import check_batches, check_runtime
 
 CLOSED = "the model is closed: load it again"
 DEVICES = ("cpu", "cuda")
@@ -58,6 +59,7 @@ class Engine:
         self.manifest = manifest
         self.device = device
         self._ort = import_onnxruntime(device)
+        check_runtime(self._ort.__version__, manifest, folder)
         self._errors = ort_errors(self._ort)
         self._session: Any = self._open(folder, threads, deterministic)
         self._bindings: WeakSet[Binding] = WeakSet()
@@ -81,6 +83,10 @@ class Engine:
         if session.get_providers()[0] != PROVIDERS[self.device]:
             raise SetupError(f"ONNX Runtime has fallen back to the CPU: its {self.device} libraries do not load here")
         return session
+
+    def check_batches(self) -> None:
+        """Raises SetupError where ONNX Runtime cannot run several texts of this model together."""
+        check_batches(self._ort.__version__, self.manifest)
 
     def binding(self) -> Any:
         """A fresh onnxruntime.IOBinding; it is gone when the engine is closed."""

@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 import dmpt_export.export as export_module
 import runtime
 from benchmarks.report import layers
+from dmpt_export.exact import graphs, initializers, read_graph
 from dmpt_export.export import export_onnx
+from dmpt_export.graph.builder import OWN
 from dmpt_export.graph_summary import stored_names
 from dmpt_export.measure import touched_per_token
 from dmpt_export.quant_report import report_files
@@ -169,21 +171,57 @@ def test_stored_zero_points_reach_the_graph(scheme: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("name", "ifs"), [("quad, fast-k", 7), ("dual, fast-k", 3), ("shared heads", 3)])
-def test_every_tensor_is_a_main_graph_initializer_stored_once(name: str, ifs: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["float", "int8", "int4"])
+def test_every_tensor_is_stored_once(name: str, ifs: int, scheme: str, tmp_path: Path) -> None:
+    """In the main graph, but for the scales of products in a branch. Those of a head that is one leaf's anchor and
+    a candidate in another are needed in both places."""
+    folder = source = saved_model(tmp_path / "source", **TREES[name])
+    if scheme != "float":
+        folder = tmp_path / "quantized"
+        save_quantized(source, folder, scheme=scheme)
+    export_onnx(folder, tmp_path / "onnx", verify=False)
+    graph = onnx.load(tmp_path / "onnx" / "model.onnx").graph
+    assert len(list(graphs(graph))) == 1 + 2 * ifs
+    stored = [(t.name, onnx.numpy_helper.to_array(t).nbytes) for t in initializers(graph)]
+    _, weights = load_weights(folder)
+    for key in weights:
+        assert any(key in stored_names(initializer) for initializer, _ in stored), f"{key} is not in the graph"
+    inner = {t.name for part in graphs(graph) if part is not graph for t in part.initializer}
+    assert bool(inner) == (scheme != "float")
+    assert all(initializer.endswith(f".scales{OWN}") for initializer in inner)
+    constants = sum(size for key, size in stored if key.startswith("const."))
+    both = [weights[f"heads.{j}.weight"] for j in ((0, 2) if name == "shared heads" else ())]
+    twice = sum(head.scales.nbytes for head in both if isinstance(head, QuantizedTensor))
+    assert sum(size for _, size in stored) - constants == sum(w.nbytes for w in weights.values()) + twice
+
+
+@pytest.mark.parametrize("kv_cache", ["float", "int8"])
+@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("scheme", ["int8", "int4", "int3", "int2"])
+@pytest.mark.parametrize("name", ["dual, fast-k", "dual, all heads", "quad, all heads", "shared heads"])
+def test_products_in_a_branch_find_their_scales_there(
+    name: str, scheme: str, asymmetric: bool, kv_cache: str, tmp_path: Path
+) -> None:
+    """Kernels that read scales as they pack weights look in the same graph alone: on Arm processors with dot-product
+    instructions, onnxruntime 1.28 and earlier crash on what lies outside."""
     source = saved_model(tmp_path / "source", **TREES[name])
-    save_quantized(source, tmp_path / "quantized", scheme="int8")
-    for folder in (source, tmp_path / "quantized"):
-        export_onnx(folder, tmp_path / "onnx", verify=False)
-        graph = onnx.load(tmp_path / "onnx" / "model.onnx").graph
-        stored = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
-        inner = [a.g for node in graph.node for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
-        assert len(inner) == 2 * ifs and not any(g.initializer for g in inner)
-        _, weights = load_weights(folder)
-        for key in weights:
-            held = [stored_names(initializer) for initializer in stored]
-            assert any(key in names for names in held), f"{key} is not in the graph"
-        constants = sum(a.nbytes for key, a in stored.items() if key.startswith("const."))
-        assert sum(a.nbytes for a in stored.values()) - constants == sum(w.nbytes for w in weights.values())
+    rules = [parse_rule("heads.*=delta-r16")] if name == "dual, all heads" and not asymmetric else []
+    save_quantized(source, tmp_path / "quantized", scheme, asymmetric=asymmetric, rules=rules)
+    export_onnx(tmp_path / "quantized", tmp_path / "onnx", verify=False, kv_cache=kv_cache)
+    main, *branches = graphs(read_graph(tmp_path / "onnx" / "model.onnx").graph)
+    shared = {t.name for t in main.initializer}
+    products = 0
+    for branch in branches:
+        own = {t.name for t in branch.initializer}
+        assert not own & shared  # a name means one thing
+        for node in branch.node:
+            if node.op_type == "MatMulNBits":
+                _, packed, scales, zero_points, *_ = [*node.input, "", ""]
+                assert packed in shared
+                assert scales in own
+                assert zero_points in (own if asymmetric else {""})
+                products += 1
+    assert products > 8
 
 
 def test_node_names_mirror_tensor_names(tmp_path: Path) -> None:

@@ -161,10 +161,13 @@ def test_the_command_calibrates_on_a_text(tiny_dmpt: Path, sample_text: str, tmp
 
 @pytest.mark.parametrize("scheme", [None, "int8"])
 def test_an_export_needs_less_than_two_float_models(scheme: str | None, tmp_path: Path) -> None:
-    """Calibrating, building and checking follow each other, none keeps what it loaded; seen in the process's peak."""
+    """Calibrating, building and checking follow each other, none keeps what it loaded; seen in the process's peak.
+
+    The model is large beside what the libraries take at first use, some 35 MB on some processors.
+    """
     if not Path("/proc/self/status").exists():
         pytest.skip("the peak of resident memory is read from /proc")
-    model = random_model([1], 4, n_embd=384, n_head=6, vocab_size=4000, n_layer=3, std=0.02)
+    model = random_model([1], 4, n_embd=384, n_head=6, vocab_size=8000, n_layer=3, std=0.02)
     save_model(model, tmp_path / "source")
     size = sum(p.numel() * 4 for p in model.parameters()) >> 20
     if scheme:
@@ -181,7 +184,7 @@ def test_an_export_needs_less_than_two_float_models(scheme: str | None, tmp_path
         "print(peak() - before)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert size > 60 and int(done.stdout) < 2 * size
+    assert size > 90 and int(done.stdout) < 2 * size
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def steer(model: Any, goes_right: Mapping[str, Any]) -> None:
         for channel, (name, turns) in enumerate(goes_right.items()):
             model.transformer.wte.weight[:, channel] = 0
             model.transformer.wpe.weight[:, channel] = MARK * (2 * turns - 1)
-            above = [node for node, _ in model.config.way(name)][1:] + [name] if name != "root" else []
+            above = [*[node for node, _ in model.config.way(name)][1:], name] if name != "root" else []
             for segment in (model.transformer, *(model.paths[node] for node in above)):
                 for layer in (part for block in segment.h.values() for part in (block.attn.c_proj, block.mlp.c_proj)):
                     layer.weight[:, channel] = 0

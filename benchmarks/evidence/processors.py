@@ -8,10 +8,10 @@ emulator is there for; what is absent gets a line that says so. A cell is the wo
 --qemu: folder of qemu-user's programs, else those on the PATH. QEMU 7.2 crashes as onnxruntime 1.28 and later are
 imported on Arm; 10.0 does not.
 --arm: root of an unpacked Arm system with Python 3.11, such as Debian's arm64 packages python3.11, python3.11-minimal,
-libpython3.11-minimal, libpython3.11-stdlib, libc6, libgcc-s1, libstdc++6, zlib1g, libexpat1, libssl3, libffi8, libbz2-1.0,
-liblzma5, libsqlite3-0, libuuid1 and libcrypt1 (`apt-get download NAME:arm64`, `dpkg -x`).
---arm-site: packages for it, `pip install --target SITE --python-version 3.11 --platform manylinux_2_28_aarch64 --platform
-manylinux2014_aarch64 --only-binary=:all: onnxruntime numpy tokenizers click tqdm`; several are tried in turn.
+libpython3.11-minimal, libpython3.11-stdlib, libc6, libgcc-s1, libstdc++6, zlib1g, libexpat1, libssl3, libffi8,
+libbz2-1.0, liblzma5, libsqlite3-0, libuuid1 and libcrypt1 (`apt-get download NAME:arm64`, `dpkg -x`).
+--arm-site: packages for it, `pip install --target SITE --python-version 3.11 --platform manylinux_2_28_aarch64
+--platform manylinux2014_aarch64 --only-binary=:all: onnxruntime numpy tokenizers click tqdm`; several are tried.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,7 @@ from benchmarks.evidence.work import dmpt_export, say
 ARM, X86 = ("cortex-a57", "cortex-a76", "max"), ("Haswell", "Nehalem")  # names that QEMU knows
 ROOT = Path(__file__).resolve().parents[2]
 PROBE = Path(__file__).with_name("processor_probe.py")
-TREES: dict[str, dict[str, object]] = {
+TREES: dict[str, dict[str, Any]] = {
     "gpt2": {"splits": [], "head_allocation": {"root": [0]}, "tie_word_embeddings": True},
     "dual": {"splits": [2], "fast_k": 16},
     "quad": {"splits": [2, 3], "fast_k": 16},
@@ -124,11 +125,11 @@ def make_source(tree: str, out: Path, text: Path) -> None:
     from training.data import read_lines, train_tokenizer
     from training.model import DMPTForCausalLM
 
-    fields: dict[str, object] = {"head_allocation": even_allocation(leaf_names(TREES[tree]["splits"], 4), 8)}
+    fields: dict[str, Any] = {"head_allocation": even_allocation(leaf_names(TREES[tree]["splits"], 4), 8)}
     fields |= {"tie_word_embeddings": False, "gate_hidden": 16} | TREES[tree]
-    sizes = {"vocab_size": 320, "n_positions": 64, "n_embd": 64, "n_layer": 4, "n_head": 4}
+    sizes: dict[str, Any] = {"vocab_size": 320, "n_positions": 64, "n_embd": 64, "n_layer": 4, "n_head": 4}
     torch.manual_seed(0)
-    model = DMPTForCausalLM(DMPTConfig(**sizes, **fields, bos_token_id=0, eos_token_id=0)).eval()  # type: ignore[arg-type]
+    model = DMPTForCausalLM(DMPTConfig(**sizes, **fields, bos_token_id=0, eos_token_id=0)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             torch.nn.init.normal_(parameter, std=1.0 if "gates" in name else 0.1)
@@ -151,9 +152,8 @@ def make(case: Case, work: Path) -> str | None:
     if not source.is_dir():
         make_source(case.tree, source, text)
     options = [str(text) if option == "TEXT" else option for option in QUANTIZED[case.scheme]]
-    if options and not quantized.is_dir():
-        if why := failure("quantize", source, quantized, *options):
-            return why
+    if options and not quantized.is_dir() and (why := failure("quantize", source, quantized, *options)):
+        return why
     return failure("onnx", quantized if options else source, device, "--kv-cache", case.cache)
 
 

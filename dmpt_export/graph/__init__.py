@@ -8,4 +8,5 @@ deltas.py    heads that are stored as a delta to their anchor
 heads.py     head gate, full mixture, fast-k
 routing.py   gates, one If per node, putting the rows back in order
 assemble.py  the whole graph
+versions.py  the earliest ONNX Runtime that can run it
 """

@@ -1,0 +1,75 @@
+"""What a model asks of ONNX Runtime's version and, on Arm, of the processor; checked before a session is made."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import re
+import sys
+from pathlib import Path
+
+from runtime.errors import ModelError, SetupError
+from runtime.manifest import Manifest
+
+ARM = ("aarch64", "arm64")
+AT_HWCAP, HWCAP_ASIMDDP = 16, 1 << 20  # Linux, asm/hwcap.h of arm64
+PF_ARM_V82_DP = 43  # Windows, IsProcessorFeaturePresent
+INT8_BATCHES_RIGHT = (1, 28)  # 1.27 attends to the wrong rows of int8 caches where several texts are decoded together
+OUTER_SCALES_FIXED = (1, 29)  # 1.28 and earlier read a null pointer; measured from 1.22 to 1.32 under emulation
+
+
+def check_runtime(version: str, manifest: Manifest, folder: Path) -> None:
+    """Raise SetupError for an onnxruntime older than the export needs, and ModelError for one that would crash on it.
+
+    The crash: 4-bit products inside a branch whose scales are the main graph's, as exports had them before they said
+    `branches_own_scales`, on an Arm processor with dot-product instructions. ONNX Runtime packs such weights together
+    with their scales and does not find these.
+    """
+    least = manifest.least_onnxruntime
+    if least is not None and numbers(version) < numbers(least):
+        raise SetupError(
+            f"{folder} needs onnxruntime {least} or later, {version} is installed: "
+            f"pip install --upgrade 'onnxruntime>={least}'"
+        )
+    if numbers(version) < OUTER_SCALES_FIXED and manifest.has_outer_scales and has_dot_product():
+        raise ModelError(
+            f"{folder} comes from an earlier dmpt-export, and its 4-bit weights crash onnxruntime {version} on this "
+            "Arm processor: export the model again with `dmpt-export onnx`, or "
+            "pip install --upgrade 'onnxruntime>=1.29'"
+        )
+
+
+def check_batches(version: str, manifest: Manifest) -> None:
+    """Raise SetupError where this onnxruntime would decode several texts wrongly; exports that say what they require
+    were refused when they were loaded."""
+    if manifest.cache_dtype == "int8" and numbers(version) < INT8_BATCHES_RIGHT:
+        raise SetupError(
+            f"onnxruntime {version} decodes several texts with an int8 KV cache wrongly: give one prompt at a time, or "
+            "pip install --upgrade 'onnxruntime>=1.28'"
+        )
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version, for comparing.
+
+    >>> numbers("1.29.0.dev2") < numbers("1.32"), numbers("1.9") < numbers("1.23")
+    (True, True)
+    """
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
+def has_dot_product() -> bool:
+    """Whether this is an Arm processor with dot-product instructions (SDOT, UDOT); false where that cannot be known."""
+    if platform.machine().lower() not in ARM:
+        return False
+    system: str = sys.platform
+    try:
+        if system == "linux":
+            getauxval = ctypes.CDLL(None).getauxval
+            getauxval.restype, getauxval.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
+            return bool(getauxval(AT_HWCAP) & HWCAP_ASIMDDP)
+        if system == "win32":
+            return bool(ctypes.CDLL("kernel32").IsProcessorFeaturePresent(PF_ARM_V82_DP))
+    except (AttributeError, OSError):
+        return False
+    return system == "darwin"  # every Mac with an Arm processor has them
