@@ -2,6 +2,10 @@
 
 The reference is torch in fp32 with dequantized weights, so quantization loss is not in these numbers; what is, is
 rounding and, for integer kernels, the quantization of activations that they do on the fly.
+
+Integer kernels differ between processors: Arm's int4 products with dot-product instructions round scales further (sums
+0.05 to 0.4 % smaller than x86's), and some x86 kernels before AVX-512 add in another order. The same lines hold there
+(benchmarks.evidence.processors: the worst difference from an AVX-512 machine is under a third of the KL allowed).
 """
 
 from __future__ import annotations
