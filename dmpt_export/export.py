@@ -1,4 +1,4 @@
-"""Checkpoint in, checked ONNX folder out (design contract, section 6)."""
+"""Checkpoint in, checked ONNX folder out (docs/design.md, Artefact)."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 Every node of the tree has its own keys and values and may lag behind its parent: `done[node]` tokens are in
 its caches. A run hands each node the rows of its parent that it has not seen (pending); the graph runs only
-the nodes that the wanted positions are routed through, and those catch up on all of them (design contract,
-section 5).
+the nodes that the wanted positions are routed through, and those catch up on all of them
+(docs/design.md, Routing and catch-up).
 
     tokens      0 ......................... length
     root        ==============================      done: all, always; its output rows are kept

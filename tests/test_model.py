@@ -83,7 +83,7 @@ def test_random_routing_takes_every_leaf_equally_often_and_no_notice_of_gates(na
 
 
 def slow_fast_k(model: DMPTForCausalLM, leaf: str, h: torch.Tensor, k: int) -> list[float]:
-    """Section 4 of the design contract for one hidden row, token by token in float64."""
+    """docs/design.md, What the model computes, for one hidden row, token by token in float64."""
     anchor, *others = model.config.head_allocation[leaf]
     h64 = h.double()
     gate = model.head_gates[leaf].double()(h64)

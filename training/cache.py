@@ -6,7 +6,8 @@
     right       ==============================
 
 A node runs when some wanted position of some batch row is routed to a leaf under it; it then catches up on every
-row it has not seen. Log-probs equal a one-shot evaluation, however the tokens are cut (design contract, section 5).
+row it has not seen. Log-probs equal a one-shot evaluation, however the tokens are cut
+(docs/design.md, Routing and catch-up).
 """
 
 from __future__ import annotations

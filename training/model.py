@@ -118,7 +118,7 @@ class Hidden:
 
 
 class DMPTForCausalLM(CachedGeneration, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """GPT-2 with forking upper blocks and several vocabulary heads per leaf (design contract, section 4).
+    """GPT-2 with forking upper blocks and several vocabulary heads per leaf (docs/design.md, What the model computes).
 
     Source: S. Qian, "Dynamic Multiple Path Transformer" (2025); GPT-2: Radford et al. (2019).
     """

@@ -21,7 +21,7 @@ BOOL, FLOAT = ir.DataType.BOOL, ir.DataType.FLOAT
 
 
 def input_specs(config: DMPTConfig, dtype: ir.DataType, cache: ir.DataType) -> list[Spec]:
-    """Graph inputs in order; `pending` and caches (of type `cache`) as in the design contract, sections 5 and 6."""
+    """Graph inputs in order; `pending` and caches (of type `cache`) as in docs/design.md, Inputs and outputs."""
     nodes = list(config.tree.values())
     return [
         Spec("input_ids", INT64, ("batch", "tokens")),

@@ -1,4 +1,4 @@
-"""Hard routing: a flat row of Ifs in topological order (design contract, section 5).
+"""Hard routing: a flat row of Ifs in topological order (docs/design.md, Routing and catch-up).
 
     trunk rows -- gate -- choice [B, N] --+-- any for `left`?  If: run left  over pending + new rows
                                           |                        else pass its caches through
