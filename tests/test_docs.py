@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CITED = re.compile(r"(docs/\w+\.md), ((?:[A-Z][\w ]*)(?:\w))")
+CITED = re.compile(r"(docs/\w+\.md), ([A-Z][\w -]*\w)")
 PACKAGES = ("benchmarks", "dmpt_export", "quant", "runtime", "training", "tests")
 
 
