@@ -16,7 +16,7 @@ from dmpt_export.deployed import deployed
 from dmpt_export.graph.assemble import OPSET, OPSETS, build
 from dmpt_export.graph.versions import least_onnxruntime
 from dmpt_export.kv_cache import INT8, KINDS, KV_FLOAT, calibrate
-from dmpt_export.manifest import ACTIVATIONS, MODEL_FILE, describe, write_manifest
+from dmpt_export.manifest import ACTIVATIONS, MODEL_FILE, describe, text_rules, write_manifest
 from quant.checkpoint import load_weights
 from quant.tensor import QuantizedTensor, Weight
 from runtime.manifest import MANIFEST_NAME, REPORT_NAME
@@ -72,10 +72,11 @@ def export_onnx(
     model = build(config, weights, ACTIVATIONS[target], scales, opset)
     with atomic_folder(Path(out), "onnx") as temporary:
         ir.save(model, temporary / MODEL_FILE, external_data=DATA_FILE, size_threshold_bytes=EXTERNAL_THRESHOLD)
-        copy_tokenizer(folder, temporary)
+        copy_tokenizer(folder, temporary, config)
         if (folder / REPORT_NAME).is_file():  # so that a comparison can show what each tensor lost
             shutil.copyfile(folder / REPORT_NAME, temporary / REPORT_NAME)
         manifest = describe(config, weights, target, folder, kv_cache, opset)
+        manifest["text"] = text_rules(config, temporary)
         manifest["requires"] = {"onnxruntime": least_onnxruntime(model)}
         (temporary / "README.md").write_text(readme(manifest), encoding="utf-8")
         write_manifest(manifest, temporary)

@@ -17,8 +17,9 @@ from dmpt_export.graph.linear import Weights
 from dmpt_export.kv_cache import INT8, KV_FLOAT
 from dmpt_export.measure import n_parameters, parts_table, touched_per_token
 from quant.tensor import Stored
-from runtime.manifest import FORMAT, FORMAT_VERSION, MANIFEST_NAME
+from runtime.manifest import FORMAT, FORMAT_VERSION, MANIFEST_NAME, TOKENIZER_NAME
 from training.config import DMPTConfig
+from training.data import load_tokenizer, prefix_ids, tokens
 
 MODEL_FILE = "model.onnx"
 ACTIVATIONS = {"cpu": ir.DataType.FLOAT, "cuda": ir.DataType.FLOAT16}  # by target
@@ -44,7 +45,7 @@ def describe(
             **{name: getattr(config, name) for name in fields},
             "head_dim": config.n_embd // config.n_head,
             "bos_token_id": config.bos_token_id,
-            "eos_token_id": config.eos_token_id,
+            "eos_token_id": next(iter(tokens(config.eos_token_id)), None),
         },
         "tree": [
             {
@@ -77,6 +78,12 @@ def describe(
         "tools": tool_versions(),
         "parity": None,
     }
+
+
+def text_rules(config: DMPTConfig, folder: Path) -> dict[str, list[int]]:
+    """How the folder's texts begin and end: ids in front of every prompt, and ids that end a text."""
+    prefix = prefix_ids(load_tokenizer(folder)) if (folder / TOKENIZER_NAME).is_file() else []
+    return {"prefix": prefix, "end_of_text": tokens(config.eos_token_id)}
 
 
 def scheme_of(weights: Weights) -> str:

@@ -97,6 +97,8 @@ class DMPTOnnxForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         """model: what `runtime.load` gave; from_pretrained() takes a folder."""
         raw = model.manifest.raw
         fields = {name: raw["config"][name] for name in SIZES}
+        if len(model.manifest.ends) > 1:
+            fields["eos_token_id"] = model.manifest.ends
         super().__init__(DMPTOnnxConfig(**fields, head_allocation=raw["head_allocation"], tie_word_embeddings=False))
         self.runtime = model
         self.register_buffer("place", torch.zeros(1), persistent=False)  # follows .to(), as parameters would

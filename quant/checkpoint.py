@@ -193,7 +193,7 @@ def write_quantized(
         write_tensors(tmp / WEIGHTS, {name: torch.from_numpy(array) for name, array in arrays.items()})
         write_json(tmp / "config.json", config_fields(config) | {"quantization": quantization})
         if tokenizer_from is not None:
-            copy_tokenizer(tokenizer_from, tmp)
+            copy_tokenizer(tokenizer_from, tmp, config)
         card = {"README.md": model_card(config, Path(out).resolve().name, note)}
         for name, text in (card | dict(files)).items():
             (tmp / name).write_text(text, encoding="utf-8")

@@ -69,6 +69,11 @@ def value_faults(manifest: Manifest) -> list[str]:
         value = getattr(config, name)
         if value is not None and value > config.vocab_size - (name != "fast_k"):
             problems.append(f"config.{name}: {value} does not fit a vocabulary of {config.vocab_size}")
+    problems += [
+        f"text: {token} does not fit a vocabulary of {config.vocab_size}"
+        for token in {*manifest.prefix, *manifest.ends}
+        if token >= config.vocab_size
+    ]
     return problems
 
 

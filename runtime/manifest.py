@@ -72,7 +72,11 @@ SCHEMA: dict[str, Any] = {
     "tools": OBJECT_OR_NULL,
 }
 # Fields that exports have had since they were introduced; checked where they are there.
-LATER: dict[str, Any] = {"requires": {"onnxruntime": VERSION}, "branches_own_scales": BOOL}
+LATER: dict[str, Any] = {
+    "requires": {"onnxruntime": VERSION},
+    "branches_own_scales": BOOL,
+    "text": {"prefix": [ID], "end_of_text": [ID]},
+}
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,18 @@ class Manifest:
     def schemes(self) -> set[str]:
         """How the quantized tensors are stored; empty where all are float."""
         return {tensor["scheme"] for tensor in self.raw["quantization"]["tensors"].values()}
+
+    @property
+    def prefix(self) -> list[int]:
+        """Ids that stand in front of every prompt, such as a beginning of text."""
+        return list(self.raw["text"]["prefix"]) if "text" in self.raw else []
+
+    @property
+    def ends(self) -> list[int]:
+        """Ids that end a text, the usual one first."""
+        if "text" in self.raw:
+            return list(self.raw["text"]["end_of_text"])
+        return [] if self.config.eos_token_id is None else [self.config.eos_token_id]
 
     @property
     def least_onnxruntime(self) -> str | None:

@@ -37,7 +37,8 @@ class Model:
     """What `runtime.load` returns. Several threads may use it at once: each text has caches of its own.
 
     Attributes: manifest (`.raw` is the JSON), folder, device, threads, context (tokens), vocab_size,
-    end_of_text (token id or None), codec (None when the folder has no tokenizer).
+    ends (ids that end a text), end_of_text (the usual one of them, or None), codec (None when the folder has no
+    tokenizer).
     """
 
     def __init__(
@@ -56,10 +57,11 @@ class Model:
         self.manifest: Manifest = read_manifest(self.folder)
         check_files(self.folder, self.manifest, verify)
         listed = {entry.name for entry in self.manifest.files}
-        self.codec = TextCodec(self.folder / TOKENIZER_NAME) if TOKENIZER_NAME in listed else None
+        self.codec = TextCodec(self.folder / TOKENIZER_NAME, self.manifest.prefix) if TOKENIZER_NAME in listed else None
         self.context: int = self.manifest.config.n_positions
         self.vocab_size: int = self.manifest.config.vocab_size
-        self.end_of_text: int | None = self.manifest.config.eos_token_id
+        self.ends = frozenset(self.manifest.ends)
+        self.end_of_text: int | None = next(iter(self.manifest.ends), None)
         self.engine = Engine(self.folder, self.manifest, device, self.threads, deterministic)
 
     # --- text ---------------------------------------------------------------------------------
@@ -85,9 +87,9 @@ class Model:
                 raise RequestError(
                     f"the prompt has {size} bytes, the context of {self.context} tokens at most {most}: shorten it"
                 )
-            prompt = self.encode(prompt)
             if not prompt:
                 raise RequestError("the prompt is empty: give some text")
+            prompt = self.encode(prompt)
         return check_ids(prompt, self.vocab_size, self.context)
 
     def many_ids(self, prompts: Many[str | ArrayLike]) -> list[NDArray[np.int64]]:

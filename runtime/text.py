@@ -16,8 +16,9 @@ from runtime.errors import ModelError, RequestError
 class TextCodec:
     """The folder's tokenizer. Special tokens (end of text) are read in prompts and left out of decoded text."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises ModelError when the file is no tokenizer."""
+    def __init__(self, path: Path, prefix: Sequence[int] = ()) -> None:
+        """prefix: ids in front of every text. Raises ModelError when the file is no tokenizer."""
+        self.prefix = list(prefix)
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:
@@ -26,8 +27,7 @@ class TextCodec:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. Raises RequestError for text that has no UTF-8 form (lone surrogates)."""
         utf8(text)
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return [*self.prefix, *self.tokenizer.encode(text, add_special_tokens=False).ids]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; bytes that are no UTF-8 become U+FFFD."""

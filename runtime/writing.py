@@ -96,7 +96,7 @@ class Writing:
 
     def _piece(self, token: int, used: int) -> str:
         """The token's share of the text; sets stop_reason when it is the last."""
-        if token == self.model.end_of_text:
+        if token in self.model.ends:
             self.stop_reason = END_OF_TEXT
             return self._rest()
         piece = "" if self._streamer is None else self._stops.push(self._streamer.push(token))

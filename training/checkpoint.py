@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,15 @@ from torch import Tensor
 
 from training.atomic import atomic_file, atomic_folder, check_replaceable, recover
 from training.config import DMPTConfig
-from training.data import load_tokenizer
+from training.data import check_vocabulary, load_tokenizer, save_tokenizer
 from training.errors import InputError
+from training.fields import TOKENS, tokens
 from training.files import TOKENIZER_FILES, read_json, resolve
-from training.folder import SINGLE, TOKENS, Source, float_folder, naming, read_fields
-from training.gpt2 import dmpt_name
+from training.folder import SINGLE, Source, float_folder, headers, naming, read_fields
+from training.gpt2 import Names
 from training.model import DMPTForCausalLM
 from training.tensors import read_tensors, write_tensors
+from training.tokenizer import has_tokenizer
 
 __all__ = [
     "Checkpoint",
@@ -82,10 +83,17 @@ def read_checkpoint(source: Source) -> Checkpoint:
     config = read_config(folder)
     tied = config.tie_word_embeddings
     if read_json(folder / "config.json")["model_type"] == "gpt2":
-        tensors = read_tensors(folder, lambda name: dmpt_name(name, tied=tied))
+        names = Names.of(headers(folder))
+
+        def rename(name: str) -> str | None:
+            new = names.contract(name)
+            return None if tied and new == TIED_HEAD else new  # equal to the embedding: see read_fields
+
+        tensors = read_tensors(folder, rename)
+        check_tensors(config, shapes_of(tensors), folder, names.file)
     else:
         tensors = read_tensors(folder)
-    check_tensors(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, folder)
+        check_tensors(config, shapes_of(tensors), folder)
     return Checkpoint(config, tensors, folder)
 
 
@@ -103,7 +111,7 @@ def load_model(source: Source) -> DMPTForCausalLM:
 
 def model_from_tensors(config: DMPTConfig, tensors: Mapping[str, Tensor]) -> DMPTForCausalLM:
     """A model around given tensors (not copied), in eval mode. Raises InputError when they do not fit `config`."""
-    check_tensors(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, "the model")
+    check_tensors(config, shapes_of(tensors), "the model")
     model = empty_model(config)
     given = dict(tensors)
     if config.tie_word_embeddings:
@@ -111,6 +119,10 @@ def model_from_tensors(config: DMPTConfig, tensors: Mapping[str, Tensor]) -> DMP
     model.load_state_dict(given, strict=True, assign=True)
     model.tie_weights()
     return model.eval()
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def expected_shapes(config: DMPTConfig) -> dict[str, tuple[int, ...]]:
@@ -127,22 +139,28 @@ def empty_model(config: DMPTConfig) -> DMPTForCausalLM:
         return DMPTForCausalLM(config)
 
 
-def check_tensors(config: DMPTConfig, shapes: Mapping[str, tuple[int, ...]], where: object) -> None:
-    """Raise InputError naming every missing, unexpected and misshapen tensor. `where` names the source."""
+def check_tensors(
+    config: DMPTConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    where: object,
+    filed: Callable[[str], str] = str,
+) -> None:
+    """Raise InputError naming every missing, unexpected and misshapen tensor. `where` names the source, `filed` gives
+    the name that a tensor has in its file."""
     if config.n_layer > len(shapes):
         raise InputError(f"{where}: config says {config.n_layer} blocks, but there are only {len(shapes)} tensors")
     expected = expected_shapes(config)
     extra = set(shapes) - set(expected) - ({TIED_HEAD} if config.tie_word_embeddings else set())
     wrong = [
-        f"{name} {list(shapes[name])} instead of {list(shape)}"
+        f"{filed(name)} {list(shapes[name])} instead of {list(shape)}"
         for name, shape in expected.items()
         if name in shapes and tuple(shapes[name]) != shape
     ]
     parts = [
         f"{what}: {_listed(names)}"
         for what, names in (
-            ("missing", [name for name in expected if name not in shapes]),
-            ("unexpected", sorted(extra)),
+            ("missing", [filed(name) for name in expected if name not in shapes]),
+            ("unexpected", sorted(map(filed, extra))),
             ("wrong shape", wrong),
         )
         if names
@@ -191,7 +209,7 @@ def write_model(
     ids = {key: getattr(config, key) for key in TOKENS}
     write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
     if tokenizer_from is not None:
-        copy_tokenizer(tokenizer_from, folder, config.vocab_size)
+        copy_tokenizer(tokenizer_from, folder, config)
     (folder / "README.md").write_text(model_card(config, name, card), encoding="utf-8")
 
 
@@ -211,32 +229,16 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def copy_tokenizer(src: Source, dst: Source, vocab_size: int | None = None) -> bool:
-    """Copy the tokenizer files of a model folder or hub id; False when it has none.
+def copy_tokenizer(src: Source, dst: Source, config: Any = None) -> bool:
+    """Write the complete tokenizer of a model folder or hub id into `dst`; False when it has none.
 
-    `dst` always ends up with a tokenizer.json that neither truncates nor pads, built from vocab.json and
-    merges.txt when `src` has only those.
-    Raises InputError when the tokenizer is damaged or knows ids that a model of `vocab_size` does not.
+    config: of the model it is for. Raises InputError when the tokenizer cannot be read, or knows ids that a model of
+    config's vocab_size does not.
     """
-    source, target = resolve(src, TOKENIZER_FILES), Path(dst)
-    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= set(names):
-        return False
-    tokenizer = load_tokenizer(source)
-    highest = max(tokenizer.get_vocab().values(), default=-1)
-    if vocab_size is not None and highest >= vocab_size:
-        raise InputError(
-            f"the tokenizer in {source} knows ids up to {highest}, the model only {vocab_size} tokens: "
-            "give the tokenizer that the model was trained with"
-        )
-    for name in names:
-        shutil.copyfile(source / name, target / name)
-    built = "tokenizer.json" not in names
-    if built or any(read_json(source / "tokenizer.json").get(key) for key in ("truncation", "padding")):
-        tokenizer.save(
-            str(target / "tokenizer.json")
-        )  # load_tokenizer switched both off: they would cut texts silently
-    return True
+    source = resolve(src, TOKENIZER_FILES)
+    if config is not None and has_tokenizer(source):
+        check_vocabulary(load_tokenizer(source), config.vocab_size, source)
+    return save_tokenizer(source, Path(dst), next(iter(tokens(getattr(config, "eos_token_id", None))), None))
 
 
 def model_card(config: DMPTConfig, name: str, note: str | None) -> str:

@@ -6,10 +6,11 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from training.shape import EMBEDDING, POSITIONS, ROOT, Node, Shape, build_tree, even_allocation, leaf_names
+from training.shape import ACTIVATIONS, EMBEDDING, POSITIONS, ROOT, Node, Shape, build_tree, even_allocation, leaf_names
 
 __all__ = [
-    "EMBEDDING", "POSITIONS", "ROOT", "DMPTConfig", "Node", "Shape", "build_tree", "even_allocation", "leaf_names",
+    "ACTIVATIONS", "EMBEDDING", "POSITIONS", "ROOT", "DMPTConfig", "Node", "Shape", "build_tree", "even_allocation",
+    "leaf_names",
 ]  # fmt: skip
 
 

@@ -12,56 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 
 from training.atomic import atomic_file
 from training.errors import InputError
-from training.files import first_line, read_json
+from training.fields import tokens
+from training.files import read_json
 from training.sources import FIELD, check_source, content_hash, is_dataset, read_lines, read_rows, read_text
+from training.tokenizer import END_OF_TEXT, load_tokenizer, prefix_ids, save_tokenizer
 
 __all__ = [
     "END_OF_TEXT", "FIELD", "atomic_file", "check_source", "check_vocabulary", "encode_lines", "end_of_text_id",
-    "first_tokens", "is_dataset", "load_tokenizer", "read_json", "read_lines", "read_rows", "read_text",
-    "token_cache", "token_chunks", "train_tokenizer", "windows",
+    "first_tokens", "is_dataset", "load_tokenizer", "prefix_ids", "read_json", "read_lines", "read_rows",
+    "read_text", "save_tokenizer",    "token_cache", "token_chunks", "tokens", "train_tokenizer", "windows",
 ]  # fmt: skip
 
-END_OF_TEXT = "<|endoftext|>"
 LINES_PER_BATCH = 2000  # tokenised at once: enough for the tokenizer's threads, little in memory
 Source = str | Path  # a text, or where text is: see training.sources
 SHORT_S = 0.5  # what takes less shows no bar
-
-
-def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a model folder: tokenizer.json, or GPT-2's vocab.json and merges.txt.
-
-    Truncation and padding stored in the file are switched off. Raises InputError when there is none.
-    """
-    folder = Path(folder)
-    ready, vocab, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
-    try:
-        if ready.is_file():
-            tokenizer = Tokenizer.from_file(str(ready))
-        elif vocab.is_file() and merges.is_file():
-            tokenizer = _byte_level_bpe(vocab, merges)
-        else:
-            raise InputError(f"{folder} has no tokenizer: put tokenizer.json (or vocab.json and merges.txt) there")
-    except InputError:
-        raise
-    except Exception as error:  # the tokenizers library raises bare Exception for damaged files
-        raise InputError(f"the tokenizer in {folder} cannot be read ({first_line(error)}): replace it") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def _byte_level_bpe(vocab: Path, merges: Path) -> Tokenizer:
-    """GPT-2's tokenizer from its two files, the same as the fast tokenizer that transformers makes of them."""
-    ids = read_json(vocab)
-    tokenizer = _gpt2_form(models.BPE.from_file(str(vocab), str(merges)))
-    if END_OF_TEXT in ids:
-        tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False, special=True)])
-    return tokenizer
 
 
 def _gpt2_form(model: models.BPE) -> Tokenizer:
@@ -90,25 +59,24 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def end_of_text_id(tokenizer: Tokenizer, config: Any = None) -> int:
-    """The id that ends a text: `<|endoftext|>`, else `eos_token_id` of config (an object or a mapping).
+    """The id that separates texts: the first of `eos_token_id` of config (an object or a mapping), which training.ends
+    has found where it comes from a folder; else `<|endoftext|>`.
 
-    Raises InputError when the tokenizer has neither.
+    Raises InputError when there is neither.
     """
-    eot = tokenizer.token_to_id(END_OF_TEXT)
-    if eot is not None:
-        return int(eot)
     eos = config.get("eos_token_id") if isinstance(config, dict) else getattr(config, "eos_token_id", None)
-    if isinstance(eos, int) and tokenizer.id_to_token(eos) is not None:
-        return eos
+    for end in [*tokens(eos), tokenizer.token_to_id(END_OF_TEXT)]:
+        if end is not None and tokenizer.id_to_token(end) is not None:
+            return int(end)
     raise InputError(f"the tokenizer has no {END_OF_TEXT} and the model's eos_token_id ({eos}) is no token of it")
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, folder: object) -> None:
     """Raise InputError for a tokenizer that knows more tokens than the model in `folder`."""
-    known = tokenizer.get_vocab_size()
-    if known > vocab_size:
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest >= vocab_size:
         raise InputError(
-            f"the tokenizer in {folder} knows {known} tokens, its model {vocab_size}: "
+            f"the tokenizer in {folder} knows ids up to {highest}, its model {vocab_size} tokens: "
             "they do not belong together; put the model's own tokenizer beside it"
         )
 
@@ -140,8 +108,9 @@ def _lines(text: str) -> Iterator[str]:
 
 
 def _encode(lines: list[str], tokenizer: Tokenizer, eot: int) -> np.ndarray:
-    parts = [np.array([*encoding.ids, eot], np.int32) for encoding in tokenizer.encode_batch_fast(lines)]
-    return np.concatenate(parts)
+    prefix = prefix_ids(tokenizer)
+    encoded = tokenizer.encode_batch_fast(lines, add_special_tokens=False)
+    return np.concatenate([np.array([*prefix, *encoding.ids, eot], np.int32) for encoding in encoded])
 
 
 def encode_lines(sources: Source | Iterable[Source], tokenizer: Tokenizer, eot: int, field: str = FIELD) -> np.ndarray:
@@ -180,7 +149,7 @@ def token_cache(
     atomically, so a killed run leaves no short cache.
     """
     sources = [Path(path) for path in paths]
-    digest = hashlib.sha256(f"tokens-2 {eot} {tokenizer.to_str()}".encode())
+    digest = hashlib.sha256(f"tokens-3 {eot} {tokenizer.to_str()}".encode())
     for path in sources:
         digest.update(content_hash(path, field))
     cached = Path(cache_dir) / f"tokens-{digest.hexdigest()[:32]}.bin"

@@ -7,22 +7,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from training.ends import end_ids
 from training.errors import InputError
+from training.fields import check_fields, check_known, without_aliases
 from training.files import read_json, resolve
-from training.gpt2 import dmpt_name, gpt2_fields
-from training.shape import Shape
+from training.gpt2 import HEAD, Names, gpt2_fields
+from training.progress import note_once
+from training.shape import EMBEDDING, Shape
 
 Source = str | os.PathLike[str]  # a DMPT or GPT-2 folder, or a hub id
-SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "gate_hidden")
-LARGEST = 1 << 24  # of any size; the product of two still counts elements without overflow
-TOKENS = ("bos_token_id", "eos_token_id")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_HEADER = 100_000_000  # bytes; what the safetensors library takes
+CHUNK = 1 << 24  # bytes compared at a time
 
 
 # --- config.json --------------------------------------------------------------------------------------
@@ -31,7 +34,8 @@ MOST_HEADER = 100_000_000  # bytes; what the safetensors library takes
 def read_fields(source: Source) -> tuple[Path, dict[str, Any]]:
     """(config.json, the fields of a DMPT from it) of a DMPT, quantized or GPT-2 folder, or a hub id.
 
-    Plain GPT-2 becomes `splits=[]` with one head. Raises InputError naming the folder and the field.
+    Plain GPT-2 becomes `splits=[]` with one head. `eos_token_id` has the ids that end a text (training.ends). Raises
+    InputError naming the folder and the field.
     """
     folder = resolve(source)
     if not (folder / "config.json").is_file():
@@ -42,11 +46,23 @@ def read_fields(source: Source) -> tuple[Path, dict[str, Any]]:
     kind = fields.get("model_type")
     if kind not in ("dmpt", "gpt2"):
         raise InputError(f"{path}: model_type {kind!r} is not supported, only 'dmpt' and 'gpt2' are")
-    check_fields(fields, path)
-    if fields.get("quantization") is None:
-        fields.pop("quantization", None)  # null says what leaving it out says
     with naming(path):
-        return path, gpt2_fields(fields) if kind == "gpt2" else fields
+        if kind == "gpt2":
+            fields = without_aliases(fields)
+        check_fields(fields, own=kind == "dmpt")
+        if fields.get("quantization") is None:
+            fields.pop("quantization", None)  # null says what leaving it out says
+        if kind == "gpt2":
+            if unused := check_known(fields):
+                note_once(f"{path}: not used: {', '.join(unused)}")
+            fields = gpt2_fields(fields)
+            if fields.get("tie_word_embeddings", True) and has_other_head(folder):
+                note_once(f"{folder}: its lm_head.weight differs from the embedding, which config.json ties it to: "
+                          "the file's own head is used, untied")  # fmt: skip
+                fields["tie_word_embeddings"] = False
+        ends = end_ids(folder, fields)
+        fields["eos_token_id"] = ends if len(ends) > 1 else ends[0] if ends else None
+    return path, fields
 
 
 def read_shape(source: Source) -> Shape:
@@ -79,34 +95,6 @@ def naming(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: {error}") from error
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise InputError(f"{path} cannot be used ({error}): restore or replace it") from error
-
-
-def check_fields(fields: Mapping[str, Any], path: Path) -> None:
-    """Raise InputError naming the first field of a config.json whose value is of the wrong kind.
-
-    Python's JSON reads NaN and Infinity, and true passes for 1.
-    """
-
-    def whole(value: Any, least: int, most: int) -> bool:
-        return type(value) is int and least <= value <= most
-
-    def positive(value: Any) -> bool:
-        return type(value) in (int, float) and 0 < value < float("inf")
-
-    vocab_size: Any = fields.get("vocab_size")
-    last = vocab_size - 1 if whole(vocab_size, 1, LARGEST) and fields["model_type"] == "dmpt" else LARGEST
-    kinds = (
-        (SIZES, f"a whole number from 1 to {LARGEST}", lambda value: whole(value, 1, LARGEST)),
-        (("gate_temp", "head_gate_temp", "layer_norm_epsilon"), "a number above 0", positive),
-        (("fast_k", "head_topk"), "a whole number or null", lambda value: value is None or type(value) is int),
-        (("splits",), "a list of whole numbers", lambda value: type(value) is list and {*map(type, value)} <= {int}),
-        (("tie_word_embeddings",), "true or false", lambda value: type(value) is bool),
-        (TOKENS, f"a token id from 0 to {last} or null", lambda value: value is None or whole(value, 0, last)),
-    )
-    for names, kind, fits in kinds:
-        for name in names:
-            if name in fields and not fits(fields[name]) and not (name == "n_inner" and fields[name] is None):
-                raise InputError(f"{path}: {name} must be {kind}, not {fields[name]!r}")
 
 
 def read_head_allocation(path: Source) -> dict[str, list[int]]:
@@ -153,20 +141,70 @@ def tensor_files(folder: Path) -> list[tuple[Path, list[str] | None]]:
 def tensor_shapes(folder: Path, shape: Shape) -> dict[str, tuple[int, ...]]:
     """Shapes of a float checkpoint's tensors by the contract's names, from the headers of its files.
 
-    {} where a header cannot be read: what is wrong with the file is told by who reads the tensors. Raises InputError
-    as tensor_files. Source: github.com/huggingface/safetensors, "Format".
+    {} where a header cannot be read: what is wrong with the file is reported when the tensors are read. Raises
+    InputError as tensor_files.
     """
-    gpt2 = read_json(folder / "config.json").get("model_type") == "gpt2"
-    out: dict[str, tuple[int, ...]] = {}
+    found = headers(folder)
+    if read_json(folder / "config.json").get("model_type") != "gpt2":
+        return {name: entry.shape for name, entry in found.items()}
+    names = Names.of(found)
+    out = {new: entry.shape for name, entry in found.items() if (new := names.contract(name)) is not None}
+    if shape.tie_word_embeddings:
+        out.pop(HEAD, None)
+    return out
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a safetensors file."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    start: int  # of its bytes in the file
+    size: int
+
+
+def headers(folder: Path) -> dict[str, Entry]:
+    """All tensors of a folder by their files' names, from the headers; {} where one cannot be read.
+
+    Raises InputError as tensor_files. Source: github.com/huggingface/safetensors, "Format".
+    """
+    out: dict[str, Entry] = {}
     for path, wanted in tensor_files(folder):
         try:
             with open(path, "rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 entries = json.loads(file.read(length)) if length <= MOST_HEADER else {}
             for name in sorted(entries.keys() - {"__metadata__"} if wanted is None else wanted):
-                new = dmpt_name(name, tied=shape.tie_word_embeddings) if gpt2 else name
-                if new is not None:
-                    out[new] = tuple(entries[name]["shape"])
+                first, last = entries[name]["data_offsets"]
+                out[name] = Entry(
+                    path, tuple(entries[name]["shape"]), entries[name]["dtype"], 8 + length + first, last - first
+                )
         except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError):
             return {}
     return out
+
+
+def has_other_head(folder: Path) -> bool:
+    """Whether a GPT-2's files hold an lm_head.weight that differs from the embedding."""
+    found = headers(folder)
+    names = Names.of(found)
+    head, embedding = (found.get(names.file(name)) for name in (HEAD, EMBEDDING))
+    if head is None or embedding is None or head.shape != embedding.shape:
+        return False  # shapes are checked when the tensors are read
+    stamps = tuple((entry.file.stat().st_mtime_ns, entry.file.stat().st_size) for entry in (head, embedding))
+    return head.dtype != embedding.dtype or _differ(head, embedding, stamps)
+
+
+@lru_cache(maxsize=8)
+def _differ(a: Entry, b: Entry, stamps: object) -> bool:
+    """Whether two tensors' bytes differ; read once while their files keep their `stamps`."""
+    with open(a.file, "rb") as left, open(b.file, "rb") as right:
+        left.seek(a.start)
+        right.seek(b.start)
+        for done in range(0, a.size, CHUNK):
+            size = min(CHUNK, a.size - done)
+            if left.read(size) != right.read(size):
+                return True
+    return False

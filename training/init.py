@@ -13,7 +13,7 @@ from torch import Tensor
 from training.checkpoint import model_from_tensors
 from training.config import DMPTConfig
 from training.errors import InputError
-from training.gpt2 import COPIED
+from training.fields import GPT2
 from training.model import DMPTForCausalLM
 from training.shape import init_fields
 
@@ -47,7 +47,7 @@ def init_from_gpt2(
     """
     old = model.config
     changed = init_fields(old, splits, head_allocation, heads, fast_k, head_topk, gate_hidden, tie)
-    config = DMPTConfig(**{name: getattr(old, name) for name in COPIED} | changed)
+    config = DMPTConfig(**{name: getattr(old, name) for name in GPT2} | changed)
     if not noise >= 0 or noise == float("inf"):
         raise InputError(f"noise {noise} must be a number from 0 on")
     source = {name: tensor.detach() for name, tensor in model.state_dict().items()}

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from training.cache import CachedGeneration, KeyValues, causal_mask
 from training.config import DMPTConfig, Node
 from training.errors import InputError
-from training.shape import GATE_HARD, MAX_PROB, RANDOM
+from training.shape import ACTIVATIONS, GATE_HARD, MAX_PROB, RANDOM
 
 ROWS_AT_ONCE = 128  # given to pick() by who scores a text: of each, K rows of every head are gathered (K * E floats)
 
@@ -62,10 +62,11 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = Conv1D(config.n_embd, config.mlp_width)
         self.c_proj = Conv1D(config.mlp_width, config.n_embd)
+        self.approximate = ACTIVATIONS[config.activation_function]
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, S, E) -> (B, S, E)
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate)))
 
 
 class Block(nn.Module):

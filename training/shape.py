@@ -18,6 +18,8 @@ EMBEDDING, POSITIONS = "transformer.wte.weight", "transformer.wpe.weight"
 GATE_SOFT, GATE_HARD, MAX_PROB = "gate_soft", "gate_hard", "max_prob"
 RANDOM = "random"  # a control for evaluation: what the gates are worth
 PATH_MODES = (GATE_SOFT, GATE_HARD, MAX_PROB, RANDOM)  # besides `<leaf>_only`
+# activation_function -> `approximate` of torch's gelu; both names of the tanh form are Transformers'
+ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
 MOST_HEADS = 8  # the default never gives a model more heads than this, unless it has more leaves
 
 
@@ -194,9 +196,10 @@ class Shape:
         """Raise InputError naming the first field that cannot be."""
         if self.n_embd % self.n_head:
             raise InputError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
-        if self.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
+        if self.activation_function not in ACTIVATIONS:
             raise InputError(
-                f"activation_function '{self.activation_function}' is not GPT-2's: only gelu_new is supported"
+                f"activation_function '{self.activation_function}' is not supported: it must be one of "
+                f"{', '.join(ACTIVATIONS)}"
             )
         if set(self.head_allocation) != set(self.leaves):
             raise InputError(

@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from dmpt_export.graph.builder import MSFT, Builder
 from dmpt_export.graph.linear import Weights, float_weight, gather_rows, linear
-from training.config import DMPTConfig, Node
+from training.config import ACTIVATIONS, DMPTConfig, Node
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,11 @@ def attention(
     return y, Past(key, value)
 
 
-def mlp(b: Builder, weights: Weights, prefix: str, x: ir.Value) -> ir.Value:
+def mlp(b: Builder, config: DMPTConfig, weights: Weights, prefix: str, x: ir.Value) -> ir.Value:
     y = linear(b, weights, f"{prefix}.mlp.c_fc", x)
-    y = b.op("FastGelu", y, name=f"{prefix}.mlp.gelu", domain=MSFT)  # the tanh form
+    tanh = ACTIVATIONS[config.activation_function] == "tanh"
+    kernel, domain = ("FastGelu", MSFT) if tanh else ("Gelu", "")
+    y = b.op(kernel, y, name=f"{prefix}.mlp.gelu", domain=domain)
     return linear(b, weights, f"{prefix}.mlp.c_proj", y)
 
 
@@ -136,5 +138,5 @@ def segment(
             y, stream = wanted(y, f"{prefix}.attn"), Stream(wanted(stream.x, prefix))
         delta = linear(b, weights, f"{prefix}.attn.c_proj", y)
         normed, stream = norm_stream(b, weights, Stream(stream.x, delta), f"{prefix}.ln_2", epsilon)
-        stream = Stream(stream.x, mlp(b, weights, prefix, normed))
+        stream = Stream(stream.x, mlp(b, config, weights, prefix, normed))
     return stream, present
