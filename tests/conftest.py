@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
     from training.model import DMPTForCausalLM
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
+CACHE = tempfile.mkdtemp(prefix="dmpt-export-tests-")
+os.environ["XDG_CACHE_HOME"] = CACHE  # nor for what other runs have remembered
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # said once, so that forks do not warn
 
 SAMPLE_TEXT = """

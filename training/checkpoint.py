@@ -23,6 +23,7 @@ from training.gpt2 import Names
 from training.model import DMPTForCausalLM
 from training.tensors import read_tensors, write_tensors
 from training.tokenizer import has_tokenizer
+from training.verify_gpt2 import verify_source
 
 __all__ = [
     "Checkpoint",
@@ -91,6 +92,7 @@ def read_checkpoint(source: Source) -> Checkpoint:
 
         tensors = read_tensors(folder, rename)
         check_tensors(config, shapes_of(tensors), folder, names.file)
+        verify_source(folder, model_from_tensors(config, tensors), tensors, names)
     else:
         tensors = read_tensors(folder)
         check_tensors(config, shapes_of(tensors), folder)

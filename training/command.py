@@ -13,7 +13,7 @@ import click
 
 from training.atomic import check_run
 from training.errors import InputError
-from training.files import read_json, resolve
+from training.files import cache_folder, read_json, resolve
 from training.folder import float_folder, read_head_allocation, read_shape
 from training.freeze import expanded
 from training.options import TrainOptions, read_freeze_schedule
@@ -265,10 +265,9 @@ def _tokens(
 
     if not about.get(key):
         return None
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     words = load_tokenizer(tokenizer)
     eot, field = end_of_text_id(words, model.config), about.get("text_field", FIELD)
-    return token_cache(about[key], words, eot, cache_dir or home / "dmpt-export", field)
+    return token_cache(about[key], words, eot, cache_dir or cache_folder(), field)
 
 
 def _phases(

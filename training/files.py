@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from training.errors import InputError, install
+from training.progress import note_once
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 TOKENIZER_FILES = (
@@ -62,6 +64,18 @@ def _hub_snapshot(name: str, files: Sequence[str]) -> Path:
             f"there is no folder '{name}', and the Hugging Face hub does not give out a model of that name "
             f"({first_line(error)}): check the spelling, and your login for a private one"
         ) from error
+
+
+def cache_folder() -> Path:
+    """Where this project remembers what can be computed again; without a home directory, a temporary folder."""
+    if place := os.environ.get("XDG_CACHE_HOME"):
+        return Path(place) / "dmpt-export"
+    try:
+        return Path.home() / ".cache" / "dmpt-export"
+    except RuntimeError:  # no HOME, and no entry for this user id
+        place = str(Path(tempfile.gettempdir()) / f"dmpt-export-{os.getuid() if hasattr(os, 'getuid') else 0}")
+        note_once(f"there is no home directory: caches go to {place} (--cache-dir or XDG_CACHE_HOME choose another)")
+        return Path(place)
 
 
 def check_pt(path: Path) -> None:

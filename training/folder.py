@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +27,20 @@ Source = str | os.PathLike[str]  # a DMPT or GPT-2 folder, or a hub id
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_HEADER = 100_000_000  # bytes; what the safetensors library takes
 CHUNK = 1 << 24  # bytes compared at a time
+
+
+# Whether GPT-2 folders are compared with Transformers when their tensors are first read (training.verify_gpt2).
+VERIFY: ContextVar[bool] = ContextVar("verify_gpt2", default=True)
+
+
+@contextmanager
+def unverified() -> Iterator[None]:
+    """GPT-2 folders that are read inside are taken without that comparison: --no-verify."""
+    token = VERIFY.set(False)
+    try:
+        yield
+    finally:
+        VERIFY.reset(token)
 
 
 # --- config.json --------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from training.checkpoint import TIED_HEAD, Checkpoint, check_tensors
 from training.config import ROOT, DMPTConfig, leaf_names
 from training.errors import InputError
 from training.files import EXPECTED, check_pt, first_line
+from training.nanogpt import from_nanogpt
 from training.tensors import as_float32
 
 SAFE_TORCH = (2, 10)  # before, files could run code although weights_only was set: CVE-2025-32434, CVE-2026-24747
@@ -41,6 +42,7 @@ SEPARATE_HEADS = {"left_lm_head": "left", "right_lm_head": "right"}  # quad: lm_
 LAYERS = {"fc1": 0, "fc2": 2, "net.0": 0, "net.2": 2}  # of a head gate: two generations of names
 WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|model\.)+")  # DataParallel, torch.compile
 COUNTERS = re.compile(r"lm_head\.(usage|selection)_counts|.*\.attn\.(bias|masked_bias)")
+NANOGPT = "model_args"  # what only a checkpoint of nanoGPT has
 GPT2_EOS = {50257: 50256}  # vocabulary size -> id of <|endoftext|>
 
 
@@ -55,6 +57,8 @@ def read_original(
     """
     path = Path(path)
     state, stored = load_pt(path)
+    if NANOGPT in stored:
+        return from_nanogpt(path, state, stored[NANOGPT])
     notes: list[str] = []
     try:
         config, ids = infer_config(state, stored, head_allocation, n_head, notes)
@@ -110,7 +114,10 @@ def load_pt(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not tensors:
         raise InputError(f"{path} has no tensors under model_state_dict: {EXPECTED}")
     stored = content.get("model_config") or {}
-    return tensors, dict(stored if isinstance(stored, Mapping) else vars(stored))
+    settings = dict(stored if isinstance(stored, Mapping) else vars(stored))
+    if isinstance(content.get(NANOGPT), Mapping):
+        settings[NANOGPT] = content[NANOGPT]
+    return tensors, settings
 
 
 # --- names ------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from training.folder import unverified
 from training.options import TrainOptions, flag
 from training.recipes import names
 
@@ -50,6 +51,8 @@ def parameters() -> list[click.Parameter]:
         option(["--overwrite"], is_flag=True, help="Start anew where a run already lies, deleting it."),
         option(["--recipe"], metavar="NAME",
                help=f"Settings and phases: {', '.join(names())} (see below), or a JSON file; options win over it."),
+        option(["--no-verify"], is_flag=True, expose_value=False, callback=_no_verify,
+               help="Do not compare a GPT-2 folder with Transformers when it is first read."),
         option(["--cache-dir"], type=path, help="Where tokenised text is kept.  [~/.cache/dmpt-export]"),
         option(["--splits", "--split-at-layer", "splits"], metavar="LIST", help="As in init: 6, or 6,9, or none."),
         option(["--heads", "--n-lm-perceptrons", "heads"], **size, help="As in init: vocabulary heads in all."),
@@ -64,6 +67,11 @@ def parameters() -> list[click.Parameter]:
         *(_option(field) for field in fields(TrainOptions)),
     ]
     # fmt: on
+
+
+def _no_verify(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if value:
+        context.with_resource(unverified())
 
 
 def _option(field: dataclasses.Field[Any]) -> click.Option:

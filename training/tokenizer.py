@@ -56,8 +56,8 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
 def _complete(folder: Path, stamps: object) -> str:
     """JSON of the complete tokenizer; read once while its files keep their `stamps`."""
     if is_foreign(folder):
-        tokenizer = _transformers_tokenizer(folder)
-        rows = _rows(folder)
+        tokenizer = transformers_tokenizer(folder).backend_tokenizer
+        rows = row_count(folder)
         if rows is not None:
             tokenizer = without_rowless(tokenizer, rows, folder)
     else:
@@ -84,8 +84,8 @@ def _read(path: Path) -> Tokenizer:
         raise InputError(f"the tokenizer in {path.parent} cannot be read ({first_line(error)}): replace it") from error
 
 
-def _transformers_tokenizer(folder: Path) -> Tokenizer:
-    """The backend of the tokenizer that Transformers makes of a folder's files.
+def transformers_tokenizer(folder: Path) -> Any:
+    """The tokenizer that Transformers makes of a folder's files.
 
     They are copied beside a config.json of ours first: nothing of the folder's own config reaches the library.
     """
@@ -113,8 +113,7 @@ def _transformers_tokenizer(folder: Path) -> Tokenizer:
             raise InputError(f"the tokenizer in {folder} cannot be read ({reason}): replace it") from error
     if not getattr(read, "is_fast", False):
         raise InputError(f"the tokenizer in {folder} ({type(read).__name__}) has no fast form: GPT-2's is needed")
-    tokenizer: Tokenizer = read.backend_tokenizer
-    return tokenizer
+    return read
 
 
 def without_rowless(tokenizer: Tokenizer, rows: int, folder: Path) -> Tokenizer:
@@ -180,7 +179,7 @@ def save_tokenizer(source: Path, target: Path, end: int | None) -> bool:
     return True
 
 
-def _rows(folder: Path) -> int | None:
+def row_count(folder: Path) -> int | None:
     """Rows of the embedding of a GPT-2 folder; None where there is no config."""
     if not (folder / "config.json").is_file():
         return None

@@ -30,6 +30,18 @@ class Finite(click.FloatRange):
         return number
 
 
+def skip_verification(context: click.Context, _parameter: click.Parameter, value: bool) -> bool:
+    if value:
+        from training.folder import unverified
+
+        context.with_resource(unverified())
+    return value
+
+
+no_verify = click.option("--no-verify", is_flag=True, expose_value=False, callback=skip_verification,
+                         help="Do not compare a GPT-2 folder with Transformers when it is first read.")  # fmt: skip
+
+
 @contextmanager
 def usage() -> Iterator[None]:
     """Errors that are meant for people, raised inside, are about the command line alone: wrong usage."""

@@ -10,7 +10,7 @@ from dmpt_export.commands.checks import check_tokenizer
 from dmpt_export.extras import require
 
 
-@click.command("convert", short_help="Convert a .pt checkpoint of the original DMPT project.")
+@click.command("convert", short_help="Convert a .pt checkpoint of the original DMPT project, or nanoGPT's.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--tokenizer", metavar="SOURCE",
@@ -21,15 +21,16 @@ from dmpt_export.extras import require
 @click.option("--n-head", type=click.IntRange(min=1), metavar="N",
               help="Attention heads of a block. Default: as filed, else width / 64 as in every GPT-2.")  # fmt: skip
 def command(file: Path, out: Path, tokenizer: str | None, head_allocation: Path | None, n_head: int | None) -> None:
-    """Convert FILE, a .pt checkpoint of the original DMPT project, to a checkpoint in the folder OUT.
+    """Convert FILE, a .pt checkpoint of the original DMPT project or of nanoGPT, to a checkpoint in the folder OUT.
 
     Dual path, quad path and several heads on one path are recognised by their tensor names; sizes and splits
     come from the tensors. FILE is read by torch's weights-only loader: nothing in it is run. A tensor that has
     no place in a DMPT is an error, and all such names are listed.
 
     \b
-    Example:
+    Examples:
       dmpt-export convert checkpoint_epoch_0_step_120000.pt dmpt --tokenizer gpt2
+      dmpt-export convert out/ckpt.pt my-gpt --tokenizer gpt2                       nanoGPT
 
     \b
     Next:

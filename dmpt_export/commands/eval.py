@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dmpt_export.commands.checks import check_model, check_tokenizer, is_exported, usage
+from dmpt_export.commands.checks import check_model, check_tokenizer, is_exported, no_verify, usage
 from dmpt_export.extras import require
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ PROTOCOLS = ("stride-concat", "non-overlapping", "sliding")  # benchmarks.protoc
               help="Windows that a checkpoint runs together; for --device cuda.")  # fmt: skip
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: all this process may use.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@no_verify
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 def command(
     model: str,

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dmpt_export.commands.checks import Finite
+from dmpt_export.commands.checks import Finite, no_verify
 from dmpt_export.extras import require
 
 
@@ -50,6 +50,7 @@ def parse_splits(ctx: click.Context, option: click.Parameter, text: str) -> list
 @click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of noise and gates."
 )
+@no_verify
 def command(
     source: str,
     out: Path,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dmpt_export.commands.checks import Finite, check_model
+from dmpt_export.commands.checks import Finite, check_model, skip_verification
 from dmpt_export.extras import require
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
               help="Version of the standard operators.")  # fmt: skip
 @click.option("--atol", type=Finite(min=0, min_open=True), help="Largest difference of a log-prob from "
               "torch's, with float kernels (cpu only). Default: the tolerance table's, 1e-4.")  # fmt: skip
-@click.option("--no-verify", is_flag=True, help="Publish without running the model against torch.")
+@click.option("--no-verify", is_flag=True, callback=skip_verification,
+              help="Publish without running the model against torch or a GPT-2 against Transformers.")  # fmt: skip
 def command(
     checkpoint: str,
     out: str,

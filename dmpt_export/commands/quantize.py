@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dmpt_export.commands.checks import Finite, usage
+from dmpt_export.commands.checks import Finite, no_verify, usage
 from dmpt_export.extras import require
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from training.shape import Shape
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-CACHE = Path("~/.cache/dmpt-export")
 
 
 class SchemeName(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.4 on
@@ -89,8 +88,10 @@ class Size(click.ParamType):  # type: ignore[type-arg]
 @click.option("--plan", "replay", metavar="PLAN.json", type=click.Path(), help="Use the rules of an earlier plan. "
               "Its gptq parts need --calib again, and give the same bytes on the same text alone.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print what would be done, write no model; OUT may be left out.")
-@click.option("--cache-dir", type=click.Path(path_type=Path), default=CACHE, show_default=True,
-              help="Where damages are remembered: a killed plan goes on, another target is quick.")  # fmt: skip
+@click.option("--cache-dir", type=click.Path(path_type=Path),
+              help="Where damages are remembered: a killed plan goes on, another target is quick.  "
+              "[default: ~/.cache/dmpt-export]")  # fmt: skip
+@no_verify
 @click.option("--tensors", is_flag=True, help="Print a line for each tensor, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with everything.")
 def command(checkpoint: str, out: str | None, **options: Any) -> None:
@@ -214,7 +215,7 @@ def check_files(
     if out is not None:
         check_replaceable(Path(out), "quantized")
     if planned:
-        check_place(options["cache_dir"].expanduser())
+        check_place(_cache(options))
     folder = float_folder(checkpoint)
     shape = read_shape(folder)
     if calibrated:
@@ -306,7 +307,7 @@ def _planned(checkpoint: str, out: str | None, calibration: Calibration | None, 
     say("measuring what each group loses, by each way to store it")
     plan, reports = save_planned(
         checkpoint, None if options["dry_run"] else out, _target(options), calibration,
-        options["cache_dir"].expanduser(), options["candidates"] or CANDIDATES, report_files,
+        _cache(options), options["candidates"] or CANDIDATES, report_files,
     )  # fmt: skip
     tell(reports, plan, options)
 
@@ -317,6 +318,14 @@ def tell(reports: Sequence[TensorReport], plan: Plan | None, options: dict[str, 
     click.echo(
         json.dumps(report_json(reports, plan)) if options["as_json"] else show(reports, plan, options["tensors"])
     )
+
+
+def _cache(options: dict[str, Any]) -> Path:
+    """The folder where a plan remembers damages."""
+    from training.files import cache_folder
+
+    chosen: Path | None = options["cache_dir"]
+    return chosen.expanduser() if chosen else cache_folder()
 
 
 def _target(options: dict[str, Any]) -> Target:
