@@ -1,7 +1,7 @@
 """nanoGPT's ckpt.pt read as one of our checkpoints: GPT-2 with linear layers the other way round.
 
-The file holds `model` (tensors) and `model_args` (n_layer, n_head, n_embd, block_size, bias, vocab_size). Linear weights
-are stored [out, in], as torch's nn.Linear does, and a model with `bias` false has none. Its GELU is the exact one
+The file holds `model` (tensors) and `model_args` (n_layer, n_head, n_embd, block_size, bias, vocab_size). Linear
+weights are stored [out, in], and a model with `bias` false has no biases. Its GELU is the exact one
 (nn.GELU), not GPT-2's tanh form. Source: github.com/karpathy/nanoGPT, model.py and train.py (MIT, A. Karpathy 2022).
 """
 

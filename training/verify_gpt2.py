@@ -93,7 +93,7 @@ def compare_log_probs(folder: Path, model: DMPTForCausalLM, tensors: Mapping[str
 
 
 def close(a: Tensor, b: Tensor) -> bool:
-    return bool(((a - b).abs() <= ATOL * a.abs().max()).all())
+    return bool(((a - b).abs() <= RTOL * a.abs().max()).all())
 
 
 @contextlib.contextmanager
