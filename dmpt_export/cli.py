@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import errno
 import os
 import re
+import shutil
+import stat
 import sys
+import tempfile
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -74,8 +78,10 @@ def cli() -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. A bug (an error not meant for people) keeps its traceback."""
+    open_standard_streams()
+    given = list(sys.argv[1:] if args is None else args)
     try:
-        with cli.make_context("dmpt-export", list(sys.argv[1:] if args is None else args)) as context:
+        with cli.make_context("dmpt-export", [spooled(arg) for arg in given]) as context:
             cli.invoke(context)
         if sys.stdout is not None:  # `>&-` closes it
             sys.stdout.flush()
@@ -83,6 +89,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return stop.exit_code
     except click.UsageError as error:
         error.show()
+        if given[:1] == ["run"] and any(is_like_a_prompt(arg) for arg in given):
+            click.echo("A prompt that begins with - goes after --: dmpt-export run MODEL -- '- item'", err=True)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         click.echo("Interrupted", err=True)
@@ -99,6 +107,37 @@ def main(args: Sequence[str] | None = None) -> int:
         click.echo(f"Error: {' '.join(message.split())}", err=True)
         return code
     return OK
+
+
+def is_like_a_prompt(argument: str) -> bool:
+    """Whether it begins as an option and reads as a text, or is no option of any kind."""
+    return argument.startswith("-") and (" " in argument or not re.fullmatch(r"--?[A-Za-z][\w-]*(=.*)?", argument))
+
+
+def open_standard_streams() -> None:
+    """Where the caller has closed one (`2>&-`), open nothing in its place: else the next file that is opened becomes,
+    say, standard error, and libraries write their warnings into it."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for as long as the program runs)
+
+
+def spooled(argument: str) -> str:
+    """A file with what a pipe of the shell (`--data <(zcat ...)`) holds, for texts are read more than once; any other
+    argument as it is."""
+    name, equals, path = argument.rpartition("=")
+    if not re.fullmatch(r"/dev/fd/\d+|/proc/self/fd/\d+", path) or not stat.S_ISFIFO(os.stat(path).st_mode):
+        return argument
+    folder = tempfile.mkdtemp(prefix="dmpt-export-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    copy = os.path.join(folder, f"pipe-{os.path.basename(path)}")
+    with open(path, "rb") as pipe, open(copy, "wb") as out:
+        shutil.copyfileobj(pipe, out)
+    return f"{name}{equals}{copy}"
 
 
 def explain(error: Exception) -> tuple[int, str] | None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar
 
-from training.errors import InputError
-
 if TYPE_CHECKING:
     from training.config import Shape
 
@@ -19,6 +17,5 @@ def deployed(config: S, fast_k: int | None, head_topk: int | None) -> S:
     if head_topk is not None:
         config.head_topk = head_topk or None
     config.check()
-    if (width := config.n_embd // config.n_head) % 8:
-        raise InputError(f"attention heads are {width} wide (n_embd / n_head): ONNX Runtime needs a multiple of 8")
+    config.check_exportable()
     return config

@@ -22,7 +22,7 @@ from quant.schemes import SCHEMES
 from quant.schemes.blockwise import FIELD
 from quant.schemes.low_rank import BITS, DELTAS
 from quant.tensor import Alone, DeltaTensor, QuantizedTensor, Weight
-from training.checkpoint import check_tensors
+from training.checkpoint import check_readable, check_tensors
 from training.config import DMPTConfig
 from training.errors import InputError
 
@@ -142,6 +142,7 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     """Every array of a safetensors file. Raises InputError when it is missing, damaged or not finite."""
     arrays: dict[str, NDArray[Any]] = {}
     try:
+        check_readable(path)
         with safe_open(path, framework="np") as file:
             for name in file.keys():  # noqa: SIM118 (the file is no mapping)
                 arrays[name] = file.get_tensor(name)

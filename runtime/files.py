@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 
 from runtime.errors import ModelError
-from runtime.manifest import FileSpec, Manifest
+from runtime.manifest import MANIFEST_NAME, FileSpec, Manifest
 
 LINK = "is a link, also known elsewhere (`cp -RL` makes a folder without links)"
 
@@ -16,11 +16,13 @@ LINK = "is a link, also known elsewhere (`cp -RL` makes a folder without links)"
 def check_files(folder: Path, manifest: Manifest, verify: bool = True) -> None:
     """Compare the folder with the manifest's list: kind of file, size and, with `verify`, sha256.
 
-    Links are refused, also hard links: they let a folder from elsewhere point at files outside it.
-    Raises ModelError naming every file that differs, and how.
+    Links let a folder from elsewhere point at files outside it, so symbolic ones are refused. A hard link cannot be told
+    from the file itself (`cp -al` makes them): where the manifest lists it, its sha256 must match, so it can only hold
+    what the manifest's author knew; without `verify`, and where it is not listed, it is refused, for the graph may name
+    any file of the folder as its data. Raises ModelError naming every file that differs, and how.
     """
     problems = [f"{entry.name} {fault}" for entry in manifest.files if (fault := file_fault(folder, entry, verify))]
-    listed = {entry.name for entry in manifest.files}
+    listed = {MANIFEST_NAME, *(entry.name for entry in manifest.files)}
     # The graph names its data files itself, and ONNX Runtime follows hard links.
     problems += [f"{entry.name} {LINK}" for entry in os.scandir(folder) if entry.name not in listed and is_link(entry)]
     if problems:
@@ -35,8 +37,8 @@ def file_fault(folder: Path, entry: FileSpec, verify: bool) -> str | None:
         return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
     if not stat.S_ISREG(found.st_mode):
         return LINK if stat.S_ISLNK(found.st_mode) else "is no file"
-    if found.st_nlink > 1:
-        return LINK
+    if found.st_nlink > 1 and not verify:
+        return f"{LINK}, and its content is not compared"
     if found.st_size != entry.size:
         return f"has {found.st_size} bytes, expected {entry.size}"
     try:

@@ -204,6 +204,11 @@ class Manifest:
 
 def read_manifest(folder: Path) -> Manifest:
     """Parse and check the manifest of an exported folder. Raises ModelError naming all that is missing or wrong."""
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError:
+        shown = str(folder).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        raise ModelError(f"the name {shown} is not UTF-8, which ONNX Runtime needs: rename the folder") from None
     if not folder.is_dir():
         raise ModelError(f"{folder} is no folder: give the folder that `dmpt-export onnx` made")
     path = folder / MANIFEST_NAME

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import InputError
-from training.files import read_json
+from training.files import check_name, read_json
 
 # Without POSIX file locks, what a killed run left stays until it is removed by hand.
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
@@ -41,6 +41,7 @@ OWN_FILES = [
     "merges.txt",
 ]
 OWN_FOLDERS = ["trainer_state"]
+NAME_MAX = 255  # bytes of a name, on every common file system
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -106,9 +107,40 @@ def check_run(out: Path, overwrite: bool, saved: str = "last") -> None:
         raise InputError(f"{out} holds a training run: continue it with --resume, or start anew with --overwrite")
 
 
+def check_inputs(out: Path, *inputs: str | os.PathLike[str] | None) -> None:
+    """Raise InputError for an input that replacing `out` would delete: it is `out`, lies in it, or links into it.
+
+    inputs: folders and files that a verb reads; hub ids and None are passed over. Hard links are safe: what they name
+    stays when `out` goes.
+    """
+    if not os.path.lexists(out):
+        return
+    for given in inputs:
+        if given is None or not os.path.exists(given):
+            continue
+        path = Path(given)
+        inside = list(path.iterdir()) if path.is_dir() else []
+        for real in {path.resolve(), *(entry.resolve() for entry in inside if entry.is_symlink())}:
+            if any(above.exists() and above.samefile(out) for above in (real, *real.parents)):
+                raise InputError(
+                    f"{given} lies in {out}, which would be replaced: give another place, or copy it first"
+                )
+            if out.is_file() and path.is_dir() and path.resolve() in out.resolve().parents:
+                raise InputError(f"{out} is a file of {given}, which is read: give another place")
+
+
 def check_place(out: Path) -> None:
-    """Raise InputError when nothing can be made at `out`, because of what is above it, or written into it."""
-    out = out.resolve()
+    """Raise InputError when nothing can be made at `out`, because of its name, of what is above it, or because it may
+    not be written to."""
+    check_name(out)
+    try:
+        out = out.resolve()
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{out} cannot be used ({error}): give another place") from error
+    longest = len(os.fsencode(_beside(out, "tmp").name))
+    if longest > NAME_MAX:
+        room = NAME_MAX - longest + len(os.fsencode(out.name))
+        raise InputError(f"the name '{out.name}' is too long: a place's name may have {room} bytes")
     if out.is_dir():
         if not os.access(out, os.W_OK | os.X_OK):
             raise InputError(f"{out} may not be written to: give another place")

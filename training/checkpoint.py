@@ -17,7 +17,7 @@ from training.config import DMPTConfig
 from training.data import check_vocabulary, load_tokenizer, save_tokenizer
 from training.errors import InputError
 from training.fields import TOKENS, tokens
-from training.files import TOKENIZER_FILES, read_json, resolve
+from training.files import TOKENIZER_FILES, check_readable, read_json, resolve
 from training.folder import SINGLE, Source, float_folder, headers, naming, read_fields
 from training.gpt2 import Names
 from training.model import DMPTForCausalLM
@@ -30,6 +30,7 @@ __all__ = [
     "Source",
     "atomic_file",
     "atomic_folder",
+    "check_readable",
     "check_replaceable",
     "check_tensors",
     "copy_tokenizer",

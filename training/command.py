@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from training.atomic import check_run
+from training.atomic import check_inputs, check_run
 from training.errors import InputError
 from training.files import cache_folder, read_json, resolve
 from training.folder import float_folder, read_head_allocation, read_shape
@@ -46,6 +46,8 @@ def run(values: dict[str, Any], explicit: set[str]) -> None:
     options = [TrainOptions.from_dict(saved.get("options", {}) | phase | chosen, "the run") for phase in recipe.phases]
     if source is None:
         check_run(out, values["overwrite"], "last" if len(options) == 1 else PHASE.format(1))
+    if source is None:
+        check_inputs(out, *_inputs(values, model_name, options))
     first = None if len(options) > 1 else source
     tokenizer_from = values["tokenizer"] or (first and str(first)) or model_name
     if first is None and model_name is None and not values["from_scratch"]:
@@ -109,11 +111,21 @@ def _check(
     changes = None if source is not None else _changes(shape, values, recipe)
     if changes is not None:
         shape = check_init(shape, **changes)
+    shape.check_exportable()
     for one in options:
         one.check()
         one.check_installed()
         shape = one.check_shape(shape)
         expanded(read_freeze_schedule(one.freeze_schedule), shape)
+
+
+def _inputs(values: dict[str, Any], model: str | None, options: list[TrainOptions]) -> list[Any]:
+    """What a new run reads."""
+    names = ("tokenizer", "head_allocation", "recipe", "cache_dir")
+    return [
+        model, *(values[name] for name in names), *values["data"], *values["eval_data"],
+        *(one.freeze_schedule for one in options),
+    ]  # fmt: skip
 
 
 def _places(values: dict[str, Any]) -> tuple[str | None, Path]:

@@ -34,8 +34,11 @@ def resolve(source: str | os.PathLike[str], files: Sequence[str] = (*MODEL_FILES
     A folder wins over a hub id of the same name. Raises InputError when there is neither.
     """
     path = Path(source)
+    check_name(path)
     if path.is_dir():
         return path
+    if path.is_symlink():
+        raise InputError(f"{path} is a link that leads to nothing, or in a circle: give the model folder itself")
     if path.exists():
         hint = ": convert it first with `dmpt-export convert`" if path.suffix in (".pt", ".pth") else ""
         raise InputError(f"{path} is a file, a model is a folder{hint or ': give the folder that holds config.json'}")
@@ -76,6 +79,22 @@ def cache_folder() -> Path:
         place = str(Path(tempfile.gettempdir()) / f"dmpt-export-{os.getuid() if hasattr(os, 'getuid') else 0}")
         note_once(f"there is no home directory: caches go to {place} (--cache-dir or XDG_CACHE_HOME choose another)")
         return Path(place)
+
+
+def check_readable(path: Path) -> None:
+    """Raise the system's own OSError for a file that cannot be opened: the safetensors library calls all of them
+    missing."""
+    with open(path, "rb"):
+        pass
+
+
+def check_name(path: Path) -> None:
+    """Raise InputError for a path whose name is not UTF-8: libraries that read and write models refuse it."""
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        shown = str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        raise InputError(f"the name {shown} is not UTF-8, which models need: rename it") from None
 
 
 def check_pt(path: Path) -> None:

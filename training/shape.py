@@ -192,6 +192,14 @@ class Shape:
 
         return round(max(of_leaf(leaf, [name for name, _ in turns]) for leaf, turns in self.ways().items()))
 
+    def check_exportable(self) -> None:
+        """Raise InputError for a model that no verb can bring to a device."""
+        if (width := self.n_embd // self.n_head) % 8:
+            raise InputError(
+                f"attention heads are {width} wide (n_embd {self.n_embd} / n_head {self.n_head}): ONNX Runtime needs a "
+                "multiple of 8, so the model could not be exported"
+            )
+
     def check(self) -> None:
         """Raise InputError naming the first field that cannot be."""
         if self.n_embd % self.n_head:

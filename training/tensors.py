@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from training.errors import InputError
+from training.files import check_readable
 from training.folder import INDEX, tensor_files
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -48,6 +49,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def _tensors_of(path: Path, wanted: list[str] | None) -> Iterator[tuple[str, Tensor]]:
     try:
+        check_readable(path)
         # The library checks the header: its size, that tensors fill the file without overlap or hole, and
         # that each one's bytes fit its shape and type.
         with safe_open(path, framework="pt") as file:

@@ -95,13 +95,14 @@ def command(
     needs_torch = not all(exported) or peers is not None or out is not None
     wanted = {device: any(exported), "train": needs_torch, "bench": bool(out and data)}
     require(*(extra for extra, needed in wanted.items() if needed))
-    from training.atomic import check_replaceable
+    from training.atomic import check_inputs, check_replaceable
     from training.errors import ValidationError
     from training.progress import say
 
     pythons, named = interpreters(peer_python), entries_of(models, control)
     if out is not None:
         check_replaceable(Path(out), "comparison")
+        check_inputs(Path(out), *(entry.path for entry in named), peers, *data, resume, *growth)
     check_request(data, protocol, max_length, stride, [resume] if resume else [])
     for source in dict.fromkeys([*(entry.path for entry in named), *([peers] if peers else [])]):
         check_scored(source, max_length, stride, protocol)

@@ -38,12 +38,13 @@ def command(file: Path, out: Path, tokenizer: str | None, head_allocation: Path 
       dmpt-export quantize OUT small --scheme int8
     """
     require("train")
-    from training.atomic import check_replaceable
+    from training.atomic import check_inputs, check_replaceable
     from training.files import check_pt
     from training.folder import read_head_allocation
     from training.progress import say
 
     check_replaceable(out, "checkpoint")
+    check_inputs(out, file, tokenizer, head_allocation)
     check_pt(file)
     if tokenizer is not None:
         check_tokenizer(tokenizer)

@@ -84,18 +84,19 @@ def command(
     if heads is not None and head_allocation is not None:
         raise click.UsageError("--heads and --head-allocation exclude each other: the file already names every head")
     require("train")
-    from training.atomic import check_replaceable
+    from training.atomic import check_inputs, check_replaceable
     from training.folder import float_folder, read_head_allocation, read_shape
     from training.progress import say
     from training.shape import check_init
 
     check_replaceable(out, "checkpoint")
+    check_inputs(out, source, head_allocation)
     shape: dict[str, Any] = {
         "splits": splits, "heads": heads, "fast_k": fast_k, "head_topk": head_topk, "gate_hidden": gate_hidden,
         "tie": tie, "head_allocation": None if head_allocation is None else read_head_allocation(head_allocation),
     }  # fmt: skip
     folder = float_folder(source)
-    check_init(read_shape(folder), **shape)
+    check_init(read_shape(folder), **shape).check_exportable()
 
     say("loading PyTorch")
     from training.checkpoint import load_model, save_model

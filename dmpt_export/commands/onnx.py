@@ -69,10 +69,11 @@ def command(
         raise click.UsageError("an int8 KV cache is for --target cpu: leave --kv-cache out")
     require("train", "cpu")
     from dmpt_export.deployed import deployed
-    from training.atomic import check_replaceable
+    from training.atomic import check_inputs, check_replaceable
     from training.progress import say
 
     check_replaceable(Path(out), "onnx")
+    check_inputs(Path(out), checkpoint, calibrate)
     deployed(check_model(checkpoint), fast_k, head_topk)
     ids = calibration_ids(checkpoint, calibrate) if calibrate is not None else None
 

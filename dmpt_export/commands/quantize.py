@@ -201,7 +201,7 @@ def check_files(
     from quant.rules import anchors_of, parse_rule
     from quant.schemes import check_installed
     from quant.text import read_ids
-    from training.atomic import check_place, check_replaceable
+    from training.atomic import check_inputs, check_place, check_replaceable
     from training.folder import float_folder, read_shape, tensor_shapes
 
     calibrated = options["calib"] is not None
@@ -214,10 +214,12 @@ def check_files(
     check_installed([options["scheme"], *chosen, *(rule.scheme for rule in rules)])
     if out is not None:
         check_replaceable(Path(out), "quantized")
+        check_inputs(Path(out), checkpoint, options["calib"], options["replay"], options["cache_dir"])
     if planned:
         check_place(_cache(options))
     folder = float_folder(checkpoint)
     shape = read_shape(folder)
+    shape.check_exportable()
     if calibrated:
         read_ids(options["calib"], folder, shape, options["calib_tokens"])
     shapes = tensor_shapes(folder, shape)

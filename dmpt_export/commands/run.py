@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -73,7 +74,7 @@ def command(model: str, prompt: str | None, as_json: bool, verbose: bool, batch:
     import runtime
     from runtime.generate import Generations
 
-    text = read_prompt() if prompt is None else prompt
+    text = read_prompt() if prompt is None else as_utf8(prompt)
     started = time.perf_counter()
     with runtime.load(model, device=device, verify=verify, **session) as loaded:
         clock = Clock(time.perf_counter() - started)
@@ -108,6 +109,11 @@ def check_values(options: dict[str, Any], threads: int | None, deterministic: bo
         raise click.UsageError("--speculate needs the greedy choice: leave temperature, top-k, top-p and seed out")
 
 
+def as_utf8(argument: str) -> str:
+    """An argument's bytes read as UTF-8, whatever the locale is; what is none is refused where it is tokenised."""
+    return os.fsencode(argument).decode("utf-8", "surrogateescape")
+
+
 def read_prompt() -> str:
     """All of standard input, without the line break that ends it."""
     from runtime.errors import RequestError
@@ -119,6 +125,8 @@ def read_prompt() -> str:
     data = sys.stdin.buffer.read(MOST_INPUT + 1)
     if len(data) > MOST_INPUT:
         raise RequestError(f"the prompt on standard input is larger than {MOST_INPUT >> 20} MB: give less")
+    if not data.strip():
+        raise RequestError("there is no prompt on standard input: give one (one that begins with - goes after --)")
     try:
         return data.decode().removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
