@@ -16,10 +16,10 @@ LINK = "is a link, also known elsewhere (`cp -RL` makes a folder without links)"
 def check_files(folder: Path, manifest: Manifest, verify: bool = True) -> None:
     """Compare the folder with the manifest's list: kind of file, size and, with `verify`, sha256.
 
-    Links let a folder from elsewhere point at files outside it, so symbolic ones are refused. A hard link cannot be told
-    from the file itself (`cp -al` makes them): where the manifest lists it, its sha256 must match, so it can only hold
-    what the manifest's author knew; without `verify`, and where it is not listed, it is refused, for the graph may name
-    any file of the folder as its data. Raises ModelError naming every file that differs, and how.
+    Links let a folder from elsewhere point at files outside it, so symbolic ones are refused. A hard link cannot be
+    told from the file itself (`cp -al` makes them): where the manifest lists it, its sha256 must match, so it can only
+    hold what the manifest's author knew; without `verify`, and where it is not listed, it is refused, for the graph may
+    name any file of the folder as its data. Raises ModelError naming every file that differs, and how.
     """
     problems = [f"{entry.name} {fault}" for entry in manifest.files if (fault := file_fault(folder, entry, verify))]
     listed = {MANIFEST_NAME, *(entry.name for entry in manifest.files)}

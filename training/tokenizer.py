@@ -174,7 +174,10 @@ def save_tokenizer(source: Path, target: Path, end: int | None) -> bool:
     tokenizer = load_tokenizer(source)
     tokenizer.save(str(target / READY))
     name = None if end is None else tokenizer.id_to_token(end)
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    before = json.loads(tokenizer.to_str()).get("pre_tokenizer") or {}
+    if "add_prefix_space" in before:
+        settings["add_prefix_space"] = before["add_prefix_space"]
     (target / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": name}) + "\n", encoding="utf-8")
     return True
 
