@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tests.checkpoints import edit_tensors, one_line
 from tests.tolerances import TOLERANCE
 from training.checkpoint import copy_tokenizer, expected_shapes, load_model, load_state, save_model
+from training.shape import Shape
 
 LIMIT = TOLERANCE["float32", "torch"]
 IDS = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(3))
@@ -141,11 +142,11 @@ def test_tokenizer_json_is_always_there(tokenizer_folder: Path, tmp_path: Path) 
         folder.mkdir()
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(tokenizer_folder / name, src)
-    assert copy_tokenizer(src, dst, vocab_size=300)
-    assert {path.name for path in dst.iterdir()} == {"tokenizer.json", "vocab.json", "merges.txt"}
+    assert copy_tokenizer(src, dst, Shape.of({"vocab_size": 300}))
+    assert {path.name for path in dst.iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
     assert not copy_tokenizer(empty, dst)
     with one_line("knows ids up to 299", str(src)):
-        copy_tokenizer(src, empty, vocab_size=299)
+        copy_tokenizer(src, empty, Shape.of({"vocab_size": 299}))
     assert list(empty.iterdir()) == []
 
 

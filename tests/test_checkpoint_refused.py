@@ -88,7 +88,7 @@ def test_quantized_folder_points_to_its_reader(dmpt_copy: Path) -> None:
         ({"n_layer": 0}, "n_layer must be a whole number"),
         ({"vocab_size": 3.5}, "vocab_size must be a whole number"),
         ({"n_head": 5}, "not a multiple of n_head"),
-        ({"activation_function": "relu"}, "only gelu_new"),
+        ({"activation_function": "relu"}, "activation_function 'relu' is not supported: it must be one of gelu_new"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ({"add_cross_attention": True}, "add_cross_attention"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized by another tool"),
@@ -101,7 +101,7 @@ def test_quantized_folder_points_to_its_reader(dmpt_copy: Path) -> None:
         ({"layer_norm_epsilon": None}, "layer_norm_epsilon must be a number above 0"),
         ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon must be a number above 0"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false"),
-        ({"eos_token_id": [0]}, "eos_token_id must be a token id"),
+        ({"eos_token_id": ["0"]}, "eos_token_id must be a token id"),
         ({"n_layer": 3}, "unexpected: transformer.h.3.attn.c_attn.bias"),
     ],
 )
@@ -137,12 +137,13 @@ def test_dmpt_config_that_cannot_be(changes: dict[str, Any], match: str, dmpt_co
 
 
 @pytest.mark.parametrize("given", [{"eos_token_id": 50256, "bos_token_id": 50256}, {}])
-def test_end_of_text_that_a_small_gpt2_inherited_is_none(given: dict[str, int], gpt2_copy: Path) -> None:
+def test_end_of_text_that_a_small_gpt2_inherited_is_its_tokenizers(given: dict[str, int], gpt2_copy: Path) -> None:
     path = gpt2_copy / "config.json"
     fields = json.loads(path.read_text())
     path.write_text(json.dumps({k: v for k, v in fields.items() if not k.endswith("_token_id")} | given))
     config = read_config(gpt2_copy)
-    assert config.eos_token_id is None and config.bos_token_id is None
+    assert config.eos_token_id == 0
+    assert config.bos_token_id is None
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "\xff", "[" * 100_000])

@@ -78,8 +78,11 @@ def test_damaged_tokenizer_is_one_clear_error(files: dict[str, str], message: st
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_end_of_text_is_the_token_of_that_name_else_the_models(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    assert data.end_of_text_id(tokenizer, {"eos_token_id": 7}) == 0
+def test_end_of_text_is_the_models_else_the_token_of_that_name(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    assert data.end_of_text_id(tokenizer, {"eos_token_id": 7}) == 7
+    assert data.end_of_text_id(tokenizer, {"eos_token_id": [7, 0]}) == 7
+    assert data.end_of_text_id(tokenizer, {"eos_token_id": None}) == 0
+    assert data.end_of_text_id(tokenizer, {"eos_token_id": 5000}) == 0
     plain = json.loads(tokenizer.to_str())
     plain["added_tokens"] = []
     plain["model"]["vocab"] = {("</s>" if token == data.END_OF_TEXT else token): i
@@ -193,7 +196,7 @@ def test_first_tokens_are_those_of_the_whole_text_and_the_rest_is_not_read(
 def test_a_tokenizer_that_knows_more_than_the_model_is_refused(tokenizer: Tokenizer) -> None:
     known = tokenizer.get_vocab_size()
     data.check_vocabulary(tokenizer, known, "here")
-    with pytest.raises(InputError, match=f"in here knows {known} tokens, its model {known - 1}"):
+    with pytest.raises(InputError, match=f"in here knows ids up to {known - 1}, its model {known - 1} tokens"):
         data.check_vocabulary(tokenizer, known - 1, "here")
 
 

@@ -27,7 +27,7 @@ from training.checkpoint import load_model, load_state
 from training.config import DMPTConfig
 from training.errors import InputError
 
-FILES = {"config.json", "model.safetensors", "README.md", "tokenizer.json", "vocab.json", "merges.txt"}
+FILES = {"config.json", "model.safetensors", "README.md", "tokenizer.json", "tokenizer_config.json"}
 
 
 @pytest.fixture(scope="module")
