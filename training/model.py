@@ -163,6 +163,11 @@ class DMPTForCausalLM(CachedGeneration, PreTrainedModel, GenerationMixin):  # ty
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.heads[0] = value
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Transformers 5 skips modules without parameters of their own in custom code: Block's scaling would be lost."""
+        return False
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
