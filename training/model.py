@@ -165,7 +165,7 @@ class DMPTForCausalLM(CachedGeneration, PreTrainedModel, GenerationMixin):  # ty
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """Transformers 5 skips modules without parameters of their own in custom code: Block's scaling would be lost."""
+        """In custom code, Transformers 5 skips modules without parameters of their own: Block would not be scaled."""
         return False
 
     @torch.no_grad()
