@@ -171,7 +171,7 @@ def atomic_folder(out: str | os.PathLike[str], kind: str) -> Iterator[Path]:
     with _made_parents(target.parent):
         tmp = _beside(target, "tmp")
         tmp.mkdir()
-        with _locked(tmp):
+        with locked(tmp):
             try:
                 yield tmp
                 settle(tmp)
@@ -189,7 +189,7 @@ def atomic_file(out: str | os.PathLike[str]) -> Iterator[Path]:
     with _made_parents(target.parent):
         tmp = _beside(target, "tmp")
         tmp.touch()
-        with _locked(tmp):
+        with locked(tmp):
             try:
                 yield tmp
                 _sync(tmp)
@@ -254,13 +254,13 @@ def _remove_leftovers(target: Path) -> bool:
     leftovers = list(target.parent.glob(f".{glob.escape(target.name)}.tmp-*"))
     for path in leftovers:
         # an OSError means that a running writer holds the lock, or that it is not ours to delete
-        with contextlib.suppress(OSError), _locked(path, insist=True):
+        with contextlib.suppress(OSError), locked(path, insist=True):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     return not any(path.exists() for path in leftovers)
 
 
 @contextlib.contextmanager
-def _locked(path: Path, insist: bool = False) -> Iterator[None]:
+def locked(path: Path, insist: bool = False) -> Iterator[None]:
     """Hold an advisory lock on a file or folder, so that another run knows it is in use.
 
     The system drops it when the process dies, however it dies. `insist`: raise OSError when it cannot be had.

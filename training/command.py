@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from training.atomic import check_inputs, check_run
+from training.earlier import RUN, SAVED, recover_earlier, replacing
 from training.errors import InputError
 from training.files import cache_folder, read_json, resolve
 from training.folder import float_folder, read_head_allocation, read_shape
@@ -35,6 +36,8 @@ DEFAULT_TEXTS = {"data": ["wikitext-103"], "eval_data": ["wikitext-103:validatio
 def run(values: dict[str, Any], explicit: set[str]) -> None:
     """Train. `values` of parameters() by name; `explicit`: those that the user gave."""
     model_name, out = _places(values)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        recover_earlier(out, RUN, SAVED)
     recipe = read_recipe(values["recipe"]) if values["recipe"] else Recipe()
     chosen = {name: values[name] for name in explicit & {field.name for field in fields(TrainOptions)}}
     with _usage():  # a recipe or a saved run may hold what the options need beside them
@@ -72,7 +75,8 @@ def run(values: dict[str, Any], explicit: set[str]) -> None:
     assert tokens is not None
     shared: dict[str, Any] = {"tokenizer_from": folder, "about": about, "overwrite": values["overwrite"]}
     if len(options) > 1:
-        result = _phases(model, tokens, eval_tokens, out, options, source is not None, shared)
+        resume, main = source is not None, processes.is_main_process
+        result = _phases(model, tokens, eval_tokens, out, options, resume, main, shared)
     else:
         result = train(model, tokens, options[0], out, eval_tokens, resume=source or False, **shared)
     if processes.is_main_process:
@@ -289,6 +293,7 @@ def _phases(
     out: Path,
     phases: list[TrainOptions],
     resume: bool,
+    main: bool,
     shared: dict[str, Any],
 ) -> TrainResult:
     """Train a recipe's phases, each a run of its own in OUT/phase-N; OUT becomes the last one's model."""
@@ -296,11 +301,15 @@ def _phases(
     from training.checkpoint import load_model
     from training.trainer import train
 
+    if new_run := not resume and main:
+        out.mkdir(parents=True, exist_ok=True)
     for number, options in enumerate(phases, start=1):
         folder = out / PHASE.format(number)
         started = resume and (folder / "last").is_dir()
         title = f"phase {number} of {len(phases)}"
-        result = train(model, tokens, options, folder, eval_tokens, resume=started, title=title, **shared)
+        new = number == 1 and new_run
+        with replacing(out, RUN, SAVED) if new else nullcontext():
+            result = train(model, tokens, options, folder, eval_tokens, resume=started, title=title, **shared)
         model = load_model(folder)
     state.publish(folder, out)
     return replace(result, folder=out)

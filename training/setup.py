@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import nn
 
 from training.atomic import check_run, recover
 from training.checkpoint import load_model
+from training.earlier import RUN, SAVED, recover_earlier, set_aside
 from training.errors import InputError
 from training.model import Attention, DMPTForCausalLM
 from training.options import TrainOptions
@@ -23,17 +23,20 @@ def on_cpu(options: TrainOptions) -> bool:
 
 
 def prepare_folder(out: Path, resume: bool | str | os.PathLike[str], overwrite: bool) -> None:
-    """Make `out` ready for a run. Raises InputError as check_run."""
+    """Make `out` ready for a run. Raises InputError as check_run.
+
+    An earlier run there is set aside until this one has saved its first checkpoint (training.earlier.settle).
+    """
+    recover_earlier(out, RUN, SAVED)
     recover((out / "last").resolve())  # a kill in the middle of replacing OUT/last
     if not resume:
         check_run(out, overwrite)
-        for name in ("last", "best", "tensorboard"):
-            shutil.rmtree(out / name, ignore_errors=True)
-        (out / "metrics.jsonl").unlink(missing_ok=True)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the folder {out}: {error.strerror}") from error
+    if not resume:
+        set_aside(out, RUN)
 
 
 def resume_folder(out: Path, resume: bool | str | os.PathLike[str]) -> Path | None:

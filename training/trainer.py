@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -20,6 +21,7 @@ from torch import Tensor
 from training import setup, state
 from training.batches import TokenBatches
 from training.checkpoint import save_model
+from training.earlier import RUN, SAVED, settle
 from training.errors import InputError
 from training.evaluation import Evaluation, evaluate
 from training.freeze import Freezer
@@ -63,7 +65,7 @@ def train(
     eval_tokens: held-out tokens; the model that does best on them is kept in OUT/best.
     tokenizer_from: model folder whose tokenizer goes into the checkpoints.
     resume: True continues OUT/last, a path continues that run; its weights replace the model's.
-    overwrite: start anew where a run already lies, deleting it.
+    overwrite: start again where a run already lies; that one is kept until the new one has saved its first checkpoint.
     about: anything JSON can hold, stored with the trainer state.
     progress: show a bar on stderr when that is a terminal. title: the bar's name.
 
@@ -71,14 +73,13 @@ def train(
     loss is no number any more, and Interrupted after Ctrl-C or SIGTERM, when the run is saved.
     """
     started = time.monotonic()
-    trainer = Trainer(model, tokens, options, Path(out), eval_tokens, tokenizer_from, resume, overwrite)
-    trainer.progress.about = about or trainer.progress.about
-    watcher = trainer.watcher(title, progress)
     try:
-        with stop_on_signals() as stop:
+        trainer = Trainer(model, tokens, options, Path(out), eval_tokens, tokenizer_from, resume, overwrite)
+        trainer.progress.about = about or trainer.progress.about
+        with contextlib.closing(trainer.watcher(title, progress)) as watcher, stop_on_signals() as stop:
             return trainer.run(watcher, stop, started)
     finally:
-        watcher.close()
+        settle(Path(out), RUN, SAVED)  # an earlier run comes back where this one has saved nothing
         model.eval()
 
 
@@ -280,6 +281,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             last, reference = self.out / "last", self.objective.reference
             state.save_run(last, self.model, self.optimizer, reference, self.progress, rng, self.tokenizer_from)
+            settle(self.out, RUN, SAVED)
         self.accelerator.wait_for_everyone()
 
     def publish(self) -> Path:
