@@ -41,6 +41,7 @@ OWN_FILES = [
     "merges.txt",
 ]
 OWN_FOLDERS = ["trainer_state"]
+RUNS = ("last", "phase-1")  # in a run that can be continued: of one phase, of several
 NAME_MAX = 255  # bytes of a name, on every common file system
 
 
@@ -90,20 +91,17 @@ def check_replaceable(out: Path, kind: str) -> None:
         )
 
 
-def check_run(out: Path, overwrite: bool, saved: str = "last") -> None:
-    """Raise InputError when a new training run cannot go to `out`: it holds something else, or a run to be kept.
-
-    saved: the folder in `out` by which a run that can be continued is recognised.
-    """
+def check_run(out: Path, overwrite: bool) -> None:
+    """Raise InputError when a new training run cannot go to `out`: it holds something else, or a run to be kept."""
     check_place(out)
     if not out.is_dir():
         if out.exists():
             raise InputError(f"{out} is a file: give a folder that does not exist yet")
         return
-    ours = {path.name for path in out.iterdir()} & {saved, "metrics.jsonl"}
-    if any(out.iterdir()) and not ours:
+    names = {path.name for path in out.iterdir()}
+    if names and not names & {*RUNS, "metrics.jsonl"}:
         raise InputError(f"{out} is not empty and holds no training run: give another folder")
-    if saved in ours and not overwrite:
+    if names & {*RUNS} and not overwrite:
         raise InputError(f"{out} holds a training run: continue it with --resume, or start anew with --overwrite")
 
 

@@ -48,7 +48,7 @@ def run(values: dict[str, Any], explicit: set[str]) -> None:
     about = _texts(saved.get("about", {"model": model_name}) | _given_texts(values))
     options = [TrainOptions.from_dict(saved.get("options", {}) | phase | chosen, "the run") for phase in recipe.phases]
     if source is None:
-        check_run(out, values["overwrite"], "last" if len(options) == 1 else PHASE.format(1))
+        check_run(out, values["overwrite"])
     if source is None:
         check_inputs(out, *_inputs(values, model_name, options))
     first = None if len(options) > 1 else source
