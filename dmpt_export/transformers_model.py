@@ -84,7 +84,7 @@ class Rows:
         return (self.batch.step(np.concatenate(rows)) if together else self.batch.feed(rows))[0]
 
 
-class DMPTOnnxForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class DMPTOnnxForCausalLM(PreTrainedModel, GenerationMixin):
     """An ONNX folder with generate(): greedy, sampling, beams, logits processors, left-padded batches.
 
     Logits are the deployed log-probs. What is asked on another device is answered there, but computed by ONNX Runtime.
@@ -168,7 +168,7 @@ class DMPTOnnxForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         if past_key_values is not None:
             past_key_values.length += input_ids.shape[1]
         logits = torch.from_numpy(found).to(input_ids.device)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)  # type: ignore[arg-type]
+        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
     def scored(self, rows: list[NDArray[np.int64]], last: int) -> Float32s:
         """Without a cache: (B, last, V), each row on its own."""
@@ -178,17 +178,30 @@ class DMPTOnnxForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             out[last - real :] = self.runtime.score(ids, real)[0]
         return found
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
+    def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
         past_key_values: Rows | None = None,
         attention_mask: Tensor | None = None,
         use_cache: bool | None = True,
+        cache: Rows | None = None,  # what generate() of Transformers 5 calls past_key_values
         **_: object,
     ) -> dict[str, Any]:
+        past_key_values = cache if past_key_values is None else past_key_values
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         inputs = {"input_ids": input_ids[:, seen:], "past_key_values": past_key_values, "use_cache": use_cache}
         return inputs | {"attention_mask": attention_mask, "logits_to_keep": 1}
+
+    def _assisted_decoding(self, *arguments: Any, **options: Any) -> Any:
+        try:
+            return super()._assisted_decoding(*arguments, **options)
+        except RuntimeError as error:
+            if "requires a cache" not in str(error):
+                raise
+            raise InputError(
+                "this version of Transformers looks tokens up only with a cache of its own: use runtime.load(FOLDER)"
+                ".generate(..., speculate=N), or Transformers 4.57"
+            ) from error
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -192,11 +192,11 @@ def test_no_field_reaches_the_library_unless_it_is_known(gpt2_copy: Path, monkey
     """Some fields of a config.json make Transformers fetch and run code."""
     given: list[dict[str, Any]] = []
     real = GPT2Config.from_dict
-    monkeypatch.setattr(GPT2Config, "from_dict", lambda fields: given.append(fields) or real(fields))
+    monkeypatch.setattr(GPT2Config, "from_dict", lambda fields, **more: given.append(fields) or real(fields, **more))
     edit_config(gpt2_copy, _attn_implementation_internal="someone/kernel", _name_or_path="someone/else")
     load_model(gpt2_copy)
     assert given
-    assert all(not name.startswith("_") for fields in given for name in fields)
+    assert not any("someone" in str(fields) for fields in given)
 
 
 # --- tensors -----------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Model
         saved_model(root / tree, **fields)
         export_onnx(root / tree, root / f"{tree} onnx", verify=False)
         loaded[tree] = runtime.load(root / f"{tree} onnx", threads=1)
-        loaded[tree].end_of_text = None
+        loaded[tree].ends = frozenset()
     yield loaded
     for model in loaded.values():
         model.close()
@@ -237,7 +237,7 @@ def test_where_activations_are_rounded_only_ties_may_go_another_way(scheme: str,
     save_quantized(tmp_path / "source", tmp_path / "quantized", scheme=scheme)
     export_onnx(tmp_path / "quantized", tmp_path / "onnx", verify=False)
     with runtime.load(tmp_path / "onnx", threads=1) as model:
-        model.end_of_text = None
+        model.ends = frozenset()
         same = 0
         for first in range(1, 25):
             plain, fast = model.generate([first], 50), model.generate([first], 50, speculate=4)

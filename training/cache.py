@@ -169,8 +169,10 @@ class CachedGeneration:
         return _output(logits=log_probs, past_key_values=cache)
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Tensor | None = None, **_: object
+        self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Tensor | None = None, **others: Any
     ) -> dict[str, Any]:
+        if past_key_values is None:  # which generate() of Transformers 5 calls cache
+            past_key_values = others.get("cache")
         seen = 0 if past_key_values is None else past_key_values.length
         inputs = {"input_ids": input_ids[:, seen:], "past_key_values": past_key_values, "use_cache": True}
         return inputs | {"attention_mask": attention_mask, "logits_to_keep": 1}

@@ -103,10 +103,12 @@ def _check(
     """Raise, before torch is imported, for what config.json and the list of files tell already."""
     from training.data import load_tokenizer
 
-    load_tokenizer(tokenizer)
     if source is not None:
         shape = read_shape(source)
     elif values["from_scratch"]:
+        with _usage():
+            Shape.of(_new_sizes(values)).check_exportable()
+        load_tokenizer(tokenizer)
         with _usage():
             shape = Shape.of(_new_fields(tokenizer, values))
     else:
@@ -121,6 +123,7 @@ def _check(
         one.check_installed()
         shape = one.check_shape(shape)
         expanded(read_freeze_schedule(one.freeze_schedule), shape)
+    load_tokenizer(tokenizer)  # last: a foreign one takes Transformers, and seconds
 
 
 def _inputs(values: dict[str, Any], model: str | None, options: list[TrainOptions]) -> list[Any]:
@@ -242,9 +245,12 @@ def _new_fields(tokenizer: Path, values: dict[str, Any]) -> dict[str, Any]:
 
     words = load_tokenizer(tokenizer)
     eot = end_of_text_id(words)
-    sizes = {key: values[key] for key in ("n_layer", "n_embd", "n_head", "n_positions")}
     vocabulary = {"vocab_size": words.get_vocab_size(), "bos_token_id": eot, "eos_token_id": eot}
-    return {**vocabulary, **sizes, "head_allocation": {ROOT: [0]}}
+    return {**vocabulary, **_new_sizes(values), "head_allocation": {ROOT: [0]}}
+
+
+def _new_sizes(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: values[key] for key in ("n_layer", "n_embd", "n_head", "n_positions")}
 
 
 def _changes(start: Shape, values: dict[str, Any], recipe: Recipe) -> dict[str, Any] | None:

@@ -118,7 +118,7 @@ class Hidden:
     gates: dict[str, Tensor] = field(default_factory=dict)  # split node -> (B, S, 2) logits, raw
 
 
-class DMPTForCausalLM(CachedGeneration, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class DMPTForCausalLM(CachedGeneration, PreTrainedModel, GenerationMixin):
     """GPT-2 with forking upper blocks and several vocabulary heads per leaf (docs/design.md, What the model computes).
 
     Source: S. Qian, "Dynamic Multiple Path Transformer" (2025); GPT-2: Radford et al. (2019).
@@ -127,7 +127,7 @@ class DMPTForCausalLM(CachedGeneration, PreTrainedModel, GenerationMixin):  # ty
     config: DMPTConfig
     config_class = DMPTConfig
     base_model_prefix = "transformer"
-    _tied_weights_keys = {"heads.0.weight": "transformer.wte.weight"}  # type: ignore[assignment]  # 5.x form
+    _tied_weights_keys = {"heads.0.weight": "transformer.wte.weight"}  # 5.x form
 
     def __init__(self, config: DMPTConfig) -> None:
         super().__init__(config)

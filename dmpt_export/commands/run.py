@@ -126,7 +126,7 @@ def read_prompt() -> str:
     if len(data) > MOST_INPUT:
         raise RequestError(f"the prompt on standard input is larger than {MOST_INPUT >> 20} MB: give less")
     if not data.strip():
-        raise RequestError("there is no prompt on standard input: give one (one that begins with - goes after --)")
+        raise RequestError("the prompt is empty: give some text (one that begins with - goes after --)")
     try:
         return data.decode().removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
