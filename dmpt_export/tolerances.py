@@ -5,7 +5,7 @@ rounding and, for integer kernels, the quantization of activations that they do 
 
 Integer kernels differ between processors: Arm's int4 products with dot-product instructions round scales further (sums
 0.05 to 0.4 % smaller than x86's), and some x86 kernels before AVX-512 add in another order. The same lines hold there
-(benchmarks.evidence.processors: the worst difference from an AVX-512 machine is under a third of the KL allowed).
+between emulated processors and an AVX-512 machine (benchmarks.evidence.processors, RESULTS.md).
 """
 
 from __future__ import annotations
