@@ -220,13 +220,13 @@ def check_files(
     folder = float_folder(checkpoint)
     shape = read_shape(folder)
     shape.check_exportable()
-    if calibrated:
-        read_ids(options["calib"], folder, shape, options["calib_tokens"])
     shapes = tensor_shapes(folder, shape)
     if shapes and planned:
         check_target(shapes, anchors_of(shape), candidates, _target(options))
     elif shapes:
         check_rules(shapes, shape, rules, options)
+    if calibrated:  # last: the tokenizer of a foreign folder takes Transformers, and seconds
+        read_ids(options["calib"], folder, shape, options["calib_tokens"])
     return rules, earlier
 
 
