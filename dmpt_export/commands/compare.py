@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dmpt_export.commands.checks import is_exported, usage
+from dmpt_export.commands.checks import check_model, is_exported, usage
 from dmpt_export.commands.eval import PROTOCOLS, check_request, check_scored, dequantize
 from dmpt_export.extras import require
 
@@ -104,7 +104,11 @@ def command(
         check_replaceable(Path(out), "comparison")
         check_inputs(Path(out), *(entry.path for entry in named), peers, *data, resume, *growth)
     check_request(data, protocol, max_length, stride, [resume] if resume else [])
-    for source in dict.fromkeys([*(entry.path for entry in named), *([peers] if peers else [])]):
+    sources = list(dict.fromkeys([*(entry.path for entry in named), *([peers] if peers else [])]))
+    for source in sources:  # before tokenizers: that of a foreign folder takes Transformers, and seconds
+        if not is_exported(source):
+            check_model(source)
+    for source in sources:
         check_scored(source, max_length, stride, protocol)
     if needs_torch:
         say("loading PyTorch")

@@ -90,11 +90,12 @@ def command(
 def calibration_ids(checkpoint: str, file: str) -> np.ndarray:
     """The first tokens of a text file, as many as calibration reads."""
     from dmpt_export.kv_cache import SEQUENCES
-    from training.data import check_vocabulary, end_of_text_id, first_tokens, load_tokenizer
+    from training.data import check_source, check_vocabulary, end_of_text_id, first_tokens, load_tokenizer
     from training.errors import InputError
     from training.files import resolve
     from training.folder import read_shape
 
+    check_source(file)  # before the tokenizer: that of a foreign folder takes Transformers, and seconds
     folder = resolve(checkpoint)
     shape, tokenizer = read_shape(folder), load_tokenizer(folder)
     check_vocabulary(tokenizer, shape.vocab_size, folder)
