@@ -19,7 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from training.errors import InputError, install
 from training.files import TOKENIZER_FILES, first_line, read_json
@@ -107,6 +107,8 @@ def transformers_tokenizer(folder: Path) -> Any:
                 shutil.copyfile(folder / name, Path(place) / name)
         Path(place, "config.json").write_text(json.dumps({"model_type": "gpt2"}), encoding="utf-8")
         try:
+            if not (folder / READY).is_file():  # Transformers 4 passes over merges of tokens that there are not
+                models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
             read = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # libraries raise what they like for damaged files
             reason = first_line(error).replace(place, str(folder))
