@@ -31,7 +31,7 @@ class TorchScorer:
         model.config.leaves_of_mode(mode)  # an unknown mode is refused before anything else
         if threads:
             torch.set_num_threads(threads)
-        self.model = model.to(device).eval()  # transformers' stub of `to`
+        self.model = model.to(device).eval()
         config = model.config
         self.mode, self.name, self.folder, self.scheme, self.device = mode, name, folder, scheme, device
         self.fast_k = config.fast_k

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.kills import STEPS
 from training import atomic
 from training.atomic import atomic_file, atomic_folder, check_place, check_replaceable, recover
 from training.errors import InputError
@@ -110,33 +111,23 @@ def test_failure_while_publishing_keeps_the_old(
     assert version_of(out) == "one" and os.listdir(tmp_path) == ["out"]
 
 
-KILLED = """
+KILLED = (
+    """
 import os, shutil, signal, sys
 from pathlib import Path
 from training import atomic
 
 out, last, two_renames = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "two renames"
-steps = 0
-
-def step(real):
-    def call(*args, **more):
-        global steps
-        for _ in range(2):  # before it and after it
-            if steps == last:
-                os.kill(os.getpid(), signal.SIGKILL)
-            steps += 1
-            done = real(*args, **more) if _ == 0 else done
-        return done
-    return call
-
-for name in ("mkdir", "rename", "replace", "fsync"):
+"""
+    + STEPS
+    + """for name in ("mkdir", "rename", "replace", "fsync"):
     setattr(os, name, step(getattr(os, name)))
-shutil.rmtree = step(shutil.rmtree)
 atomic._exchange = (lambda a, b: False) if two_renames else step(atomic._exchange)
 with atomic.atomic_folder(out, "checkpoint") as tmp:
     step(tmp.joinpath("config.json").write_text)('{"model_type": "dmpt", "version": "two"}')
     step(tmp.joinpath("model.safetensors").write_text)("two" * 1000)
 """
+)
 
 
 def test_kill_at_every_step(swap: str, tmp_path: Path) -> None:

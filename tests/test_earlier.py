@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli import run
+from tests.kills import STEPS
 from training import trainer
 from training.earlier import RUN, SAVED, recover_earlier, replacing
 from training.errors import InputError
@@ -36,28 +37,17 @@ def texts(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
 
 
-KILLED = """
+KILLED = (
+    """
 import os, shutil, signal, sys
 from pathlib import Path
 from training import earlier
 
 out, last = Path(sys.argv[1]), int(sys.argv[2])
-steps = 0
-
-def step(real):
-    def call(*args, **more):
-        global steps
-        for _ in range(2):  # before it and after it
-            if steps == last:
-                os.kill(os.getpid(), signal.SIGKILL)
-            steps += 1
-            done = real(*args, **more) if _ == 0 else done
-        return done
-    return call
-
-for name in ("mkdir", "rename", "rmdir", "unlink"):
+"""
+    + STEPS
+    + """for name in ("mkdir", "rename", "rmdir", "unlink"):
     setattr(os, name, step(getattr(os, name)))
-shutil.rmtree = step(shutil.rmtree)
 with earlier.replacing(out, earlier.RUN, earlier.SAVED):
     step((out / "metrics.jsonl").write_text)("new")
     for name in sys.argv[3:]:
@@ -66,6 +56,7 @@ with earlier.replacing(out, earlier.RUN, earlier.SAVED):
         (out / name).parent.mkdir(exist_ok=True)
         os.rename(out / "saving", out / name)
 """
+)
 
 
 @pytest.mark.parametrize("saved", [[], ["last"], ["best", "last"], ["phase-1/last"]])

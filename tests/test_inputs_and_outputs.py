@@ -145,6 +145,14 @@ def test_other_verbs_keep_what_they_are_given(
     assert tree(out) == before
 
 
+def test_a_report_does_not_replace_a_model(tiny_gpt2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export_onnx(tiny_gpt2, tmp_path / "device", verify=False)
+    before = tree(tmp_path / "device")
+    assert main(["bench", str(tmp_path / "device"), "--report", str(tmp_path / "device" / "model.onnx")]) == 3
+    assert "is a file of" in capsys.readouterr().err
+    assert tree(tmp_path / "device") == before
+
+
 # --- places -------------------------------------------------------------------------------------------
 
 

@@ -93,7 +93,7 @@ def read_checkpoint(source: Source) -> Checkpoint:
 
         tensors = read_tensors(folder, rename)
         check_tensors(config, shapes_of(tensors), folder, names.file)
-        verify_source(folder, model_from_tensors(config, tensors), tensors, names)
+        verify_source(folder, lambda: model_from_tensors(config, tensors), tensors, names)
     else:
         tensors = read_tensors(folder)
         check_tensors(config, shapes_of(tensors), folder)

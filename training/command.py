@@ -49,7 +49,6 @@ def run(values: dict[str, Any], explicit: set[str]) -> None:
     options = [TrainOptions.from_dict(saved.get("options", {}) | phase | chosen, "the run") for phase in recipe.phases]
     if source is None:
         check_run(out, values["overwrite"])
-    if source is None:
         check_inputs(out, *_inputs(values, model_name, options))
     first = None if len(options) > 1 else source
     tokenizer_from = values["tokenizer"] or (first and str(first)) or model_name

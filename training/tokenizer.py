@@ -2,8 +2,7 @@
 
 Folders that this project wrote hold it as tokenizer.json alone. A foreign folder is read by the library that defines
 its files: AutoTokenizer obeys tokenizer_config.json, special_tokens_map.json, added_tokens.json, vocab.json and
-merges.txt,
-and its backend is what counts from then on.
+merges.txt, and its backend is what counts from then on.
 
 One rule for all verbs: a text's ids are what the tokenizer's template puts in front of a text (such as a
 beginning-of-text token), then the text's own. What a template puts behind a text is left out: it would end a prompt.
@@ -27,7 +26,7 @@ from training.progress import note_once
 
 END_OF_TEXT = "<|endoftext|>"
 READY = "tokenizer.json"
-OURS = ("dmpt_manifest.json",)  # beside a tokenizer.json that this project made complete
+OURS = "dmpt_manifest.json"  # beside a tokenizer.json that this project made complete
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -70,7 +69,7 @@ def _complete(folder: Path, stamps: object) -> str:
 
 def is_foreign(folder: Path) -> bool:
     """Whether other files than tokenizer.json have a say: a GPT-2 folder, or the files of a tokenizer alone."""
-    if any((folder / name).is_file() for name in OURS):
+    if (folder / OURS).is_file():
         return False
     if (folder / "config.json").is_file():
         return read_json(folder / "config.json").get("model_type") != "dmpt" or not (folder / READY).is_file()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,11 +37,13 @@ READ = {*GPT2, *ALIASES, "scale_attn_weights", "scale_attn_by_inverse_layer_idx"
 PASSED: set[str] = set()
 
 
-def verify_source(folder: Path, model: DMPTForCausalLM, tensors: Mapping[str, Tensor], names: Names) -> None:
+def verify_source(
+    folder: Path, make: Callable[[], DMPTForCausalLM], tensors: Mapping[str, Tensor], names: Names
+) -> None:
     """Compare once what a GPT-2 folder says through this project and through Transformers.
 
-    model: of the folder; tensors: its weights by the contract's names; names: how its files call them. Raises
-    ValidationError (exit code 4) saying what differs, where and by how much.
+    make: gives the model of the folder; tensors: its weights by the contract's names; names: how its files call them.
+    Raises ValidationError (exit code 4) saying what differs, where and by how much.
     """
     if not VERIFY.get():
         return
@@ -49,7 +51,7 @@ def verify_source(folder: Path, model: DMPTForCausalLM, tensors: Mapping[str, Te
     record = cache_folder() / "verified" / key
     if key in PASSED or record.is_file():
         return
-    compare_log_probs(folder, model, tensors, names)
+    compare_log_probs(folder, make(), tensors, names)
     from training.verify_tokenizer import verify_tokenizer
 
     verify_tokenizer(folder)

@@ -11,6 +11,7 @@ TEXT = (
     "The tide mill, built in 1897, cost £ 40.50; didn't it?  Two  spaces,\tone tab\nand a line.\r\n   Naïve cafés "
     "– “quoted” — 日本語 한국어 Ελληνικά мельница עברית हिन्दी 😀👩‍👩‍👧 x=y**2+1; \u200b\ufeff end "
 )
+MOST_BEHIND = 2  # ids that a template may put behind a text, which training.tokenizer leaves out
 
 
 def verify_tokenizer(folder: Path) -> None:
@@ -28,6 +29,3 @@ def verify_tokenizer(folder: Path) -> None:
                 f"{folder}: this program reads {text!r} as other tokens than Transformers: from token {at} on "
                 f"{got[at : at + 5]} instead of {want[at : at + 5]}. Please report it; --no-verify goes on with it"
             )
-
-
-MOST_BEHIND = 2  # ids that a template may put behind a text, which training.tokenizer leaves out

@@ -99,7 +99,7 @@ def command(
     from benchmarks.profiling import profile as by_node
     from benchmarks.scorer import context_of, named
     from benchmarks.speed import measure, target
-    from training.atomic import check_place
+    from training.atomic import check_inputs, check_place
     from training.progress import say
 
     targets = [target(name, path) for name, path in named(models)]
@@ -107,6 +107,7 @@ def command(
     cases(prompt, gen, depth, min(context_of(t.path) for t in targets), *given)  # refused before anything is timed
     if report is not None:
         check_place(Path(report))
+        check_inputs(Path(report), *(t.path for t in targets))
     say("loading each model in fresh processes")
     rounds = [
         measure(

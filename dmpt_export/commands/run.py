@@ -110,7 +110,7 @@ def check_values(options: dict[str, Any], threads: int | None, deterministic: bo
 
 
 def as_utf8(argument: str) -> str:
-    """An argument's bytes read as UTF-8, whatever the locale is; what is none is refused where it is tokenised."""
+    """An argument's bytes read as UTF-8, whatever the locale. Other bytes are refused when the prompt is tokenised."""
     return os.fsencode(argument).decode("utf-8", "surrogateescape")
 
 
