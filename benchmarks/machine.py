@@ -7,7 +7,7 @@ import platform
 import sys
 from typing import Any
 
-from benchmarks.worker import installed
+from benchmarks.speed.worker import installed
 from runtime.threads import visible_cpus
 
 PACKAGES = ("dmpt-export", "onnxruntime", "onnxruntime-gpu", "numpy", "tokenizers", "torch", "transformers")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from dmpt_export.cli import main
+from dmpt_export.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from training.config import DMPTConfig
 from training.errors import InputError
+from training.model.config import DMPTConfig
 
 if TYPE_CHECKING:
     from runtime.model import Model

@@ -20,9 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from quant.text import TOKENS, read_ids
-from training.checkpoint import Source, load_model, read_config, resolve
-from training.config import DMPTConfig
-from training.model import Conv1D, DMPTForCausalLM
+from training.checkpoints.checkpoint import load_model, read_config
+from training.checkpoints.files import resolve
+from training.checkpoints.folder import Source
+from training.model.config import DMPTConfig
+from training.model.dmpt import Conv1D
+from training.model.generation import DMPTForCausalLM
 
 JUDGED = 1024  # tokens by which a text is judged to be foreign to the model
 # A matrix that is both embedding and head: beside the error of logits, that of the rows themselves, as much as if

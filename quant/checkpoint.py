@@ -17,29 +17,28 @@ from numpy.typing import NDArray
 
 from quant.calibration import Calibration, Inputs, observe
 from quant.folder import FORMAT_VERSION, WEIGHTS, read_weights, records, stored_arrays
-from quant.measure import with_damage
+from quant.planning.damage_table import with_damage
 from quant.quantize import TensorReport, quantize_tensors
 from quant.rules import FLOAT, Rule, anchors_of, assign, default_rules, is_quantizable
 from quant.schemes import SCHEMES, check_installed
 from quant.smooth import Arrays, smooth
 from quant.tensor import Weight
-from training.checkpoint import (
-    Source,
-    atomic_folder,
-    check_replaceable,
+from training.checkpoints.atomic import atomic_folder, check_replaceable
+from training.checkpoints.checkpoint import (
     config_fields,
     copy_tokenizer,
     load_state,
     model_card,
     model_from_tensors,
     read_config,
-    resolve,
     write_json,
-    write_tensors,
 )
-from training.config import DMPTConfig
+from training.checkpoints.files import resolve
+from training.checkpoints.folder import Source
+from training.checkpoints.tensors import write_tensors
 from training.errors import InputError
-from training.model import DMPTForCausalLM
+from training.model.config import DMPTConfig
+from training.model.generation import DMPTForCausalLM
 
 PLANNED = "planned"  # how a folder is called whose tensors follow a plan's rules
 
@@ -47,7 +46,7 @@ PLANNED = "planned"  # how a folder is called whose tensors follow a plan's rule
 def load_weights(source: Source) -> tuple[DMPTConfig, dict[str, Weight]]:
     """Configuration and weights by the contract's names, of a quantized or a float checkpoint.
 
-    A tied heads.0 is absent. Raises InputError for what training.checkpoint.read_checkpoint raises it, and
+    A tied heads.0 is absent. Raises InputError for what training.checkpoints.checkpoint.read_checkpoint raises it, and
     for a quantized folder whose parts do not fit together.
     """
     folder = resolve(source)

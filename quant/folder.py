@@ -22,9 +22,10 @@ from quant.schemes import SCHEMES
 from quant.schemes.blockwise import FIELD
 from quant.schemes.low_rank import BITS, DELTAS
 from quant.tensor import Alone, DeltaTensor, QuantizedTensor, Weight
-from training.checkpoint import check_readable, check_tensors
-from training.config import DMPTConfig
+from training.checkpoints.checkpoint import check_tensors
+from training.checkpoints.files import check_readable
 from training.errors import InputError
+from training.model.config import DMPTConfig
 
 FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"

@@ -21,7 +21,7 @@ from quant.tensor import fit_block
 from training.errors import InputError
 
 if TYPE_CHECKING:
-    from training.config import Shape
+    from training.model.shape import Shape
 
 FLOAT = "float32"  # the scheme of a rule that keeps tensors as they are
 LINEAR = re.compile(r"(transformer|paths\.\w+)\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")

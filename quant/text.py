@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from training import data
 from training.errors import InputError
+from training.text.tokenizer import load_tokenizer
+from training.text.windows import check_vocabulary, end_of_text_id, first_tokens
 
 if TYPE_CHECKING:
-    from training.config import Shape
+    from training.model.shape import Shape
 
 TOKENS = 8192  # of calibration text by default
 LONGEST = 512  # tokens of a calibration window
@@ -28,9 +29,9 @@ def read_ids(text: str | Path, folder: Path, shape: Shape, tokens: int = TOKENS)
         raise InputError(f"{tokens} calibration tokens are too few: give thousands")
     if not Path(text).is_file():
         raise InputError(f"calibration text {text} is no file")
-    tokenizer = data.load_tokenizer(folder)
-    data.check_vocabulary(tokenizer, shape.vocab_size, folder)
-    ids = data.first_tokens(Path(text), tokenizer, data.end_of_text_id(tokenizer, shape), tokens)
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(tokenizer, shape.vocab_size, folder)
+    ids = first_tokens(Path(text), tokenizer, end_of_text_id(tokenizer, shape), tokens)
     length = min(LONGEST, shape.n_positions, tokens)
     if len(ids) < length:
         raise InputError(f"{text} has {len(ids)} tokens, calibration needs {length} or more: give a longer text")

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from runtime.manifest import HEAD_LOG_WEIGHTS, ROOT, Manifest, Node
 from runtime.schema import unsafe_name
 
-if TYPE_CHECKING:
-    from runtime.manifest import Manifest, Node
-
-ROOT = "root"
-HEAD_LOG_WEIGHTS = "head_log_weights"  # outputs of this name and the leaf's: log pi of the rows routed there
 MOST_BLOCKS = 10_000
 TARGETS = ("cpu", "cuda")
 FLOATS = ("float32", "float16")

@@ -8,7 +8,8 @@ import stat
 from pathlib import Path
 
 from runtime.errors import ModelError
-from runtime.manifest import MANIFEST_NAME, FileSpec, Manifest
+from runtime.manifest import FileSpec, Manifest
+from runtime.manifest_file import MANIFEST_NAME
 
 LINK = "is a link, also known elsewhere (`cp -RL` makes a folder without links)"
 

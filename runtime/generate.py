@@ -4,28 +4,38 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.batch import Batch
 from runtime.errors import RequestError
 from runtime.lookup import Lookup
 from runtime.sampling import Sampling
-from runtime.writing import Limits, Token, Writing
-
-if TYPE_CHECKING:
-    from runtime.batch import Batch
-    from runtime.model import Model
+from runtime.sequence import Sequence
+from runtime.writing import Limits, TextModel, Token, Writing
 
 TOGETHER = 16  # texts of a batch that are in memory at once; the others follow as these end
 PER_TENSOR = "int8-dynamic"  # the scheme whose kernels quantize the activations of all rows together
 
 
+class Generator(TextModel, Protocol):
+    """What the loops ask of a model (runtime.model.Model)."""
+
+    vocab_size: int
+
+    def sequence(self, capacity: int = 0) -> Sequence: ...
+
+    def batch(self, rows: int, capacity: int = 0) -> Batch: ...
+
+
 class Generation(Writing):
     """One text; iterate over it to make it. See Writing for what it knows afterwards."""
 
-    def __init__(self, model: Model, prompt: NDArray[np.int64], sampling: Sampling, limits: Limits) -> None:
+    model: Generator
+
+    def __init__(self, model: Generator, prompt: NDArray[np.int64], sampling: Sampling, limits: Limits) -> None:
         super().__init__(model, prompt, sampling, limits, row=0)
         if limits.speculate:
             check_speculation(model, sampling)
@@ -66,7 +76,7 @@ class Generation(Writing):
         return min(self.model.context - used, self.limits.max_new_tokens - len(self.ids) - 1)
 
 
-def check_speculation(model: Model, sampling: Sampling) -> None:
+def check_speculation(model: Generator, sampling: Sampling) -> None:
     if sampling.heat > 0:
         raise RequestError(
             "speculate needs the greedy choice: leave temperature, top_k, top_p and seed out, or speculate"
@@ -82,7 +92,7 @@ class Generations:
     """Several texts that are made together; iterate to get their tokens, `Token.row` says whose. `texts` are complete
     afterwards. At most 16 are in the making at once."""
 
-    def __init__(self, model: Model, prompts: list[NDArray[np.int64]], sampling: Sampling, limits: Limits) -> None:
+    def __init__(self, model: Generator, prompts: list[NDArray[np.int64]], sampling: Sampling, limits: Limits) -> None:
         if limits.speculate:
             raise RequestError("speculate works on one prompt at a time: leave it out, or give the prompts one by one")
         self.model = model

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+MOST_SPECULATED = 64  # tokens guessed at once; each costs a row of the vocabulary
+
 LONGEST, SHORTEST = 4, 2  # tokens that have to be equal; a single one says too little
 
 

@@ -15,7 +15,8 @@ from runtime.batch import Batch
 from runtime.errors import RequestError
 from runtime.files import check_files
 from runtime.generate import Generation, Generations
-from runtime.manifest import TOKENIZER_NAME, Manifest, read_manifest
+from runtime.manifest import Manifest
+from runtime.manifest_file import TOKENIZER_NAME, read_manifest
 from runtime.request import check_count, check_ids, is_many
 from runtime.sampling import Sampling
 from runtime.sequence import Sequence

@@ -19,12 +19,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from runtime.cache import Caches, roomier
-from runtime.consistency import HEAD_LOG_WEIGHTS, ROOT
 from runtime.errors import ModelError
-from runtime.manifest import Node
+from runtime.lookup import MOST_SPECULATED
+from runtime.manifest import HEAD_LOG_WEIGHTS, ROOT, Node
 from runtime.request import check_count, check_ids
 from runtime.session import Engine
-from runtime.writing import MOST_SPECULATED
 
 FEW = 1 + MOST_SPECULATED  # tokens in a step; a run over more needs memory that steps do not
 

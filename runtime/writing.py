@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.errors import RequestError
+from runtime.lookup import MOST_SPECULATED
+from runtime.manifest import Manifest
 from runtime.request import check_count
 from runtime.sampling import Sampler, Sampling, is_whole
-from runtime.text import StopStrings, Streamer
-
-if TYPE_CHECKING:
-    from runtime.model import Model
+from runtime.text import StopStrings, Streamer, TextCodec
 
 END_OF_TEXT, STOP_STRING, MAX_NEW_TOKENS, CONTEXT_FULL = "end_of_text", "stop_string", "max_new_tokens", "context_full"
 STOP, SLIDE = "stop", "slide"  # what to do when the context is full
-MOST_SPECULATED = 64  # tokens guessed at once; each costs a row of the vocabulary
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,16 @@ class Limits:
         return list(self.stop)
 
 
+class TextModel(Protocol):
+    """What a text asks of its model (runtime.model.Model)."""
+
+    folder: Path
+    manifest: Manifest
+    codec: TextCodec | None
+    context: int  # tokens
+    ends: frozenset[int]
+
+
 class Writing:
     """The text of one prompt. `ids`, `text` and `stop_reason` are complete when stop_reason is not None.
 
@@ -66,7 +75,9 @@ class Writing:
     the context is full.
     """
 
-    def __init__(self, model: Model, prompt: NDArray[np.int64], sampling: Sampling, limits: Limits, row: int) -> None:
+    def __init__(
+        self, model: TextModel, prompt: NDArray[np.int64], sampling: Sampling, limits: Limits, row: int
+    ) -> None:
         """row: which of several prompts. It draws its random numbers from the seed plus its row, so that a prompt of
         a batch gets the text that it gets alone with that seed."""
         if limits.stops and model.codec is None:

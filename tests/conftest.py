@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from training.model import DMPTForCausalLM
+    from training.model.generation import DMPTForCausalLM
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 CACHE = tempfile.mkdtemp(prefix="dmpt-export-tests-")
@@ -47,11 +47,11 @@ TINY: dict[str, Any] = {
 
 @pytest.fixture(scope="session")
 def bitsandbytes() -> Iterator[None]:
-    """bitsandbytes, or where it is not installed its arithmetic in numpy (tests.fake_bitsandbytes)."""
+    """bitsandbytes, or where it is not installed its arithmetic in numpy (tests.helpers.fake_bitsandbytes)."""
     if find_spec("bitsandbytes"):
         yield
         return
-    from tests import fake_bitsandbytes
+    from tests.helpers import fake_bitsandbytes
 
     with pytest.MonkeyPatch.context() as patch:
         for name, module in fake_bitsandbytes.modules().items():
@@ -79,7 +79,7 @@ def sample_text() -> str:
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with GPT-2's kind of tokenizer, in both forms: tokenizer.json, and vocab.json with merges.txt."""
-    from training.data import train_tokenizer
+    from training.text.windows import train_tokenizer
 
     tokenizer = train_tokenizer(SAMPLE_TEXT.splitlines(), 300)
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -96,7 +96,7 @@ def make_gpt2(tokenizer_folder: Path) -> Callable[..., Any]:
         import torch
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        from training.checkpoint import copy_tokenizer
+        from training.checkpoints.checkpoint import copy_tokenizer
 
         torch.manual_seed(0)
         model = GPT2LMHeadModel(GPT2Config(**(TINY | changes))).eval()
@@ -123,9 +123,9 @@ def make_dmpt(tokenizer_folder: Path) -> Callable[..., DMPTForCausalLM]:
     def make(folder: Path, **changes: Any) -> DMPTForCausalLM:
         import torch
 
-        from training.checkpoint import save_model
-        from training.config import DMPTConfig
-        from training.model import DMPTForCausalLM
+        from training.checkpoints.checkpoint import save_model
+        from training.model.config import DMPTConfig
+        from training.model.generation import DMPTForCausalLM
 
         torch.manual_seed(1)
         model = DMPTForCausalLM(DMPTConfig(**(TINY | {"gate_hidden": 16} | changes))).eval()

@@ -12,14 +12,14 @@ from typing import Any
 import click
 import pytest
 import torch
-from fake_hub import FakeDataset, FakeHub
 
-from dmpt_export.cli import main
-from dmpt_export.commands.train import command
-from training.checkpoint import load_model, read_config
+from dmpt_export.cli.main import main
+from dmpt_export.cli.train import command
+from tests.helpers.fake_hub import FakeDataset, FakeHub
+from training.checkpoints.checkpoint import load_model, read_config
+from training.cli.recipes import names, read_recipe
 from training.errors import install
-from training.options import TrainOptions
-from training.recipes import names, read_recipe
+from training.loop.options import TrainOptions
 
 # The two commands that train in the original's README, word for word but for `python training.py`.
 DUAL = """--pretrained_model gpt2   --split_at_layer 6   --epochs 1   --batch_size 1   --grad_accum_steps 12
@@ -119,7 +119,7 @@ def test_the_originals_command_means_what_it_says(monkeypatch: pytest.MonkeyPatc
         seen.update(model=model, options=options, out=out, about=more["about"], tokens=tokens, eval_tokens=eval_tokens)
         raise Stop
 
-    monkeypatch.setattr("training.trainer.train", train)
+    monkeypatch.setattr("training.loop.trainer.train", train)
     assert main(["train", *shlex.split(DUAL)]) == 77
     expected = TrainOptions(
         epochs=1, batch_size=1, grad_accum_steps=12, max_length=256, max_steps=8200, train_path_selection="gate_soft",
@@ -136,7 +136,7 @@ def test_the_originals_command_means_what_it_says(monkeypatch: pytest.MonkeyPatc
 
 def test_the_originals_commands_run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train, be interrupted, resume by the original's kind of file name; later options win, so the run is short."""
-    from training.trainer import Trainer
+    from training.loop.trainer import Trainer
 
     run = workplace / "checkpoints" / "dual_path"
     with monkeypatch.context() as patch:
@@ -167,7 +167,7 @@ def test_without_data_and_without_a_hub_one_line_says_so(
     tiny_gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("training.sources.find_spec", lambda name: None)
+    monkeypatch.setattr("training.text.sources.find_spec", lambda name: None)
     assert main(["train", str(tiny_gpt2), "out"]) == 3
     err = capsys.readouterr().err
     assert err.startswith("Error: --data FILE is missing") and err.endswith(f"{install('data')}\n")

@@ -6,8 +6,8 @@ import sys
 
 import click
 
-from training.command import run
-from training.parameters import parameters
+from training.cli.command import run
+from training.cli.parameters import parameters
 
 
 @click.pass_context

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.data import read_lines, train_tokenizer
+from training.text.sources import read_lines
+from training.text.windows import train_tokenizer
 
 # Files of the data folder
 PRETRAINING, TUNING = "enwiki/train.txt.xz", "wikitext/wiki2.train.unk.txt.xz"

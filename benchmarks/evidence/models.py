@@ -39,9 +39,10 @@ def make_dmpt(out: Path, shape: Shape, split: int = SPLIT, **sizes: Any) -> None
     """A dual DMPT checkpoint whose gate does as `shape.switching` says; sizes: other fields of DMPTConfig."""
     import torch
 
-    from training.checkpoint import save_model
-    from training.config import DMPTConfig, even_allocation
-    from training.model import DMPTForCausalLM
+    from training.checkpoints.checkpoint import save_model
+    from training.model.config import DMPTConfig
+    from training.model.generation import DMPTForCausalLM
+    from training.model.shape import even_allocation
 
     allocation = even_allocation(["left", "right"], shape.heads)
     torch.manual_seed(SEED)

@@ -30,9 +30,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.base import kl_divergence
+from benchmarks.evidence.driver import dmpt_export, say
 from benchmarks.evidence.models import steer
-from benchmarks.evidence.work import dmpt_export, say
+from benchmarks.quality.divergence import kl_divergence
 
 ARM, X86 = ("cortex-a57", "cortex-a76", "max"), ("Haswell", "Nehalem")  # names that QEMU knows
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,10 +120,12 @@ def make_source(tree: str, out: Path, text: Path) -> None:
     so that no kernel's rounding excuses another route."""
     import torch
 
-    from training.checkpoint import save_model
-    from training.config import DMPTConfig, even_allocation, leaf_names
-    from training.data import read_lines, train_tokenizer
-    from training.model import DMPTForCausalLM
+    from training.checkpoints.checkpoint import save_model
+    from training.model.config import DMPTConfig
+    from training.model.generation import DMPTForCausalLM
+    from training.model.shape import even_allocation, leaf_names
+    from training.text.sources import read_lines
+    from training.text.windows import train_tokenizer
 
     fields: dict[str, Any] = {"head_allocation": even_allocation(leaf_names(TREES[tree]["splits"], 4), 8)}
     fields |= {"tie_word_embeddings": False, "gate_hidden": 16} | TREES[tree]

@@ -23,18 +23,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import peers
-from benchmarks.adapters import FACTS
-from benchmarks.base import Base
+from benchmarks.evidence.driver import Results, add_peer_python, dmpt_export, say
 from benchmarks.evidence.quantization_report import figures, table
-from benchmarks.evidence.work import Results, add_peer_python, dmpt_export, say
-from benchmarks.peer_scorer import PeerScorer
-from benchmarks.peers import Peer
-from benchmarks.processes import WorkerFailed, worker
-from benchmarks.progress import fingerprint, key_of
-from benchmarks.quality import evaluate, read_tokens, sha256
-from benchmarks.scorer import Scorer, onnx_size, open_scorer, weight_files
-from benchmarks.speed import Target
+from benchmarks.peers import registry
+from benchmarks.peers.adapters import FACTS
+from benchmarks.peers.registry import Peer
+from benchmarks.quality.divergence import Base
+from benchmarks.quality.open_scorer import open_scorer
+from benchmarks.quality.peer_scorer import PeerScorer
+from benchmarks.quality.perplexity import evaluate, read_tokens, sha256
+from benchmarks.quality.progress import fingerprint, key_of
+from benchmarks.quality.scorer import Scorer, onnx_size, weight_files
+from benchmarks.speed.processes import WorkerFailed, worker
+from benchmarks.speed.timing import Target
 from training.errors import InputError, ValidationError
 
 FLOAT = "float32"  # the variant that is exported as it is
@@ -42,7 +43,7 @@ SCHEMES = ("fp16", "int8", "bnb-int8", "int8-dynamic", "int4", "int4-hqq", "int4
            "int3-gptq", "int2", "int2-gptq")  # fmt: skip
 CALIBRATED = {scheme for scheme in SCHEMES if scheme.endswith("-gptq")}
 ORT = Peer(
-    "benchmarks.adapters.ort_quantizers",
+    "benchmarks.peers.adapters.ort_quantizers",
     ("dynamic", "rtn-8", "rtn-4", "hqq-4", "kquant-4"),
     ("optimum-onnx", "onnxruntime", "accelerate", "onnx-ir"),
     "pip install 'optimum-onnx[onnxruntime]' accelerate onnx-ir",
@@ -51,7 +52,7 @@ ORT = Peer(
 
 def all_peers() -> dict[str, Peer]:
     """Every peer that has quantized weights."""
-    return {**peers.PEERS, "onnxruntime": ORT}
+    return {**registry.PEERS, "onnxruntime": ORT}
 
 
 def variants(calib: Path, sizes: list[str], also: list[str]) -> dict[str, list[str]]:
@@ -166,7 +167,7 @@ class Evidence:
             with worker(name, pythons.get(name)) as w:
                 found = w.ask(do="versions", packages=list(peer.packages))
             if lacking := [package for package in peer.packages if found[package] is None]:
-                self.absent.append(f"{name} is not measured: {peers.absence(peer, lacking)}")
+                self.absent.append(f"{name} is not measured: {registry.absence(peer, lacking)}")
                 continue
             for scheme in wanted:
                 say(f"{subject.name}: {name} {scheme}")
@@ -181,7 +182,7 @@ class Evidence:
         """Convert in one process, score in another: as a user would."""
         out = self.work / "peer"
         shutil.rmtree(out, ignore_errors=True)
-        plain = peers.gpt2_folder(subject.source, self.work / "gpt2" / subject.name)
+        plain = registry.gpt2_folder(subject.source, self.work / "gpt2" / subject.name)
         with worker(key["name"], python) as w:
             facts = w.ask(do="convert", adapter=peer.adapter, source=str(plain.resolve()), out=str(out), scheme=scheme)
         facts["versions"] = versions

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.quality import Quality
-from benchmarks.table import markdown
+from benchmarks.quality.perplexity import Quality
+from benchmarks.report.table import markdown
 
 
 def figures(found: Quality) -> dict[str, Any]:

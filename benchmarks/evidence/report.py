@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.table import markdown
-from training.data import read_lines
+from benchmarks.report.table import markdown
+from training.text.sources import read_lines
 
 CONTROL = "gpt2"  # what every variant is held against, seed by seed: trained on the same tokens in the same order
 

@@ -22,13 +22,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import machine, peers
+from benchmarks import machine
 from benchmarks.evidence import models
+from benchmarks.evidence.driver import add_peer_python, dmpt_export, say
 from benchmarks.evidence.speed_report import DEEP, GEN, PROMPT, SHALLOW, report
-from benchmarks.evidence.work import add_peer_python, dmpt_export, say
-from benchmarks.processes import WorkerFailed
-from benchmarks.results import Speed
-from benchmarks.speed import Target, measure, target
+from benchmarks.peers import registry
+from benchmarks.speed.processes import WorkerFailed
+from benchmarks.speed.results import Speed
+from benchmarks.speed.timing import Target, measure, target
 from training.errors import InputError
 
 SCHEMES = {"int8": ("--scheme", "int8"), "int4": ("--scheme", "int4")}  # options of `dmpt-export quantize`
@@ -125,15 +126,15 @@ class Workshop:
     def theirs(self, pythons: dict[str, str]) -> tuple[list[Target], list[str]]:
         """The peers that are there, and for the others the line that says how to get them, or why it failed."""
         found, absent = [], []
-        for name, peer in peers.PEERS.items():
-            if lacking := peers.missing(name, pythons.get(name)):
-                absent.append(f"{name} is not measured: {peers.absence(peer, lacking)}")
+        for name, peer in registry.PEERS.items():
+            if lacking := registry.missing(name, pythons.get(name)):
+                absent.append(f"{name} is not measured: {registry.absence(peer, lacking)}")
                 continue
             for scheme in peer.schemes:
                 out = self.work / "peers" / f"{name}-{scheme}"
                 say(f"preparing {name} {scheme}")
                 try:
-                    found.append(peers.prepare(name, scheme, self.checkpoint(MODELS[0]), out, pythons.get(name)))
+                    found.append(registry.prepare(name, scheme, self.checkpoint(MODELS[0]), out, pythons.get(name)))
                 except WorkerFailed as error:
                     absent.append(f"{name} {scheme} is not measured: {error}")
         return found, absent
@@ -150,11 +151,11 @@ def agreement(
     if reference is None:
         return {}
     ids = np.random.default_rng(1).integers(0, vocab_size, min(2 * SCORED, context)).tolist()
-    expected = peers.scores(reference, ids, SCORED, work / "scores.npy")
+    expected = registry.scores(reference, ids, SCORED, work / "scores.npy")
     found = {}
     for t in targets:
         try:
-            found[t.name] = dict(peers.divergence(expected, peers.scores(t, ids, SCORED, work / "scores.npy")))
+            found[t.name] = dict(registry.divergence(expected, registry.scores(t, ids, SCORED, work / "scores.npy")))
         except WorkerFailed as error:
             failed[t.name] = str(error)
     return found
@@ -215,7 +216,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", default="1", help="one run for each: 1,2")
     parser.add_argument("--schemes", default="int8,int4", help=f"of {', '.join(SCHEMES)}")
     parser.add_argument("--repetitions", type=int, default=5, help="rounds that count")
-    add_peer_python(parser, peers.PEERS)
+    add_peer_python(parser, registry.PEERS)
     options = parser.parse_args(arguments)
     if unknown := set(options.schemes.split(",")) - set(SCHEMES):
         parser.error(f"--schemes {','.join(sorted(unknown))}: known are {', '.join(SCHEMES)}")

@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.cases import Case
-from benchmarks.results import Speed, Timings, ratio
-from benchmarks.table import markdown, megabytes
+from benchmarks.report.table import markdown, megabytes
+from benchmarks.speed.cases import Case
+from benchmarks.speed.results import Speed, Timings, ratio
 
 PROMPT, GEN, SHALLOW, DEEP = 512, 128, 128, 896  # tokens: prefill, decoded, context before them (to 1024)
 FASTEST = {"int8": ("openvino int8",), "int4": ("llama.cpp q4_0", "openvino int4")}

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence import corpus, plan, report
+from benchmarks.evidence.driver import Results, dmpt_export
 from benchmarks.evidence.plan import SCALES, TRIALS, VARIANTS, Scale, Variant
-from benchmarks.evidence.work import Results, dmpt_export
 
 COST = "cost.json"  # beside a trained model: what its training took, start and evaluation included
 

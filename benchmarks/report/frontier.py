@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from benchmarks.ranking import front
+from benchmarks.comparison.model_result import Row, cells, merit
+from benchmarks.comparison.ranking import front
 from benchmarks.report import svg
 from benchmarks.report.placing import Box, best_spot, distance
-from benchmarks.row import Row, cells, merit
 
 WIDTH, HEIGHT = 460.0, 400.0
 LARGEST, SMALLEST, RING = 20.0, 4.0, 5.0  # radii
@@ -27,13 +28,50 @@ def colour_numbers(families: Sequence[str]) -> dict[str, int]:
     return out
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """What is drawn of a table of models."""
+
+    name: str  # for those who cannot see it
+    parts: list[svg.Markup]
+    families: list[tuple[str, int]]  # each with the number of its colour
+    note: str
+
+
 def draw(rows: Sequence[Row]) -> svg.Markup:
-    """The figure and its legend; rows are numbered from 1 as in the table, those without quality left out."""
+    """The figure and its legend for a page; empty where no model has a quality."""
+    if not (drawing := drawn(rows)):
+        return svg.Markup()
+    figure = svg.picture(drawing.name, WIDTH, HEIGHT, *drawing.parts)
+    key = svg.legend([family for family, _ in drawing.families], [index for _, index in drawing.families])
+    return svg.tag("figure", key, figure, svg.tag("figcaption", drawing.note), aria_label=title(rows))
+
+
+def draw_file(rows: Sequence[Row]) -> str:
+    """The same as an SVG file of its own. At least one row has a quality."""
+    drawing = drawn(rows)
+    assert drawing is not None
+    key, height = svg.legend_rows(drawing.families, WIDTH)
+    top = 26 + height
+    heading = svg.tag("text", title(rows), x=4, y=18, font_size=15, font_weight="bold")
+    lines = [line.strip() for line in drawing.note.split(". ")]
+    notes = [svg.tag("text", line, x=4, y=top + HEIGHT + 14 * i, class_="tick") for i, line in enumerate(lines, 1)]
+    body = [heading, svg.tag("g", key, transform="translate(0,26)")]
+    body.append(svg.tag("g", *drawing.parts, transform=f"translate(0,{svg.number(top)})"))
+    return svg.picture_file(drawing.name, WIDTH, top + HEIGHT + 14 * len(lines) + 8, *body, *notes)
+
+
+def title(rows: Sequence[Row]) -> str:
+    return f"Size, {merit(rows)} and speed"
+
+
+def drawn(rows: Sequence[Row]) -> Drawing | None:
+    """Rows are numbered from 1 as in the table, those without quality left out."""
     quality = merit(rows)
     numbered = [(str(i), row) for i, row in enumerate(rows, 1) if row.figure(quality) is not None]
     shown = [row for _, row in numbered]
     if not shown:
-        return svg.Markup()
+        return None
     x = svg.Scale.around([row.size_bytes / 1e6 for row in shown], 50, WIDTH - 16, log=True)
     height = {row.name: value for row in shown if (value := row.figure(quality)) is not None}
     wide = max(height.values()) > 3 * min(height.values())
@@ -55,12 +93,12 @@ def draw(rows: Sequence[Row]) -> svg.Markup:
     frame = Box(x.start, y.end, x.end, y.start)
     parts += labels(numbered, centres, radii, frame, colours, along(points))
     name = f"Size, {quality} and speed: " + "; ".join(said(row, quality) for row in shown)
-    figure = svg.picture(name, WIDTH, HEIGHT, *parts)
-    timed = "The marker's area is decode tokens/s; a hollow ring was not timed. "
-    note = f"Better: lower, further left, larger. {timed}The dashed line joins those that no other beats in both."
-    used = [family for family in colours if any(row.family == family for row in shown)]
-    key = svg.legend(used, [colours[family] for family in used])
-    return svg.tag("figure", key, figure, svg.tag("figcaption", note), aria_label=f"Size, {quality} and speed")
+    note = (
+        "Better: lower, further left, larger. The marker's area is decode tokens/s; a hollow ring was not timed. "
+        "The dashed line joins those that no other beats in both."
+    )
+    used = [(family, index) for family, index in colours.items() if any(row.family == family for row in shown)]
+    return Drawing(name, parts, used, note)
 
 
 def radius(row: Row, best: float) -> float:

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.scorer import config_json, kind_of
 from benchmarks.report import svg
-from benchmarks.scorer import config_json, kind_of
-from runtime.manifest import REPORT_NAME, read_manifest
+from runtime.manifest_file import REPORT_NAME, read_manifest
 from training.errors import InputError
 
 KINDS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")

@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from benchmarks.ranking import front
+from benchmarks.comparison.model_result import Row, cells, columns, merit
+from benchmarks.comparison.ranking import front
+from benchmarks.comparison.result import Comparison
 from benchmarks.report import frontier, growth, layers, routes, svg
 from benchmarks.report.svg import Markup, tag, together
-from benchmarks.row import Row, cells, columns, merit
+from benchmarks.report.theme import COLOURS, FIGURES
 
-if TYPE_CHECKING:
-    from benchmarks.comparison import Comparison
-
-# Okabe and Ito's palette for all kinds of colour vision, lighter on dark ground.
-LIGHT = ("#6b6b6b", "#0072b2", "#d55e00", "#009e73", "#b3558c", "#b07d00", "#3a93c4", "#7a5195", "#5b7f00", "#a33b3b")
-DARK = ("#a8a8a8", "#5db2ea", "#ff8f4a", "#3fcf9f", "#e29cc4", "#e6b422", "#8fd0f5", "#b795d6", "#a4c94b", "#ef8a8a")
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # the browser refuses whatever else
 STYLE = """
-:root{color-scheme:light dark;--ink:#1d1d1f;--soft:#55555c;--paper:#fff;--line:#d9d9de;--tint:#f3f3f6;LIGHT}
-@media(prefers-color-scheme:dark){:root{--ink:#ececf0;--soft:#b0b0ba;--paper:#17171a;--line:#3a3a42;--tint:#222228;DARK}}
 *{box-sizing:border-box}
 body{margin:0 auto;padding:1rem;max-width:72rem;background:var(--paper);color:var(--ink);
 font:1rem/1.5 system-ui,sans-serif;overflow-wrap:break-word}
 h1{font-size:1.5rem}h2{font-size:1.2rem;margin-top:2rem}
 figure{margin:1rem 0;min-width:0}figcaption,.small{color:var(--soft);font-size:.875rem}
 svg{display:block;width:100%;max-width:36rem;height:auto;font-family:inherit}
-svg text{fill:var(--ink)}svg .tick{fill:var(--soft)}svg .grid{stroke:var(--line)}
-svg .front{stroke:var(--ink);stroke-dasharray:5 4;stroke-width:1.5}
-svg .label{paint-order:stroke;stroke:var(--paper);stroke-width:3px}
 .plots{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr))}
 .legend{overflow-wrap:anywhere;display:flex;flex-wrap:wrap;gap:.2rem 1rem;list-style:none;padding:0;margin:.5rem 0}
 .swatch{display:inline-block;width:.8em;height:.8em;border-radius:50%;margin-right:.4em;
@@ -73,20 +64,15 @@ def page(result: Comparison) -> str:
 
 def document(title: str, body: Markup) -> str:
     """A whole HTML document around `body`; nothing in it is fetched from anywhere, the icon included."""
-    style = STYLE.replace("LIGHT", variables(LIGHT)).replace("DARK", variables(DARK))
     head = together(
         Markup('<meta charset="utf-8">'),
         Markup(f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'),
         Markup('<meta name="viewport" content="width=device-width, initial-scale=1">'),
         Markup('<link rel="icon" href="data:,">'),
         tag("title", title),
-        tag("style", Markup(style)),
+        tag("style", Markup(COLOURS + FIGURES + STYLE)),
     )
     return f"<!DOCTYPE html>\n{tag('html', tag('head', head), tag('body', tag('main', body)), lang='en')}\n"
-
-
-def variables(palette: tuple[str, ...]) -> str:
-    return ";".join(f"--c{i}:{shade}" for i, shade in enumerate(palette))
 
 
 def beside_control(rows: list[Row]) -> Markup:

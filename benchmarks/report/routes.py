@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.quality.scorer import Scorer, pieces
 from benchmarks.report import svg
-from benchmarks.scorer import Scorer, pieces
 
 MOST = 160  # tokens
 

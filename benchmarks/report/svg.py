@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from benchmarks.report.theme import COLOURS, FIGURES, LIGHT
+
 FONT = 12.0  # pixels, of all text in figures
 LETTER = 0.56 * FONT  # about the width of a letter of it
-PALETTE = 10  # colours --c0 ... of the page
+PALETTE = len(LIGHT)  # colours --c0 ... of benchmarks.report.theme
 
 
 class Markup(str):
@@ -46,6 +48,30 @@ def picture(name: str, width: float, height: float, *content: str) -> Markup:
     """An SVG with an accessible name."""
     box = f"0 0 {number(width)} {number(height)}"
     return tag("svg", tag("title", name), *content, role="img", aria_label=name, viewBox=box, font_size=FONT)
+
+
+def picture_file(name: str, width: float, height: float, *content: str) -> str:
+    """A picture as an SVG file of its own, with the colours of the report's pages."""
+    style = tag("style", Markup(COLOURS + FIGURES))
+    paper = tag("rect", width=width, height=height, fill="var(--paper)")
+    box = f"0 0 {number(width)} {number(height)}"
+    about: dict[str, object] = {"xmlns": "http://www.w3.org/2000/svg", "role": "img", "aria_label": name}
+    drawing = tag("svg", tag("title", name), style, paper, *content, **about, viewBox=box, width=width, height=height,
+                  font_family="system-ui, sans-serif", font_size=FONT)  # fmt: skip
+    return f"{drawing}\n"
+
+
+def legend_rows(labels: Sequence[tuple[str, int]], width: float) -> tuple[Markup, float]:
+    """What the colours stand for, as rows of dots and labels within `width`, and the height of the rows."""
+    x, y, parts = 8.0, 10.0, []
+    for label, index in labels:
+        own = 22 + LETTER * len(label)
+        if x + own > width:
+            x, y = 8.0, y + 20
+        parts.append(tag("circle", cx=x, cy=y, r=5, fill=colour(index)))
+        parts.append(tag("text", label, x=x + 10, y=y + 4))
+        x += own + 12
+    return together(*parts), y + 10
 
 
 @dataclass(frozen=True)

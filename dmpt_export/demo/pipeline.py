@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,15 +23,17 @@ import click
 from dmpt_export import __version__
 from dmpt_export.demo.corpus import Corpus, documentation_corpus, text_corpus
 from dmpt_export.demo.settings import Settings
-from training.data import encode_lines, end_of_text_id, load_tokenizer, read_text, train_tokenizer
 from training.errors import InputError
+from training.text.sources import read_text
+from training.text.tokenizer import load_tokenizer
+from training.text.windows import encode_lines, end_of_text_id, train_tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from benchmarks.comparison import Comparison
-    from training.model import DMPTForCausalLM
-    from training.options import TrainOptions
+    from benchmarks.comparison.result import Comparison
+    from training.loop.options import TrainOptions
+    from training.model.generation import DMPTForCausalLM
 
 MARKER = "demo.json"  # its presence says that a folder is a demo's
 FOLDERS = ("corpus", "tokenizer", "checkpoints", "quantized", "onnx")
@@ -117,8 +120,8 @@ class Demo:
 
     def train_models(self, texts: Texts) -> None:
         """Base GPT-2, then it and the DMPT made from it on the same further tokens."""
-        from training.checkpoint import load_model, save_model
-        from training.init import init_from_gpt2
+        from training.checkpoints.checkpoint import load_model, save_model
+        from training.model.init import init_from_gpt2
 
         s = self.settings
         tune = s.training(s.tune_steps, s.tune_lr, self.seed + 1)
@@ -141,8 +144,9 @@ class Demo:
         """A GPT-2 with random weights: a model without splits and with one tied head."""
         import torch
 
-        from training.config import ROOT, DMPTConfig
-        from training.model import DMPTForCausalLM
+        from training.model.config import DMPTConfig
+        from training.model.generation import DMPTForCausalLM
+        from training.model.shape import ROOT
 
         tokenizer = load_tokenizer(self.out / "tokenizer")
         eot, s = end_of_text_id(tokenizer), self.settings
@@ -155,8 +159,8 @@ class Demo:
 
     def fit(self, model: DMPTForCausalLM, name: str, options: TrainOptions, texts: Texts) -> None:
         """Train into checkpoints/`name`, which then holds the model alone, without the optimizer's state."""
-        from training.interrupt import Interrupted
-        from training.trainer import train
+        from training.loop.interrupt import Interrupted
+        from training.loop.trainer import train
 
         folder = self.checkpoint(name)
         try:
@@ -192,8 +196,8 @@ class Demo:
                 yield name, scheme, self.out / "quantized" / f"{name}-{scheme}"
 
     def export(self) -> None:
-        from dmpt_export.commands.onnx import report
-        from dmpt_export.export import export_onnx
+        from dmpt_export.cli.onnx import report
+        from dmpt_export.onnx.export import export_onnx
 
         for name, scheme, source in self.variants():
             manifest = export_onnx(source, self.exported(name, scheme))
@@ -218,7 +222,9 @@ class Demo:
             click.echo("\n")
 
     def compare(self, texts: Texts) -> Comparison:
-        from benchmarks.comparison import Entry, Settings, compare
+        from benchmarks.comparison.comparison import compare
+        from benchmarks.comparison.contestants import Entry, Settings
+        from benchmarks.comparison.output import write as write_comparison
 
         s = self.settings
         entries = [
@@ -233,7 +239,7 @@ class Demo:
         ]
         settings = Settings(prompt=s.prompt, gen=s.gen, repetitions=s.repetitions)
         result = compare(entries, [texts.held_out], settings=settings, seeds={"demo": self.seed})
-        publish(result.write, self.out)
+        publish(partial(write_comparison, result), self.out)
         click.echo(f"{result.table()}\n\n{result.reading}\n{result.conditions()}")
         return result
 
@@ -251,7 +257,7 @@ def opening(text: str) -> str:
 
 def check_out(out: Path) -> None:
     """Raise InputError unless `out` is absent, empty, or an earlier demo's folder."""
-    from training.atomic import check_place
+    from training.checkpoints.atomic import check_place
 
     check_place(out)
     if out.exists() and not out.is_dir():

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from training.options import TrainOptions
+    from training.loop.options import TrainOptions
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Settings:
 
     def training(self, steps: int, lr: float, seed: int) -> TrainOptions:
         """One recipe for all three trainings; plain GPT-2 has no gates or further heads for theirs to act on."""
-        from training.options import TrainOptions
+        from training.loop.options import TrainOptions
 
         return TrainOptions(
             max_steps=steps,

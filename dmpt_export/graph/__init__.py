@@ -1,4 +1,4 @@
-"""The ONNX graph of a DMPT, built node by node with onnx_ir; mirrors training/model.py.
+"""The ONNX graph of a DMPT, built node by node with onnx_ir; mirrors training/model/dmpt.py.
 
 builder.py   nodes, weights and If subgraphs
 linear.py    one weight, three uses (project, project a head, gather rows), per storage scheme

@@ -12,7 +12,8 @@ from dmpt_export.graph.builder import MSFT, Builder, Spec
 from dmpt_export.graph.heads import leaf_log_probs
 from dmpt_export.graph.linear import Weights
 from dmpt_export.graph.routing import Router, Tail, cache_specs, head_specs
-from training.config import ROOT, DMPTConfig
+from training.model.config import DMPTConfig
+from training.model.shape import ROOT
 
 OPSETS = range(20, 25)  # ReduceMax of bool and Gelu came with 20; tested up to 24
 OPSET = 21
@@ -63,7 +64,7 @@ def build(
 
     `weights` maps the checkpoint's tensor names to float arrays or QuantizedTensors; `dtype` is the type of
     activations and caches (FLOAT or FLOAT16). `config.fast_k` and `config.head_topk` are baked in. `scales` (see
-    dmpt_export.kv_cache) makes the caches int8.
+    dmpt_export.onnx.kv_cache) makes the caches int8.
     """
     cache = INT8 if scales else dtype
     weights = {**weights, **(scales or {})}

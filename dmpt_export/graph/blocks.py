@@ -1,4 +1,4 @@
-"""Embedding and transformer blocks, in the order of training/model.py.
+"""Embedding and transformer blocks, in the order of training/model/dmpt.py.
 
     x ---- ln_1 -- c_attn -- GroupQueryAttention -- c_proj -- + -- ln_2 -- c_fc -- gelu -- c_proj -- + --
      \\_________________________________________________________/ \\_________________________________/
@@ -20,7 +20,8 @@ import onnx_ir as ir
 
 from dmpt_export.graph.builder import MSFT, Builder
 from dmpt_export.graph.linear import Weights, float_weight, gather_rows, linear
-from training.config import ACTIVATIONS, DMPTConfig, Node
+from training.model.config import DMPTConfig
+from training.model.shape import ACTIVATIONS, Node
 
 
 @dataclass(frozen=True)

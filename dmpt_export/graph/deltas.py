@@ -18,7 +18,7 @@ import onnx_ir as ir
 from dmpt_export.graph.builder import MSFT, Builder
 from dmpt_export.graph.linear import gather_blocks, nbits_matmul
 from quant.tensor import DeltaTensor, QuantizedTensor
-from training.config import DMPTConfig
+from training.model.config import DMPTConfig
 
 
 def full_logits(b: Builder, name: str, delta: DeltaTensor, h: ir.Value) -> ir.Value:

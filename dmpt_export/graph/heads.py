@@ -16,7 +16,7 @@ from dmpt_export.graph.deltas import full_logits
 from dmpt_export.graph.linear import Weights, float_weight, project
 from dmpt_export.graph.rescore import candidate_logits, deltas_of, groups
 from quant.tensor import DeltaTensor
-from training.config import DMPTConfig
+from training.model.config import DMPTConfig
 
 
 def leaf_log_probs(

@@ -30,7 +30,7 @@ from dmpt_export.graph.deltas import candidate_logits as delta_logits
 from dmpt_export.graph.linear import Weights, from_half
 from quant.codebook import HalfTensor
 from quant.tensor import DeltaTensor, QuantizedTensor, Weight
-from training.config import DMPTConfig
+from training.model.config import DMPTConfig
 
 TOP = 64  # the largest rounded value of h: two products with bytes fit 16 bits, where older processors add them
 REST = 128  # steps of the rest, which is at most half a step of the rounded value: TOP again

@@ -23,7 +23,8 @@ from dmpt_export.graph.blocks import Past, Stream, Timeline, block_prefixes, nor
 from dmpt_export.graph.builder import Builder, Spec
 from dmpt_export.graph.heads import gate_mlp, leaf_log_probs
 from dmpt_export.graph.linear import Weights
-from training.config import DMPTConfig, Node
+from training.model.config import DMPTConfig
+from training.model.shape import Node
 
 
 class Tail:

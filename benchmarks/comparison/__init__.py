@@ -1,0 +1,1 @@
+"""Several models side by side, and what may be said about them."""

@@ -1,0 +1,170 @@
+"""Several models side by side: what each weighs, how well it predicts, how fast it runs."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine as this_machine
+from benchmarks.comparison.contestants import (
+    Entry,
+    Opener,
+    Settings,
+    check,
+    failed_row,
+    row_of,
+)
+from benchmarks.comparison.model_result import Row
+from benchmarks.comparison.output import save
+from benchmarks.comparison.result import Comparison
+from benchmarks.quality import perplexity
+from benchmarks.quality.protocols import Text, choose_windows, plan
+from benchmarks.quality.scorer import Scorer
+from benchmarks.report import routes
+from benchmarks.speed import timing
+from benchmarks.speed.cases import fit
+from runtime.errors import is_out_of_memory
+from training.errors import InputError
+
+
+def compare(
+    entries: Sequence[Entry],
+    data: Sequence[str | Path] = (),
+    out: str | Path | None = None,
+    settings: Settings | None = None,
+    *,
+    seeds: dict[str, int] | None = None,
+    command: Sequence[str] | None = None,
+    absent: Sequence[str] = (),
+    growth: Sequence[dict[str, Any]] = (),
+    show: Callable[[Comparison], None] | None = None,
+) -> Comparison:
+    """Measure every entry on the same text and in one interleaved schedule; write the result to `out` if given.
+
+    data: text files to score; none leaves quality out. The prompt is the beginning of the text; with `out` decoding
+    is also timed at the end of the context. seeds: recorded as they are, with the prompt's. absent: lines about
+    peers that are not here. growth: rows of `bench --json` to be drawn beside. show: given the result before it is
+    written, so that a full disk does not take it away. Raises InputError for unusable entries, before anything long
+    begins, and for an unusable text; a model that fails later is a row that says why.
+    """
+    settings, context = settings or Settings(), check(list(entries), out)
+    # the same windows for all
+    windows = choose_windows(context, settings.max_length, settings.stride, settings.protocol)
+    texts = Texts(data, settings, windows)
+    samples: list[dict[str, Any]] = []
+    with workplace(settings) as work:
+        opener = Opener(work, settings)
+        rows = [scored(entry, opener, texts, samples) for entry in entries]
+        rows = timed(entries, rows, opener, texts.in_common(), context, at_the_end=out is not None)
+    result = Comparison(
+        rows=rows,
+        data=[str(path) for path in data],
+        command=list(command or this_machine.command_line()),
+        seeds={"prompt": timing.SEED, **(seeds or {})},
+        absent=list(absent),
+        routes=max(samples, key=lambda sample: sample["heads"], default=None),
+        growth=list(growth),
+    )
+    if show is not None:
+        show(result)
+    if out is not None:
+        save(result, out)
+    return result
+
+
+@contextmanager
+def workplace(settings: Settings) -> Iterator[Path]:
+    """The folder for converted peers and scores: one that stays, or one that goes."""
+    if settings.resume is not None:
+        Path(settings.resume).mkdir(parents=True, exist_ok=True)
+        yield Path(settings.resume)
+        return
+    with tempfile.TemporaryDirectory(prefix="dmpt-compare-") as work:
+        yield Path(work)
+
+
+class Texts:
+    """The text as each tokenizer reads it, read once per tokenizer."""
+
+    def __init__(self, data: Sequence[str | Path], settings: Settings, windows: tuple[int, int]) -> None:
+        self.data, self.settings, self.windows = data, settings, windows
+        self.read: dict[str, Text] = {}
+
+    def of(self, scorer: Scorer) -> Text | None:
+        """None without a text. Raises InputError for one that cannot be read, or is too short."""
+        if not self.data:
+            return None
+        key = hashlib.sha256(f"{scorer.end_of_text} {scorer.tokenizer.to_str()}".encode()).hexdigest()
+        if key not in self.read:
+            protocol = self.settings.protocol
+            self.read[key] = perplexity.read_text(scorer, self.data, self.settings.text_field, protocol)
+            try:
+                plan(len(self.read[key].ids), *self.windows, protocol)
+            except InputError as error:
+                raise InputError(f"as {scorer.name} reads it, {error}") from error
+        return self.read[key]
+
+    def in_common(self) -> list[int] | None:
+        """The tokens that prompts are taken from; None for several tokenizers, which have none in common."""
+        return next(iter(self.read.values())).ids.tolist() if len(self.read) == 1 else None
+
+
+def scored(entry: Entry, opener: Opener, texts: Texts, samples: list[dict[str, Any]]) -> Row:
+    """The entry's row with its quality, or with the reason that it has none. `samples` gets a DMPT's routes."""
+    settings = opener.settings
+    try:
+        scorer = opener.open(entry)
+    except Exception as error:  # noqa: BLE001  # reason() raises what is none
+        return failed_row(entry, reason(error))
+    try:
+        row = replace(row_of(entry, scorer), versions=opener.versions(entry))
+        text = texts.of(scorer)
+        if text is None:
+            return row
+        resume = opener.work / "scores" if settings.resume is not None else None
+        try:
+            row = replace(
+                row,
+                quality=perplexity.evaluate(scorer, text, *texts.windows, settings.protocol, resume=resume, keep=True),
+            )
+            if row.is_dmpt and (sample := routes.sample(scorer, text.ids)):
+                samples.append(sample)
+        except Exception as error:  # noqa: BLE001
+            return replace(row, failure=reason(error))
+        return row
+    finally:
+        scorer.close()
+
+
+def reason(error: Exception) -> str:
+    """What a row says of its failure; an error that is not meant for people is a bug of ours, and raised again."""
+    if hasattr(error, "exit_code") or isinstance(error, OSError) or is_out_of_memory(error):
+        return str(error) or type(error).__name__
+    raise error
+
+
+def timed(
+    entries: Sequence[Entry],
+    rows: list[Row],
+    opener: Opener,
+    text: list[int] | None,
+    context: int,
+    at_the_end: bool,
+) -> list[Row]:
+    """The rows with their speed, or the reason that they have none. at_the_end: also decode where the context ends."""
+    settings = opener.settings
+    targets = [opener.target(e) for e, row in zip(entries, rows, strict=True) if row.size_bytes]
+    prompt, gen = fit(settings.prompt, settings.gen, context)
+    depth = [prompt, context - gen] if at_the_end and context - gen > prompt else None
+    failures: dict[str, str] = {}
+    found = timing.measure(
+        [t for t in targets if t], prompt, gen, settings.repetitions, settings.threads, settings.device, text,
+        depth=depth, failures=failures,
+    )  # fmt: skip
+    by_name = {result.name: result for result in found}
+    return [replace(r, speed=by_name.get(r.name), failure=r.failure or failures.get(r.name)) for r in rows]

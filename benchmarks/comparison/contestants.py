@@ -1,0 +1,219 @@
+"""The models of a comparison, each opened for its quality and its speed, whatever kind it is."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.comparison.model_result import Row
+from benchmarks.peers import registry
+from benchmarks.quality.open_scorer import context_of, open_scorer
+from benchmarks.quality.peer_scorer import PeerScorer
+from benchmarks.quality.progress import files_digest
+from benchmarks.quality.protocols import STRIDE_CONCAT
+from benchmarks.quality.scorer import DMPT, Scorer, family_of, kind_of, scheme_of_source
+from benchmarks.speed import timing
+from benchmarks.speed.processes import WorkerFailed
+from runtime.errors import ModelError
+from runtime.manifest_file import read_manifest
+from training.errors import InputError
+from training.text.sources import FIELD
+from training.text.tokenizer import load_tokenizer
+from training.text.windows import check_vocabulary
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model to be compared."""
+
+    name: str
+    path: str
+    family: str | None = None  # what a colour stands for in the picture; None: told from the model
+    scheme: str | None = None  # None: told from the model
+    control: bool = False  # plain GPT-2 fine-tuned on the same tokens as the DMPT rows
+    peer: str | None = None  # another runtime (benchmarks.peers.registry) that runs the GPT-2 at `path`, in `scheme`
+
+    @property
+    def kind(self) -> str:
+        return "peer" if self.peer else kind_of(self.path)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How all models of a comparison are measured."""
+
+    threads: int | None = None  # None: all that this process may use
+    device: str = "cpu"
+    protocol: str = STRIDE_CONCAT  # of benchmarks.quality.protocols, as are max_length and stride
+    max_length: int | None = None
+    stride: int | None = None
+    text_field: str = FIELD  # where the text is in JSON and tables
+    prompt: int = 128  # tokens fed at once, then decoded, and how often: see benchmarks.speed.timing.measure
+    gen: int = 64
+    repetitions: int = 5
+    resume: str | Path | None = None  # folder that keeps converted peers and scores, also those of a finished run
+    pythons: Mapping[str, str] = field(default_factory=dict)  # peer -> the interpreter that holds it
+
+
+@dataclass
+class Opener:
+    """How models are opened; what peers are converted to lies in `work`."""
+
+    work: Path
+    settings: Settings = Settings()
+    digests: dict[str, str] = field(default_factory=dict)  # path -> of its weights
+
+    def open(self, entry: Entry) -> Scorer:
+        """Raises InputError, and for a peer WorkerFailed, when it cannot be opened."""
+        if entry.peer is None:
+            s = self.settings
+            return open_scorer(entry.path, s.threads, s.device, name=entry.name)
+        from training.checkpoints.files import resolve
+
+        target = self.target(entry)
+        assert target and entry.scheme
+        source, threads = resolve(entry.path), self.settings.threads
+        return PeerScorer(target, entry.scheme, source, self.gpt2(entry), threads)
+
+    def gpt2(self, entry: Entry) -> Path:
+        return registry.gpt2_folder(entry.path, self.folder(entry, "gpt2"))
+
+    def folder(self, entry: Entry, kind: str) -> Path:
+        """One for each kind and weights, so that schemes of one source do not convert it twice, and that weights which
+        changed since are converted again."""
+        from training.checkpoints.files import resolve
+
+        if entry.path not in self.digests:
+            self.digests[entry.path] = files_digest(resolve(entry.path))[:16]
+        return self.work / kind / self.digests[entry.path]
+
+    def target(self, entry: Entry) -> timing.Target | None:
+        """What is timed; None for checkpoints, which have no speed. Converts a peer, once."""
+        if entry.kind == "onnx":
+            return timing.target(entry.name, entry.path)
+        if entry.peer is None or entry.scheme is None:
+            return None
+        out, python = self.folder(entry, f"{entry.peer}-{entry.scheme}"), self.settings.pythons.get(entry.peer)
+        return registry.prepare(entry.peer, entry.scheme, self.gpt2(entry), out, python, entry.name)
+
+    def versions(self, entry: Entry) -> dict[str, str]:
+        """Of a peer's packages and its Python; {} for models of this project."""
+        if entry.peer is None:
+            return {}
+        known: dict[str, str] = registry.read_facts(self.folder(entry, f"{entry.peer}-{entry.scheme}"))["versions"]
+        return known
+
+
+def row_of(entry: Entry, scorer: Scorer) -> Row:
+    """The row of a model that was opened, without figures yet."""
+    return Row(
+        name=entry.name,
+        path=entry.path,
+        kind=entry.kind,
+        is_dmpt=scorer.family == DMPT,
+        family=entry.family or ("GPT-2 fine-tuned" if entry.control else scorer.family),
+        scheme=entry.scheme or scorer.scheme,
+        control=entry.control,
+        parameters=scorer.parameters,
+        parameters_touched_per_token=scorer.parameters_touched_per_token,
+        size_bytes=scorer.size_bytes,
+        shape=shape_of(entry),
+    )
+
+
+def failed_row(entry: Entry, failure: str) -> Row:
+    """Of a model that could not be opened at all; what it is, its description may still tell."""
+    family, scheme = (entry.peer, entry.scheme) if entry.peer else described(entry.path)
+    is_dmpt = family == DMPT
+    return Row(
+        entry.name, entry.path, entry.kind, is_dmpt, entry.family or family or "?", entry.scheme or scheme or "?",
+        entry.control, 0, 0, 0, failure=failure,
+    )  # fmt: skip
+
+
+def described(source: str | Path) -> tuple[str, str] | tuple[None, None]:
+    """Family and scheme from a model's manifest or config.json; None where these cannot be read."""
+    try:
+        shape = onnx_shape(source) if kind_of(source) == "onnx" else checkpoint_shape(source)
+        scheme = scheme_of_source(source)
+    except (InputError, ModelError, OSError):
+        return None, None
+    return family_of(shape["paths"], shape["heads"]), scheme
+
+
+def shape_of(entry: Entry) -> dict[str, int]:
+    """Paths, heads of a path, fast_k (0: none): what speed may depend on. {} for peers."""
+    if entry.peer:
+        return {}
+    return onnx_shape(entry.path) if entry.kind == "onnx" else checkpoint_shape(entry.path)
+
+
+def onnx_shape(folder: str | Path) -> dict[str, int]:
+    manifest = read_manifest(Path(folder))
+    heads = max(len(own) for own in manifest.head_allocation.values())
+    return {"paths": len(manifest.leaves), "heads": heads, "fast_k": manifest.raw["config"].get("fast_k") or 0}
+
+
+def checkpoint_shape(source: str | Path) -> dict[str, int]:
+    from training.checkpoints.checkpoint import read_config
+
+    config = read_config(source)
+    heads = max(len(own) for own in config.head_allocation.values())
+    return {"paths": len(config.leaves), "heads": heads, "fast_k": config.fast_k or 0}
+
+
+def peers_of(
+    source: str | None, pythons: Mapping[str, str], asked: Collection[str] = ()
+) -> tuple[list[Entry], list[str]]:
+    """Every installed peer in each of its schemes on the GPT-2 at `source`, and how to get the absent ones.
+
+    source: None for no rows. asked: peers that have rows already, which say it themselves.
+    """
+    found, absent = [], []
+    for name, peer in registry.PEERS.items():
+        try:
+            lacking = registry.missing(name, pythons.get(name))
+        except WorkerFailed as error:
+            raise InputError(str(error)) from error
+        if lacking and name not in asked:
+            absent.append(f"{name} is not measured: {registry.absence(peer, lacking)}")
+        elif source and not lacking:
+            found += [Entry(f"{name} {scheme}", source, scheme=scheme, peer=name) for scheme in peer.schemes]
+    return found, absent
+
+
+def check(entries: list[Entry], out: str | Path | None) -> int:
+    """Refuse what cannot be compared before anything long begins (InputError); the smallest context of the models."""
+    if not entries:
+        raise InputError("nothing to compare: give one or more models")
+    names = [entry.name for entry in entries]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"several models are called {', '.join(twice)}: tell them apart with NAME=PATH")
+    for entry in entries:
+        if entry.peer:
+            registry.check_plain(entry.path)
+        elif entry.control and described(entry.path)[0] == DMPT:
+            raise InputError(f"{entry.name} is a DMPT: a control is plain GPT-2 that was trained on the same tokens")
+        check_tokenizer(entry.path)
+    if out is not None:
+        from training.checkpoints.atomic import check_replaceable
+
+        check_replaceable(Path(out), "comparison")
+    return min(context_of(entry.path) for entry in entries)
+
+
+def check_tokenizer(source: str | Path) -> None:
+    """Raise InputError for a model that has no tokenizer, or another model's."""
+    if kind_of(source) == "onnx":
+        folder, vocab_size = Path(source), read_manifest(Path(source)).config.vocab_size
+    else:
+        from training.checkpoints.checkpoint import read_config
+        from training.checkpoints.files import resolve
+
+        folder, vocab_size = resolve(source), read_config(source).vocab_size
+    check_vocabulary(load_tokenizer(folder), vocab_size, source)

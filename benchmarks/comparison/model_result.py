@@ -1,0 +1,95 @@
+"""One model's line of a comparison."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.quality.perplexity import Quality
+from benchmarks.report.table import megabytes, readable
+from benchmarks.speed.results import Speed
+
+NONE = "-"
+REASON = 90  # characters of a failure in the table
+PERPLEXITY, BITS_PER_BYTE = "perplexity", "bits per byte"
+# How well a text is predicted; less is better.
+FIGURES: Mapping[str, Callable[[Quality], float | None]] = {
+    PERPLEXITY: lambda quality: quality.perplexity,
+    BITS_PER_BYTE: lambda quality: quality.bits_per_byte,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One line of the table; quality is None without a text, speed for a checkpoint; both where it failed."""
+
+    name: str
+    path: str
+    kind: str  # "onnx", "quantized", "float" or "peer"
+    is_dmpt: bool
+    family: str
+    scheme: str
+    control: bool
+    parameters: int
+    parameters_touched_per_token: int
+    size_bytes: int
+    quality: Quality | None = None
+    speed: Speed | None = None
+    failure: str | None = None  # why it has no figures, or not all
+    versions: dict[str, str] = field(default_factory=dict)  # of a peer's packages
+    shape: dict[str, int] = field(default_factory=dict)  # paths, heads, fast_k: what speed may depend on
+
+    def figure(self, name: str) -> float | None:
+        """One of FIGURES; None where it was not measured."""
+        return FIGURES[name](self.quality) if self.quality else None
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        return statistics.median(self.speed.first("tg").tokens_per_s) if self.speed else None
+
+    def to_json(self) -> dict[str, Any]:
+        own = ("name", "path", "kind", "family", "scheme", "control", "parameters", "parameters_touched_per_token")
+        return {
+            **{key: getattr(self, key) for key in (*own, "size_bytes", "failure", "versions", "shape")},
+            **(self.quality.to_json() if self.quality else {}),
+            **(self.speed.to_json() if self.speed else {}),
+        }
+
+
+def merit(rows: Sequence[Row]) -> str:
+    """Which of FIGURES puts these rows in order: perplexity where all scored the same tokens, else bits per byte.
+
+    A perplexity is per token, so it says nothing beside that of a model whose tokens are others.
+    """
+    return PERPLEXITY if len({row.quality.tokens_sha256 for row in rows if row.quality}) < 2 else BITS_PER_BYTE
+
+
+def cells(row: Row) -> dict[str, str]:
+    """Everything a table may show of a row, by column; after its name the reason where it failed."""
+    scored, timed = row.quality, row.speed.to_json() if row.speed else None
+    return {
+        "model": row.name + (f" (failed: {short(row.failure)})" if row.failure else ""),
+        "parameters": f"{row.parameters:,}" if row.parameters else NONE,
+        "touched per token": f"{row.parameters_touched_per_token:,}" if row.parameters else NONE,
+        "file size": megabytes(row.size_bytes) if row.size_bytes else NONE,
+        PERPLEXITY: readable(scored.perplexity) if scored else NONE,
+        "accuracy": f"{100 * scored.accuracy:.1f} %" if scored else NONE,
+        "word perplexity": readable(scored.word_perplexity) if scored and scored.word_perplexity else NONE,
+        BITS_PER_BYTE: f"{scored.bits_per_byte:.4f}" if scored and scored.bits_per_byte else NONE,
+        "decode tokens/s": f"{timed['decode_tokens_per_s']:.1f}" if timed else NONE,
+        "prefill tokens/s": f"{timed['prefill_tokens_per_s']:.0f}" if timed else NONE,
+    }
+
+
+def columns(rows: Sequence[Row]) -> list[str]:
+    """Those of cells() that compare between these rows: of models with several tokenizers nothing that is per token."""
+    own = [PERPLEXITY, "accuracy"] if merit(rows) == PERPLEXITY else ["word perplexity", BITS_PER_BYTE]
+    return ["model", "parameters", "touched per token", "file size", *own, "decode tokens/s", "prefill tokens/s"]
+
+
+def short(reason: str) -> str:
+    """One line of at most REASON characters; the JSON has all of it."""
+    line = " ".join(reason.split())
+    return line if len(line) <= REASON else f"{line[: REASON - 1]}…"

@@ -1,0 +1,1 @@
+"""Other runtimes that can run GPT-2, each behind one small adapter."""

@@ -1,0 +1,46 @@
+"""The peer bitsandbytes: int8 or nf4 weights inside Transformers' GPT-2. It leaves the tied head as it was, in float.
+
+Weights are quantized while the float folder is loaded, as a user's from_pretrained() does it; the load time says so.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers.adapters import FACTS
+from benchmarks.peers.adapters.torch_transformers import Transformers
+
+
+def load(path: str, threads: int | None, device: str) -> Transformers:
+    facts = json.loads((Path(path) / FACTS).read_text(encoding="utf-8"))
+    return Transformers(quantized(facts["source"], facts["scheme"]), threads)
+
+
+def quantized(source: str, scheme: str) -> Any:
+    import torch
+    from transformers import BitsAndBytesConfig, GPT2LMHeadModel
+
+    schemes: dict[str, dict[str, Any]] = {
+        "int8": {"load_in_8bit": True},
+        "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
+    }
+    return GPT2LMHeadModel.from_pretrained(
+        source, quantization_config=BitsAndBytesConfig(**schemes[scheme]), device_map="cpu", torch_dtype=torch.float32
+    )
+
+
+def convert(source: str, out: str, scheme: str) -> dict[str, Any]:
+    """Only where the folder lies is kept, with the sizes of the weights as they are in memory."""
+    Path(out).mkdir(parents=True, exist_ok=True)
+    model = quantized(source, scheme)
+    size = sum(bytes_of(parameter) for parameter in model.parameters())
+    touched = size - bytes_of(model.transformer.wpe.weight)
+    return {"source": source, "scheme": scheme, "size_bytes": size, "touched_bytes": touched}
+
+
+def bytes_of(weight: Any) -> int:
+    """A parameter with its scales, which bitsandbytes keeps as attributes of it."""
+    scales = [getattr(weight, "SCB", None), getattr(getattr(weight, "quant_state", None), "absmax", None)]
+    return int(weight.nbytes + sum(scale.nbytes for scale in scales if scale is not None))

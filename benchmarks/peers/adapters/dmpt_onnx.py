@@ -1,0 +1,60 @@
+"""This project's own ONNX folders, through `runtime`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import runtime
+
+
+class DmptOnnx:
+    """A loaded folder and one sequence that is reset between turns; see benchmarks.peers.adapters.Adapter."""
+
+    def __init__(self, path: str, threads: int | None, device: str) -> None:
+        self.model = runtime.load(Path(path), device=device, threads=threads)
+        self.sequence = self.model.sequence()
+        self.context, self.vocab_size, self.threads = self.model.context, self.model.vocab_size, self.model.threads
+        self.native_s: float | None = None
+        self.inside_s = 0.0
+        self.engine_run = self.model.engine.run
+        self.model.engine.run = self.timed_run  # type: ignore[method-assign]
+
+    def timed_run(self, *arguments: Any, **named: Any) -> None:
+        """The engine's run, its time added up: the rest of a step is Python's. Costs 0.2 us a call."""
+        start = perf_counter()
+        self.engine_run(*arguments, **named)
+        self.inside_s += perf_counter() - start
+
+    def prefill(self, ids: list[int]) -> float:
+        self.sequence.reset()
+        start = perf_counter()
+        self.sequence.feed(ids, last=1)
+        return perf_counter() - start
+
+    def decode(self, ids: list[int], n: int) -> tuple[float, list[int], list[int]]:
+        self.sequence.reset()
+        log_probs = np.empty((1, self.vocab_size), np.float32)
+        # All paths read the untimed context, so that steps are timed; otherwise one of them catches up on all of it.
+        self.sequence.run(ids, log_probs, every_node=True)
+        fed, taken = [], []
+        self.inside_s = 0.0
+        start = perf_counter()
+        for _ in range(n):  # the loop of Model.generate, without sampling, text and a stop at end of text
+            token = int(log_probs[0].argmax())
+            routes = self.sequence.run([token], log_probs)
+            fed.append(token)
+            taken.append(int(routes[0]))
+        seconds, self.native_s = perf_counter() - start, self.inside_s
+        return seconds, fed, taken
+
+    def score(self, ids: list[int], last: int) -> NDArray[np.float32]:
+        return self.model.score(ids, last)[0]
+
+
+def load(path: str, threads: int | None, device: str) -> DmptOnnx:
+    return DmptOnnx(path, threads, device)

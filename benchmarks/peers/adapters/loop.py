@@ -1,0 +1,57 @@
+"""The turns that peers take, over what differs between them: an empty sequence, and feeding tokens to it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from time import perf_counter
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Stepwise(ABC):
+    """benchmarks.peers.adapters.Adapter for a runtime that is fed ids and keeps the sequence itself."""
+
+    context: int
+    vocab_size: int
+    threads: int
+    native_s: float | None = None  # a subclass that can tell its own time from Python's adds it up in feed()
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Begin an empty sequence."""
+
+    @abstractmethod
+    def feed(self, ids: list[int]) -> NDArray[np.float32]:
+        """Logits after the last of `ids`: [V], valid until the next call."""
+
+    @abstractmethod
+    def logits(self, ids: list[int], last: int) -> NDArray[np.float32]:
+        """Logits after each of the last `last` of `ids`, fed into an empty sequence: [last, V]."""
+
+    def prefill(self, ids: list[int]) -> float:
+        self.reset()
+        start = perf_counter()
+        self.feed(ids)
+        return perf_counter() - start
+
+    def decode(self, ids: list[int], n: int) -> tuple[float, list[int], list[int]]:
+        self.reset()
+        logits = self.feed(ids)
+        fed: list[int] = []
+        if self.native_s is not None:
+            self.native_s = 0.0
+        start = perf_counter()
+        for _ in range(n):
+            fed.append(int(logits.argmax()))
+            logits = self.feed(fed[-1:])
+        return perf_counter() - start, fed, [0] * n
+
+    def score(self, ids: list[int], last: int) -> NDArray[np.float32]:
+        return log_softmax(self.logits(ids, last))
+
+
+def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Over the last axis, in float64: peers that have logits in half precision lose nothing more here."""
+    wide = logits.astype(np.float64)
+    return (wide - np.logaddexp.reduce(wide, axis=-1, keepdims=True)).astype(np.float32)

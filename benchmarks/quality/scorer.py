@@ -1,0 +1,156 @@
+"""What every kind of model answers: token ids in, the deployed distribution of the next tokens out.
+
+ONNX folder (dmpt_manifest.json)               -> benchmarks.quality.onnx_scorer: no torch imported
+DMPT checkpoint, GPT-2 folder or hub id        -> benchmarks.quality.checkpoint_scorer, through load_model
+quantized folder (config.json, "quantization") -> the same, through quant.checkpoint.dequantized_model
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.manifest_file import MANIFEST_NAME, read_manifest
+from training.errors import InputError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+DMPT = "DMPT"  # the family of models with several paths or heads
+
+Float = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a model says after some consecutive tokens of a window. The next piece may overwrite the arrays."""
+
+    log_probs: Float  # [n, V]
+    routes: Ints | None  # [n] leaf indices; None for path modes that choose none
+    head_weights: Float | None = None  # [n, heads] by head number, 0 for those of other leaves; None: not told
+
+
+Window = tuple[NDArray[np.integer], int]  # ids [S], and after how many of the last of them something is asked
+
+
+class Scorer(Protocol):
+    """A model that can be asked for log-probabilities."""
+
+    name: str
+    folder: Path  # where the tokenizer lives
+    context: int  # longest sequence, in tokens
+    vocab_size: int
+    leaves: list[str]
+    family: str  # "DMPT" or "GPT-2"
+    scheme: str  # how the weights are stored: "fp32", "int8", ...
+    parameters: int
+    parameters_touched_per_token: int
+    size_bytes: int  # graph and weights, without tokenizer
+    head_allocation: Mapping[str, Sequence[int]]  # leaf -> its heads
+    mode: str  # path mode: "gate_hard" as deployed, or another of training.model.dmpt's
+    end_of_text: int
+    tokenizer: Tokenizer
+
+    def score(self, ids: NDArray[np.integer], last: int) -> tuple[Float, Ints | None]:
+        """Log-probs [last, V] of the tokens after the last `last` of `ids` [S], and the leaf index of each row.
+
+        Routes are None for path modes that do not choose one leaf per token.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+def kind_of(source: str | Path) -> str:
+    """ "onnx", "quantized" or "float" (which includes hub ids and whatever is no model), without importing torch."""
+    folder = Path(source)
+    if (folder / MANIFEST_NAME).is_file():
+        return "onnx"
+    return "float" if config_json(folder).get("quantization") is None else "quantized"
+
+
+def pieces(scorer: Scorer, windows: Sequence[Window]) -> Iterator[Piece]:
+    """What `scorer` says of windows, row after row in their order, a few rows at a time where it can.
+
+    A window's pieces follow each other, and none holds rows of two windows. A scorer without `pieces` of its own is
+    asked for whole windows.
+    """
+    if hasattr(scorer, "pieces"):
+        yield from scorer.pieces(windows)
+        return
+    for ids, last in windows:
+        yield Piece(*scorer.score(ids, last))
+
+
+def named(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """(name, path) of models given as PATH or NAME=PATH; a path's name is its last part, or all of it where
+    several models would have the same name.
+
+    >>> named(["base=out/gpt2", "out/dmpt", "a/int8", "b/int8"])
+    [('base', 'out/gpt2'), ('dmpt', 'out/dmpt'), ('a/int8', 'a/int8'), ('b/int8', 'b/int8')]
+    """
+    pairs = []
+    for argument in arguments:
+        name, equals, path = argument.partition("=")
+        given = bool(equals and name and path) and not Path(argument).exists()
+        pairs.append((name, path) if given else (Path(argument).name or argument, argument))
+    names = [name for name, _ in pairs]
+    found = [(path if names.count(name) > 1 and Path(path).name == name else name, path) for name, path in pairs]
+    names = [name for name, _ in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"several models are called {', '.join(twice)}: tell them apart with NAME=PATH")
+    return found
+
+
+def config_json(folder: Path) -> dict[str, Any]:
+    """config.json as it stands; {} when absent or unreadable, which the loaders report better."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def family_of(n_leaves: int, n_heads: int) -> str:
+    return DMPT if n_leaves > 1 or n_heads > 1 else "GPT-2"
+
+
+def scheme_of_source(source: str | Path) -> str:
+    """How a model stores its weights, from its manifest or config.json."""
+    if kind_of(source) == "onnx":
+        return scheme_of(read_manifest(Path(source)).raw)
+    found: dict[str, str] = config_json(Path(source)).get("quantization") or {"scheme": "fp32"}
+    return found["scheme"]
+
+
+def scheme_of(manifest: dict[str, Any]) -> str:
+    """How an exported model stores its weights; float weights are named by their width."""
+    scheme = (manifest.get("quantization") or {}).get("scheme", "float")
+    return {"float32": "fp32", "float16": "fp16"}[manifest["activation_dtype"]] if scheme == "float" else scheme
+
+
+def tokenizer_of(folder: Path, config: dict[str, Any]) -> tuple[Tokenizer, int]:
+    from training.text.tokenizer import load_tokenizer
+    from training.text.windows import end_of_text_id
+
+    tokenizer = load_tokenizer(folder)
+    return tokenizer, end_of_text_id(tokenizer, config)
+
+
+def onnx_size(folder: str | Path) -> int:
+    """Bytes of the graph and its external weights: model.onnx, model.onnx.data."""
+    folder = Path(folder)
+    return sum(file.stat().st_size for file in folder.glob(f"{read_manifest(folder).model}*"))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The checkpoint's weight files: safetensors, or else PyTorch's own format as old GPT-2 folders have it."""
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))

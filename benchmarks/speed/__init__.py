@@ -1,0 +1,1 @@
+"""How fast a model runs: one process per model, timed in turns."""

@@ -1,0 +1,157 @@
+"""What was timed of one model, and the figures made of it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.speed.cases import Case
+
+
+@dataclass(frozen=True)
+class Timings:
+    """One test of one model; samples are in the order of the rounds."""
+
+    case: Case
+    tokens_per_s: list[float]
+    native_share: list[float] = field(default_factory=list)  # of the time, spent outside Python; empty: not known
+    switches: int = 0  # of leaf, between the generated tokens of the last round
+
+    @property
+    def python_share(self) -> float | None:
+        """Median share of a step that Python takes."""
+        return 1 - statistics.median(self.native_share) if self.native_share else None
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Timings of one model."""
+
+    name: str
+    tests: list[Timings]
+    load_s: list[float]  # of each fresh process
+    rss_bytes: int  # resident at the end, of the process that loaded, prefilled and decoded
+    peak_rss_bytes: int  # the most it ever held
+    size_bytes: int
+    threads: int
+    touched_bytes: int | None = None  # of weights, by one decoding step
+    read_bytes_per_s: Mapping[int, list[float]] = field(default_factory=dict)  # threads -> memory's rate, each round
+    idle_cpu_s: float = field(default=0.0)  # CPU time used while other models had their turn
+    cold_load_s: list[float] = field(default_factory=list)  # with the files not in the page cache; empty: not taken
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        turns: Mapping[Case, Sequence[Mapping[str, Any]]],
+        load_s: list[float],
+        fact: Mapping[str, Any],
+        size_bytes: int,
+        touched_bytes: int | None = None,
+        read_bytes_per_s: Mapping[int, list[float]] | None = None,
+        cold_load_s: list[float] | None = None,
+    ) -> Speed:
+        """From a worker's replies: `turns` by test, `fact` at load and end."""
+        tests = [
+            Timings(
+                case,
+                [case.tokens / turn["seconds"] for turn in replies],
+                [t["native_s"] / t["seconds"] for t in replies if t.get("native_s") is not None],
+                replies[-1].get("switches", 0),
+            )
+            for case, replies in turns.items()
+        ]
+        own = {key: fact[key] for key in ("rss_bytes", "peak_rss_bytes", "threads", "idle_cpu_s")}
+        return cls(
+            name, tests, load_s, size_bytes=size_bytes, touched_bytes=touched_bytes,
+            read_bytes_per_s=read_bytes_per_s or {}, cold_load_s=cold_load_s or [], **own,
+        )  # fmt: skip
+
+    def first(self, kind: str) -> Timings:
+        """The first test of a kind, pp or tg."""
+        return next(test for test in self.tests if test.case.kind == kind)
+
+    def roof_share(self, test: Timings) -> float | None:
+        """Median share of memory's read rate that decoding makes use of: bytes touched x tokens/s / rate."""
+        rates = self.read_bytes_per_s.get(self.threads)
+        if test.case.kind != "tg" or not rates or not self.touched_bytes:
+            return None
+        return statistics.median(
+            self.touched_bytes * done / rate for done, rate in zip(test.tokens_per_s, rates, strict=True)
+        )
+
+    def to_json(self, base: Speed | None = None) -> dict[str, Any]:
+        """All figures; the first pp and tg tests under names of their own, all of them under "tests".
+
+        base: the model that ratios are taken to.
+        """
+        prefill, decode = self.first("pp"), self.first("tg")
+        return {
+            **spread("decode_tokens_per_s", decode.tokens_per_s),
+            **spread("prefill_tokens_per_s", prefill.tokens_per_s),
+            **spread("load_s", self.load_s),
+            **(spread("cold_load_s", self.cold_load_s) if self.cold_load_s else {}),
+            **spread("peak_rss_bytes", [self.peak_rss_bytes]),  # of one process; the same keys as every figure
+            "rss_bytes": self.rss_bytes,
+            "size_bytes": self.size_bytes,
+            "threads": self.threads,
+            "prompt_tokens": prefill.case.tokens,
+            "generated_tokens": decode.case.tokens,
+            "repetitions": len(decode.tokens_per_s),
+            "switches": decode.switches,
+            "idle_cpu_s": self.idle_cpu_s,
+            "touched_bytes": self.touched_bytes,
+            "read_bytes_per_s": {str(t): statistics.median(rates) for t, rates in self.read_bytes_per_s.items()},
+            "tests": [self.test_json(test, base) for test in self.tests],
+        }
+
+    def test_json(self, test: Timings, base: Speed | None = None) -> dict[str, Any]:
+        return {
+            "test": test.case.name,
+            "tokens": test.case.tokens,
+            "depth": test.case.depth,
+            **spread("tokens_per_s", test.tokens_per_s),
+            "samples": test.tokens_per_s,
+            "ratio": ratio(self, base, test.case) if base else None,
+            "roof_share": self.roof_share(test),
+            "python_share": test.python_share,
+            "switches": test.switches,
+        }
+
+
+def ratio(speed: Speed, base: Speed, case: Case, base_case: Case | None = None) -> float:
+    """How many times as fast as `base`: the median over the rounds of the ratio within a round.
+
+    base_case: the test of `base` to compare with, another one to compare a model with itself.
+    """
+    mine, its = (
+        next(test.tokens_per_s for test in s.tests if test.case == c)
+        for s, c in ((speed, case), (base, base_case or case))
+    )
+    return statistics.median(a / b for a, b in zip(mine, its, strict=True))
+
+
+def spread(name: str, samples: Sequence[float]) -> dict[str, float]:
+    """Median under `name`, quartiles under `name`_q1 and `name`_q3, extremes under `name`_min and `name`_max."""
+    low, high = quartiles(samples)
+    return {
+        name: statistics.median(samples),
+        f"{name}_q1": low,
+        f"{name}_q3": high,
+        f"{name}_min": min(samples),
+        f"{name}_max": max(samples),
+    }
+
+
+def quartiles(samples: Sequence[float]) -> tuple[float, float]:
+    """Between them lies the middle half: what one round that was disturbed does not move.
+
+    >>> quartiles([1, 2, 3, 4, 100]), quartiles([7])
+    ((2.0, 4.0), (7, 7))
+    """
+    if len(samples) < 2:
+        return samples[0], samples[0]
+    low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return low, high

@@ -1,0 +1,229 @@
+"""How fast models prefill and decode, timed fairly.
+
+Every model runs in a fresh process of its own (benchmarks.speed.worker), and all take turns in one interleaved
+schedule, A B C A B C ... for each test of each round: whatever else the machine does hits all of them alike. Same
+prompt, same number of threads, one warm-up round that does not count, medians with their quartiles.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.quality.scorer import kind_of, onnx_size
+from benchmarks.speed.bandwidth import buffer_bytes
+from benchmarks.speed.cases import Case, cases
+from benchmarks.speed.processes import Worker, WorkerFailed, worker
+from benchmarks.speed.results import Speed
+from runtime.manifest_file import read_manifest
+from training.errors import InputError
+
+DMPT_ONNX = "benchmarks.peers.adapters.dmpt_onnx"
+SEED = 0  # of the random prompt used when no text is given
+SETTLE_S = 0.03  # between turns: thread pools spin for some milliseconds after their last run
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model to be timed."""
+
+    name: str
+    path: str
+    adapter: str = DMPT_ONNX  # module with load(path, threads, device); see benchmarks.peers.adapters
+    size_bytes: int = 0
+    touched_bytes: int | None = None  # of weights, by one decoding step; None: not known
+    python: str | None = None  # interpreter of its process; None: this one
+
+    def process(self) -> Any:
+        return worker(self.name, self.python)
+
+
+def target(name: str, path: str | Path) -> Target:
+    """A model to be timed; InputError when it is no ONNX folder."""
+    if kind_of(path) != "onnx":
+        if not Path(path).exists():
+            raise InputError(f"{path} does not exist: give a folder that `dmpt-export onnx` made")
+        raise InputError(
+            f"{path} is no ONNX folder, so it has no speed yet: export it first: dmpt-export onnx {path} OUT"
+        )
+    touched: int = read_manifest(Path(path)).raw["bytes_touched_per_token"]
+    return Target(name, str(path), size_bytes=onnx_size(path), touched_bytes=touched)
+
+
+def measure(
+    targets: Sequence[Target],
+    prompt: int | Sequence[int] = 128,
+    gen: int | Sequence[int] = 64,
+    repetitions: int = 5,
+    threads: int | None = None,
+    device: str = "cpu",
+    text: Sequence[int] | None = None,
+    loads: int = 1,
+    fixed_prompt: bool = False,
+    fixed_gen: bool = False,
+    depth: Sequence[int] | None = None,
+    roof: bool = False,
+    cold: int = 0,
+    failures: dict[str, str] | None = None,
+) -> list[Speed]:
+    """Time all targets in one interleaved schedule.
+
+    prompt, gen: tokens fed at once, tokens decoded one by one; several make several tests. depth: tokens before the
+    decoded ones; default: the first prompt. Prompt and gen shrink to the smallest context among the targets; what is
+    `fixed`, and depth, does not, and must fit it (InputError).
+    threads: None lets each adapter choose (the runtime takes what this process may use).
+    text: token ids to take the prompts from; default, and where it is too short: random ids.
+    loads: fresh processes whose load time is taken, the one that is measured included.
+    roof: also measure after each round how fast memory is read, on one thread and on as many as the first target uses.
+    cold: more fresh processes that load with the model's files dropped from the page cache.
+    failures: filled with name -> reason of every target that failed; the others go on, and only they are returned.
+    Without it WorkerFailed is raised, with the exit code of the failing process.
+    """
+    crashed = Crashes(failures)
+    cold_s: dict[str, list[float]] = {}
+    load_s: dict[str, list[float]] = {}
+    players: dict[str, tuple[Worker, dict[str, Any]]] = {}  # name -> its process, what it said of itself
+    for t in targets:
+        with crashed.noted(t.name):
+            cold_s[t.name] = [start_and_stop(t, threads, device, cold=True) for _ in range(cold)]
+            load_s[t.name] = [start_and_stop(t, threads, device) for _ in range(loads - 1)]
+    with ExitStack() as stack:
+        for t in crashed.left(targets):
+            with crashed.noted(t.name):
+                w = stack.enter_context(t.process())
+                players[t.name] = w, w.ask(do="load", adapter=t.adapter, path=t.path, threads=threads, device=device)
+                load_s[t.name].append(players[t.name][1]["load_s"])
+        if not players:
+            return []
+        facts = [fact for _, fact in players.values()]
+        context = min(fact["context"] for fact in facts)
+        tests = cases(_several(prompt), _several(gen), depth, context, fixed_prompt, fixed_gen)
+        longest = max(max(case.tokens, case.depth) for case in tests)
+        ids = prompt_ids(longest, min(fact["vocab_size"] for fact in facts), text)
+        memory = Roof(stack.enter_context(worker("memory")), sorted({1, facts[0]["threads"]})) if roof else None
+        rounds = play({name: w for name, (w, _) in players.items()}, tests, ids, repetitions, memory, crashed)
+        for name in [*rounds]:
+            with crashed.noted(name):
+                players[name][1].update(players[name][0].ask(do="finish"))
+    return [
+        Speed.of(
+            t.name, rounds[t.name], load_s[t.name], players[t.name][1], t.size_bytes, t.touched_bytes,
+            memory.seen if memory else {}, cold_s[t.name],
+        )
+        for t in crashed.left(targets)
+    ]  # fmt: skip
+
+
+class Crashes:
+    """What failed, and why; without a place to note it a failure is raised."""
+
+    def __init__(self, failures: dict[str, str] | None) -> None:
+        self.failures = failures
+
+    @contextmanager
+    def noted(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except WorkerFailed as error:
+            if self.failures is None:
+                raise
+            self.failures[name] = str(error)
+
+    def left(self, targets: Sequence[Target]) -> list[Target]:
+        return [t for t in targets if t.name not in (self.failures or {})]
+
+
+def _several(counts: int | Sequence[int]) -> Sequence[int]:
+    return [counts] if isinstance(counts, int) else counts
+
+
+class Roof:
+    """Reads of memory between the rounds, in a process of their own."""
+
+    def __init__(self, memory: Worker, threads: Sequence[int]) -> None:
+        self.memory, self.size = memory, 0
+        self.seen: dict[int, list[float]] = {t: [] for t in threads}  # threads -> bytes/s of each round
+
+    def read(self) -> None:
+        """Where memory is too short nothing is seen from then on, and a line on standard error says so."""
+        try:
+            for threads, rates in self.seen.items():
+                self.size = self.size or buffer_bytes()
+                rates.append(self.memory.ask(do="read", size=self.size, threads=threads)["bytes_per_s"])
+        except (MemoryError, WorkerFailed) as error:
+            tqdm.write(f"the roof is not measured: {error}", file=sys.stderr)
+            self.seen = {}
+
+
+def play(
+    workers: Mapping[str, Worker],
+    tests: Sequence[Case],
+    ids: list[int],
+    repetitions: int,
+    memory: Roof | None,
+    crashed: Crashes,
+) -> dict[str, dict[Case, list[dict[str, Any]]]]:
+    """The interleaved schedule: of each worker that lasts, the replies of its turns by test, the warm-up left out."""
+    turns: dict[str, dict[Case, list[dict[str, Any]]]] = {name: {case: [] for case in tests} for name in workers}
+    with tqdm(total=(1 + repetitions) * len(workers) * len(tests), desc="bench", unit="turn", disable=None) as bar:
+        for number in range(1 + repetitions):
+            if memory is not None and number > 1 and turns:
+                with crashed.noted(last := [*turns][-1]):
+                    turn(workers[last], tests[-1], ids)  # not timed: caches hold what they do before any other turn
+            for case in tests:
+                for name in [*turns]:
+                    bar.set_postfix_str(f"{name} {case.name}", refresh=True)
+                    time.sleep(SETTLE_S if len(workers) > 1 else 0)
+                    done = False
+                    with crashed.noted(name):
+                        turns[name][case].append(turn(workers[name], case, ids))
+                        done = True
+                    if not done:
+                        del turns[name]
+                    bar.update()
+            if memory is not None and number:
+                memory.read()
+    return {name: {case: replies[1:] for case, replies in mine.items()} for name, mine in turns.items()}
+
+
+def turn(w: Worker, case: Case, ids: list[int]) -> dict[str, Any]:
+    """One test once: {"seconds", and of tg "native_s" (None: not known) and "switches" of leaf}."""
+    if case.kind == "pp":
+        return {"seconds": w.ask(do="prefill", ids=ids[: case.tokens])["seconds"]}
+    reply = w.ask(do="decode", ids=ids[: case.depth], n=case.tokens)
+    switches = int(np.count_nonzero(np.diff(reply["routes"])))
+    return {"seconds": reply["seconds"], "native_s": reply["native_s"], "switches": switches}
+
+
+def prompt_ids(n: int, vocab_size: int, text: Sequence[int] | None) -> list[int]:
+    if text is not None and len(text) >= n:
+        return [int(i) for i in text[:n]]
+    return np.random.default_rng(SEED).integers(0, vocab_size, n).tolist()
+
+
+def start_and_stop(t: Target, threads: int | None, device: str, cold: bool = False) -> float:
+    """Load time in a fresh process that does nothing else; cold: with the model's files not in the page cache."""
+    with t.process() as w:
+        if cold:
+            drop_from_cache(Path(t.path))
+        seconds: float = w.ask(do="load", adapter=t.adapter, path=t.path, threads=threads, device=device)["load_s"]
+        return seconds
+
+
+def drop_from_cache(folder: Path) -> None:
+    """Ask the system to forget the folder's files, so that the next reader reads the disk; Linux alone heeds it."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for file in folder.iterdir():
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,0 +1,207 @@
+"""`dmpt-export eval`: perplexity and accuracy of a model on a text."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dmpt_export.cli.checks import check_model, check_tokenizer, is_exported, no_verify, usage
+from dmpt_export.cli.extras import require
+
+if TYPE_CHECKING:
+    from benchmarks.quality.perplexity import Quality
+
+PROTOCOLS = ("stride-concat", "non-overlapping", "sliding")  # benchmarks.quality.protocols', which help must not import
+
+
+@click.command("eval", short_help="Measure perplexity and accuracy on a text.")
+@click.argument("model")
+@click.option("--data", multiple=True, required=True, metavar="FILE",
+              help="Text: plain, JSONL (both also .xz, .gz, .zst), Parquet, or a hub dataset such as "
+              "wikitext-103:test. Several are scored as one text.")  # fmt: skip
+@click.option("--text-field", default="text", show_default=True, metavar="NAME",
+              help="Where the text is in JSONL, Parquet and datasets.")  # fmt: skip
+@click.option("--protocol", type=click.Choice(PROTOCOLS), default=PROTOCOLS[0], show_default=True,
+              help="What is scored after what; see above.")  # fmt: skip
+@click.option("--max-length", type=click.IntRange(min=2), metavar="N",
+              help="Tokens in a window. Default: 1024, or the model's context if that is less.")  # fmt: skip
+@click.option("--stride", type=click.IntRange(min=1), metavar="N",
+              help="Predictions scored in each window. Default: half a window, or all if they share none.")  # fmt: skip
+@click.option("--mode", default="gate_hard", show_default=True,
+              help="Path mode; checkpoints also take gate_soft, max_prob, random, left_only, ...")  # fmt: skip
+@click.option("--fast-k", type=click.IntRange(min=0), metavar="K",
+              help="Candidates that a path's further heads are scored on; 0: all. Checkpoints alone: an ONNX folder "
+              "has it built in. Default: the checkpoint's.")  # fmt: skip
+@click.option("--base", metavar="OTHER", help="Also measure KL(OTHER || MODEL), agreement and the ratio of "
+              "perplexities; OTHER is any model with the same tokenizer.")  # fmt: skip
+@click.option("--base-cache", type=click.Path(file_okay=False), metavar="FOLDER",
+              help="Keep OTHER's log-probs there, 2 bytes each (28 GB for WikiText's test text and GPT-2), "
+              "so that the next model need not run it again.")  # fmt: skip
+@click.option("--resume", type=click.Path(file_okay=False), metavar="FOLDER",
+              help="Keep what was found so far there; a killed evaluation, run again, goes on, "
+              "to the same digits.")  # fmt: skip
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True,
+              help="Windows that a checkpoint runs together; for --device cuda.")  # fmt: skip
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: all this process may use.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@no_verify
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+def command(
+    model: str,
+    data: tuple[str, ...],
+    text_field: str,
+    protocol: str,
+    max_length: int | None,
+    stride: int | None,
+    mode: str,
+    fast_k: int | None,
+    base: str | None,
+    base_cache: str | None,
+    resume: str | None,
+    batch: int,
+    threads: int | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Measure how well MODEL predicts a text: perplexity and accuracy of what is deployed.
+
+    MODEL is an ONNX folder (no torch needed), a DMPT or quantized folder, or a GPT-2 folder or hub id.
+
+    Protocols. stride-concat: the text's non-empty lines are tokenised one by one, with one end-of-text after each;
+    windows of --max-length tokens advance by --stride, and each scores its last --stride predictions, so every scored
+    token has at least half a window before it. sliding: as Hugging Face's guide, the lines are joined by a blank line
+    without end-of-text, and the first window scores all its predictions. non-overlapping: that text in windows that
+    share nothing.
+
+    Perplexities of different protocols do not compare, nor do those of different windows: stride-concat alone counts
+    the end-of-text tokens, and how much context a token has before it differs.
+
+    Perplexity per word and bits per byte count what the scored tokens stand for, end-of-text as one newline, so
+    they compare between tokenizers. Standard errors take tokens as independent.
+
+    \b
+    Example:
+      dmpt-export eval device --data wiki.test.raw
+      dmpt-export eval device --data wiki.test.raw --base tuned --resume progress
+    Next: several models side by side, with their speed:
+      dmpt-export compare gpt2-device device --data wiki.test.raw --out report
+    """
+    if base_cache and not base:
+        raise click.UsageError("--base-cache keeps the log-probs of --base: name one")
+    from training.progress import say
+
+    exported = [is_exported(source) for source in ([model, base] if base else [model])]
+    require(*(device if ready else "train" for ready in exported))
+    check_request(data, protocol, max_length, stride, [folder for folder in (base_cache, resume) if folder])
+    check_scored(model, max_length, stride, protocol, mode, fast_k)
+    if base is not None:
+        check_scored(base, max_length, stride, protocol)
+    if not all(exported):
+        say("loading PyTorch")
+    from benchmarks.quality.divergence import Base, check_base
+    from benchmarks.quality.open_scorer import open_scorer
+    from benchmarks.quality.perplexity import evaluate, read_text
+
+    with contextlib.ExitStack() as stack:
+        scorer = open_scorer(model, threads, device, mode, fast_k=fast_k)
+        stack.callback(scorer.close)
+        found = read_text(scorer, data, text_field, protocol)
+        other = None
+        if base is not None:
+            other = Base(open_scorer(base, threads, device), base_cache)
+            stack.callback(other.close)
+            check_base(scorer, other.scorer, found.ids, read_text(other.scorer, data, text_field, protocol).ids)
+        result = evaluate(scorer, found, max_length, stride, protocol, batch, other, resume)
+    if as_json:
+        click.echo(json.dumps({"model": model, **result.to_json()}, allow_nan=False))
+    else:
+        click.echo(as_text(model, result, any(len(heads) > 1 for heads in scorer.head_allocation.values())))
+
+
+def check_request(
+    data: tuple[str, ...], protocol: str, max_length: int | None, stride: int | None, folders: list[str]
+) -> None:
+    """Raise UsageError for windows that no model can have, InputError for texts that are not there and for folders
+    that cannot be made."""
+    from benchmarks.quality.protocols import LONGEST_WINDOW, choose_windows
+    from training.checkpoints.atomic import check_place
+    from training.text.sources import check_source
+
+    with usage():
+        choose_windows(max(max_length or 0, LONGEST_WINDOW), max_length, stride, protocol)
+    for text in data:
+        check_source(text)
+    for folder in folders:
+        check_place(Path(folder))
+
+
+def check_scored(
+    source: str, max_length: int | None, stride: int | None, protocol: str, mode: str | None = None,
+    fast_k: int | None = None,
+) -> None:  # fmt: skip
+    """Refuse, before a large model or torch is loaded, what cannot be scored so."""
+    from benchmarks.quality.protocols import choose_windows
+    from runtime.manifest_file import read_manifest
+
+    if is_exported(source):
+        choose_windows(read_manifest(Path(source)).config.n_positions, max_length, stride, protocol)
+        return
+    shape = check_model(source)
+    choose_windows(shape.n_positions, max_length, stride, protocol)
+    if mode is not None:
+        shape.leaves_of_mode(mode)
+    if fast_k is not None:
+        shape.fast_k = fast_k or None
+        shape.check()
+    check_tokenizer(source, shape.vocab_size)
+
+
+def as_text(model: str, result: Quality, several_heads: bool = False) -> str:
+    """The result for people. several_heads: whether a path of the model has heads to weigh."""
+    from benchmarks.report.table import readable
+
+    lines = {
+        "model": model,
+        "tokens": f"{result.tokens_scored:,} scored of {result.tokens:,} "
+        f"({result.protocol}, windows of {result.max_length}, stride {result.stride})",
+        "perplexity": f"{result.perplexity:.4f} ± {result.perplexity * result.standard_error:.4f}",
+    }
+    if result.word_perplexity is not None and result.bits_per_byte is not None:
+        lines["per word"] = f"{readable(result.word_perplexity)} ({result.words_scored:,} words)"
+        lines["per byte"] = f"{result.bits_per_byte:.4f} bits ({result.bytes_scored:,} bytes)"
+    lines["accuracy"] = f"{100 * result.accuracy:.2f} %"
+    if result.top5_accuracy is not None:
+        lines["accuracy"] += f", among the top five {100 * result.top5_accuracy:.2f} %"
+    if len(result.route_shares) > 1:
+        lines |= paths(result)
+    for leaf, shares in (result.head_shares or {}).items():
+        if len(shares) > 1:
+            lines[f"heads {leaf}"] = ", ".join(f"{head}: {100 * weight:.1f} %" for head, weight in shares.items())
+    if several_heads and result.head_shares is None:
+        lines["heads"] = "not told by this export (make it again) or by a mode that mixes paths"
+    if result.base:
+        lines |= against(result.base)
+    return "\n".join(f"{key:<11} {value}" for key, value in lines.items())
+
+
+def paths(result: Quality) -> dict[str, str]:
+    """Each path's share of the tokens, and its perplexity there."""
+    lines = {"routes": ", ".join(f"{leaf} {100 * share:.1f} %" for leaf, share in result.route_shares.items())}
+    own = ", ".join(f"{leaf} {perplexity:.2f}" for leaf, perplexity in result.path_perplexity.items())
+    lines["on each"] = f"perplexity {own}"
+    return lines
+
+
+def against(base: dict[str, Any]) -> dict[str, str]:
+    """The comparison with --base."""
+    return {
+        "base": f"{base['model']}, perplexity {base['perplexity']:.4f}",
+        "KL": f"mean {max(base['kl_mean'], 0):.6f} ± {base['kl_mean_error']:.6f}, "
+        f"median {max(base['kl_median'], 0):.6f}, 99 % {base['kl_99']:.6f}, largest {base['kl_max']:.4f}",
+        "same top": f"{100 * base['top1_agreement']:.2f} ± {100 * base['top1_agreement_error']:.2f} %",
+        "ln ratio": f"{base['log_ratio']:+.6f} ± {base['log_ratio_error']:.6f} of perplexity to the base's",
+    }

@@ -1,0 +1,195 @@
+"""`dmpt-export run`: continue a prompt with an exported model, streaming to stdout."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dmpt_export.cli.checks import usage
+from dmpt_export.cli.extras import require
+
+if TYPE_CHECKING:
+    from runtime.generate import Generation, Generations
+
+MOST_INPUT = 64 << 20  # bytes read from standard input; what fits the context is decided by the model
+
+
+@click.command("run", short_help="Continue a prompt with an exported model, without torch.")
+@click.argument("model")
+@click.argument("prompt", required=False)
+@click.option("-n", "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True,
+              help="Tokens to write at most; end of text or a full context ends it earlier.")  # fmt: skip
+@click.option("-t", "--temperature", type=float, help="0 always takes the likeliest token, 1 samples as the model "
+              "says. Default: 1 with --top-k, --top-p or --seed, else 0.")  # fmt: skip
+@click.option("--top-k", type=int, help="Sample among the K likeliest tokens only.")
+@click.option("--top-p", type=float, help="Sample among the likeliest tokens that together have probability P.")
+@click.option("--repetition-penalty", type=float, default=1.0, show_default=True,
+              help="Above 1: tokens that occurred already become less likely.")  # fmt: skip
+@click.option("--seed", type=int, help="The same seed gives the same text. Default: another one each time.")
+@click.option("--stop", multiple=True, help="Text that ends the output and is cut from it; may be repeated.")
+@click.option("--on-full", type=click.Choice(["stop", "slide"]), default="stop", show_default=True,
+              help="When the context is full: stop, or read its last half again as a new beginning.")  # fmt: skip
+@click.option("--speculate", type=int, default=0, metavar="N", show_default=True, help="Guess up to N tokens from the "
+              "text so far and check them in one run: faster where text repeats.")  # fmt: skip
+@click.option("--batch", is_flag=True, help="Standard input has one prompt a line; they are continued together, and "
+              "each gives one line of JSON, in their order.")  # fmt: skip
+@click.option("--threads", type=int, help="CPU threads. Default: what this process may use.")
+@click.option("--deterministic", is_flag=True, help="One thread and reproducible arithmetic: equal seeds give equal "
+              "text on every machine of a kind, however many CPUs it has.")  # fmt: skip
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--no-check", is_flag=True, help="Skip comparing the files' sha256 with the manifest.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with the text and statistics instead.")
+@click.option("-v", "--verbose", is_flag=True, help="Say on stderr how fast it went and which paths were taken, "
+              "also when stderr is no terminal.")  # fmt: skip
+def command(model: str, prompt: str | None, as_json: bool, verbose: bool, batch: bool, **options: Any) -> None:
+    """Continue PROMPT (standard input when absent) with the exported folder MODEL.
+
+    The new text goes to stdout as it is made, everything else to stderr. Needs neither torch nor transformers:
+    pip install '.[cpu]' in a checkout is enough.
+
+    \b
+    Examples:
+      dmpt-export run device "Once upon a time"
+      dmpt-export run device "The tide mill" --temperature 0.8 --top-k 40 --seed 1
+      echo "The tide mill" | dmpt-export run device --json
+      dmpt-export run device --batch < prompts.txt
+
+    Next: `dmpt-export eval MODEL --data FILE` for its perplexity, `dmpt-export bench MODEL` for its speed.
+    """
+    device, verify = options.pop("device"), not options.pop("no_check")
+    session = {name: options.pop(name) for name in ("threads", "deterministic")}
+    if batch and prompt is not None:
+        raise click.UsageError("--batch reads its prompts from standard input, one a line: leave PROMPT out")
+    if batch and (as_json or verbose):
+        raise click.UsageError("--batch prints a line of JSON for each prompt, no statistics: leave --json and -v out")
+    require(device)
+    check_values(options, **session)
+    import runtime
+    from runtime.generate import Generations
+
+    text = read_prompt() if prompt is None else as_utf8(prompt)
+    started = time.perf_counter()
+    with runtime.load(model, device=device, verify=verify, **session) as loaded:
+        clock = Clock(time.perf_counter() - started)
+        generation = loaded.stream(lines(text) if batch else text, **options)
+        if isinstance(generation, Generations):
+            show_batch(generation)
+            return
+        try:
+            show(generation, clock, quiet=as_json)
+        finally:
+            if not as_json:
+                click.echo()
+        statistics = {**clock.statistics(generation), "threads": loaded.threads, "device": device}
+    if as_json:
+        click.echo(json.dumps({"text": generation.text, "ids": generation.ids, **statistics}))
+    elif verbose or sys.stderr.isatty():
+        click.echo(summary(statistics), err=True)
+
+
+def check_values(options: dict[str, Any], threads: int | None, deterministic: bool) -> None:
+    """Raise UsageError for a value that no model could take, before one is loaded."""
+    from runtime.sampling import Sampling
+    from runtime.threads import resolve_threads
+    from runtime.writing import Limits
+
+    limits = ("max_new_tokens", "stop", "on_full", "speculate")
+    with usage():
+        sampling = Sampling(**{name: value for name, value in options.items() if name not in limits})
+        Limits(**{name: options[name] for name in limits})
+        resolve_threads(threads, deterministic)
+    if options["speculate"] and sampling.heat > 0:
+        raise click.UsageError("--speculate needs the greedy choice: leave temperature, top-k, top-p and seed out")
+
+
+def as_utf8(argument: str) -> str:
+    """An argument's bytes read as UTF-8, whatever the locale. Other bytes are refused when the prompt is tokenised."""
+    return os.fsencode(argument).decode("utf-8", "surrogateescape")
+
+
+def read_prompt() -> str:
+    """All of standard input, without the line break that ends it."""
+    from runtime.errors import RequestError
+
+    if sys.stdin is None:
+        raise RequestError("there is no prompt: give it as an argument or on standard input")
+    if sys.stdin.isatty():
+        click.echo("Reading the prompt from the terminal; Ctrl-D ends it.", err=True)
+    data = sys.stdin.buffer.read(MOST_INPUT + 1)
+    if len(data) > MOST_INPUT:
+        raise RequestError(f"the prompt on standard input is larger than {MOST_INPUT >> 20} MB: give less")
+    if not data.strip():
+        raise RequestError("the prompt is empty: give some text (one that begins with - goes after --)")
+    try:
+        return data.decode().removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the prompt on standard input is not UTF-8 (byte {error.start})") from error
+
+
+def lines(text: str) -> list[str]:
+    return [line.removesuffix("\r") for line in text.split("\n")]
+
+
+class Clock:
+    """Times of one generation, and which path each token came from."""
+
+    def __init__(self, load_s: float) -> None:
+        self.load_s = load_s
+        self.started = self.first = self.latest = time.perf_counter()
+        self.paths: Counter[str] = Counter()
+
+    def tick(self, path: str) -> None:
+        self.latest = time.perf_counter()
+        if not self.paths:
+            self.first = self.latest
+        self.paths[path] += 1
+
+    def statistics(self, generation: Generation) -> dict[str, Any]:
+        """The first token closes the prefill; decoding is counted over the others."""
+        prefill, decode, new = self.first - self.started, self.latest - self.first, len(generation.ids)
+        return {
+            "prompt_tokens": len(generation.prompt),
+            "new_tokens": new,
+            "stop_reason": generation.stop_reason,
+            "load_s": round(self.load_s, 4),
+            "prefill_tokens_per_s": round(len(generation.prompt) / prefill, 2) if prefill > 0 else None,
+            "decode_tokens_per_s": round((new - 1) / decode, 2) if decode > 0 else None,
+            "path_shares": {path: round(count / new, 4) for path, count in sorted(self.paths.items())},
+        }
+
+
+def show(generation: Generation, clock: Clock, quiet: bool) -> None:
+    """Make the text; unless quiet, every piece is printed at once. A terminal that lacks a character gets "?"."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    for token in generation:
+        clock.tick(token.path)
+        if token.text and not quiet:
+            click.echo(token.text, nl=False)
+
+
+def show_batch(generations: Generations) -> None:
+    """Make the texts together and print each as soon as it and those before it are complete."""
+    unprinted = list(generations.texts)
+    for _ in generations:
+        while unprinted and unprinted[0].stop_reason is not None:
+            text = unprinted.pop(0)
+            click.echo(json.dumps({"text": text.text, "ids": text.ids, "stop_reason": text.stop_reason}))
+
+
+def summary(statistics: dict[str, Any]) -> str:
+    decode = statistics["decode_tokens_per_s"]
+    speed = f", {decode:.1f} tokens/s" if decode else ""
+    shares = ", ".join(f"{path} {share:.0%}" for path, share in statistics["path_shares"].items())
+    return (
+        f"{statistics['prompt_tokens']} + {statistics['new_tokens']} tokens{speed}, "
+        f"prefill {statistics['prefill_tokens_per_s']:.1f} tokens/s, loaded in {statistics['load_s']:.2f} s, "
+        f"{statistics['threads']} threads, stopped by {statistics['stop_reason']}; paths: {shares}"
+    )

@@ -1,0 +1,82 @@
+"""`dmpt-export train`: the options are those of training.cli.parameters, imported when the verb is used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from dmpt_export.cli.extras import require
+
+
+class TrainCommand(click.Command):
+    """Takes option names with underscores (as the original project wrote them) or dashes; help in sections."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        if not self.params:
+            from training.cli.parameters import parameters
+
+            self.params = parameters()
+        return super().get_params(ctx)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from training.cli.parameters import SECTIONS
+
+        title = "Options"
+        rows: list[tuple[str, str]] = []
+        for parameter in self.get_params(ctx):
+            if parameter.name in SECTIONS or parameter.name == "help":
+                if rows:
+                    with formatter.section(title):
+                        formatter.write_dl(rows)
+                title, rows = SECTIONS.get(parameter.name or "", "Other"), []
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                rows.append(record)
+        with formatter.section(title):
+            formatter.write_dl(rows)
+        from training.cli.recipes import described
+
+        with formatter.section("Recipes"):
+            formatter.write_dl(described())
+
+
+@click.command(
+    "train",
+    cls=TrainCommand,
+    context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},
+    short_help="Train a DMPT or a plain GPT-2 on text.",
+)
+@click.pass_context
+def command(context: click.Context, /, **values: Any) -> None:
+    """Train MODEL (a DMPT or GPT-2 folder, or a hub id) on text; the result and the run go to the folder OUT.
+
+    Plain GPT-2 goes through the very same trainer, so a comparison at equal tokens is fair. The paths of a
+    DMPT are mixed by their gates while training (gate_soft), and --eval-data is scored as deployed: every
+    token takes one path.
+
+    \b
+    Examples:
+      dmpt-export train dmpt tuned --data train.txt --eval-data valid.txt --max-steps 2000
+      dmpt-export train gpt2 gpt2-tuned --data train.txt --max-steps 2000      the fair control
+      dmpt-export train --out tuned --resume                                   after Ctrl-C
+      dmpt-export train gpt2 big --data train.txt.xz --recipe dual-multi-head
+      dmpt-export train --from-scratch --tokenizer gpt2 --n-layer 6 --n-embd 384 --n-head 6 OUT --data train.txt
+
+    \b
+    OUT afterwards:
+      config.json, ...    the model to use: the best on --eval-data, else the last; OUT is a CHECKPOINT
+      best/  last/        both checkpoints; last/trainer_state is what --resume continues from
+      metrics.jsonl       a line for every --log-every steps, evaluation and warning
+
+    Several processes or GPUs: accelerate launch -m training MODEL OUT --data FILE ...
+
+    \b
+    Next:
+      dmpt-export quantize OUT small --scheme int8
+    """
+    require("train")
+    from training.cli.command import run
+
+    run(values, {name for name in values if context.get_parameter_source(name) is ParameterSource.COMMANDLINE})

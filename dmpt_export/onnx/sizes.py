@@ -1,0 +1,50 @@
+"""Counts of parameters and bytes: in all, and what one decoding step has to read.
+
+Parameters are the model's, however it is stored: a matrix in 4 bits, or as a delta of low rank, counts as the matrix
+it stands for, so a model has as many quantized as in float. Bytes are what is stored.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dmpt_export.graph.linear import Weights
+from quant.tensor import DeltaTensor, Weight
+from training.model.config import DMPTConfig
+
+
+def n_parameters(weight: Weight) -> int:
+    return int(np.prod(weight.shape))
+
+
+def owner(name: str) -> str:
+    """The part of the model a tensor belongs to: a node's or leaf's blocks, a gate, a head gate, a head, wte, wpe."""
+    first, second, *_ = name.split(".")
+    if first == "transformer":
+        return "transformer" if second in ("h", "ln_f") else f"transformer.{second}"
+    return f"{first}.{second}"
+
+
+def totals(weights: Weights) -> dict[str, tuple[int, int]]:
+    """(parameters, bytes) by owner."""
+    out: dict[str, tuple[int, int]] = {}
+    for name, weight in weights.items():
+        count, size = out.get(owner(name), (0, 0))
+        out[owner(name)] = (count + n_parameters(weight), size + weight.nbytes)
+    return out
+
+
+def parts_table(weights: Weights) -> dict[str, dict[str, int]]:
+    """totals() in the manifest's form."""
+    return {part: {"parameters": count, "bytes": size} for part, (count, size) in totals(weights).items()}
+
+
+def touched_per_token(config: DMPTConfig, weights: Weights) -> tuple[int, int]:
+    """(parameters, bytes) that one decoding step reads, see DMPTConfig.touched_per_token."""
+    parameters = {name: n_parameters(weight) for name, weight in weights.items()}
+    sizes = {name: weight.nbytes for name, weight in weights.items()}
+    if config.fast_k:  # of a delta only the rows of `left` are read by candidate, `right` whole
+        for name, weight in weights.items():
+            if isinstance(weight, DeltaTensor):
+                sizes[name] += round(weight.right.nbytes * (config.vocab_size / config.fast_k - 1))
+    return config.touched_per_token(parameters), config.touched_per_token(sizes)

@@ -1,0 +1,57 @@
+"""An earlier plan, to be used again; read without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quant.rules import Rule, parse_rule
+from quant.schemes import SCHEMES
+from training.checkpoints.files import read_json
+from training.errors import InputError
+
+if TYPE_CHECKING:
+    from quant.calibration import Calibration
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The rules of an earlier plan, to be used again."""
+
+    path: Path
+    rules: list[Rule]
+    calibration: dict[str, Any]  # sha256 and tokens of the text that it was made with; {} where that is not recorded
+
+    @property
+    def by_text(self) -> str | None:
+        """A scheme of it that goes by calibration text."""
+        schemes = (rule.scheme for rule in self.rules)
+        return next((scheme for scheme in schemes if scheme in SCHEMES and SCHEMES[scheme].calibrated), None)
+
+    def check_text(self) -> None:
+        """Raise InputError when no calibration text is given, but needed; said before any work is done."""
+        if self.by_text and self.calibration:
+            raise InputError(f"{self.made()}, and {self.by_text} goes by it: give the same with --calib FILE")
+
+    def other_text(self, given: Calibration) -> str | None:
+        """What to tell people when the text is needed and not that of the plan."""
+        text = (given.sha256, given.windows.numel())
+        if not self.by_text or not self.calibration or text == (self.calibration["sha256"], self.calibration["tokens"]):
+            return None
+        return f"{self.made()}, these are {text[1]} of {text[0][:12]}...: the weights will be others than planned"
+
+    def made(self) -> str:
+        tokens, sha256 = self.calibration["tokens"], self.calibration["sha256"]
+        return f"{self.path} was made with {tokens} tokens of a text with sha256 {sha256[:12]}..."
+
+
+def read_plan(path: str | Path) -> Replay:
+    """A plan.json. Raises InputError when it is none."""
+    fields = read_json(Path(path))
+    rules, text = fields.get("rules"), fields.get("calibration") or {}
+    if not isinstance(rules, list) or not rules or not all(isinstance(rule, str) for rule in rules):
+        raise InputError(f"{path} is no plan: give the plan.json of a planned quantized folder")
+    if text and not (isinstance(text, dict) and type(text.get("sha256")) is str and type(text.get("tokens")) is int):
+        raise InputError(f"{path}: calibration must give sha256 and tokens: give the plan.json as it was written")
+    return Replay(Path(path), [parse_rule(rule) for rule in rules], text)

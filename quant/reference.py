@@ -1,0 +1,91 @@
+"""The torch reference of a quantized checkpoint that never holds more than one matrix in float.
+
+Weights stay as they are stored; a layer dequantizes its matrix when it runs, and an embedding or a head only the
+rows it is asked for. As slow as it is small: for checking a few tokens, not for evaluating texts.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from quant.checkpoint import load_weights
+from quant.tensor import Alone, DeltaTensor, Stored
+from training.checkpoints.checkpoint import empty_model
+from training.checkpoints.folder import Source
+from training.model.generation import DMPTForCausalLM
+
+ROWS = 4096  # of a head, multiplied at a time
+
+
+class StoredLayer(nn.Module):
+    """A block's layer, x W + b, for a matrix that the checkpoint holds as [in, out]."""
+
+    def __init__(self, weight: Alone, bias: Tensor) -> None:
+        super().__init__()
+        self.stored = weight
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        return x @ torch.from_numpy(self.stored.dequantize()) + self.bias
+
+
+class StoredRows(nn.Module):
+    """An embedding (called with ids) or a head (called with hidden rows; `weight[ids]` are some of its rows)."""
+
+    def __init__(self, weight: Stored) -> None:
+        super().__init__()
+        self.stored = weight
+
+    @property
+    def weight(self) -> StoredRows:
+        return self
+
+    def __getitem__(self, ids: Tensor) -> Tensor:  # (...) -> (..., E)
+        rows = self.stored.rows(ids.reshape(-1).numpy())
+        return torch.from_numpy(rows).view(*ids.shape, -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return self[x]
+        n = self.stored.shape[0]
+        slices = (slice(start, start + ROWS) for start in range(0, n, ROWS))
+        return torch.cat([x @ torch.from_numpy(self.stored.rows(rows)).T for rows in slices], dim=-1)
+
+
+def lean_model(source: Source) -> DMPTForCausalLM:
+    """The model of quant.checkpoint.dequantized_model, to the bit of its weights; raises what that raises."""
+    config, weights = load_weights(source)
+    model = empty_model(config)
+    for name, weight in weights.items():
+        path, _, kind = name.rpartition(".")
+        parent_path, _, child = path.rpartition(".")
+        parent = model.get_submodule(parent_path)
+        if isinstance(weight, np.ndarray):
+            if not isinstance(getattr(parent, child), StoredLayer):  # whose bias was taken along
+                setattr(getattr(parent, child), kind, nn.Parameter(torch.from_numpy(weight), requires_grad=False))
+        elif not isinstance(weight, DeltaTensor) and weight.transposed:
+            bias = weights[f"{path}.bias"]
+            assert isinstance(bias, np.ndarray)
+            setattr(parent, child, StoredLayer(weight, torch.from_numpy(bias)))
+        else:
+            _put(parent, child, StoredRows(weight))
+    if config.tie_word_embeddings:
+        _tie(model)
+    return model.eval()
+
+
+def _put(parent: nn.Module, child: str, module: nn.Module) -> None:
+    if isinstance(parent, nn.ModuleList):
+        parent[int(child)] = module
+    else:
+        setattr(parent, child, module)
+
+
+def _tie(model: DMPTForCausalLM) -> None:
+    embedding: nn.Module = model.transformer.get_submodule("wte")
+    if isinstance(embedding, StoredRows):
+        model.heads[0] = embedding
+    else:
+        model.heads[0].weight = model.transformer.wte.weight

@@ -1,0 +1,299 @@
+"""What a comparison says in words and pictures; and that it never claims more than was measured."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from benchmarks.comparison.comparison import compare
+from benchmarks.comparison.contestants import Entry, Settings
+from benchmarks.comparison.findings import reading
+from benchmarks.comparison.model_result import Row
+from benchmarks.comparison.output import save
+from benchmarks.comparison.ranking import rankings
+from benchmarks.comparison.result import Comparison
+from benchmarks.quality.open_scorer import open_scorer
+from benchmarks.quality.perplexity import Quality, evaluate, read_text
+from benchmarks.quality.scorer import named
+from benchmarks.report import frontier, placing, svg
+from benchmarks.report.page import page
+from benchmarks.report.table import markdown
+from benchmarks.speed.cases import Case
+from benchmarks.speed.results import Speed, Timings
+from training.errors import InputError
+
+SVG = "{http://www.w3.org/2000/svg}"
+NOISE = np.random.default_rng(0).exponential(3.0, 4000)  # what makes some tokens hard for every model
+
+
+def quality(perplexity: float, jitter: float = 0.1, seed: int = 1, text: str = "one", n_bytes: int = 16_000) -> Quality:
+    """Of a model that differs from others by its mean, and from token to token by `jitter` nats."""
+    nll = NOISE + jitter * np.random.default_rng(seed).standard_normal(len(NOISE))
+    nll += math.log(perplexity) - nll.mean()
+    return Quality(
+        4512, len(nll), -float(nll.sum()), 0.3, 0.05, {}, 1024, 512, "gate_hard", text, nll, words_scored=3000,
+        bytes_scored=n_bytes,
+    )  # fmt: skip
+
+
+def speed(name: str, decode: float) -> Speed:
+    tests = [Timings(Case("pp", 128), [8 * decode] * 3), Timings(Case("tg", 64, 128), [decode] * 3, switches=3)]
+    return Speed(name, tests, [0.2], 10**8, 10**8, 7, 1)
+
+
+def row(
+    family: str, scheme: str, megabytes: float, perplexity: float | None, decode: float | None, seed: int = 1
+) -> Row:
+    name = f"{family} {scheme}"
+    return Row(
+        name=name,
+        path="somewhere",
+        kind="onnx" if decode else "float",
+        is_dmpt=family == "DMPT",
+        family=family,
+        scheme=scheme,
+        control=family == "GPT-2 fine-tuned",
+        parameters=1000,
+        parameters_touched_per_token=900,
+        size_bytes=int(megabytes * 1e6),
+        quality=quality(perplexity, seed=seed) if perplexity else None,
+        speed=speed(name, decode) if decode else None,
+    )
+
+
+BASE = row("GPT-2 base", "fp32", 23, 61, 210)
+TUNED = [row("GPT-2 fine-tuned", *rest) for rest in (("fp32", 20, 50, 100), ("int8", 6, 51, 400), ("int4", 4, 55, 500))]
+DMPT = [row("DMPT", *rest, seed=2) for rest in (("fp32", 60, 48, 80), ("int8", 15, 54, 300), ("int4", 10, 55.01, 550))]  # type: ignore[arg-type, misc]
+
+
+# --- the line under the table -----------------------------------------------------------------------
+
+
+def test_dmpt_is_read_against_its_control_of_the_same_scheme() -> None:
+    said = reading([BASE, *TUNED, *DMPT])
+    assert "\n" not in said
+    fp32, int8, int4 = said.split("scheme: ")[1].split(" (± two")[0].split("; ")
+    assert "perplexity 4.00 % ± 0." in fp32 and "lower, 3.00x the size, 0.80x the decode speed" in fp32
+    assert "perplexity 5.88 % ± 0." in int8 and "higher, 2.50x the size, 0.75x" in int8
+    assert "perplexity no different (+0.02 % ±" in int4 and "1.10x the decode speed" in int4
+
+
+def test_the_margin_is_two_paired_standard_errors() -> None:
+    said = reading([TUNED[0], DMPT[0]])
+    assert TUNED[0].quality and DMPT[0].quality
+    difference = DMPT[0].quality.nll - TUNED[0].quality.nll
+    margin = 100 * 2 * difference.std(ddof=1) / math.sqrt(4000) * 48 / 50
+    assert f"± {margin:.2f} %" in said
+    assert margin < 1  # unpaired it would be ten times as much: what makes tokens hard cancels
+
+
+def test_no_claim_without_a_control() -> None:
+    said = reading([BASE, *DMPT])
+    assert "control is missing" in said and "%" not in said and "x the" not in said
+    assert "no such GPT-2 row" in reading([TUNED[0], *DMPT[:2]])
+    assert "No DMPT" in reading([BASE, *TUNED])
+
+
+def test_other_tokens_do_not_compare() -> None:
+    other = replace(TUNED[0], quality=quality(50, text="another"))
+    assert "do not compare" in reading([other, DMPT[0]])
+
+
+def test_other_tokenizers_are_ranked_by_bytes() -> None:
+    """Half as many tokens for the same text: twice the loss of each is no worse."""
+    coarse = replace(TUNED[0], name="coarse", quality=quality(200, text="another", n_bytes=32_000))
+    rows = [TUNED[0], DMPT[0], coarse]  # perplexities 50, 48, 200
+    assert rankings(rows)["bits per byte"] == ["coarse", "DMPT fp32", "GPT-2 fine-tuned fp32"]
+    assert "perplexity" not in rankings(rows) and rankings(rows[:2])["perplexity"][0] == "DMPT fp32"
+    result = Comparison(rows, ["text"], [])
+    header, _, line = result.table().splitlines()[:3]
+    assert "| word perplexity | bits per byte |" in header and "accuracy" not in header
+    assert line.split("|")[5:7] == [f"{math.exp(math.log(50) * 4 / 3):16.2f} ", f"{math.log2(50) / 4:14.4f} "]
+    text = result.as_markdown()
+    assert "perplexities per token do not compare" in text and "Best first by bits per byte: coarse" in text
+    assert "in bits per byte, decode time" in text
+    assert "Size, bits per byte and speed" in (drawn := page(result)) and "Size, perplexity" not in drawn
+    assert "coarse: 20 MB, bits per byte 0.9555" in drawn
+    assert "They scored 16,000 to 32,000 bytes" in text  # which the fine print of stride-concat is about
+
+
+def test_without_text_or_speed_only_what_is_known_is_said() -> None:
+    said = reading([row("GPT-2 fine-tuned", "fp32", 20, None, None), row("DMPT", "fp32", 60, None, 80)])
+    assert said.endswith("fp32: 3.00x the size.")
+
+
+# --- table, JSON, Markdown --------------------------------------------------------------------------
+
+
+def test_files_of_a_comparison(tmp_path: Path) -> None:
+    unmeasured = row("GPT-2", "int4", 4, None, None)
+    result = Comparison([BASE, *TUNED, *DMPT, unmeasured], ["text"], ["dmpt-export", "compare"], {"training": 7})
+    save(result, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "comparison.csv",
+        "comparison.json",
+        "comparison.md",
+        "comparison.svg",
+        "report.html",
+    ]
+    stored = json.loads((tmp_path / "out" / "comparison.json").read_text(), parse_constant=pytest.fail)
+    assert [r["name"] for r in stored["rows"]] == [r.name for r in result.rows]
+    assert stored["rows"][1]["perplexity"] == pytest.approx(50)
+    assert stored["rows"][1]["decode_tokens_per_s"] == 100
+    assert "perplexity" not in stored["rows"][-1] and "decode_tokens_per_s" not in stored["rows"][-1]
+    assert stored["seeds"] == {"training": 7}
+    assert {"cpu", "cores"} <= stored["machine"].keys() and "python" in stored["versions"]
+    assert stored["reading"] == result.reading
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    for part in (result.table(), result.reading, result.conditions(), "comparison.svg"):
+        assert part in text
+    lines = result.table().splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[2].split("|")[2:-1] == [
+        f" {cell} " for cell in ("     1,000", "              900", "  23.0 MB", "     61.00", "  30.0 %")
+    ] + ["           210.0 ", "             1680 "]
+    assert lines[-1].count(" - |") == 4
+    save(result, tmp_path / "out")  # replaced
+    (tmp_path / "out" / "mine.txt").touch()
+    with pytest.raises(InputError, match=r"mine\.txt"):
+        save(result, tmp_path / "out")
+
+
+def test_without_perplexity_there_is_no_picture(tmp_path: Path) -> None:
+    result = Comparison([row("GPT-2", "int4", 4, None, 100)], [], [])
+    save(result, tmp_path / "out")
+    assert not (tmp_path / "out" / "comparison.svg").exists()
+    assert "svg" not in result.as_markdown()
+
+
+def test_a_cell_cannot_break_the_table() -> None:
+    assert markdown(["model"], [["a|b"]]).splitlines()[2] == "| a\\|b  |"
+
+
+def test_names_of_models_on_the_command_line(tmp_path: Path) -> None:
+    odd = tmp_path / "lr=1e-4"
+    odd.mkdir()
+    for twice in (["a=x", "a=y"], [str(odd), str(odd)]):
+        with pytest.raises(InputError, match="several models are called"):
+            named(twice)
+    assert named([str(odd), f"tuned={odd}", "gpt2", "x="]) == [
+        ("lr=1e-4", str(odd)),
+        ("tuned", str(odd)),
+        ("gpt2", "gpt2"),
+        ("x=", "x="),
+    ]
+
+
+# --- measuring checkpoints --------------------------------------------------------------------------
+
+
+def test_checkpoints_are_scored_on_the_same_windows(
+    tiny_gpt2: Path, tiny_dmpt: Path, sample_text: str, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(sample_text)
+    entries = [
+        Entry("base", str(tiny_gpt2)),
+        Entry("tuned", str(tiny_gpt2), control=True),
+        Entry("ours", str(tiny_dmpt)),
+    ]
+    result = compare(entries, [text], tmp_path / "out", Settings(max_length=40, stride=10), seeds={"training": 3})
+    base, tuned, ours = result.rows
+    assert base.quality and tuned.quality and ours.quality
+    assert base.quality.perplexity == tuned.quality.perplexity != ours.quality.perplexity
+    assert {r.quality.tokens_sha256 for r in result.rows if r.quality} == {base.quality.tokens_sha256}
+    assert (base.family, tuned.family, ours.family) == ("GPT-2", "GPT-2 fine-tuned", "DMPT")
+    assert [r.speed for r in result.rows] == [None] * 3
+    assert result.seeds == {"prompt": 0, "training": 3}
+    assert set(ours.quality.route_shares) == {"left", "right"}
+    assert (tmp_path / "out" / "comparison.json").is_file()
+
+
+def test_a_comparison_follows_the_protocol(tiny_gpt2: Path, sample_text: str, tmp_path: Path) -> None:
+    """The same figures as `eval` with that protocol, on JSON lines with a field of another name."""
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"body": line}) for line in sample_text.splitlines()))
+    settings = Settings(protocol="sliding", max_length=32, stride=8, text_field="body")
+    (row,) = compare([Entry("base", str(tiny_gpt2))], [tmp_path / "text.jsonl"], settings=settings).rows
+    scorer = open_scorer(tiny_gpt2)
+    text = read_text(scorer, [tmp_path / "text.jsonl"], "body", "sliding")
+    assert row.quality and row.quality.to_json() == evaluate(scorer, text, 32, 8, "sliding").to_json()
+    stored = Comparison([row], [], []).as_csv().splitlines()
+    found = dict(zip(stored[0].split(","), stored[1].split(","), strict=True))
+    assert found["protocol"] == "sliding" and float(found["bits_per_byte"]) == row.quality.bits_per_byte
+    assert float(found["word_perplexity"]) == row.quality.word_perplexity and float(found["top5_accuracy"]) > 0
+    (tmp_path / "short").write_text("a")
+    with pytest.raises(InputError, match="longer text"):  # everybody's mistake: no row
+        compare([Entry("base", str(tiny_gpt2))], [tmp_path / "short"])
+
+
+def test_entries_that_cannot_be_compared_are_refused_first(tiny_gpt2: Path, tmp_path: Path) -> None:
+    good = Entry("good", str(tiny_gpt2))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    for entries, out, said in (
+        ([], None, "nothing to compare"),
+        ([good, good], None, "called good"),
+        ([good, Entry("gone", str(tmp_path / "gone"))], None, "gone"),
+        ([good], tmp_path / "mine", "not empty"),
+    ):
+        with pytest.raises(InputError, match=said):
+            compare(entries, [tmp_path / "no such text"], out)
+
+
+# --- picture ----------------------------------------------------------------------------------------
+
+CROWD = [
+    BASE,
+    *TUNED,
+    *DMPT,
+    row("GPT-2 fine-tuned", "int8-dynamic", 6.1, 50.5, 420),
+    row("DMPT", "planned", 6.2, 50.8, 410),
+    row("DMPT", "int8-dynamic", 14.8, 53.5, 310),
+    row("GPT-2", "fp16", 11, 60, None),
+    row("Other", "q4", 4.1, 55, 480),
+]
+
+
+@pytest.mark.parametrize(
+    "rows", [CROWD, [BASE], [BASE, replace(BASE, name="twin")], [row("DMPT", "int4", 1, 9000, 9), BASE]]
+)
+def test_labels_cover_neither_each_other_nor_markers(rows: list[Row]) -> None:
+    root = ElementTree.fromstring(frontier.draw_file(rows))
+    drawn = [element for group in root.iter(f"{SVG}g") for element in group]
+    labels = [box_of(element) for element in drawn if element.get("class") == "label"]
+    markers = [
+        placing.Box.around(float(e.get("cx", "")), float(e.get("cy", "")), 2 * radius, 2 * radius)
+        for e in drawn
+        if e.find(f"{SVG}title") is not None and (radius := float(e.get("r", "")))
+    ]
+    frame = placing.Box(50, 28, frontier.WIDTH - 16, frontier.HEIGHT - 46)
+    assert len(labels) == len(markers) == len(rows)
+    for a, b in combinations(labels, 2):
+        assert placing.overlap(a, b) == 0
+    for label in labels:
+        assert sum(placing.overlap(label, marker) for marker in markers) == 0
+        assert placing.outside(label, frame) < 1e-6
+
+
+def box_of(label: ElementTree.Element) -> placing.Box:
+    """About the pixels that a label's letters take."""
+    width = svg.LETTER * len(label.text or "")
+    return placing.Box.around(float(label.get("x", "")), float(label.get("y", "")) - 4, width, svg.FONT)
+
+
+def test_marker_area_is_speed() -> None:
+    half, whole = (frontier.radius(row("x", "int8", 1, 50, speed), 550) for speed in (275, 550))
+    assert half**2 == pytest.approx(whole**2 / 2)
+
+
+def test_families_have_colours_of_their_own() -> None:
+    families = ["GPT-2 base", "GPT-2 fine-tuned", "DMPT", "GPT-2", "one", "two"]
+    assert len(set(frontier.colour_numbers(families).values())) == 6
+    assert frontier.colour_numbers(families[1:])["DMPT"] == frontier.colour_numbers(families)["DMPT"]

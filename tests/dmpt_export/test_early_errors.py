@@ -1,0 +1,241 @@
+"""The first mistakes a user makes with each verb: told with the right exit code before torch or ONNX is imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dmpt_export.cli.main import main
+
+HEAVY = ("torch", "transformers", "accelerate", "safetensors", "onnx", "onnx_ir", "onnxruntime")
+
+# Words of a command line -> exit code (2: the command line alone is wrong, 3: files are), what is said.
+# {gpt2} 4 blocks, 300 tokens, 64 positions; {dmpt}; {int8} quantized; {onnx} exported; {text}; {short}; {full} holds
+# somebody's {full}/file; {none} is not there; {out} neither.
+MISTAKES: list[tuple[str, int, str]] = [
+    ("init {none} {out}", 3, "does not exist: check the path"),
+    ("init {full} {out}", 3, "no model folder: it has no config.json"),
+    ("init {gpt2} {full}", 3, "is not empty and is no checkpoint folder"),
+    ("init {gpt2} {full}/file/out", 3, "file is a file: give another place"),
+    ("init {gpt2} {out} --splits 4", 3, "splits [4] do not fit 4 blocks"),
+    ("init {gpt2} {out} --heads 3", 3, "3 heads do not divide evenly among 2 leaves"),
+    ("init {gpt2} {out} --fast-k 301", 3, "fast_k 301 must be from 1 to the vocabulary size 300"),
+    ("init {gpt2} {out} --fast-k 0", 2, "--fast-k"),
+    ("init {gpt2} {out} --heads 0", 2, "--heads"),
+    ("init {gpt2} {out} --noise nan", 2, "no finite number"),
+    ("init {dmpt} {out}", 3, "already has splits [2] and 4 head(s)"),
+    ("init {int8} {out}", 3, "is already quantized"),
+    ("init {onnx} {out}", 3, "is an exported model"),
+    ("train {gpt2} {out} --data {text} --epochs 0", 2, "one of --max-steps and --epochs must be above 0"),
+    ("train {none} {out} --data {text}", 3, "does not exist: check the path"),
+    ("train {gpt2} {out} --data {none}", 3, "does not exist: check the path"),
+    ("train {gpt2} {out} --data {full}", 3, "is a folder: give a file"),
+    ("train {gpt2} {full} --data {text}", 3, "is not empty and holds no training run"),
+    ("train {gpt2} {full} --data {text} --recipe quad", 3, "is not empty and holds no training run"),
+    ("train {gpt2} {out} --data {text} --recipe quart", 3, "there is no recipe 'quart'"),
+    ("train {gpt2} {out} --data {text} --recipe deployed", 3, "splits [6] do not fit 4 blocks"),
+    ("train {gpt2} {out} --data {text} --recipe {recipe}", 3, "lr must be a number, not 'fast'"),
+    ("train {gpt2} {out} --data {text} --splits 5", 3, "splits [5] do not fit 4 blocks"),
+    ("train {gpt2} {out} --data {text} --batch-size 0", 2, "--batch-size 0 must be at least 1"),
+    ("train {gpt2} {out} --data {text} --lr nan", 2, "--lr nan must be a number"),
+    ("train {gpt2} {out} --data {text} --lr_schedule step", 2, "--lr-schedule 'step': choose one of linear"),
+    ("train {gpt2} {out} --data {text} --eval-length 65", 3, "--eval-length 65 must be at most the model's context"),
+    ("train {gpt2} {out} --data {text} --train-path-selection up", 3, "unknown --train-path-selection 'up'"),
+    ("train {dmpt} {out} --data {text} --head-topk 3", 3, "head_topk 3 must be from 1 to the heads of a leaf (2)"),
+    ("train {gpt2} {out} --data {text} --freeze-schedule {none}", 3, "cannot be read"),
+    ('train {gpt2} {out} --data {text} --freeze-schedule {{"0":{{"lefty":true}}}}', 3, "group 'lefty' is unknown"),
+    ("train {gpt2} {out} --data {text} --resume", 3, "no trainer_state"),
+    ("train {int8} {out} --data {text}", 3, "is already quantized"),
+    ("train --from-scratch {out} --data {text}", 2, "--from-scratch needs --tokenizer"),
+    ("train --from-scratch {out} --data {text} --tokenizer {full}", 3, "has no tokenizer"),
+    ("train --from-scratch {out} --data {text} --tokenizer {gpt2} --n-embd 30 --n-head 4", 2, "multiple of n_head 4"),
+    ("quantize {none} {out} --scheme int8", 3, "does not exist: check the path"),
+    ("quantize {int8} {out} --scheme int8", 3, "is already quantized"),
+    ("quantize {gpt2} {full} --scheme int8", 3, "is not empty and is no quantized folder"),
+    ("quantize {gpt2} {out} --scheme int5", 2, "'int5' is not one of int8"),
+    ("quantize {gpt2} {out} --scheme delta-r16", 2, "give a scheme for the rest and a rule 'heads.*=delta-r16'"),
+    ("quantize {gpt2} {out} --scheme int2 --block 256", 2, "blocks from 32 to 128"),
+    ("quantize {gpt2} {out} --scheme int8 --rule heads.*", 2, "has not the form"),
+    ("quantize {gpt2} {out} --scheme int8 --rule *=int9", 2, "unknown scheme 'int9'"),
+    ("quantize {gpt2} {out} --scheme int8 --rule heads.3=int4", 3, "matches no tensor"),
+    ("quantize {gpt2} {out} --scheme int8 --rule *.ln_1=int4", 3, "always stays float32"),
+    ("quantize {gpt2} {out} --scheme int8 --rule *=delta-r16", 3, "only a head can be a delta"),
+    ("quantize {gpt2} {out} --scheme int4-gptq", 2, "goes by calibration text: give some with --calib"),
+    ("quantize {gpt2} {out} --scheme int4 --calib {none}", 3, "is no file"),
+    # counting tokens takes a tokenizer, and that of a foreign folder takes Transformers
+    ("quantize {dmpt} {out} --scheme int4 --calib {short}", 3, "calibration needs 64 or more"),
+    ("quantize {gpt2} {out} --scheme int8 --smooth 0.5 --calib {text}", 2, "leave --smooth out"),
+    ("quantize {gpt2} {out} --scheme int8-dynamic --smooth 0.5", 2, "give some with --calib FILE"),
+    ("quantize {gpt2} {out} --plan {none}", 3, "is missing"),
+    ("quantize {gpt2} {out} --plan {gpt2}/config.json", 3, "is no plan"),
+    ("quantize {gpt2} {out} --target-size 1MB", 2, "give some with --calib FILE"),
+    ("quantize {gpt2} {out} --target-size 1KB --calib {text}", 3, "no plan fits 0.001 MB: the least is"),
+    ("quantize {gpt2} {out} --target-bits 3 --candidates int8 --calib {text}", 3, "no plan fits 3 bits per weight"),
+    ("quantize {gpt2} {out} --target-bits 4 --candidates int7 --calib {text}", 2, "unknown scheme 'int7'"),
+    ("quantize {gpt2} {out} --target-bits 9 --candidates nf4 --calib {text}", 3, ""),
+    ("quantize {gpt2} {out} --target-size nan --calib {text}", 2, "is no size"),
+    ("onnx {none} {out}", 3, "does not exist: check the path"),
+    ("onnx {onnx} {out}", 3, "is an exported model"),
+    ("onnx {gpt2} {full}", 3, "is not empty and is no onnx folder"),
+    ("onnx {gpt2} {out} --fast-k 301", 3, "fast_k 301"),
+    ("onnx {gpt2} {out} --target cuda --kv-cache int8", 2, "--target cpu"),
+    ("onnx {gpt2} {out} --atol nan", 2, "no finite number"),
+    ("onnx {gpt2} {out} --kv-cache int8 --calibrate {none}", 3, "does not exist"),
+    ("runn {onnx} hello", 2, "No such command 'runn': did you mean run?"),
+    ("run {none} hello", 3, "is no folder"),
+    ("run {gpt2} hello", 3, "make an ONNX folder with `dmpt-export onnx`"),
+    ("run {onnx} hello --top-p 2", 2, "top_p 2.0 must be"),
+    ("run {onnx} hello --temperature -1", 2, "temperature -1.0 must be"),
+    ("run {onnx} hello --threads 0", 2, "threads 0 must be"),
+    ("run {onnx} hello --speculate 4 --seed 1", 2, "--speculate needs the greedy choice"),
+    ("eval {none} --data {text}", 3, "does not exist: check the path"),
+    ("eval {gpt2} --data {none}", 3, "does not exist: check the path"),
+    ("eval {gpt2} --data {text} --max-length 65", 3, "from 2 to the model's context of 64"),
+    ("eval {gpt2} --data {text} --max-length 32 --stride 33", 2, "--stride 33 must be from 1"),
+    ("eval {gpt2} --data {text} --protocol non-overlapping --stride 8", 2, "leave --stride out"),
+    ("eval {gpt2} --data {text} --mode sideways", 3, "unknown path mode 'sideways'"),
+    ("eval {gpt2} --data {text} --fast-k 301", 3, "fast_k 301"),
+    ("eval {onnx} --data {text} --max-length 65", 3, "from 2 to the model's context of 64"),
+    ("eval {onnx} --data {text} --fast-k 8", 3, "built in"),
+    ("eval {onnx} --data {text} --base {none}", 3, "does not exist: check the path"),
+    ("compare {none}", 3, "does not exist: check the path"),
+    ("compare {gpt2} x={none}", 3, "does not exist: check the path"),
+    ("compare {gpt2} --data {none}", 3, "does not exist: check the path"),
+    ("compare {gpt2} --out {full}", 3, "is not empty and is no comparison folder"),
+    ("compare {gpt2} --data {text} --resume {full}/file/x", 3, "file is a file: give another place"),
+    ("compare {gpt2} --max-length 65 --data {text}", 3, "must be from 2 to the model's context of 64"),
+    ("compare {gpt2} --stride 70 --max-length 64 --data {text}", 2, "--stride 70 must be"),
+    ("compare {gpt2} ovino:int8@{gpt2}", 2, "no peer is called 'ovino'"),
+    ("compare {gpt2} openvino:int3@{gpt2}", 2, "not 'int3'"),
+    ("compare {gpt2} --control x", 2, "names no model here"),
+    ("compare {gpt2} --peers {none}", 3, "does not exist: check the path"),
+    ("bench {none}", 3, "does not exist"),
+    ("bench {gpt2}", 3, "export it first"),
+    ("bench {onnx} -p 64 -n 1", 3, "do not fit a context of 64"),
+    ("bench {onnx} --report {full}/file/bench.html", 3, "file is a file: give another place"),
+    ("inspect {none}", 3, "does not exist: check the path"),
+    ("inspect {gpt2} --data {none}", 3, "does not exist: check the path"),
+    ("convert {none} {out}", 3, "does not exist or is no file"),
+    ("convert {text} {out}", 3, "is no PyTorch checkpoint"),
+    ("convert {gpt2} {full}", 3, "is not empty and is no checkpoint folder"),
+    ("demo --out {full}", 3, "was not made by `dmpt-export demo`"),
+    ("demo --out {full}/file/out", 3, "file is a file: give another place"),
+    ("demo --out {out} --data {none}", 3, "does not exist"),
+    ("demo --out {out} --scale 0", 2, "--scale"),
+]
+
+
+@pytest.fixture(scope="module")
+def places(
+    tiny_gpt2: Path, tiny_dmpt: Path, sample_text: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    from dmpt_export.onnx.export import export_onnx
+    from quant.checkpoint import save_quantized
+
+    folder = tmp_path_factory.mktemp("early")
+    save_quantized(tiny_dmpt, folder / "int8", "int8")
+    export_onnx(tiny_gpt2, folder / "onnx", verify=False)
+    (folder / "text.txt").write_text(sample_text, encoding="utf-8")
+    (folder / "short").write_text("a mill")
+    (folder / "recipe").write_text('{"phases": [{"lr": "fast"}]}')
+    (folder / "full").mkdir()
+    (folder / "full" / "file").write_text("years of work")
+    names = {name: folder / name for name in ("int8", "onnx", "full", "none", "out", "recipe", "short")}
+    return {key: str(path) for key, path in (names | {"gpt2": tiny_gpt2, "dmpt": tiny_dmpt}).items()} | {
+        "text": str(folder / "text.txt")
+    }
+
+
+@pytest.fixture(scope="module")
+def told(places: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """What every mistake led to; all in one process, in which nothing heavy is imported by what came before."""
+    lines = [line.format(**places).split() for line, _, _ in MISTAKES]
+    code = (
+        "import contextlib, io, json, sys\n"
+        "from dmpt_export.cli.main import main\n"
+        "found, before = [], set()\n"
+        "for line in json.load(sys.stdin):\n"
+        "    err = io.StringIO()\n"
+        "    with contextlib.redirect_stderr(err):\n"
+        "        code = main(line)\n"
+        f"    heavy = {set(HEAVY)!r} & set(sys.modules)\n"
+        "    found.append({'code': code, 'err': err.getvalue(), 'heavy': sorted(heavy - before)})\n"
+        "    before |= heavy\n"
+        "print(json.dumps(found))\n"
+    )
+    command = [sys.executable, "-c", code]
+    env = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, input=json.dumps(lines), capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return dict(zip([line for line, _, _ in MISTAKES], json.loads(done.stdout.splitlines()[-1]), strict=True))
+
+
+@pytest.mark.parametrize(("line", "code", "message"), MISTAKES, ids=[line for line, _, _ in MISTAKES])
+def test_a_mistake_is_told_before_anything_heavy_is_imported(
+    line: str, code: int, message: str, told: dict[str, dict[str, Any]], places: dict[str, str]
+) -> None:
+    found = told[line]
+    assert (found["code"], found["heavy"]) == (code, []), found["err"]
+    assert message in found["err"] and "Traceback" not in found["err"]
+    assert code == 2 or found["err"].count("\n") == 1
+    assert not Path(places["out"]).exists() and os.listdir(places["full"]) == ["file"]
+
+
+def test_an_export_tells_the_size_that_compare_tells(places: dict[str, str]) -> None:
+    from benchmarks.quality.scorer import onnx_size
+    from dmpt_export.cli.onnx import report
+
+    folder = Path(places["onnx"])
+    manifest = json.loads((folder / "dmpt_manifest.json").read_text())
+    whole = sum(path.stat().st_size for path in folder.iterdir() if path.name != "dmpt_manifest.json")
+    said = report(manifest, "out")
+    assert f"graph and weights {onnx_size(folder) / 1e6:.1f} MB ({whole / 1e6:.1f} MB with tokenizer" in said
+
+
+@pytest.mark.parametrize("verb", ["train", "quantize", "eval"])
+def test_help_imports_nothing_heavy(verb: str) -> None:
+    code = (
+        f"import sys\nfrom dmpt_export.cli.main import main\nassert main([{verb!r}, '--help']) == 0\n"
+        f"assert not set({HEAVY!r}) & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_help_of_train_says_what_recipes_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "_steps" not in said
+    for name, steps in (("deployed", "as long as --epochs or --max-steps say"), ("quad", "2 phases, 42,000 steps")):
+        assert f"{name} " in said.partition("Recipes:")[2] and f"[{steps}]" in said
+
+
+def test_phases_are_named_on_a_terminal_alone(
+    tiny_gpt2: Path,
+    sample_text: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "text").write_text(sample_text * 2, encoding="utf-8")
+    line = ["quantize", str(tiny_gpt2), "--dry-run", "--scheme", "int4-gptq", "--calib", str(tmp_path / "text")]
+    assert main(line) == 0
+    assert "..." not in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert main(line) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "loading PyTorch ..." and said[1].endswith("what the float model makes of it ...")
+
+
+def test_a_gpu_that_is_not_there_is_one_line(
+    places: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["eval", places["gpt2"], "--data", places["text"], "--device", "cuda"]) == 3
+    assert capsys.readouterr().err.startswith("Error: --device cuda: torch sees no GPU")

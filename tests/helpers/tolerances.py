@@ -1,0 +1,14 @@
+"""How far two ways to compute the same log-probs may be apart in tests. One table; no test has a number of its own."""
+
+from __future__ import annotations
+
+from dmpt_export.check.tolerances import TOLERANCES
+
+# (dtype, scheme) -> largest absolute difference of a log-probability, in nats
+TOLERANCE: dict[tuple[str, str], float] = {
+    ("float32", "torch"): 1e-5,  # two implementations in torch, the same weights: only the order of sums differs
+    ("float64", "loss"): 1e-10,  # a loss term against plain Python
+    ("float32", "loss"): 2e-5,  # a loss or gradient computed by another order of the same sums, logits around 10
+}
+# Exported against torch: the exporter's own limits. The integer kernels have none here, they are judged by KL.
+TOLERANCE |= {key: limit.max_abs for key, limit in TOLERANCES.items() if limit.max_abs is not None}

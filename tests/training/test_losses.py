@@ -1,0 +1,374 @@
+"""Every loss term against a plain-Python reference, its independence of padding and length, and its gradient."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.helpers.models import random_model
+from tests.helpers.tolerances import TOLERANCE
+from training.errors import InputError
+from training.loop import cross_entropy, losses
+from training.loop.objective import Objective
+from training.loop.options import TrainOptions, flag
+from training.model.generation import DMPTForCausalLM
+from training.model.shape import build_tree
+
+B, S = 3, 5
+CLOSE = {"abs": TOLERANCE["float64", "loss"]}
+ATOL = TOLERANCE["float32", "loss"]
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2
+
+
+def some_mask() -> Tensor:
+    return torch.rand(B, S, generator=torch.Generator().manual_seed(9)) < 0.6
+
+
+def kept(mask: Tensor | None) -> list[tuple[int, int]]:
+    return [(b, s) for b in range(B) for s in range(S) if mask is None or mask[b, s]]
+
+
+def mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+masks = pytest.mark.parametrize("mask", [None, some_mask()], ids=["all", "masked"])
+
+
+# --- the terms against plain Python ---------------------------------------------------------------------
+
+
+@masks
+def test_load_balance_of_one_split_is_the_squared_distance_from_one_half(mask: Tensor | None) -> None:
+    log_w = F.log_softmax(drawn(B, S, 2), -1)
+    expected = sum((mean([math.exp(log_w[b, s, side]) for b, s in kept(mask)]) - 0.5) ** 2 for side in (0, 1))
+    got = losses.load_balance({"root": log_w}, build_tree([1], 2), mask)
+    assert got.item() == pytest.approx(expected, **CLOSE)
+
+
+@masks
+def test_load_balance_below_a_split_counts_tokens_by_how_likely_they_arrive(mask: Tensor | None) -> None:
+    log_gates = {name: F.log_softmax(drawn(B, S, 2, seed=i), -1) for i, name in enumerate(("root", "left", "right"))}
+    expected = 0.0
+    for node, side_of_root in (("root", None), ("left", 0), ("right", 1)):
+        arrive = {
+            at: 1.0 if side_of_root is None else math.exp(log_gates["root"][(*at, side_of_root)]) for at in kept(mask)
+        }
+        for side in (0, 1):
+            share = math.fsum(w * math.exp(log_gates[node][(*at, side)]) for at, w in arrive.items())
+            expected += (share / math.fsum(arrive.values()) - 0.5) ** 2
+    got = losses.load_balance(log_gates, build_tree([1, 2], 3), mask)
+    assert got.item() == pytest.approx(expected, **CLOSE)
+
+
+@masks
+def test_gold_aux_is_the_log_weight_of_the_leaf_with_the_lower_loss(mask: Tensor | None) -> None:
+    log_w, gold = F.log_softmax(drawn(3, B, S), 0), -drawn(3, B, S, seed=1).abs()
+    terms = []
+    for b, s in kept(mask):
+        best = max(range(3), key=lambda leaf: gold[leaf, b, s].item())
+        terms.append(-log_w[best, b, s].item())
+    assert losses.gold_aux(log_w, gold, mask).item() == pytest.approx(mean(terms), **CLOSE)
+
+
+def test_gold_aux_teaches_the_gates_and_not_the_leaves() -> None:
+    log_w, gold = F.log_softmax(drawn(2, B, S), 0).requires_grad_(), (-drawn(2, B, S).abs()).requires_grad_()
+    losses.gold_aux(log_w, gold).backward()
+    assert gold.grad is None
+    assert log_w.grad is not None and log_w.grad.abs().sum() > 0
+
+
+@masks
+def test_tether_is_the_mean_kl_from_the_reference(mask: Tensor | None) -> None:
+    reference, path = F.log_softmax(drawn(B, S, 7), -1), F.log_softmax(drawn(B, S, 7, seed=1), -1)
+    expected = mean(
+        [
+            math.fsum(math.exp(p) * (p - q) for p, q in zip(reference[at].tolist(), path[at].tolist(), strict=True))
+            for at in kept(mask)
+        ]
+    )
+    got = losses.tether(reference.requires_grad_(), path.requires_grad_(), mask)
+    assert got.item() == pytest.approx(expected, **CLOSE)
+    got.backward()
+    assert reference.grad is None
+    assert path.grad is not None
+
+
+@masks
+def test_head_balance_is_kl_of_the_mean_weights_to_uniform(mask: Tensor | None) -> None:
+    log_pi = F.log_softmax(drawn(B, S, 4), -1)
+    means = [mean([math.exp(log_pi[(*at, j)]) for at in kept(mask)]) for j in range(4)]
+    expected = math.fsum(p * (math.log(p) - math.log(1 / 4)) for p in means)
+    assert losses.head_balance(log_pi, mask).item() == pytest.approx(expected, **CLOSE)
+
+
+@masks
+def test_head_entropy_is_what_lacks_to_log_k(mask: Tensor | None) -> None:
+    log_pi = F.log_softmax(drawn(B, S, 4), -1)
+    expected = mean([math.log(4) + math.fsum(math.exp(x) * x for x in log_pi[at].tolist()) for at in kept(mask)])
+    assert losses.head_entropy(log_pi, 4, mask).item() == pytest.approx(expected, **CLOSE)
+
+
+def test_head_terms_survive_heads_that_are_left_out() -> None:
+    """head_topk gives log pi = -inf: 0 * log 0 counts as 0, and the gradient is finite."""
+    logits = drawn(B, S, 4).requires_grad_()
+    log_pi = F.log_softmax(logits.masked_fill(torch.tensor([False, True, False, True]), -torch.inf), -1)
+    total = losses.head_entropy(log_pi, 2) + losses.head_balance(log_pi)
+    total.backward()
+    even = torch.tensor([0.5, 0.0, 0.5, 0.0], dtype=torch.float64).log().expand(B, S, 4)
+    assert losses.head_entropy(even, 2).item() == pytest.approx(0, **CLOSE)
+    assert total.isfinite()
+    assert logits.grad is not None and logits.grad.isfinite().all() and logits.grad.abs().sum() > 0
+
+
+# --- padding, length and processes ----------------------------------------------------------------------
+
+
+def every_term(seed: int, repeat: int, padding: int) -> list[float]:
+    """All terms of the same tokens, repeated and with padded columns whose values are absurd."""
+
+    log_w = F.log_softmax(drawn(2, B, S, seed=seed), 0)
+    gold = -drawn(2, B, S, seed=seed + 1).abs()
+    log_pi = F.log_softmax(drawn(B, S, 4, seed=seed + 2), -1)
+    ref, path = (F.log_softmax(drawn(B, S, 6, seed=seed + i), -1) for i in (3, 4))
+
+    def stretch(values: Tensor, dim: int) -> Tensor:
+        values = torch.cat([values] * repeat, dim)
+        shape = list(values.shape)
+        shape[dim] = padding
+        return torch.cat([values, torch.full(shape, torch.nan, dtype=values.dtype)], dim)
+
+    mask = stretch(torch.ones(B, S, dtype=torch.float64), 1) == 1
+    gates = {"root": stretch(log_w.permute(1, 2, 0), 1)}
+    return [
+        losses.load_balance(gates, build_tree([1], 2), mask).item(),
+        losses.gold_aux(stretch(log_w, 2), stretch(gold, 2), mask).item(),
+        losses.tether(stretch(ref, 1), stretch(path, 1), mask).item(),
+        losses.head_balance(stretch(log_pi, 1), mask).item(),
+        losses.head_entropy(stretch(log_pi, 1), 4, mask).item(),
+    ]
+
+
+def test_no_term_depends_on_padding_or_length() -> None:
+    """Also when the padding holds NaN: it must not be read at all."""
+    plain = every_term(0, repeat=1, padding=0)
+    assert all(math.isfinite(value) and value > 0 for value in plain)
+    assert every_term(0, repeat=1, padding=4) == pytest.approx(plain, **CLOSE)
+    assert every_term(0, repeat=3, padding=0) == pytest.approx(plain, **CLOSE)
+
+
+def test_balance_of_two_processes_has_the_gradient_of_the_whole_batch() -> None:
+    """Each process sees half; the mean of their gradients must be that of one process with everything."""
+    logits = drawn(4, S, 2).requires_grad_()
+
+    def balance(part: Tensor, across: losses.Across = losses.alone) -> Tensor:
+        return losses.load_balance({"root": F.log_softmax(part, -1)}, build_tree([1], 2), None, across)
+
+    balance(logits).backward()
+    whole = logits.grad
+    logits.grad = None
+    means = torch.stack([F.log_softmax(part, -1).exp().mean((0, 1)) for part in logits.detach().split(2)])
+    for part in logits.split(2):  # `across` replaces a mean over the part by that over both; weights are all 1
+        value = balance(part, lambda mean: means.mean(0) if len(mean) == 2 else mean)
+        (value / 2).backward()
+    assert torch.allclose(logits.grad, whole, rtol=0, atol=CLOSE["abs"])
+
+
+# --- the whole objective --------------------------------------------------------------------------------
+
+
+def some_ids(model: DMPTForCausalLM, batch: int = 2, length: int = 12) -> Tensor:
+    return torch.randint(0, model.config.vocab_size, (batch, length + 1), generator=torch.Generator().manual_seed(3))
+
+
+def only_nll(mode: str, **more: float) -> TrainOptions:
+    off = {"lb_coef": 0.0, "gold_aux_coef": 0.0, "tether_coef": 0.0}
+    return TrainOptions(train_path_selection=mode, **{**off, **more})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("splits", [[], [2], [1, 2]], ids=["single", "dual", "quad"])
+@pytest.mark.parametrize("mode", ["gate_soft", "gate_hard", "max_prob", "leaf"])
+@pytest.mark.parametrize("tied_to_reference", [0.0, 1e-9], ids=["fused", "full"])
+def test_the_main_loss_is_the_models_own_log_prob(splits: list[int], mode: str, tied_to_reference: float) -> None:
+    model = random_model(splits, 8)
+    mode = f"{model.config.leaves[-1]}_only" if mode == "leaf" else mode
+    ids = some_ids(model)
+    log_probs = model.log_probs(ids[:, :-1], mode)
+    expected = -log_probs.gather(-1, ids[:, 1:, None]).mean()
+    got = Objective(model, only_nll(mode, tether_coef=tied_to_reference))(ids).terms["nll"]
+    assert got.item() == pytest.approx(expected.item(), abs=ATOL)
+
+
+@pytest.mark.parametrize("splits", [[2], [1, 2]], ids=["dual", "quad"])
+def test_gate_expected_is_the_mean_loss_of_routes_drawn_from_the_gates(splits: list[int]) -> None:
+    model = random_model(splits, 8)
+    ids = some_ids(model)
+    inputs, labels = ids[:, :-1], ids[:, 1:, None]
+    weights = model.path_log_weights(model.hidden(inputs).gates)
+    expected = sum(
+        -(weights[leaf].exp() * model.log_probs(inputs, f"{leaf}_only").gather(-1, labels)[..., 0]).mean()
+        for leaf in model.config.leaves
+    )
+    loss = Objective(model, only_nll("gate_expected"))(ids)
+    loss.total.backward()
+    assert loss.terms["nll"].item() == pytest.approx(expected.item(), abs=ATOL)
+    assert all(p.grad is not None and p.grad.abs().max() > 1e-6 for p in model.gates.parameters())
+
+
+def test_gates_that_are_sure_make_gate_expected_the_deployed_loss() -> None:
+    model = random_model([2], 4)
+    ids = some_ids(model)
+    model.config.gate_temp = 1e-4
+    got = Objective(model, only_nll("gate_expected"))(ids).terms["nll"]
+    hard = -model.log_probs(ids[:, :-1], "gate_hard").gather(-1, ids[:, 1:, None]).mean()
+    assert got.item() == pytest.approx(hard.item(), abs=ATOL)
+
+
+@pytest.mark.parametrize("splits", [[], [2], [1, 2]], ids=["single", "dual", "quad"])
+@pytest.mark.parametrize("mode", ["gate_soft", "gate_hard"])
+@pytest.mark.parametrize("head_topk", [None, 1])
+def test_the_fast_k_loss_is_the_models_own_and_so_is_its_gradient(
+    splits: list[int], mode: str, head_topk: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cross_entropy.ROWS, "cpu", 5)  # several slices, and a short last one
+    model = random_model(splits, 8)
+    model.config.fast_k, model.config.head_topk = 7, head_topk
+    ids = some_ids(model)
+    gradients = []
+    for gold_aux in (0.0, 1e-12):  # only routed rows are scored, or all
+        got = Objective(model, only_nll(mode, fast_k_loss=True, gold_aux_coef=gold_aux))(ids)
+        got.total.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad(set_to_none=True)
+    log_probs = model.log_probs(ids[:, :-1], mode, fast_k=7)
+    want = -log_probs.gather(-1, ids[:, 1:, None]).mean()
+    want.backward()
+    assert got.terms["nll"].item() == pytest.approx(want.item(), abs=ATOL)
+    for name, p in model.named_parameters():
+        if p.grad is None or (mode == "gate_hard" and name.startswith("gates.")):
+            continue
+        for grads in gradients:
+            assert torch.allclose(grads.get(name, torch.zeros(())), p.grad, atol=ATOL), name
+
+
+def test_a_tether_beside_the_fast_k_loss_leaves_it_as_it_is() -> None:
+    model = random_model([2], 8)
+    model.config.fast_k = 7
+    ids = some_ids(model)
+    plain = Objective(model, only_nll("gate_soft", fast_k_loss=True))(ids)
+    tied = Objective(model, only_nll("gate_soft", fast_k_loss=True, tether_coef=1e-9))(ids)
+    assert tied.terms["nll"].item() == pytest.approx(plain.terms["nll"].item(), abs=ATOL)
+
+
+def test_what_cannot_be_trained_is_told_with_what_can() -> None:
+    with pytest.raises(InputError, match=r"unknown --train-path-selection 'gate_soff'.*gate_expected.*left_only"):
+        Objective(random_model([2], 4), only_nll("gate_soff"))
+
+
+def test_a_fast_k_loss_without_candidates_is_refused() -> None:
+    with pytest.raises(InputError, match="needs --fast-k"):
+        Objective(random_model([2], 4), only_nll("gate_soft", fast_k_loss=True))
+
+
+def test_an_unknown_path_selection_names_all_there_are() -> None:
+    with pytest.raises(InputError, match=r"'gate_expect'.*gate_soft.*gate_expected"):
+        Objective(random_model([2], 4), only_nll("gate_expect"))
+
+
+@pytest.mark.parametrize("name", ["lr", "lb_coef", "gate_temp"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_options_that_are_no_numbers_are_refused(name: str, value: float) -> None:
+    with pytest.raises(InputError, match=f"{flag(name)} {value} must be a number"):
+        TrainOptions(**{name: value}).check()
+
+
+def test_gate_hard_with_and_without_scoring_every_leaf_is_the_same() -> None:
+    model, sparse, full = random_model([1, 2], 8), {}, {}
+    ids = some_ids(model)
+    for options, out in ((only_nll("gate_hard"), sparse), (only_nll("gate_hard", gold_aux_coef=1e-12), full)):
+        loss = Objective(model, options)(ids)
+        loss.total.backward()
+        out |= {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+    body = [name for name in full if not name.startswith("gates.")]
+    assert len(body) > 50
+    for name in body:
+        got = sparse.get(name, torch.zeros(()))  # no gradient at all where no token was routed
+        assert torch.allclose(got, full[name], atol=ATOL), name
+
+
+def test_terms_come_with_their_coefficients_and_only_when_wanted() -> None:
+    model = random_model([2], 4)
+    ids = some_ids(model)
+    assert set(Objective(model, only_nll("gate_soft"))(ids).terms) == {"nll"}
+    options = only_nll(
+        "gate_soft", lb_coef=0.5, gold_aux_coef=0.25, tether_coef=0.125, head_lb_coef=2.0, head_entropy_coef=4.0
+    )
+    loss = Objective(model, options)(ids)
+    coefs = {"nll": 1, "lb": 0.5, "gold_aux": 0.25, "tether": 0.125, "head_lb": 2, "head_entropy": 4}
+    total = sum(coefs[name.split(".")[0]] * term.item() for name, term in loss.terms.items())
+    assert set(loss.terms) == {"nll", "lb", "gold_aux"} | {
+        f"{term}.{leaf}" for term in ("tether", "head_lb", "head_entropy") for leaf in ("left", "right")
+    }
+    assert loss.total.item() == pytest.approx(total, abs=ATOL)
+
+
+def test_the_tether_holds_to_head_0_as_it_was_at_the_start() -> None:
+    """The reference is a copy: training head 0 must not move it, and it has no gradient."""
+    model = random_model([], 2)
+    objective = Objective(model, only_nll("gate_soft", tether_coef=1.0))
+    ids = some_ids(model)
+    before = objective.reference.clone()
+    with torch.no_grad():
+        for j in (0, 1):
+            model.heads[j].weight.copy_(before)
+    assert objective(ids).terms["tether.root"].item() == pytest.approx(0, abs=ATOL)
+    with torch.no_grad():
+        model.heads[0].weight.add_(0.5 * torch.randn_like(before))
+    assert objective(ids).terms["tether.root"].item() > 0.01
+    assert torch.equal(objective.reference, before) and not objective.reference.requires_grad
+
+
+def test_the_routing_gate_learns_from_the_main_loss_alone() -> None:
+    """The original's straight-through gate had no signal; gate_soft must give one."""
+    model = random_model([2], 4)
+    Objective(model, only_nll("gate_soft"))(some_ids(model)).total.backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 1e-6 for p in model.gates.parameters())
+
+
+def test_under_hard_routing_the_gate_learns_from_gold_aux() -> None:
+    model = random_model([2], 4)
+    Objective(model, only_nll("gate_hard"))(some_ids(model)).total.backward()
+    assert all(p.grad is None for p in model.gates.parameters())
+    Objective(model, only_nll("gate_hard", gold_aux_coef=1e-2))(some_ids(model)).total.backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.gates.parameters())
+
+
+def test_the_gate_temperature_changes_the_loss() -> None:
+    model = random_model([2], 4)
+    ids, objective = some_ids(model), Objective(model, TrainOptions())
+    model.config.gate_temp = 1.2
+    first = objective(ids)
+    model.config.gate_temp = 12.0
+    second = objective(ids)
+    assert abs(first.terms["nll"].item() - second.terms["nll"].item()) > 1e-3
+    assert second.terms["lb"].item() < first.terms["lb"].item()  # softer gates are nearer to one half
+
+
+def test_a_masked_batch_costs_what_its_tokens_cost() -> None:
+    """Rows padded to a common length: same loss as the short rows alone (nothing looks ahead, nothing is counted)."""
+    model = random_model([2], 4)
+    options = TrainOptions(head_lb_coef=1.0, head_entropy_coef=1.0)
+    ids = some_ids(model)
+    longer = torch.cat([ids, torch.zeros(2, 5, dtype=torch.int64)], 1)
+    mask = torch.arange(longer.shape[1] - 1) < ids.shape[1] - 1
+    plain, padded = Objective(model, options)(ids), Objective(model, options)(longer, mask.expand(2, -1))
+    for name, term in plain.terms.items():
+        assert padded.terms[name].item() == pytest.approx(term.item(), abs=ATOL), name

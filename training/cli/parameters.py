@@ -1,0 +1,84 @@
+"""Arguments and options of `dmpt-export train`, in the order of its help."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from training.checkpoints.folder import unverified
+from training.cli.recipes import names
+from training.loop.options import TrainOptions, flag
+
+TYPES = {"int": int, "float": float, "str": str, "bool": bool}
+# The first option of each part of the help
+SECTIONS = {
+    "model": "Model, data and result",
+    "splits": "Making a DMPT of a GPT-2 first",
+    "from_scratch": "Starting from nothing",
+    "epochs": "How long",
+    "lr": "Optimizer",
+    "train_path_selection": "What is minimised",
+    "gate_temp": "The model's own settings",
+    "freeze_head0_steps": "Freezing",
+    "log_every": "Watching and saving",
+    "bf16": "Machine",
+}
+
+
+def parameters() -> list[click.Parameter]:
+    """Arguments and options. Underscores and dashes in option names mean the same."""
+    path = click.Path(path_type=Path)
+    size: dict[str, Any] = {"type": click.IntRange(min=1), "metavar": "N"}
+    option = click.Option
+    # fmt: off
+    return [
+        click.Argument(["model_argument"], required=False, metavar="[MODEL]"),
+        click.Argument(["out_argument"], required=False, type=path, metavar="[OUT]"),
+        option(["--model", "--pretrained-model", "--init-from-dual", "model"], metavar="MODEL", help="Same as MODEL."),
+        option(["--out", "--checkpoint-dir", "out"], type=path, metavar="OUT", help="Same as OUT."),
+        option(["--data"], multiple=True, type=path, metavar="FILE",
+               help="Text to train on: plain, JSONL (both also .xz, .gz, .zst), Parquet, or a hub dataset such as "
+               "wikitext-103 or OWNER/NAME:CONFIG:SPLIT; several times for several.  [wikitext-103]"),
+        option(["--eval-data"], multiple=True, type=path, metavar="FILE",
+               help="Held-out text, as --data; without it no best model."),
+        option(["--text-field"], metavar="NAME", help="Where the text is in JSONL, Parquet and datasets.  [text]"),
+        option(["--tokenizer"], metavar="FOLDER", help="Tokenizer of --from-scratch, or instead of MODEL's own."),
+        option(["--resume"], is_flag=False, flag_value="", metavar="[RUN]", help="Continue OUT, or the run given."),
+        option(["--overwrite"], is_flag=True, help="Start anew where a run already lies, deleting it."),
+        option(["--recipe"], metavar="NAME",
+               help=f"Settings and phases: {', '.join(names())} (see below), or a JSON file; options win over it."),
+        option(["--no-verify"], is_flag=True, expose_value=False, callback=_no_verify,
+               help="Do not compare a GPT-2 folder with Transformers when it is first read."),
+        option(["--cache-dir"], type=path, help="Where tokenised text is kept.  [~/.cache/dmpt-export]"),
+        option(["--splits", "--split-at-layer", "splits"], metavar="LIST", help="As in init: 6, or 6,9, or none."),
+        option(["--heads", "--n-lm-perceptrons", "heads"], **size, help="As in init: vocabulary heads in all."),
+        option(["--head-allocation"], type=path, metavar="FILE.json", help="As in init: the heads of each leaf."),
+        option(["--use-head-mixture/--no-use-head-mixture"], default=None, help="no: a single head for each leaf."),
+        option(["--gate-hidden"], **size, default=256, show_default=True, help="As in init: width of the gates."),
+        option(["--from-scratch"], is_flag=True, help="A new GPT-2 with random weights, instead of MODEL."),
+        option(["--n-layer"], **size, default=12, show_default=True, help="Its blocks."),
+        option(["--n-embd"], **size, default=768, show_default=True, help="Its width."),
+        option(["--n-head"], **size, default=12, show_default=True, help="Its attention heads."),
+        option(["--n-positions"], **size, default=1024, show_default=True, help="Its context, in tokens."),
+        *(_option(field) for field in fields(TrainOptions)),
+    ]
+    # fmt: on
+
+
+def _no_verify(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if value:
+        context.with_resource(unverified())
+
+
+def _option(field: dataclasses.Field[Any]) -> click.Option:
+    kind = TYPES[str(field.type).split(" ", 1)[0]]
+    name = flag(field.name)
+    aliases = ["--max-grad-norm"] if field.name == "clip_grad_norm" else []
+    shown = {"show_default": field.default is not None and kind is not bool, "help": field.metadata["help"]}
+    if kind is bool:
+        return click.Option([name, field.name], is_flag=True, default=field.default, **shown)
+    return click.Option([name, *aliases, field.name], type=kind, default=field.default, **shown)

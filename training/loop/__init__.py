@@ -1,0 +1,1 @@
+"""The training run: batches in, losses, optimizer, freezing, evaluation, and what is saved."""

@@ -1,0 +1,102 @@
+"""The auxiliary terms of training: load balance, gold-aux, tether, head balance, head entropy.
+
+Pure functions of log weights and log-probs. Shapes: B batch, S tokens, L leaves, H heads of a leaf, V vocabulary.
+`mask` (B, S) bool marks the tokens that count; None means all. Every term is a mean over those tokens, so neither
+padding nor sequence length changes its size; the trainer sums it over split nodes or leaves. The balance terms are
+no means of per-token values: `across` (the mean over processes) makes them the same whether one process computes
+a batch or several.
+
+Source of the terms: S. Qian, "Dynamic Multiple Path Transformer" (2025), with the formulas corrected.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from training.model.shape import Node
+
+Across = Callable[[Tensor], Tensor]  # mean of a tensor over all processes, without gradient
+
+
+def alone(value: Tensor) -> Tensor:
+    """`across` of a single process."""
+    return value
+
+
+def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean of `values` (B, S, ...) over the tokens that count: (...)."""
+    flat = values.flatten(0, 1)
+    if mask is None:
+        return flat.mean(0)
+    # where, not a product: a masked token may hold inf or NaN
+    keep = mask.flatten().view(-1, *[1] * (flat.ndim - 1))
+    return torch.where(keep, flat, 0.0).sum(0) / mask.sum().clamp_min(1)
+
+
+def global_mean(values: Tensor, mask: Tensor | None, across: Across) -> Tensor:
+    """masked_mean over the batches of all processes; each process's gradient is that of its own part.
+
+    Averaging the processes' gradients then gives exactly the gradient of the mean over all.
+    """
+    mean = masked_mean(values, mask)
+    return mean + (across(mean.detach()) - mean.detach())
+
+
+def load_balance(
+    log_gates: dict[str, Tensor], tree: dict[str, Node], mask: Tensor | None = None, across: Across = alone
+) -> Tensor:
+    """Sum over split nodes of `(mean w_left - 1/2)^2 + (mean w_right - 1/2)^2`.
+
+    log_gates: split node -> (B, S, 2), log of the node's own gate weights. Below the first split a token counts
+    by the weight with which it reaches the node (no gradient through that), so the tokens that really arrive
+    are the ones shared out evenly.
+    """
+    total = torch.zeros(())
+    for name, log_w in log_gates.items():
+        reach, node = torch.zeros_like(log_w[..., 0]), tree[name]
+        while node.parent is not None:
+            above = tree[node.parent]
+            assert above.children is not None
+            reach = reach + log_gates[above.name][..., above.children.index(node.name)]
+            node = above
+        weight = reach.detach().exp()[..., None]
+        share = global_mean(weight * log_w.exp(), mask, across) / global_mean(weight, mask, across)
+        total = total + (share - 0.5).square().sum()
+    return total
+
+
+def gold_aux(log_w: Tensor, gold: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`-log w` of the leaf that gives the gold token the highest probability: log_w, gold (L, B, S) -> ().
+
+    The targets carry no gradient: the term teaches the gates, not the leaves. A tie counts for the first leaf.
+    """
+    best = gold.detach().argmax(0, keepdim=True)
+    return masked_mean(-log_w.gather(0, best)[0], mask)
+
+
+def tether(reference: Tensor, log_probs: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean over tokens of `KL(reference || path)`: log-probs (B, S, V), (B, S, V) -> (). No gradient to reference."""
+    kl = F.kl_div(log_probs, reference.detach(), reduction="none", log_target=True).sum(-1)
+    return masked_mean(kl, mask)
+
+
+def head_balance(log_pi: Tensor, mask: Tensor | None = None, across: Across = alone) -> Tensor:
+    """`KL(mean pi || uniform)` of one leaf: log_pi (B, S, H) -> (). 0 when the heads are used equally on the whole."""
+    mean = global_mean(log_pi.exp(), mask, across)
+    return (mean * mean.clamp_min(torch.finfo(mean.dtype).tiny).log()).sum() + math.log(len(mean))
+
+
+def head_entropy(log_pi: Tensor, kept: int, mask: Tensor | None = None) -> Tensor:
+    """Mean over tokens of `log K - H(pi)`: log_pi (B, S, H) -> (). 0 when every token mixes its K heads equally.
+
+    kept: K, the heads that are mixed; under head_topk fewer than H, and the others have log_pi = -inf.
+    """
+    # log_pi of a left-out head is -inf: 0 * -inf must count as 0, in the gradient too
+    finite = log_pi.masked_fill(log_pi == -torch.inf, 0.0)
+    entropy = -(log_pi.exp() * finite).sum(-1)
+    return masked_mean(math.log(kept) - entropy, mask)

@@ -1,0 +1,161 @@
+"""From a batch of tokens to the number that is minimised, and what a person wants to see of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from training.loop import losses
+from training.loop.cross_entropy import fast_k_gold, head_gold
+from training.loop.losses import Across, alone, masked_mean
+from training.loop.options import GATE_EXPECTED, TrainOptions, trained_leaves
+from training.model.dmpt import Hidden
+from training.model.generation import DMPTForCausalLM
+from training.model.shape import GATE_HARD, GATE_SOFT, MAX_PROB
+
+
+@dataclass
+class Loss:
+    """One batch. Everything but `total` is detached."""
+
+    total: Tensor  # (), what is minimised: nll + sum of coefficient * term
+    terms: dict[str, Tensor] = field(default_factory=dict)  # nll and the auxiliary terms, before coefficients: ()
+    routes: Tensor | None = None  # (L,), share of tokens that gate_hard sends to each leaf
+    heads: dict[str, Tensor] = field(default_factory=dict)  # leaf -> (H,), mean weight of its heads
+
+
+class Objective:
+    """The training loss of a model: `Objective(model, options)(ids)`.
+
+    A term whose coefficient is 0 is not computed. Terms that need a choice are skipped where there is none:
+    balance and gold-aux without splits, head terms for a single head, the tether for a model with one head in all.
+    """
+
+    def __init__(self, model: DMPTForCausalLM, options: TrainOptions, across: Across = alone) -> None:
+        self.model, self.options, self.across = model, options, across
+        self.only = trained_leaves(model.config, options)
+        # The tether's teacher: head 0 as it was at the start, apart from the one that is trained.
+        self.reference: Tensor | None = None
+        if options.tether_coef and len(model.heads) > 1:
+            self.reference = model.get_parameter("heads.0.weight").detach().clone()
+
+    def __call__(self, ids: Tensor, mask: Tensor | None = None) -> Loss:
+        """Loss of the tokens ids[:, 1:] (B, S) given those before: ids (B, S + 1), mask (B, S)."""
+        labels = ids[:, 1:]
+        hidden = self.model.hidden(ids[:, :-1], self.only)
+        out = Loss(ids.new_zeros((), dtype=torch.float32))
+        for name, coef, term in self.parts(hidden, labels, mask, out):
+            out.terms[name] = term.detach()
+            out.total = out.total + coef * term
+        return out
+
+    def parts(
+        self, hidden: Hidden, labels: Tensor, mask: Tensor | None, out: Loss
+    ) -> Iterator[tuple[str, float, Tensor]]:
+        """(name, coefficient, value) of the main loss and of every auxiliary term that is switched on."""
+        options, mode = self.options, self.options.train_path_selection
+        forked = len(hidden.leaves) > 1
+        routes = self.model.routes(hidden.gates) if forked else None
+        full = self.full_log_probs(hidden)
+        # gate_hard scores a token by its own leaf only, unless something needs to compare the leaves
+        sparse = mode == GATE_HARD and not options.gold_aux_coef
+        gold = self.gold(hidden, labels, full, routes if sparse else None)
+        if forked and routes is not None:
+            out.routes = masked_mean(F.one_hot(routes, len(hidden.leaves)).float(), mask)
+            log_w = torch.stack(list(self.model.path_log_weights(hidden.gates).values()))
+            yield "nll", 1.0, masked_mean(-self.choose(gold, log_w, routes, hidden), mask)
+            if options.lb_coef:
+                temp = self.model.config.gate_temp
+                log_gates = {name: F.log_softmax(g.float() / temp, -1) for name, g in hidden.gates.items()}
+                yield "lb", options.lb_coef, losses.load_balance(log_gates, self.model.tree, mask, self.across)
+            if options.gold_aux_coef:
+                yield "gold_aux", options.gold_aux_coef, losses.gold_aux(log_w, gold, mask)
+        else:
+            yield "nll", 1.0, masked_mean(-gold[0], mask)
+        for leaf, (reference, log_probs) in full.items():
+            yield f"tether.{leaf}", options.tether_coef, losses.tether(reference, log_probs, mask)
+        yield from self.head_parts(hidden, mask, out)
+
+    def head_parts(self, hidden: Hidden, mask: Tensor | None, out: Loss) -> Iterator[tuple[str, float, Tensor]]:
+        for leaf, h in hidden.leaves.items():
+            if leaf not in self.model.head_gates:
+                continue
+            wanted = self.options.head_lb_coef or self.options.head_entropy_coef
+            with torch.set_grad_enabled(torch.is_grad_enabled() and bool(wanted)):
+                log_pi = self.model.head_log_weights(leaf, h)
+            out.heads[leaf] = masked_mean(log_pi.detach().exp(), mask)
+            if self.options.head_lb_coef:
+                term = losses.head_balance(log_pi, mask, self.across)
+                yield f"head_lb.{leaf}", self.options.head_lb_coef, term
+            if self.options.head_entropy_coef:
+                term = losses.head_entropy(log_pi, self.kept(log_pi.shape[-1]), mask)
+                yield f"head_entropy.{leaf}", self.options.head_entropy_coef, term
+
+    def kept(self, heads: int) -> int:
+        """How many of a leaf's heads a token mixes."""
+        return min(self.model.config.head_topk or heads, heads)
+
+    def full_log_probs(self, hidden: Hidden) -> dict[str, tuple[Tensor, Tensor]]:
+        """leaf -> (log-probs of the reference, log-probs of the leaf), each (B, S, V); empty without a tether."""
+        if self.reference is None:
+            return {}
+        out = {}
+        for leaf, h in hidden.leaves.items():
+            with torch.no_grad():
+                reference = F.log_softmax(F.linear(h, self.reference).float(), -1)
+            out[leaf] = (reference, self.model.mixture(leaf, h))
+        return out
+
+    def gold(
+        self, hidden: Hidden, labels: Tensor, full: dict[str, tuple[Tensor, Tensor]], routes: Tensor | None
+    ) -> Tensor:
+        """log P_leaf of the labels: (B, S) -> (L, B, S). With `routes`, -inf for leaves a token does not take."""
+        rows = []
+        for i, (leaf, h) in enumerate(hidden.leaves.items()):
+            if leaf in full and not self.options.fast_k_loss:
+                rows.append(full[leaf][1].gather(-1, labels[..., None])[..., 0])
+            elif routes is None:
+                rows.append(self.leaf_gold(leaf, h, labels))
+            else:
+                mine = routes == i
+                row = torch.full(labels.shape, -torch.inf, device=labels.device)
+                if mine.any():
+                    row = row.masked_scatter(mine, self.leaf_gold(leaf, h[mine], labels[mine]))
+                rows.append(row)
+        return torch.stack(rows)
+
+    def leaf_gold(self, leaf: str, h: Tensor, labels: Tensor) -> Tensor:
+        """log P_leaf of given tokens, never holding (..., V): (..., E), (...) -> (...).
+
+        Under the full mixture, or with fast_k_loss under fast-k as it is deployed.
+        """
+        heads = [self.model.get_parameter(f"heads.{j}.weight") for j in self.model.config.head_allocation[leaf]]
+        log_pi = self.model.head_log_weights(leaf, h)
+        if self.options.fast_k_loss and len(heads) > 1:
+            assert self.model.config.fast_k
+            return fast_k_gold(h, heads, log_pi, labels, self.model.config.fast_k)
+        gold = torch.stack([head_gold(h, weight, labels) for weight in heads], -1)
+        return torch.logsumexp(gold + log_pi, dim=-1)
+
+    def choose(self, gold: Tensor, log_w: Tensor, routes: Tensor, hidden: Hidden) -> Tensor:
+        """log P of the labels under the path selection: (L, B, S), (L, B, S), (B, S) -> (B, S).
+
+        gate_soft mixes the leaves by their gate weights, and so trains the gates; but leaves that are mixed come
+        to rely on each other. gate_expected weighs their losses instead (Jacobs et al. 1991, "Adaptive Mixtures of
+        Local Experts", first error function): every leaf must be good alone, as it is when deployed, and a gate
+        learns to foresee which one is better. gate_hard and max_prob pick one leaf per token: a choice has no
+        gradient, under them the gates learn from gold-aux.
+        """
+        if self.options.train_path_selection == GATE_EXPECTED:
+            return (log_w.exp() * gold).sum(0)
+        if self.options.train_path_selection == GATE_SOFT:
+            return torch.logsumexp(log_w + gold, dim=0)
+        if self.options.train_path_selection == MAX_PROB:
+            with torch.no_grad():
+                best = [self.model.mixture(leaf, h).amax(-1) for leaf, h in hidden.leaves.items()]
+                routes = torch.stack(best).argmax(0)
+        return gold.gather(0, routes[None])[0]

@@ -1,0 +1,202 @@
+"""Every setting of a training run, with the original project's names and defaults. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.errors import InputError, install
+from training.model.shape import GATE_HARD, GATE_SOFT, MAX_PROB, RANDOM, Shape
+
+if TYPE_CHECKING:
+    import numpy as np
+
+KINDS: dict[str, tuple[str, tuple[type, ...]]] = {  # annotation -> what JSON may hold for it, in words and types
+    "int": ("a whole number", (int,)),
+    "float": ("a number", (float, int)),
+    "str": ("a text", (str,)),
+    "bool": ("true or false", (bool,)),
+}
+GATE_EXPECTED = "gate_expected"  # for training alone: the mean loss of routes drawn from the gates
+
+
+def opt(default: Any, about: str) -> Any:
+    """A field whose description is also the command line's help text."""
+    return field(default=default, metadata={"help": about})
+
+
+@dataclass
+class TrainOptions:
+    # --- how long
+    epochs: int = opt(3, "passes over the data, when --max-steps is 0")
+    max_steps: int = opt(0, "optimizer steps; 0: as many as --epochs take")
+    max_length: int = opt(256, "tokens per training sequence; capped at the model's context")
+    batch_size: int = opt(4, "sequences per forward pass and process")
+    grad_accum_steps: int = opt(4, "forward passes per optimizer step")
+    seed: int = opt(42, "order of the data, and dropout")
+    # --- optimizer
+    lr: float = opt(2e-5, "learning rate of blocks and embeddings")
+    head_lr: float = opt(5e-6, "learning rate of vocabulary heads (a tied head 0 is the embedding: --lr)")
+    gate_lr: float = opt(1e-5, "learning rate of gates and head gates")
+    weight_decay: float = opt(0.01, "of blocks and embeddings; heads and gates take a tenth, norms and biases none")
+    optimizer: str = opt("adamw", "adamw, or adamw8bit (bitsandbytes)")
+    adam_beta1: float = opt(0.9, "decay of the mean gradient")
+    adam_beta2: float = opt(0.999, "decay of the mean squared gradient")
+    clip_grad_norm: float = opt(1.0, "largest total gradient norm; 0: no clipping")
+    warmup_steps: int = opt(1000, "steps of linear warm-up; at most half of the run")
+    lr_schedule: str = opt("linear", "after the warm-up: linear (to zero), cosine (to zero) or constant")
+    # --- what is minimised
+    train_path_selection: str = opt(
+        "gate_soft", "gate_soft, gate_expected, gate_hard, max_prob, left_only, right_only, LEAF_only"
+    )
+    fast_k_loss: bool = opt(False, "minimise the loss under fast-k, as deployed, and not that of all heads in full")
+    lb_coef: float = opt(1e-3, "load balance: gates share the tokens out evenly")
+    gold_aux_coef: float = opt(1e-3, "gates learn which leaf gives the next token more probability")
+    tether_coef: float = opt(5e-4, "KL to a frozen copy of the first head; costs one more head per leaf; 0: off")
+    head_lb_coef: float = opt(0.0, "head balance: a leaf uses its heads equally on the whole")
+    head_entropy_coef: float = opt(0.0, "head entropy: every token mixes its heads equally")
+    # --- the model's own settings, stored in its config; none: as the checkpoint has them
+    gate_temp: float | None = opt(None, "softens gates in gate_soft  [the checkpoint's, 1.2 at first]")
+    head_gate_temp: float | None = opt(None, "softens head gates  [the checkpoint's, 1.0 at first]")
+    head_topk: int | None = opt(None, "heads mixed per token  [the checkpoint's, all at first]")
+    fast_k: int | None = opt(None, "candidates of the anchor head when deployed  [the checkpoint's]")
+    dropout: float | None = opt(None, "dropout everywhere  [the checkpoint's, 0.1 in GPT-2]")
+    # --- freezing
+    freeze_head0_steps: int = opt(5000, "keep head 0 unchanged for so many steps (a tied one is the embedding)")
+    freeze_all_transformer: bool = opt(False, "train only gates and heads")
+    freeze_split_gates: bool = opt(False, "keep the gates that choose paths unchanged")
+    head_only_phase: bool = opt(False, "train only heads and head gates")
+    head_only_epochs: int = opt(0, "train only heads and head gates for so many passes, then everything")
+    freeze_schedule: str | None = opt(None, '{"STEP": {"GROUP": true}} or a file of it; true freezes from that step')
+    # --- watching and saving, in optimizer steps
+    log_every: int = opt(100, "a line in metrics.jsonl")
+    eval_every: int = opt(1000, "perplexity on the held-out text, and the best model so far is kept")
+    save_every: int = opt(5000, "OUT/last is written, from which --resume continues")
+    eval_path_selection: str = opt(
+        "gate_hard", "gate_hard (what is deployed), gate_soft, max_prob, random, left_only, right_only, NODE_only"
+    )
+    eval_length: int = opt(0, "tokens per evaluation window; 0: the model's context")
+    eval_stride: int = opt(0, "tokens by which the windows advance; 0: half a window")
+    eval_max_tokens: int = opt(0, "held-out tokens used, from the start; 0: all")
+    tensorboard: bool = opt(False, "also write the metrics for TensorBoard, into OUT/tensorboard")
+    # --- machine
+    bf16: bool = opt(False, "matrix products in bfloat16 (weights and losses stay float32)")
+    cpu: bool = opt(False, "use the CPU even when there is a GPU")
+
+    def check(self) -> None:
+        """Raise InputError naming the first option that cannot be, by itself or beside the others."""
+        self.check_each()
+        if self.max_steps < 1 and self.epochs < 1:
+            raise InputError("one of --max-steps and --epochs must be above 0")
+
+    def check_each(self) -> None:
+        """Raise InputError naming the first option that cannot be, whatever the others are."""
+        for name in ("batch_size", "grad_accum_steps", "log_every", "eval_every", "save_every", "max_length"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{flag(name)} {getattr(self, name)} must be at least 1")
+        for name, value in asdict(self).items():
+            if type(value) is float and not math.isfinite(value):
+                raise InputError(f"{flag(name)} {value} must be a number")
+            if type(value) in (int, float) and value < 0:
+                raise InputError(f"{flag(name)} {value} must not be negative")
+        if self.dropout is not None and self.dropout >= 1:
+            raise InputError(f"--dropout {self.dropout} must be below 1")
+        choices = {"optimizer": ("adamw", "adamw8bit"), "lr_schedule": ("linear", "cosine", "constant")}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise InputError(f"{flag(name)} '{getattr(self, name)}': choose one of {', '.join(known)}")
+
+    def check_installed(self) -> None:
+        """Raise InputError naming a package that an option needs and that is not installed."""
+        if self.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
+            raise InputError(f"--optimizer adamw8bit needs bitsandbytes: {install('bnb')}")
+        if self.tensorboard and find_spec("tensorboard") is None:
+            raise InputError("--tensorboard needs tensorboard: pip install tensorboard")
+
+    def check_shape(self, shape: Shape) -> Shape:
+        """What the options make of a model's shape. Raises InputError where that cannot be, or be trained."""
+        own = ("gate_temp", "head_gate_temp", "head_topk", "fast_k")
+        shape = Shape.of(vars(shape) | {name: getattr(self, name) for name in own if getattr(self, name) is not None})
+        trained_leaves(shape, self)
+        shape.leaves_of_mode(self.eval_path_selection)
+        eval_windows(self, shape.n_positions)
+        return shape
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str) -> TrainOptions:
+        """Options from JSON. Raises InputError naming unknown names; `where` says where they came from."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise InputError(f"{where} holds unknown options: {', '.join(unknown)}")
+        for one in fields(cls):
+            annotation, _, optional = str(one.type).partition(" | ")
+            words, kinds = KINDS[annotation]
+            value = values.get(one.name, one.default)
+            if type(value) not in kinds and not (optional and value is None):
+                raise InputError(f"{where}: {one.name} must be {words}, not {value!r}")
+        return cls(**values)
+
+
+def flag(name: str) -> str:
+    """An option as it is typed."""
+    return f"--{name.replace('_', '-')}"
+
+
+def trained_leaves(shape: Shape, options: TrainOptions) -> list[str] | None:
+    """The one leaf that the options train, None for all. Raises InputError for what cannot be trained."""
+    mode = options.train_path_selection
+    mixed = any(len(heads) > 1 for heads in shape.head_allocation.values())
+    if options.fast_k_loss and mixed and not (options.fast_k or shape.fast_k):
+        raise InputError("--fast-k-loss needs --fast-k K, the number of candidates that will be deployed")
+    if mode == GATE_EXPECTED:
+        return None
+    if mode == RANDOM:
+        raise InputError("--train-path-selection random: random routing is a control for evaluation alone")
+    try:
+        leaves = shape.leaves_of_mode(mode)
+    except InputError:
+        known = ", ".join([GATE_SOFT, GATE_EXPECTED, GATE_HARD, MAX_PROB, *(f"{leaf}_only" for leaf in shape.leaves)])
+        raise InputError(f"unknown --train-path-selection '{mode}': choose one of {known}") from None
+    if leaves and len(leaves) > 1:
+        names = ", ".join(f"{leaf}_only" for leaf in leaves)
+        raise InputError(f"--train-path-selection {mode} has several leaves: {names}")
+    return leaves
+
+
+def eval_windows(options: TrainOptions, context: int, tokens: np.ndarray | None = None) -> tuple[int, int]:
+    """(length, stride) of the evaluation windows. Raises InputError when they cannot be, or score none of `tokens`."""
+    length = options.eval_length or context
+    stride = options.eval_stride or max(1, length // 2)
+    if length > context:
+        raise InputError(f"--eval-length {length} must be at most the model's context of {context}")
+    if stride > length:
+        raise InputError(f"--eval-stride {stride} must be at most the window's length of {length}")
+    if tokens is None:
+        return length, stride
+    from training.text.windows import windows
+
+    if not any(windows(len(tokens), length, stride)):
+        raise InputError(
+            f"the evaluation text has {len(tokens)} tokens, and windows of {length} advancing by {stride} score only "
+            f"those after the first {length - stride}: give more text or a smaller --eval-length"
+        )
+    return length, stride
+
+
+def read_freeze_schedule(given: str | Path | None) -> dict[int, dict[str, Any]]:
+    """{optimizer step: {group: frozen}}, by step, of a JSON file or of JSON itself. Raises InputError otherwise."""
+    if given is None:
+        return {}
+    try:
+        text = str(given)
+        raw = json.loads(text if text.startswith("{") else Path(given).read_text(encoding="utf-8"))
+        schedule = {int(step): dict(groups) for step, groups in raw.items()}
+    except OSError as error:
+        raise InputError(f"freeze schedule {given} cannot be read: {error.strerror}") from error
+    except (ValueError, AttributeError, TypeError) as error:
+        raise InputError(f'freeze schedule {given} must look like {{"0": {{"left_path": true}}}} ({error})') from error
+    return dict(sorted(schedule.items()))

@@ -1,0 +1,295 @@
+"""The training loop: `train(model, tokens, options, out)`. What it writes is described in training.loop.state."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import time
+import zlib
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from training.checkpoints.checkpoint import save_model
+from training.checkpoints.earlier import RUN, SAVED, settle
+from training.errors import InputError
+from training.loop import setup, state
+from training.loop.evaluation import Evaluation, evaluate
+from training.loop.freeze import Freezer
+from training.loop.interrupt import Interrupted, StopRequest, stop_on_signals
+from training.loop.objective import Loss, Objective
+from training.loop.optim import collect_gradients, lr_factor, make_optimizer, set_lr
+from training.loop.options import TrainOptions, eval_windows, flag, read_freeze_schedule, trained_leaves
+from training.loop.watch import Meter, Watcher, perplexity
+from training.model.generation import DMPTForCausalLM
+from training.model.nonfinite import NonFiniteError, first_bad_tensor
+from training.text.batches import TokenBatches
+
+
+@dataclass
+class TrainResult:
+    folder: Path  # a model folder, the one to use: the best model on held-out text, else the last
+    steps: int
+    tokens: int  # trained on, over the whole run
+    loss: float  # training nll per token, mean since the last log line
+    eval_loss: float | None  # held-out nll of the last model; None without evaluation data
+    best_loss: float | None  # held-out nll of the best model
+    seconds: float  # of this call
+
+
+def train(
+    model: DMPTForCausalLM,
+    tokens: np.ndarray,
+    options: TrainOptions,
+    out: str | os.PathLike[str],
+    eval_tokens: np.ndarray | None = None,
+    *,
+    tokenizer_from: str | os.PathLike[str] | None = None,
+    resume: bool | str | os.PathLike[str] = False,
+    overwrite: bool = False,
+    about: dict[str, Any] | None = None,
+    progress: bool = True,
+    title: str = "training",
+) -> TrainResult:
+    """Train `model` in place on `tokens` [n] and leave it, in eval mode, as it was after the last step.
+
+    out: the run's folder, see training.loop.state; afterwards also a model folder itself.
+    eval_tokens: held-out tokens; the model that does best on them is kept in OUT/best.
+    tokenizer_from: model folder whose tokenizer goes into the checkpoints.
+    resume: True continues OUT/last, a path continues that run; its weights replace the model's.
+    overwrite: start again where a run already lies; that one is kept until the new one has saved its first checkpoint.
+    about: anything JSON can hold, stored with the trainer state.
+    progress: show a bar on stderr when that is a terminal. title: the bar's name.
+
+    Raises InputError for options or data that cannot be used, NonFiniteError (naming step and tensor) when the
+    loss is no number any more, and Interrupted after Ctrl-C or SIGTERM, when the run is saved.
+    """
+    started = time.monotonic()
+    try:
+        trainer = Trainer(model, tokens, options, Path(out), eval_tokens, tokenizer_from, resume, overwrite)
+        trainer.progress.about = about or trainer.progress.about
+        with contextlib.closing(trainer.watcher(title, progress)) as watcher, stop_on_signals() as stop:
+            return trainer.run(watcher, stop, started)
+    finally:
+        settle(Path(out), RUN, SAVED)  # an earlier run comes back where this one has saved nothing
+        model.eval()
+
+
+class Trainer:
+    """One run. Its course is a function of the options and of `progress`, so a resumed run repeats it bitwise."""
+
+    def __init__(
+        self,
+        model: DMPTForCausalLM,
+        tokens: np.ndarray,
+        options: TrainOptions,
+        out: Path,
+        eval_tokens: np.ndarray | None,
+        tokenizer_from: str | os.PathLike[str] | None,
+        resume: bool | str | os.PathLike[str],
+        overwrite: bool,
+    ) -> None:
+        options.check()
+        options.check_installed()
+        self.options, self.out, self.tokenizer_from = options, out, tokenizer_from
+        self.accelerator = Accelerator(gradient_accumulation_steps=options.grad_accum_steps, cpu=setup.on_cpu(options))
+        torch.manual_seed(options.seed + self.accelerator.process_index)
+        self.model = model
+        setup.apply_to_config(model, options)
+        self.length = min(options.max_length, model.config.n_positions)
+        self.batches = TokenBatches(tokens, self.length, options.seed)
+        setup.check_tokens(tokens, eval_tokens, model.config.vocab_size)
+        self.eval_tokens = None if eval_tokens is None else eval_tokens[: options.eval_max_tokens or None]
+        self.eval_windows = eval_windows(options, model.config.n_positions, self.eval_tokens)
+        self.per_pass = options.batch_size * self.accelerator.num_processes  # sequences
+        self.per_step = self.per_pass * options.grad_accum_steps
+        self.epoch_steps = max(1, len(self.batches) // self.per_step)
+        self.total = options.max_steps or max(1, options.epochs * len(self.batches) // self.per_step)
+
+        self.freezer = Freezer(model, options, read_freeze_schedule(options.freeze_schedule), self.epoch_steps)
+        trained_leaves(model.config, options)  # what cannot be is refused here, before anything is written
+        model.config.leaves_of_mode(options.eval_path_selection)
+
+        if self.accelerator.is_main_process:
+            setup.prepare_folder(out, resume, overwrite)
+        self.accelerator.wait_for_everyone()
+        folder = setup.resume_folder(out, resume)
+        if folder is not None:
+            setup.load_weights(model, folder)
+        model.to(self.accelerator.device)
+        self.objective = Objective(model, options, self.across)
+        self.optimizer = make_optimizer(model, options)
+        data = {"tokens": len(tokens), "crc32": zlib.crc32(tokens.data), "length": self.length, "seed": options.seed}
+        self.notes: list[str] = []
+        self.progress = state.Progress(options=dataclasses.asdict(options), data=data)
+        if folder is not None:
+            self.restore(folder)
+        self.meter = Meter(self.progress.meter, self.across)
+        self.evaluation: Evaluation | None = None
+
+    # --- starting and resuming ------------------------------------------------------------------------
+
+    def restore(self, folder: Path) -> None:
+        """Optimizer, data position, random numbers and the tether's reference of a saved run."""
+        saved, scalars, files = state.load_run(folder)
+        for name, value in self.progress.data.items():
+            if saved.data.get(name) != value:
+                raise InputError(
+                    f"cannot resume {folder}: {name} of the training data was {saved.data.get(name)}, now it is "
+                    f"{value}: give the same text, tokenizer, --max-length and --seed"
+                )
+        for name, value in self.progress.options.items():
+            if saved.options.get(name) != value:
+                self.notes.append(f"resuming with {flag(name)} {value} (before: {saved.options.get(name)})")
+        state.restore_optimizer(self.optimizer, files["optimizer"], scalars)
+        state.restore_rng(self.accelerator, files["rng"])
+        if self.objective.reference is not None and "tether" in files:
+            self.objective.reference.copy_(files["tether"]["heads.0.weight"])
+        options, data = self.progress.options, self.progress.data
+        self.progress = dataclasses.replace(saved, options=options, data=data, finished=saved.step >= self.total)
+
+    def watcher(self, title: str, show: bool) -> Watcher:
+        main, board = self.accelerator.is_main_process, self.options.tensorboard
+        leaves = self.model.config.leaves
+        watcher = Watcher(self.out, leaves, self.total, self.progress.step, title, main, show, board)
+        for note in self.notes:
+            watcher.say(note)
+        if self.length < self.model.config.n_positions:
+            watcher.say(
+                f"Training on {self.length} tokens at a time: positions {self.length} to "
+                f"{self.model.config.n_positions - 1} of the model's context are not trained by this run"
+            )
+        return watcher
+
+    # --- the loop -------------------------------------------------------------------------------------
+
+    def run(self, watcher: Watcher, stop: StopRequest, started: float) -> TrainResult:
+        progress, options = self.progress, self.options
+        loss = math.nan
+        while progress.step < self.total:
+            loss = self.step()
+            watcher.step(self.per_step * self.length, loss, self.meter)
+            done = progress.step == self.total
+            if done or progress.step % options.log_every == 0:
+                loss = watcher.log(progress.step, self.meter, lr=self.lr(), seconds=time.monotonic() - started)["nll"]
+            if done or progress.step % options.eval_every == 0:
+                self.evaluate(watcher)
+            stopped = self.agreed(stop)
+            if done or stopped or progress.step % options.save_every == 0:
+                progress.finished = done
+                self.save()
+            if stopped and not done:
+                raise Interrupted(
+                    f"stopped by {stopped} after step {progress.step} of {self.total}; saved in {self.out / 'last'}: "
+                    "continue with the same command and --resume"
+                )
+        folder = self.publish()
+        eval_loss = self.evaluation.loss if self.evaluation else None
+        tokens, seconds = progress.position * self.length, time.monotonic() - started
+        return TrainResult(folder, progress.step, tokens, loss, eval_loss, progress.best_loss, seconds)
+
+    def step(self) -> float:
+        """One optimizer step; returns the newest nll. Raises NonFiniteError before anything wrong is learned."""
+        self.freezer.apply(self.progress.step)
+        set_lr(self.optimizer, lr_factor(self.progress.step, self.total, self.options))
+        for _ in range(self.options.grad_accum_steps):
+            rank = self.accelerator.process_index
+            ids = self.batches.take(self.progress.position + rank * self.options.batch_size, self.options.batch_size)
+            self.progress.position += self.per_pass
+            ids = ids.to(self.accelerator.device, non_blocking=True)
+            loss = self.forward(ids)
+            self.meter.add(loss)
+            self.accelerator.backward(loss.total)  # divides by the number of passes
+        norm = collect_gradients(self.model, self.accelerator, self.options.clip_grad_norm)
+        newest = self.meter.flush()
+        if not math.isfinite(self.meter.sums["loss"]) or not math.isfinite(norm):
+            where = first_bad_tensor(self.model, lambda: self.forward(ids).terms)
+            raise NonFiniteError(
+                f"step {self.progress.step + 1}: {where} is not finite; {self.out / 'last'} keeps what was saved "
+                "before: lower the learning rates or lengthen the warm-up"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress.step += 1
+        return newest["nll"]
+
+    def forward(self, ids: Tensor) -> Loss:
+        with self.autocast():
+            return self.objective(ids)
+
+    def across(self, value: Tensor) -> Tensor:
+        """Mean over the processes."""
+        mean: Tensor = self.accelerator.reduce(value, "mean")
+        return mean
+
+    def autocast(self) -> AbstractContextManager[None]:
+        wanted = self.options.bf16 or self.accelerator.mixed_precision == "bf16"
+        context: AbstractContextManager[None] = torch.autocast(
+            self.accelerator.device.type, torch.bfloat16, enabled=wanted
+        )
+        return context
+
+    def lr(self) -> float:
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    def agreed(self, stop: StopRequest) -> str | None:
+        """The signal that any process got, known to all of them at the same step."""
+        if self.accelerator.num_processes == 1:
+            return stop.name
+        flag = torch.tensor(float(stop.name is not None), device=self.accelerator.device)
+        return (stop.name or "a signal") if self.accelerator.reduce(flag, "sum").item() else None
+
+    # --- evaluating and saving ------------------------------------------------------------------------
+
+    def evaluate(self, watcher: Watcher) -> None:
+        """Held-out loss as deployed; the best model so far goes to OUT/best."""
+        if self.eval_tokens is None:
+            return
+        progress, mode = self.progress, self.options.eval_path_selection
+        self.model.eval()
+        result = evaluate(self.model, self.eval_tokens, *self.eval_windows, mode, self.accelerator)
+        self.freezer.training_mode()
+        self.evaluation = result
+        best = progress.best_loss is None or result.loss < progress.best_loss
+        watcher.write(
+            {
+                "step": progress.step,
+                "eval_loss": result.loss,
+                "eval_perplexity": perplexity(result.loss),
+                "eval_accuracy": result.accuracy,
+                "eval_tokens": result.tokens,
+                "best": best,
+            }
+        )
+        if best and math.isfinite(result.loss):
+            progress.best_loss = result.loss
+            if self.accelerator.is_main_process:
+                save_model(self.model, self.out / "best", self.tokenizer_from)
+            self.accelerator.wait_for_everyone()
+
+    def save(self) -> None:
+        self.progress.meter = dict(self.meter.sums)
+        rng = state.rng_state(self.accelerator)
+        if self.accelerator.is_main_process:
+            last, reference = self.out / "last", self.objective.reference
+            state.save_run(last, self.model, self.optimizer, reference, self.progress, rng, self.tokenizer_from)
+            settle(self.out, RUN, SAVED)
+        self.accelerator.wait_for_everyone()
+
+    def publish(self) -> Path:
+        """Make OUT itself the model to use."""
+        best = self.out / "best"
+        if self.accelerator.is_main_process:
+            state.publish(
+                best if self.progress.best_loss is not None and best.is_dir() else self.out / "last", self.out
+            )
+        self.accelerator.wait_for_everyone()
+        return self.out

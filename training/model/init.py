@@ -1,0 +1,107 @@
+"""GPT-2 -> DMPT without training: what the first step of training starts from.
+
+Every path starts as a copy of the upper blocks, every head as a copy of GPT-2's, so the new model says what
+GPT-2 said. Small seeded noise on the heads that are no anchor, and a small bias of the gates, break the
+symmetry that would keep copies identical for ever.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from training.checkpoints.checkpoint import model_from_tensors
+from training.errors import InputError
+from training.model.config import DMPTConfig
+from training.model.fields import GPT2
+from training.model.generation import DMPTForCausalLM
+from training.model.shape import init_fields
+
+NOISE = 1e-3  # of the embedding's standard deviation: about 0.02 on a logit of GPT-2 small
+GATE_BIAS = 0.25  # logits in favour of left, which starts as the unchanged GPT-2
+HEAD_GATE_STD = 1e-3  # so small that mixing starts near uniform
+
+
+def init_from_gpt2(
+    model: DMPTForCausalLM,
+    splits: list[int] | None = None,
+    head_allocation: dict[str, list[int]] | None = None,
+    *,
+    heads: int | None = None,
+    fast_k: int | None = None,
+    head_topk: int | None = None,
+    noise: float = NOISE,
+    gate_bias: float = GATE_BIAS,
+    gate_hidden: int = 256,
+    tie: bool | None = None,
+    seed: int = 0,
+) -> DMPTForCausalLM:
+    """A DMPT in eval mode that starts from a model without splits and with one head (as load_model gives GPT-2).
+
+    splits: block indices of the forks; None: half depth; []: none (several heads on one path).
+    head_allocation: head ids of each leaf; or `heads` in all, shared out evenly (default: 4 a leaf, at most 8).
+    noise: standard deviation added to heads that are no anchor, as a fraction of the embedding's own.
+    gate_bias: what every gate starts with in favour of left, in logits; head gates start near uniform.
+    tie: heads.0 is the embedding; None: as in `model`. Same arguments and seed: same tensors, bit by bit.
+    Raises InputError when the fields do not fit each other or `model`.
+    """
+    old = model.config
+    changed = init_fields(old, splits, head_allocation, heads, fast_k, head_topk, gate_hidden, tie)
+    config = DMPTConfig(**{name: getattr(old, name) for name in GPT2} | changed)
+    if not noise >= 0 or noise == float("inf"):
+        raise InputError(f"noise {noise} must be a number from 0 on")
+    source = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    tensors: dict[str, Tensor] = {}
+    for name in ("transformer.wte.weight", "transformer.wpe.weight"):
+        tensors[name] = source[name].clone()
+    for node in config.tree.values():
+        for i in range(node.start, node.stop):
+            block = f"transformer.h.{i}."
+            tensors |= {
+                f"{node.prefix}.h.{i}.{name.removeprefix(block)}": tensor.clone()
+                for name, tensor in source.items()
+                if name.startswith(block)
+            }
+        if node.children is None:
+            for part in ("weight", "bias"):
+                tensors[f"{node.prefix}.ln_f.{part}"] = source[f"transformer.ln_f.{part}"].clone()
+    random = torch.Generator().manual_seed(seed)
+    tensors |= _heads(config, source["heads.0.weight"], noise, random)
+    tensors |= _gates(config, gate_bias, random)
+    if wild := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise InputError(f"{wild[0]} would hold NaN or infinity: use a smaller --noise and --gate-bias, or mend SOURCE")
+    return model_from_tensors(config, tensors)
+
+
+def _heads(config: DMPTConfig, base: Tensor, noise: float, random: torch.Generator) -> dict[str, Tensor]:
+    """Copies of GPT-2's head [vocab, E]; anchors exact, so the candidates and the first log-probs are GPT-2's."""
+    exact = {heads[0] for heads in config.head_allocation.values()}
+    std = noise * float(base.float().std())
+    out = {}
+    for j in range(config.n_vocab_heads):
+        if j == 0 and config.tie_word_embeddings:
+            continue  # it is the embedding
+        drawn = torch.randn(base.shape, generator=random) if std else torch.zeros(())
+        out[f"heads.{j}.weight"] = base.clone() if j in exact else base + std * drawn
+    return out
+
+
+def _gates(config: DMPTConfig, gate_bias: float, random: torch.Generator) -> dict[str, Tensor]:
+    def two_layers(name: str, n_out: int, out_std: float, out_bias: Tensor) -> dict[str, Tensor]:
+        def normal(n: int, m: int, std: float) -> Tensor:
+            return std * torch.randn(n, m, generator=random)
+
+        return {
+            f"{name}.0.weight": normal(config.gate_hidden, config.n_embd, config.initializer_range),
+            f"{name}.0.bias": torch.zeros(config.gate_hidden),
+            f"{name}.2.weight": normal(n_out, config.gate_hidden, out_std),
+            f"{name}.2.bias": out_bias,
+        }
+
+    out: dict[str, Tensor] = {}
+    for node in config.split_nodes:
+        out |= two_layers(f"gates.{node}", 2, config.initializer_range, torch.tensor([gate_bias, 0.0]))
+    for leaf, heads in config.head_allocation.items():
+        if len(heads) > 1:
+            out |= two_layers(f"head_gates.{leaf}", len(heads), HEAD_GATE_STD, torch.zeros(len(heads)))
+    return out

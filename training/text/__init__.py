@@ -1,0 +1,1 @@
+"""From files of text to token ids and windows of them."""
