@@ -1,8 +1,10 @@
-"""The original project's commands with `dmpt-export train` in front, on a tiny GPT-2 and a stand-in for the hub."""
+"""Commands of the documents: the original project's with `dmpt-export train` in front, run on a tiny GPT-2 and a
+stand-in for the hub; all others are parsed."""
 
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import fields
@@ -13,9 +15,10 @@ import click
 import pytest
 import torch
 
-from dmpt_export.cli.main import main
+from dmpt_export.cli.main import VERBS, cli, main
 from dmpt_export.cli.train import command
 from tests.helpers.fake_hub import FakeDataset, FakeHub
+from tests.helpers.paths import REPOSITORY
 from training.checkpoints.checkpoint import load_model, read_config
 from training.cli.recipes import names, read_recipe
 from training.errors import install
@@ -208,3 +211,43 @@ def test_the_last_phase_of_the_dual_recipe_polishes_the_right_path_alone(workpla
     changed = {name for name in after if not torch.equal(before[name], after[name])}
     assert changed and not {n for n in changed if n.startswith(("paths.left", "gates", "head_gates", "heads.0"))}
     assert any(name.startswith("paths.right") for name in changed)
+
+
+# --- README and guides --------------------------------------------------------------------------------
+
+GUIDES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+COMMAND = rf"dmpt-export (?:{'|'.join(VERBS)}) "
+WHOLE = re.compile(rf"^(?:    )?(?:.*\| )?({COMMAND}.*)$", re.MULTILINE)
+INLINE = re.compile(rf"(?<!`)`({COMMAND}[^`]*)`(?!`)")
+PLACEHOLDER = re.compile(r"\b[A-Z]{3,}\b|\.\.\.")  # `dmpt-export quantize OUT ...` shows a form
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """Every complete command of a document, as words, without what the shell takes."""
+    lines = [*WHOLE.findall(text), *(line for line in INLINE.findall(text) if not PLACEHOLDER.search(line))]
+    return [shlex.split(re.split(r" [<>] | \| ", line)[0], comments=True)[1:] for line in lines]
+
+
+@pytest.mark.parametrize("document", GUIDES, ids=lambda path: path.name)
+def test_the_commands_of_documents_are_complete_commands(
+    document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arguments, options and their values are those of the verb; nothing runs."""
+    monkeypatch.chdir(tmp_path)
+    for verb, *words in commands_of(document.read_text(encoding="utf-8")):
+        parsed = cli.get_command(click.Context(cli), verb)
+        assert parsed is not None
+        try:
+            with parsed.make_context(verb, words):
+                pass
+        except click.UsageError as error:
+            pytest.fail(f"{document.name}: dmpt-export {shlex.join([verb, *words])}: {error.format_message()}")
+        except click.exceptions.Exit:  # --help
+            continue
+
+
+def test_commands_are_found_in_documents() -> None:
+    text = "    dmpt-export run device 'a b' # note\n    echo x | dmpt-export run device --json\nor `dmpt-export init A b`"
+    assert commands_of(text) == [["run", "device", "a b"], ["run", "device", "--json"], ["init", "A", "b"]]
+    without = {guide.name for guide in GUIDES if not commands_of(guide.read_text(encoding="utf-8"))}
+    assert without <= {"contributing.md", "design.md"}
