@@ -247,7 +247,9 @@ def test_the_commands_of_documents_are_complete_commands(
 
 
 def test_commands_are_found_in_documents() -> None:
-    text = "    dmpt-export run device 'a b' # note\n    echo x | dmpt-export run device --json\nor `dmpt-export init A b`"
-    assert commands_of(text) == [["run", "device", "a b"], ["run", "device", "--json"], ["init", "A", "b"]]
+    text = (
+        "    dmpt-export run device 'a b' # note\n    echo x | dmpt-export run device --json\nor `dmpt-export init a b`"
+    )
+    assert commands_of(text) == [["run", "device", "a b"], ["run", "device", "--json"], ["init", "a", "b"]]
     without = {guide.name for guide in GUIDES if not commands_of(guide.read_text(encoding="utf-8"))}
     assert without <= {"contributing.md", "design.md"}
