@@ -115,7 +115,7 @@ KILLED = (
     """
 import os, shutil, signal, sys
 from pathlib import Path
-from training import atomic
+from training.checkpoints import atomic
 
 out, last, two_renames = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "two renames"
 """

@@ -41,7 +41,7 @@ KILLED = (
     """
 import os, shutil, signal, sys
 from pathlib import Path
-from training import earlier
+from training.checkpoints import earlier
 
 out, last = Path(sys.argv[1]), int(sys.argv[2])
 """
