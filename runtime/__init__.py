@@ -1,4 +1,4 @@
-"""The part that ships to the device: runs an exported model with numpy, onnxruntime and tokenizers alone.
+"""The runtime that ships to devices: runs an exported model with only numpy, onnxruntime and tokenizers.
 
 >>> import runtime
 >>> with runtime.load("device") as model:                              # doctest: +SKIP
@@ -28,15 +28,15 @@ def load(
     verify: bool = True,
     deterministic: bool = False,
 ) -> Model:
-    """Open an exported model folder (`dmpt-export onnx`) and make it ready to run.
+    """Load an exported model folder (`dmpt-export onnx`) so that it is ready to run.
 
-    device: "cpu" or "cuda" (the folder must then be exported with `--target cuda`).
-    threads: CPU threads for one run; None takes what this process may use (affinity and cgroup quota).
-    verify: compare the sha256 of every file with the manifest, about 0.3 s per 500 MB. With False only
-    names and sizes are checked.
-    deterministic: one thread, and only algorithms that ONNX Runtime calls deterministic: equal requests then give
-    equal bits however many CPUs there are, given the same ONNX Runtime and kind of processor. Otherwise the number of
-    threads can change the last bits of a sum, and with them, rarely, a token.
+    device: "cpu", or "cuda" for a folder exported with `--target cuda`.
+    threads: CPU threads per run; None: all that this process may use (affinity and cgroup quota).
+    verify: compare the sha256 of every file with the manifest, about 0.3 s per 500 MB. False checks only names and
+    sizes.
+    deterministic: use one thread, and only algorithms that ONNX Runtime calls deterministic. Equal requests then give
+    equal bits on any number of CPUs, with the same ONNX Runtime and kind of processor. Otherwise the number of threads
+    can change the last bits of a sum and so, rarely, a token.
     Raises ModelError (folder), SetupError (missing package or GPU), RequestError (bad device or threads),
     OutOfMemory.
     """

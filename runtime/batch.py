@@ -1,9 +1,8 @@
-"""Several texts that grow together, one token each per run.
+"""Decode several texts together, one token each per run.
 
-A prompt is run on its own, in place in its row of the shared caches, and lets every node of the tree catch up; from
-then on all rows are run together and every node runs for all of them, so no row ever lags behind and nothing needs
-padding: each row has its own length. (Attention over several new tokens of several texts at once is what the
-operator cannot do on the CPU.)
+Each prompt runs alone, in place in its row of the shared caches, and every node of the tree catches up. From then on
+all rows run together, and every node runs for all of them. So no row lags behind, and nothing needs padding: each row
+has its own length. (On the CPU the operator cannot attend over several new tokens of several texts at once.)
 
     keys and values   [rows, n_head, capacity, head_dim]
     row 0             prompt ======== step = = = =
@@ -31,7 +30,7 @@ Float32s = NDArray[np.float32]
 
 
 class Batch:
-    """Rows of texts; what beam search or any other loop over several texts needs. One thread at a time.
+    """Several texts as rows, for beam search and other loops over several texts. Use it from one thread at a time.
 
     >>> batch = model.batch(2)                                           # doctest: +SKIP
     >>> log_probs, routes = batch.feed([[5, 6, 7], [8]])                 # [2, vocab], [2]: after each row's last token
@@ -40,15 +39,15 @@ class Batch:
     >>> batch.lengths
     array([2, 2, 4])
 
-    Each row says what it would say alone: the same routes, and log-probs but for the rounding of kernels that take
+    Each row gives the same result as alone: equal routes, and log-probs equal up to the rounding of kernels that take
     several rows at once (fp32 1e-4; int8-dynamic quantizes the activations of all rows together, so there it is the
     activations' quantization error).
     """
 
     def __init__(self, engine: Engine, rows: int, capacity: int = 0) -> None:
-        """rows: texts, all empty. capacity: tokens to make room for at once; room doubles when needed.
+        """rows: number of texts, all empty. capacity: tokens to make room for; room doubles when needed.
 
-        Raises SetupError for an onnxruntime that would decode them wrongly.
+        Raises SetupError for an onnxruntime that decodes several texts incorrectly.
         """
         engine.check_batches()
         self.engine = engine
@@ -64,18 +63,18 @@ class Batch:
         self.last = np.ones((), np.int64)
         self.every_node = np.ones((), np.bool_)
         self.inputs: dict[str, NDArray[np.generic]] = {}
-        self.bound = False  # all but the address of the result
+        self.bound = False  # everything except the result's address
         self.log_probs_at = 0
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def feed(self, prompts: Many[ArrayLike]) -> tuple[Float32s, Int64s]:
-        """Append to every row its own token ids, one or more, whatever their number.
+        """Append token ids to every row, one or more each; the numbers may differ.
 
         Returns log-probs of the next token, float32 [rows, vocab], and the leaf that each row's last token was
-        routed to, int64 [rows], as indices into `manifest.leaves`. Both are the caller's. Raises RequestError, before
-        anything runs, for bad ids, a full context or another number of prompts than of rows.
+        routed to, int64 [rows], as indices into `manifest.leaves`. Both belong to the caller. Raises RequestError,
+        before anything runs, for bad ids, a full context, or unless there is one prompt for each row.
         """
         self.check_rows(len(prompts), "prompts")
         vocab_size, context = self.config.vocab_size, self.config.n_positions
@@ -96,7 +95,7 @@ class Batch:
         return int(leaf)
 
     def step(self, ids: ArrayLike) -> tuple[Float32s, Int64s]:
-        """Append one token to every row, in one run: ids [rows]. Returns and raises what feed() does."""
+        """Append one token to every row, in one run: ids [rows]. Returns and raises as feed()."""
         tokens = check_ids(ids, self.config.vocab_size, sys.maxsize)
         self.check_rows(len(tokens), "token ids")
         if (longest := int(self.lengths.max())) >= self.config.n_positions:
@@ -127,10 +126,10 @@ class Batch:
         return self.routes.copy()
 
     def reorder(self, index: ArrayLike) -> None:
-        """Row i becomes what row index[i] was. Rows may be repeated and left out; their number becomes len(index).
+        """Replace row i by row index[i]. Rows may be repeated and left out; their number becomes len(index).
 
-        Beams that stay where they are cost nothing, others a copy of their keys and values. Raises RequestError for
-        an index that is empty or names no row.
+        Beams that keep their row cost nothing, others a copy of their keys and values. Raises RequestError for an
+        index that is empty or names a row that does not exist.
         """
         try:
             order = np.asarray(index)
@@ -145,7 +144,7 @@ class Batch:
         self.bound = False
 
     def forget(self, row: int) -> None:
-        """Empty one row, for another text. Raises RequestError for a row that is not there."""
+        """Empty one row, for another text. Raises RequestError for a row that does not exist."""
         if not (is_whole(row) and 0 <= row < len(self)):
             raise RequestError(f"there is no row {row!r}: rows are 0 to {len(self) - 1}")
         self.lengths[row] = 0
@@ -160,7 +159,7 @@ class Batch:
             self.bound = False
 
     def bind(self) -> None:
-        """Bind everything for the present number of rows, but for the result."""
+        """Bind everything except the result, for the current number of rows."""
         rows, width = len(self), self.config.n_embd
         self.bound, self.log_probs_at = True, 0
         self.routes = np.empty(rows, np.int64)
@@ -176,7 +175,7 @@ class Batch:
         nothing = (self.no_rows.dtype.type, (rows, 0, width), self.no_rows.ctypes.data)
         for name in self.pending:
             self.binding.bind_input(name, "cpu", 0, *nothing)
-        for name in self.outputs:  # those that nobody reads stay where the run puts them
+        for name in self.outputs:  # outputs that nothing reads stay where the run puts them
             self.binding.bind_output(name)
         self.caches.bind(self.binding, 0, rows)
         self.binding.bind_output("routes", "cpu", 0, np.int64, (rows, 1), self.routes.ctypes.data)

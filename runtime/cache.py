@@ -1,4 +1,4 @@
-"""Keys and values of all blocks, for one text or several, where the device writes them in place."""
+"""Key/value caches of all blocks, for one text or several; the device updates them in place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FIRST_CAPACITY = 128  # tokens
 
 
 def roomier(capacity: int, total: int, context: int) -> int:
-    """Room doubles, up to the context.
+    """Capacity for `total` tokens: the current one, doubled as often as needed, up to the context.
 
     >>> roomier(0, 1, 300), roomier(128, 129, 300), roomier(256, 257, 300)
     (128, 256, 300)
@@ -40,11 +40,11 @@ class Buffer:
             self.address = self.value.data_ptr()
 
     def host(self) -> NDArray[Any]:
-        """The tensor itself on the CPU, a copy of it from a GPU."""
+        """The array itself on the CPU, a copy of it from a GPU."""
         return self.value.numpy() if self.array is None else self.array
 
     def place(self, first: int, rows: int) -> tuple[Any, ...]:
-        """Where some consecutive texts' part lies, as IOBinding wants it."""
+        """Type, shape and address of some consecutive rows, in the form that IOBinding takes."""
         address = self.address + first * self.row_bytes
         return self.engine.device, 0, self.dtype, (rows, *self.shape[1:]), address
 
@@ -53,7 +53,7 @@ class Caches:
     """All buffers of a model, by cache name."""
 
     def __init__(self, engine: Engine, rows: int = 1, capacity: int = 0) -> None:
-        """rows: texts; capacity: tokens of each. Raises OutOfMemory on a GPU."""
+        """rows: number of texts; capacity: tokens of each. Raises OutOfMemory on a GPU."""
         self.engine, self.rows, self.capacity = engine, rows, capacity
         manifest = engine.manifest
         self.node_of = {name: node.name for node in manifest.tree for name in node.caches}
@@ -62,7 +62,7 @@ class Caches:
         self.buffers = {name: Buffer(np.zeros(shape, manifest.cache_dtype), engine) for name in self.node_of}
 
     def bind(self, binding: Any, first: int = 0, rows: int | None = None) -> None:
-        """Bind these texts' part as what the graph reads and what it writes."""
+        """Bind these rows as both the inputs and the outputs of the graph."""
         for name, buffer in self.buffers.items():
             place = buffer.place(first, self.rows if rows is None else rows)
             binding.bind_input(f"past.{name}", *place)
@@ -81,9 +81,9 @@ class Caches:
         self.capacity = capacity
 
     def reorder(self, index: NDArray[np.int64], filled: int) -> None:
-        """Text i becomes what text index[i] was, its first `filled` tokens; texts may be repeated and left out.
+        """Replace text i by the first `filled` tokens of text index[i]; texts may be repeated and left out.
 
-        In place on the CPU where there are not more texts than before; those that stay where they are cost nothing.
+        In place on the CPU, unless there are more texts than before; texts that keep their row cost nothing.
         """
         moved = np.flatnonzero(index != np.arange(len(index)))
         if len(index) <= self.rows and self.engine.device == "cpu":
@@ -95,6 +95,6 @@ class Caches:
         self.rows = len(index)
 
     def replace(self, change: Callable[[str, NDArray[Any]], NDArray[Any]]) -> None:
-        """Make each buffer anew from its old content, one at a time."""
+        """Replace each buffer by one made from its content, one at a time."""
         for name, buffer in self.buffers.items():
             self.buffers[name] = Buffer(change(name, buffer.host()), self.engine)

@@ -1,4 +1,4 @@
-"""Whether the parts of a manifest fit each other: tree, leaves, heads, graph inputs and outputs, file names."""
+"""Check that the parts of a manifest agree: tree, leaves, heads, graph inputs and outputs, file names."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ FLOATS = ("float32", "float16")
 
 
 def contradictions(manifest: Manifest) -> list[str]:
-    """All that cannot be, in words for people; empty for a sound manifest."""
+    """Every contradiction, in words for the user; empty for a valid manifest."""
     problems = tree_faults(manifest)
-    problems += [] if problems else graph_faults(manifest)  # which the tree has to tell
+    problems += [] if problems else graph_faults(manifest)  # they need a valid tree
     return [*problems, *value_faults(manifest), *file_faults(manifest)]
 
 
 def tree_faults(manifest: Manifest) -> list[str]:
-    """Whether the nodes form one tree that covers all blocks, parents first."""
+    """Check that the nodes form one tree that covers all blocks, parents first."""
     nodes = manifest.nodes
     if manifest.config.n_layer > MOST_BLOCKS:
         return [f"config.n_layer: {manifest.config.n_layer} is above {MOST_BLOCKS}"]
@@ -55,7 +55,7 @@ def value_faults(manifest: Manifest) -> list[str]:
     if manifest.cache_dtype not in (manifest.activation_dtype, "int8"):
         problems.append(f"cache_dtype: '{manifest.cache_dtype}' is neither the activations' type nor int8")
     problems += [
-        f"head_allocation: '{leaf}' is no leaf or has no heads"
+        f"head_allocation: '{leaf}' is not a leaf or has no heads"
         for leaf in sorted({*manifest.leaves, *manifest.head_allocation})
         if leaf not in manifest.leaves or not manifest.head_allocation.get(leaf)
     ]
@@ -72,7 +72,7 @@ def value_faults(manifest: Manifest) -> list[str]:
 
 
 def graph_faults(manifest: Manifest) -> list[str]:
-    """Whether the inputs and outputs are those that the tree calls for, with their types."""
+    """Check that the inputs and outputs, with their types, are those that the tree needs."""
     problems, optional = [], {f"{HEAD_LOG_WEIGHTS}.{leaf}" for leaf in manifest.head_allocation}
     for field_name, specs, wanted in (
         ("inputs", manifest.inputs, expected_inputs(manifest)),
@@ -88,7 +88,7 @@ def graph_faults(manifest: Manifest) -> list[str]:
             if name in specs and specs[name].dtype != dtype
         ]
         problems += [
-            f"{field_name}: {name} is {list(spec.shape)}, which config does not lead to"
+            f"{field_name}: {name} is {list(spec.shape)}, which does not fit config"
             for name, spec in specs.items()
             if not fits_config(name, spec.shape, manifest)
         ]
@@ -96,7 +96,7 @@ def graph_faults(manifest: Manifest) -> list[str]:
 
 
 def fits_config(name: str, shape: tuple[int | str, ...], manifest: Manifest) -> bool:
-    """Whether a tensor has the sizes of `config`: buffers are made by these before the graph can object."""
+    """Whether a tensor has the sizes of `config`: buffers are allocated by them before the graph can fail."""
     config = manifest.config
     kind = name.partition(".")[0]
     if kind in ("past", "present"):
@@ -123,7 +123,7 @@ def expected_inputs(manifest: Manifest) -> dict[str, str]:
 
 
 def expected_outputs(manifest: Manifest) -> dict[str, str]:
-    """name -> dtype of every graph output; those of HEAD_LOG_WEIGHTS are not in exports of before they were told."""
+    """name -> dtype of every graph output; exports made before HEAD_LOG_WEIGHTS existed lack those."""
     rows = manifest.activation_dtype
     return {
         "log_probs": "float32",

@@ -1,8 +1,8 @@
-"""Errors of the runtime that are meant for people.
+"""Errors of the runtime that are meant for the user.
 
-An exception that carries ``exit_code`` is a message for the user: the command line prints it as one line
-and exits with that code; anything else is a bug and keeps its traceback. ``training.errors`` holds the same
-family for the packages that this one, which ships to devices, must not import.
+An exception with ``exit_code`` is a message for the user: the command line prints it as one line and exits with that
+code. Any other exception is a bug and keeps its traceback. ``training.errors`` defines the same kinds for the packages
+that the runtime, which ships to devices, must not import.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class ModelError(ValueError):
 
 
 class RequestError(ValueError):
-    """What was asked of a loaded model cannot be done: token ids, a prompt or a sampling value."""
+    """A loaded model cannot do what was requested: invalid token ids, prompt or sampling value."""
 
     exit_code = 3
 
@@ -36,7 +36,7 @@ class OutOfMemory(MemoryError):
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether any library says with this that memory ran out."""
+    """Whether an error, of any library, means that memory ran out."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     native = isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime")

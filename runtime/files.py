@@ -1,4 +1,4 @@
-"""Whether a folder holds the files that its manifest lists, bit by bit."""
+"""Check that a folder holds the files that its manifest lists, bit by bit."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from runtime.errors import ModelError
 from runtime.manifest import FileSpec, Manifest
 from runtime.manifest_file import MANIFEST_NAME
 
-LINK = "is a link, also known elsewhere (`cp -RL` makes a folder without links)"
+LINK = "is a symbolic or hard link (`cp -RL` makes a folder without links)"
 
 
 def check_files(folder: Path, manifest: Manifest, verify: bool = True) -> None:
     """Compare the folder with the manifest's list: kind of file, size and, with `verify`, sha256.
 
-    Links let a folder from elsewhere point at files outside it, so symbolic ones are refused. A hard link cannot be
-    told from the file itself (`cp -al` makes them): where the manifest lists it, its sha256 must match, so it can only
-    hold what the manifest's author knew; without `verify`, and where it is not listed, it is refused, for the graph may
-    name any file of the folder as its data. Raises ModelError naming every file that differs, and how.
+    Links let a folder from elsewhere point at files outside it, so symbolic links are refused. A hard link cannot be
+    distinguished from the file itself (`cp -al` makes them). If the manifest lists it, its sha256 must match, so it can
+    only hold what the manifest's author knew. Without `verify`, or if it is not listed, it is refused, because the
+    graph may name any file in the folder as its data. Raises ModelError naming every file that differs, and how.
     """
     problems = [f"{entry.name} {fault}" for entry in manifest.files if (fault := file_fault(folder, entry, verify))]
     listed = {MANIFEST_NAME, *(entry.name for entry in manifest.files)}
     # The graph names its data files itself, and ONNX Runtime follows hard links.
     problems += [f"{entry.name} {LINK}" for entry in os.scandir(folder) if entry.name not in listed and is_link(entry)]
     if problems:
-        raise ModelError(f"{folder} is not what was exported, copy or export it again: {'; '.join(problems)}")
+        raise ModelError(f"{folder} differs from what was exported, copy or export it again: {'; '.join(problems)}")
 
 
 def file_fault(folder: Path, entry: FileSpec, verify: bool) -> str | None:
@@ -37,13 +37,13 @@ def file_fault(folder: Path, entry: FileSpec, verify: bool) -> str | None:
     except OSError as error:
         return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
     if not stat.S_ISREG(found.st_mode):
-        return LINK if stat.S_ISLNK(found.st_mode) else "is no file"
+        return LINK if stat.S_ISLNK(found.st_mode) else "is not a regular file"
     if found.st_nlink > 1 and not verify:
         return f"{LINK}, and its content is not compared"
     if found.st_size != entry.size:
         return f"has {found.st_size} bytes, expected {entry.size}"
     try:
-        return "has another sha256 than the manifest says" if verify and sha256(path) != entry.sha256 else None
+        return "has a different sha256 than its manifest" if verify and sha256(path) != entry.sha256 else None
     except OSError as error:
         return f"cannot be read ({error.strerror})"
 
@@ -53,7 +53,7 @@ def is_link(entry: os.DirEntry[str]) -> bool:
 
 
 def sha256(path: Path) -> str:
-    """Of a regular file that is no link; about 0.3 s per 500 MB."""
+    """sha256 of a regular file, not of a link; about 0.3 s per 500 MB."""
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     with os.fdopen(os.open(path, flags), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

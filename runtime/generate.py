@@ -1,4 +1,4 @@
-"""The generation loops: choose a token, show its text, feed it back, until something says stop."""
+"""The generation loops: choose a token, emit its text, feed it back, until a stop condition holds."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from runtime.sampling import Sampling
 from runtime.sequence import Sequence
 from runtime.writing import Limits, TextModel, Token, Writing
 
-TOGETHER = 16  # texts of a batch that are in memory at once; the others follow as these end
+TOGETHER = 16  # texts of a batch in memory at once; the others follow as these end
 PER_TENSOR = "int8-dynamic"  # the scheme whose kernels quantize the activations of all rows together
 
 
 class Generator(TextModel, Protocol):
-    """What the loops ask of a model (runtime.model.Model)."""
+    """The part of runtime.model.Model that the loops use."""
 
     vocab_size: int
 
@@ -31,7 +31,7 @@ class Generator(TextModel, Protocol):
 
 
 class Generation(Writing):
-    """One text; iterate over it to make it. See Writing for what it knows afterwards."""
+    """One text; iterate over it to generate it. See Writing for its attributes."""
 
     model: Generator
 
@@ -41,9 +41,9 @@ class Generation(Writing):
             check_speculation(model, sampling)
 
     def __iter__(self) -> Iterator[Token]:
-        """Feed what is new and `guesses` after it in one run; keep the guesses that the model chooses itself."""
+        """Feed new tokens and then `guesses` in one run; keep the guesses that the model also chooses."""
         if self.ids:
-            raise RequestError("this text is already made: ask for a new one")
+            raise RequestError("this text was already generated: start a new one")
         sequence = self.model.sequence()
         rows = np.empty((1 + self.limits.speculate, self.model.vocab_size), np.float32)
         lookup = Lookup(self.prompt.tolist(), self.limits.speculate) if self.limits.speculate else None
@@ -72,25 +72,25 @@ class Generation(Writing):
                 guesses = lookup.guess(self.room(sequence.length + len(new)))
 
     def room(self, used: int) -> int:
-        """How many guesses the context and the number of tokens allow."""
+        """How many guesses the context and max_new_tokens allow."""
         return min(self.model.context - used, self.limits.max_new_tokens - len(self.ids) - 1)
 
 
 def check_speculation(model: Generator, sampling: Sampling) -> None:
     if sampling.heat > 0:
         raise RequestError(
-            "speculate needs the greedy choice: leave temperature, top_k, top_p and seed out, or speculate"
+            "speculate needs greedy decoding: leave out temperature, top_k, top_p and seed, or leave out speculate"
         )
     if PER_TENSOR in model.manifest.schemes:
         raise RequestError(
-            f"speculate cannot keep the text as it is with {PER_TENSOR} weights, whose rounding depends on how many "
-            "tokens are run at once: leave it out, or export int8 weights"
+            f"speculate would change the text with {PER_TENSOR} weights, whose rounding depends on how many tokens "
+            "run at once: leave it out, or export int8 weights"
         )
 
 
 class Generations:
-    """Several texts that are made together; iterate to get their tokens, `Token.row` says whose. `texts` are complete
-    afterwards. At most 16 are in the making at once."""
+    """Several texts generated together; iterate to get their tokens (`Token.row` is the prompt's index). `texts` are
+    complete afterwards. At most 16 are in memory at once."""
 
     def __init__(self, model: Generator, prompts: list[NDArray[np.int64]], sampling: Sampling, limits: Limits) -> None:
         if limits.speculate:
@@ -100,7 +100,7 @@ class Generations:
 
     def __iter__(self) -> Iterator[Token]:
         if any(text.ids for text in self.texts):
-            raise RequestError("these texts are already made: ask for new ones")
+            raise RequestError("these texts were already generated: start new ones")
         waiting = deque(self.texts)
         active = [waiting.popleft() for _ in range(min(TOGETHER, len(waiting)))]
         batch = self.model.batch(len(active), max(len(text.prompt) for text in active))
@@ -124,7 +124,7 @@ class Generations:
 
 
 def enter(batch: Batch, row: int, ids: list[int]) -> int:
-    """Put all but the last of these tokens into a row, which may hold another text; the last is for the next run."""
+    """Replace a row's text by all but the last of these tokens; the last one is for the next run."""
     batch.forget(row)
     if len(ids) > 1:
         batch.run_row(row, ids[:-1], np.empty(batch.config.vocab_size, np.float32))

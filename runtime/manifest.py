@@ -1,4 +1,4 @@
-"""What a manifest says, as dataclasses: tree, sizes, graph inputs and outputs, files. Standard library only."""
+"""The manifest as dataclasses: tree, sizes, graph inputs and outputs, files. Standard library only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ROOT = "root"
-HEAD_LOG_WEIGHTS = "head_log_weights"  # outputs of this name and the leaf's: log pi of the rows routed there
+HEAD_LOG_WEIGHTS = "head_log_weights"  # outputs NAME.LEAF: log head weights of the rows routed to the leaf
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Node:
     stop: int  # one past the last
     parent: str | None
     children: tuple[str, str] | None  # None: a leaf
-    prefix: str  # what its blocks are filed under
+    prefix: str  # of its blocks' tensor names
 
     @property
     def caches(self) -> list[str]:
@@ -28,7 +28,7 @@ class Node:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The sizes a runtime needs; the meaning of each field is that of the checkpoint's config.json."""
+    """The sizes that the runtime needs; fields mean the same as in the checkpoint's config.json."""
 
     vocab_size: int
     n_positions: int  # the longest context, in tokens
@@ -59,7 +59,7 @@ class FileSpec:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The parsed manifest; `raw` is the JSON as it stands, for fields that only people and tools read."""
+    """The parsed manifest; `raw` is the unchanged JSON, for fields that only people and tools read."""
 
     model: str  # file name of the graph
     target: str  # "cpu" or "cuda"
@@ -80,12 +80,12 @@ class Manifest:
 
     @property
     def schemes(self) -> set[str]:
-        """How the quantized tensors are stored; empty where all are float."""
+        """Storage schemes of the quantized tensors; empty where all are float."""
         return {tensor["scheme"] for tensor in self.raw["quantization"]["tensors"].values()}
 
     @property
     def prefix(self) -> list[int]:
-        """Ids that stand in front of every prompt, such as a beginning of text."""
+        """Ids in front of every prompt, such as a beginning-of-text token."""
         return list(self.raw["text"]["prefix"]) if "text" in self.raw else []
 
     @property
@@ -97,7 +97,7 @@ class Manifest:
 
     @property
     def least_onnxruntime(self) -> str | None:
-        """The earliest version that has all operators of the graph; None where the export does not say."""
+        """The earliest version that has all operators of the graph; None where the export does not state it."""
         return self.raw["requires"]["onnxruntime"] if "requires" in self.raw else None
 
     @property
@@ -115,13 +115,13 @@ class Manifest:
 
     @property
     def tells_head_weights(self) -> bool:
-        """Whether the graph yields what the heads of its leaves weigh; exports of before it did do not."""
+        """Whether the graph outputs head weights (older exports do not)."""
         allocation = self.head_allocation.items()
         return all(len(heads) == 1 or f"{HEAD_LOG_WEIGHTS}.{leaf}" in self.outputs for leaf, heads in allocation)
 
     @property
     def outputs_of_any_size(self) -> list[str]:
-        """Outputs that hold as many rows as were routed somewhere: to be bound anew before each run."""
+        """Outputs whose number of rows depends on the routes: they must be bound again before each run."""
         return [name for name in self.outputs if name.partition(".")[0] == HEAD_LOG_WEIGHTS]
 
     def way(self, leaf: str) -> tuple[str, ...]:

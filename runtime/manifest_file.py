@@ -1,7 +1,7 @@
-"""dmpt_manifest.json read and checked. Standard library only.
+"""Read and check dmpt_manifest.json. Standard library only.
 
-The file is checked in two steps, each listing everything it finds: the form (SCHEMA), then whether the parts
-fit each other (runtime.consistency: tree, leaves, heads, graph inputs and outputs, files).
+Two checks, each of which lists every fault: the form (SCHEMA), then whether the parts agree (runtime.consistency:
+tree, leaves, heads, graph inputs and outputs, files).
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from runtime.schema import (
 
 MANIFEST_NAME = "dmpt_manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
-REPORT_NAME = "quantization_report.json"  # where weights were quantized: what each tensor lost; not needed to run
+REPORT_NAME = "quantization_report.json"  # of quantized weights: the error of each tensor; not needed to run
 FORMAT, FORMAT_VERSION = "dmpt-onnx", 2
-MOST_BYTES = 64 << 20  # of the manifest itself: a real one is some hundred kB
+MOST_BYTES = 64 << 20  # of the manifest itself: a real one has a few hundred kB
 TENSOR = {"name": NAME, "dtype": NAME, "shape": SHAPE}
 SCHEMA: dict[str, Any] = {
     "format": NAME,
@@ -70,7 +70,7 @@ SCHEMA: dict[str, Any] = {
     "source": OBJECT_OR_NULL,
     "tools": OBJECT_OR_NULL,
 }
-# Fields that exports have had since they were introduced; checked where they are there.
+# Fields introduced later; checked where present.
 LATER: dict[str, Any] = {
     "requires": {"onnxruntime": VERSION},
     "branches_own_scales": BOOL,
@@ -79,28 +79,28 @@ LATER: dict[str, Any] = {
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Parse and check the manifest of an exported folder. Raises ModelError naming all that is missing or wrong."""
+    """Parse and check the manifest of an exported folder. Raises ModelError naming everything missing or wrong."""
     try:
         str(folder.absolute()).encode()
     except UnicodeEncodeError:
         shown = str(folder).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         raise ModelError(f"the name {shown} is not UTF-8, which ONNX Runtime needs: rename the folder") from None
     if not folder.is_dir():
-        raise ModelError(f"{folder} is no folder: give the folder that `dmpt-export onnx` made")
+        raise ModelError(f"{folder} is not a folder: give the folder that `dmpt-export onnx` made")
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise ModelError(f"{folder} has no {MANIFEST_NAME}: make an ONNX folder with `dmpt-export onnx`")
     if path.stat().st_size > MOST_BYTES:
-        raise ModelError(f"{path} is larger than {MOST_BYTES >> 20} MB, so it is no manifest: export the model again")
+        raise ModelError(f"{path} is larger than {MOST_BYTES >> 20} MB: it is not a manifest, export the model again")
     try:
         raw = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:  # JSON and UTF-8 errors are ValueErrors
-        raise ModelError(f"{path} is no JSON ({error}): export the model again") from error
+        raise ModelError(f"{path} is not JSON ({error}): export the model again") from error
     return parse_manifest(raw, str(path))
 
 
 def parse_manifest(raw: Any, where: str = MANIFEST_NAME) -> Manifest:
-    """The manifest from its JSON value. Raises ModelError naming all that is missing or wrong; `where` begins it."""
+    """The manifest from its JSON value. Raises ModelError, prefixed by `where`, naming everything missing or wrong."""
     if isinstance(raw, dict) and (raw.get("format") != FORMAT or raw.get("format_version") != FORMAT_VERSION):
         found = f"format {raw.get('format')!r}, format_version {raw.get('format_version')!r}"
         raise ModelError(f"{where} has {found}; this program reads {FORMAT!r}, {FORMAT_VERSION}")
@@ -115,7 +115,7 @@ def parse_manifest(raw: Any, where: str = MANIFEST_NAME) -> Manifest:
 
 
 def build(raw: dict[str, Any]) -> Manifest:
-    """The dataclasses of a JSON value that fits SCHEMA."""
+    """Build the dataclasses from a JSON value that fits SCHEMA."""
     config = {name: raw["config"][name] for name in SCHEMA["config"]}
     return Manifest(
         model=raw["model"],

@@ -1,4 +1,4 @@
-"""An exported model, ready to score and to write text."""
+"""An exported model: scoring and text generation."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from runtime.text import TextCodec, utf8
 from runtime.threads import resolve_threads
 from runtime.writing import STOP, Limits
 
-# Scoring returns a row of the vocabulary per position and gathers the fast_k candidates' rows of all further heads at
-# once: positions * fast_k * heads * n_embd numbers, 151 MB for 64 of them at GPT-2 small's shape with fast_k 256 and
-# three further heads of floats, 38 MB of int8 codes. Fewer positions at once are slower: 27 (64 MB) by a fifth.
+# Positions per run when scoring. Each one returns a vocabulary row and gathers its fast_k candidates' rows of all other
+# heads: positions * fast_k * heads * n_embd values. For 64 positions of GPT-2 small with fast_k 256 and three other
+# heads that is 151 MB of floats, or 38 MB of int8 codes. Smaller runs are slower: 27 positions (64 MB) by a fifth.
 SCORED_AT_ONCE = 64
 DEFAULT_NEW_TOKENS = 128
 Scored = tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32] | None]
-MOST_BYTES_PER_TOKEN = 256  # GPT-2's longest token has 128: more text than this per position cannot fit
+MOST_BYTES_PER_TOKEN = 256  # GPT-2's longest token has 128 bytes: text with more per position cannot fit
 
 
 class Model:
-    """What `runtime.load` returns. Several threads may use it at once: each text has caches of its own.
+    """A model loaded by `runtime.load`. Several threads may use it at once: each text has its own caches.
 
     Attributes: manifest (`.raw` is the JSON), folder, device, threads, context (tokens), vocab_size,
     ends (ids that end a text), end_of_text (the usual one of them, or None), codec (None when the folder has no
@@ -72,7 +72,7 @@ class Model:
         return self._codec().encode(text)
 
     def decode(self, ids: ArrayLike) -> str:
-        """The text of token ids, special tokens left out. Raises RequestError without a tokenizer."""
+        """The text of token ids, without special tokens. Raises RequestError without a tokenizer."""
         return self._codec().decode(check_ids(ids, self.vocab_size, np.size(ids)).tolist() if np.size(ids) else [])
 
     def _codec(self) -> TextCodec:
@@ -81,12 +81,12 @@ class Model:
         return self.codec
 
     def prompt_ids(self, prompt: str | ArrayLike) -> NDArray[np.int64]:
-        """Ids of a prompt that fits the context; a text that cannot is refused before it is tokenised."""
+        """Ids of a prompt that fits the context. Text that is too long is rejected before it is tokenised."""
         if isinstance(prompt, str):
             size, most = len(utf8(prompt)), self.context * MOST_BYTES_PER_TOKEN
             if size > most:
                 raise RequestError(
-                    f"the prompt has {size} bytes, the context of {self.context} tokens at most {most}: shorten it"
+                    f"the prompt has {size} bytes, a context of {self.context} tokens holds at most {most}: shorten it"
                 )
             if not prompt:
                 raise RequestError("the prompt is empty: give some text")
@@ -94,7 +94,7 @@ class Model:
         return check_ids(prompt, self.vocab_size, self.context)
 
     def many_ids(self, prompts: Many[str | ArrayLike]) -> list[NDArray[np.int64]]:
-        """prompt_ids() of each; what cannot be used is named by its number, from 1."""
+        """prompt_ids() of each prompt. Errors name the prompt by its number, from 1."""
         ids = []
         for number, prompt in enumerate(prompts, start=1):
             try:
@@ -106,18 +106,18 @@ class Model:
     # --- scoring ------------------------------------------------------------------------------
 
     def sequence(self, capacity: int = 0) -> Sequence:
-        """A new, empty text to feed tokens to; `capacity` tokens are made room for at once."""
+        """A new, empty text to feed tokens to, with room for `capacity` tokens."""
         return Sequence(self.engine, capacity)
 
     def batch(self, rows: int, capacity: int = 0) -> Batch:
-        """Several new, empty texts that grow together; `capacity` tokens are made room for in each at once."""
+        """Several new, empty texts to decode together, each with room for `capacity` tokens."""
         return Batch(self.engine, rows, capacity)
 
     def score(self, ids: ArrayLike, last: int | None = None) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """What the deployed model says after each of the last `last` tokens (all by default).
+        """Log-probs of the deployed model after each of the last `last` tokens (all by default).
 
         Returns log-probs of the next token, float32 [last, vocab], and leaf indices, int64 [last]. Row t of
-        `score(ids)` belongs to token t + 1. Runs in chunks of 64 positions. Raises RequestError.
+        `score(ids)` predicts token t + 1. Runs in chunks of 64 positions. Raises RequestError.
         """
         tokens = check_ids(ids, self.vocab_size, self.context)
         last = check_count("last", len(tokens) if last is None else last, len(tokens))
@@ -126,7 +126,7 @@ class Model:
         return log_probs, np.concatenate([run.routes.copy() for run in runs])
 
     def log_probs(self, ids: ArrayLike) -> NDArray[np.float32]:
-        """Log of the deployed distribution, float32 [len(ids), vocab]: row t is that of token t + 1."""
+        """Log of the deployed distribution, float32 [len(ids), vocab]: row t predicts token t + 1."""
         return self.score(ids)[0]
 
     def routes(self, ids: ArrayLike) -> list[str]:
@@ -134,10 +134,10 @@ class Model:
         return [self.manifest.leaves[leaf] for leaf in self.score(ids)[1]]
 
     def score_pieces(self, ids: ArrayLike, last: int | None = None) -> Iterator[Scored]:
-        """score() in pieces of 64 positions, for who wants figures of the rows and not the rows themselves.
+        """score() in pieces of 64 positions, for callers that reduce rows instead of keeping them.
 
-        Each is (log-probs, leaf indices, weights of the heads or None: see Sequence.head_weights). The next piece
-        overwrites the log-probs of this one. Raises RequestError before anything is computed.
+        Each is (log-probs, leaf indices, head weights or None: see Sequence.head_weights). The next piece overwrites
+        the log-probs of this one. Raises RequestError before computing anything.
         """
         tokens = check_ids(ids, self.vocab_size, self.context)
         last = check_count("last", len(tokens) if last is None else last, len(tokens))
@@ -148,9 +148,9 @@ class Model:
     def _pieces(
         self, tokens: NDArray[np.int64], last: int, room: Callable[[int, int], NDArray[np.float32]]
     ) -> Iterator[Sequence]:
-        """Score chunk by chunk into room(first row, rows) [rows, vocab]; yields the sequence after each."""
+        """Score in chunks into room(first row, rows) [rows, vocab]; yields the sequence after each chunk."""
         sequence = self.sequence(len(tokens))
-        skipped = len(tokens) - last  # the tokens before the first wanted one ride along in the first chunk
+        skipped = len(tokens) - last  # the first chunk also runs the tokens before the first scored one
         for row in range(0, last, SCORED_AT_ONCE):
             until = min(row + SCORED_AT_ONCE, last)
             ids = tokens[sequence.length : skipped + until]
@@ -172,17 +172,17 @@ class Model:
         on_full: str = STOP,
         speculate: int = 0,
     ) -> Generation | Generations:
-        """A text that is made while you iterate over it, one `Token(id, text, path, row)` at a time.
+        """Generate text while you iterate over the result, one `Token(id, text, path, row)` at a time.
 
-        prompt: text, or token ids; or a list of these, which are continued together (`Token.row` says whose token it
-        is). The sampling values are explained in `runtime.sampling.Sampling`: greedy unless temperature, top_k,
-        top_p or seed is given; row i of a list has the seed plus i. stop: text or texts that end it. on_full: "stop",
-        or "slide" to go on from the last half of a full context, read again as a new beginning. speculate: guess up to
-        so many tokens from the text so far and check them in one run; for the greedy choice, which stays the same but
-        where two tokens are equally likely to within the rounding of the kernels (1e-5 for float weights, a few
-        hundredths for int8 and int4, which round activations). Afterwards the result's `ids`, `text` and `stop_reason`
+        prompt: text or token ids, or a list of these to continue together (`Token.row` is the prompt's index).
+        Sampling: see `runtime.sampling.Sampling`; greedy unless temperature, top_k, top_p or seed is given; row i of a
+        list uses the seed plus i. stop: one or several strings that end the text. on_full: "stop", or "slide" to
+        continue from the last half of a full context, read again as a new beginning. speculate: guess up to this many
+        tokens from the text so far and check them in one run. It needs greedy decoding, whose output stays the same
+        except where two tokens are equally likely to within kernel rounding (1e-5 for float weights, a few hundredths
+        for int8 and int4, which round activations). After the iteration, the result's `ids`, `text` and `stop_reason`
         ("end_of_text", "stop_string", "max_new_tokens" or "context_full") are complete; for a list, those of each of
-        its `texts`. Raises RequestError before anything is computed.
+        its `texts`. Raises RequestError before computing anything.
         """
         sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
         limits = Limits(max_new_tokens, stop, on_full, speculate)
@@ -204,12 +204,12 @@ class Model:
         on_full: str = STOP,
         speculate: int = 0,
     ) -> str | list[Any]:
-        """Continue a prompt; returns the new text for a text, the list of new token ids for token ids.
+        """Continue a prompt: returns the new text for a text, the list of new token ids for token ids.
 
-        A list of prompts is continued together, and the result is the list of what each gives alone. on_token: called
-        as on_token(token_id, piece) for every new token of one prompt as soon as it is chosen; the pieces, joined, are
-        the new text, and none splits a character. The end-of-text token is the last of the ids when it was chosen, and
-        has no text. The other arguments, limits and errors are those of stream().
+        A list of prompts is continued together and gives a list of the results that each prompt gives alone. on_token:
+        called as on_token(token_id, piece) for each new token of a single prompt as soon as it is chosen. The joined
+        pieces are the new text; no piece splits a character. An end-of-text token, if chosen, is the last id and has
+        no text. For the other arguments, limits and errors see stream().
         """
         made = self.stream(
             prompt, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, stop, on_full, speculate
@@ -226,7 +226,7 @@ class Model:
     # --- end ----------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Free the graph and its weights now. Also done at the end of a `with` block."""
+        """Free the graph and its weights now. A `with` block does so at its end."""
         self.engine.close()
 
     def __enter__(self) -> Model:

@@ -1,9 +1,9 @@
-"""Weights in large pages, on Linux.
+"""Large pages for weights, on Linux.
 
-A step of decoding reads all weights, and in pages of 4 kB it also waits for their addresses: on a virtual machine 4 to
-14 % of the step. What ONNX Runtime allocates for a session is not asked to be in large pages, so the system is asked
-afterwards, for what has been added meanwhile. Nothing changes where it cannot do that (Linux before 6.1), or was told
-not to.
+A decoding step reads all weights. With 4 kB pages it also waits for address translation: 4 to 14 % of the step on a
+virtual machine. ONNX Runtime does not request large pages for a session's memory, so this module requests them
+afterwards, for the memory added meanwhile. Nothing changes where Linux cannot do that (before 6.1) or large pages are
+switched off.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-COLLAPSE = 25  # MADV_COLLAPSE of madvise(2): move what is there into large pages, now
+COLLAPSE = 25  # MADV_COLLAPSE of madvise(2): move existing memory into large pages now
 SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 MAPS = Path("/proc/self/maps")
-Range = tuple[int, int]  # first address, and the one behind the last
+Range = tuple[int, int]  # first address, and one past the last
 
 
 @contextmanager
 def large_pages() -> Iterator[None]:
-    """Memory that is allocated inside, by any thread, is in large pages afterwards, as far as that is possible."""
+    """Afterwards, move memory that any thread allocated inside the block into large pages, where possible."""
     size, before = page_size(), own_memory()
     yield
     if size:
         for first, end in added(before, own_memory()):
             first, end = -(-first // size) * size, end // size * size
-            if first < end:  # a refusal leaves everything as it was
+            if first < end:  # a refusal changes nothing
                 ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), COLLAPSE)
 
 
 def page_size() -> int:
-    """Bytes of a large page; 0 where there are none, or none are wanted."""
+    """Bytes of a large page; 0 where they are unavailable or switched off."""
     try:
         wanted = "[never]" not in (SETTINGS / "enabled").read_text(encoding="ascii")
         return int((SETTINGS / "hpage_pmd_size").read_text(encoding="ascii")) if wanted else 0
@@ -41,7 +41,7 @@ def page_size() -> int:
 
 
 def own_memory() -> list[Range]:
-    """Where this process has memory that no file stands behind; nothing where the system does not say."""
+    """Address ranges of this process's anonymous memory; empty where the system does not list them."""
     try:
         lines = MAPS.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -56,7 +56,7 @@ def own_memory() -> list[Range]:
 
 
 def added(before: Iterable[Range], after: Iterable[Range]) -> list[Range]:
-    """The parts of `after` that were not in `before`; each is ordered and does not overlap itself.
+    """The parts of `after` that are not in `before`; both are ordered, without overlaps.
 
     >>> added([(0, 4), (6, 8)], [(0, 10), (20, 30)])
     [(4, 6), (8, 10), (20, 30)]

@@ -1,4 +1,4 @@
-"""What a model asks of ONNX Runtime's version and, on Arm, of the processor; checked before a session is made."""
+"""Check the ONNX Runtime version and, on Arm, the processor that a model needs, before a session is created."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from runtime.manifest import Manifest
 ARM = ("aarch64", "arm64")
 AT_HWCAP, HWCAP_ASIMDDP = 16, 1 << 20  # Linux, asm/hwcap.h of arm64
 PF_ARM_V82_DP = 43  # Windows, IsProcessorFeaturePresent
-INT8_BATCHES_RIGHT = (1, 28)  # 1.27 attends to the wrong rows of int8 caches where several texts are decoded together
+INT8_BATCHES_RIGHT = (1, 28)  # 1.27 attends to the wrong rows of int8 caches when it decodes several texts together
 OUTER_SCALES_FIXED = (1, 29)  # 1.28 and earlier read a null pointer; measured from 1.22 to 1.32 under emulation
 
 
 def check_runtime(version: str, manifest: Manifest, folder: Path) -> None:
     """Raise SetupError for an onnxruntime older than the export needs, and ModelError for one that would crash on it.
 
-    The crash: 4-bit products inside a branch whose scales are the main graph's, as exports had them before they said
-    `branches_own_scales`, on an Arm processor with dot-product instructions. ONNX Runtime packs such weights together
-    with their scales and does not find these.
+    The crash: 4-bit products inside a branch whose scales belong to the main graph (exports without
+    `branches_own_scales`), on an Arm processor with dot-product instructions. ONNX Runtime packs such weights together
+    with their scales and does not find the scales.
     """
     least = manifest.least_onnxruntime
     if least is not None and numbers(version) < numbers(least):
@@ -40,17 +40,17 @@ def check_runtime(version: str, manifest: Manifest, folder: Path) -> None:
 
 
 def check_batches(version: str, manifest: Manifest) -> None:
-    """Raise SetupError where this onnxruntime would decode several texts wrongly; exports that say what they require
-    were refused when they were loaded."""
+    """Raise SetupError where this onnxruntime decodes several texts incorrectly. Exports that state the version they
+    need were already checked when loaded."""
     if manifest.cache_dtype == "int8" and numbers(version) < INT8_BATCHES_RIGHT:
         raise SetupError(
-            f"onnxruntime {version} decodes several texts with an int8 KV cache wrongly: give one prompt at a time, or "
-            "pip install --upgrade 'onnxruntime>=1.28'"
+            f"onnxruntime {version} decodes several texts incorrectly with an int8 KV cache: "
+            "give one prompt at a time, or pip install --upgrade 'onnxruntime>=1.28'"
         )
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version, for comparing.
+    """The leading numbers of a version, for comparison.
 
     >>> numbers("1.29.0.dev2") < numbers("1.32"), numbers("1.9") < numbers("1.23")
     (True, True)
@@ -59,7 +59,7 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 def has_dot_product() -> bool:
-    """Whether this is an Arm processor with dot-product instructions (SDOT, UDOT); false where that cannot be known."""
+    """Whether this is an Arm processor with dot-product instructions (SDOT, UDOT); False where that is unknown."""
     if platform.machine().lower() not in ARM:
         return False
     system: str = sys.platform

@@ -1,4 +1,4 @@
-"""Checks of what a caller asks for: token ids and counts. What fails is a RequestError that says both numbers."""
+"""Check a caller's token ids and counts. Errors are RequestErrors that state both the value and the limit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from runtime.sampling import is_whole
 
 
 def check_ids(ids: ArrayLike, vocab_size: int, context: int, used: int = 0) -> NDArray[np.int64]:
-    """Token ids as int64 [n], n >= 1. The graph itself would read zeros for ids outside the vocabulary."""
+    """Token ids as int64 [n], n >= 1. Without this check the graph would read zeros for ids outside the vocabulary."""
     try:
         tokens = np.asarray(ids)
     except ValueError as error:  # ragged lists
@@ -49,5 +49,5 @@ def is_many(prompt: Any) -> bool:
     """
     try:
         return not isinstance(prompt, str) and len(prompt[0]) >= 0
-    except (TypeError, IndexError, KeyError):  # no list, an empty one, or one of numbers
+    except (TypeError, IndexError, KeyError):  # not a list, an empty one, or a list of numbers
         return False

@@ -1,7 +1,7 @@
-"""Choosing the next token from log-probabilities: repetition penalty, temperature, top-k, top-p, a seeded draw.
+"""Choose the next token from log-probabilities: repetition penalty, temperature, top-k, top-p, a seeded draw.
 
-The order and the meaning are those of the common tools: penalty, temperature, top-k, top-p. Because the
-model hands out log-probabilities (never above 0) and not logits, the repetition penalty always multiplies.
+Order and meaning are those of the common tools: penalty, temperature, top-k, top-p. The model returns
+log-probabilities (never above 0), not logits, so the repetition penalty always multiplies.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from runtime.errors import ModelError, RequestError
 
 Scores = NDArray[np.float32]  # [vocab] or fewer
 Ids = NDArray[np.int64]
-MOST = 1_000_000  # of temperature and penalty: larger ones would overflow float32
-COLDEST = 1e-20  # temperatures below are as good as 0, and would vanish in float32
+MOST = 1_000_000  # largest temperature and penalty: larger values would overflow float32
+COLDEST = 1e-20  # lower temperatures act like 0 and would underflow in float32
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; raises RequestError, naming the value, for one that cannot be.
+    """How tokens are chosen. Raises RequestError naming an invalid value.
 
-    temperature: 0 takes the likeliest token (the lowest id among equals); None means 1 when top_k, top_p
-    or seed asks for a random choice, else 0.
+    temperature: 0 takes the likeliest token (the lowest id on ties); None means 1 when top_k, top_p or seed is given,
+    else 0.
     """
 
     temperature: float | None = None
-    top_k: int | None = None  # keep the k likeliest tokens, and those equal to the last of them
-    top_p: float | None = None  # keep the fewest likeliest tokens whose probabilities reach p
+    top_k: int | None = None  # keep the k likeliest tokens, and ties with the last of them
+    top_p: float | None = None  # keep the smallest set of likeliest tokens whose probabilities reach p
     repetition_penalty: float = 1.0  # above 1 makes tokens of the prompt and the text so far less likely
     seed: int | None = None  # None: a different text each time
 
@@ -54,13 +54,13 @@ class Sampling:
 
     @property
     def heat(self) -> float:
-        """The temperature after the rule for None."""
+        """The temperature, with None resolved."""
         if self.temperature is not None:
             return float(self.temperature)
         return 0.0 if self.top_k is None and self.top_p is None and self.seed is None else 1.0
 
     def for_row(self, row: int) -> Sampling:
-        """The same for a prompt of a batch: its seed is the batch's plus its row."""
+        """The settings of one prompt of a batch: its seed is the batch's seed plus its row."""
         return self if self.seed is None else replace(self, seed=self.seed + row)
 
 
@@ -74,7 +74,7 @@ def is_number(value: object) -> bool:
 
 
 class Sampler:
-    """Draws tokens one after the other; equal seeds and equal log-probabilities give equal tokens."""
+    """Draws tokens one by one; equal seeds and equal log-probabilities give equal tokens."""
 
     def __init__(self, sampling: Sampling, seen: Iterable[int] = ()) -> None:
         """seen: token ids of the prompt, for the repetition penalty."""
@@ -84,9 +84,9 @@ class Sampler:
         self.seen = dict.fromkeys(seen) if sampling.repetition_penalty != 1 else {}  # ordered, for stable arithmetic
 
     def __call__(self, log_probs: Scores) -> int:
-        """The next token id. `log_probs` [vocab] is left as it is. Raises ModelError when it holds NaN."""
+        """The next token id. `log_probs` [vocab] is left unchanged. Raises ModelError when it holds NaN."""
         scores = self.penalise(log_probs)
-        best = int(scores.argmax())  # of the first NaN, if there is one
+        best = int(scores.argmax())  # the first NaN, if there is one
         if math.isnan(scores[best]):
             raise ModelError("the model returned NaN instead of log-probabilities: export it again and check it")
         token = best if self.heat == 0 else self.draw(scores)
@@ -107,9 +107,9 @@ class Sampler:
 
 
 def index_at(weights: Scores, share: float) -> int:
-    """The index where the running sum passes a share, below 1, of the whole.
+    """The index where the running sum passes `share`, below 1, of the total.
 
-    The sums of stretches come first: a running sum over a whole vocabulary would take several percent of a step.
+    Sums whole stretches first: a running sum over the vocabulary would take several percent of a step.
     """
     width = max(1, math.isqrt(len(weights)))
     whole = len(weights) // width * width
@@ -124,27 +124,27 @@ def index_at(weights: Scores, share: float) -> int:
 
 
 def keep_top_k(scores: Scores, k: int | None, temperature: float) -> tuple[Ids, Scores]:
-    """(ids ascending, weights) of the k likeliest tokens; equals of the last one stay.
+    """(ids ascending, weights) of the k likeliest tokens, and of ties with the last one.
 
-    Weights are probabilities at the temperature but for a common factor; the largest is 1.
+    Weights are probabilities at the temperature up to a common factor; the largest is 1.
     """
     if k is not None and k < len(scores):
         tokens = np.flatnonzero(scores >= np.partition(scores, -k)[-k])
         kept = scores[tokens]
     else:
         tokens, kept = np.arange(len(scores)), scores
-    with np.errstate(over="ignore"):  # a temperature next to 0 leaves only the likeliest
+    with np.errstate(over="ignore"):  # a temperature near 0 leaves only the likeliest token
         return tokens, np.exp((kept - kept.max()) / np.float32(max(temperature, COLDEST)))
 
 
 def nucleus(tokens: Ids, weights: Scores, p: float | None) -> tuple[Ids, Scores]:
-    """The fewest likeliest tokens that have at least the share p of the weight; lower ids first among equals."""
+    """The smallest set of likeliest tokens with at least share p of the weight; lower ids first on ties."""
     if p is None or p >= 1:
         return tokens, weights
     share = p * weights.sum(dtype=np.float64)
-    # All tokens below (1 - p) / n of the weight have less than 1 - p together, so the rest holds the answer.
+    # Tokens below (1 - p) / n of the weight sum to less than 1 - p, so the result is among the rest.
     likely = np.flatnonzero(weights >= np.float32(share * (1 - p) / (p * len(weights))))
-    falling = np.sort(weights[likely])[::-1]  # values alone: many times faster than a stable order of the ids
+    falling = np.sort(weights[likely])[::-1]  # sorting values alone is many times faster than a stable sort of ids
     count = min(int(np.searchsorted(np.cumsum(falling, dtype=np.float64), share)) + 1, len(falling))
     least = falling[count - 1]
     above, equal = likely[weights[likely] > least], likely[weights[likely] == least]

@@ -1,4 +1,4 @@
-"""The form of a JSON value, checked against a declaration; every fault is listed, not only the first."""
+"""Check the form of a JSON value against a declaration; lists every fault, not only the first."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
-HUGE = 1 << 40  # no count, size in blocks or id reaches this; a file's size may, a damaged number does
+HUGE = 1 << 40  # above any count, size in blocks or id; a file's size may reach it, a damaged number does
 
 
 def whole(value: object, least: int) -> bool:
@@ -19,12 +19,12 @@ def name(value: object) -> bool:
     return isinstance(value, str) and value != ""
 
 
-# A leaf of a declaration is what the value should be, in words; the words choose the check.
+# A leaf of a declaration describes the value in words; the words select the check.
 COUNT = "a whole number above 0"
 ID = "a whole number, 0 or above"
 ID_OR_NULL = "a whole number, 0 or above, or null"
-NAME = "a text that is not empty"
-NAME_OR_NULL = "a text that is not empty, or null"
+NAME = "a non-empty string"
+NAME_OR_NULL = "a non-empty string, or null"
 PAIR_OR_NULL = "a list of two names, or null"
 OBJECT_OR_NULL = "an object or null"
 SHAPE = "a list of sizes and names"
@@ -49,16 +49,16 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
 
 @dataclass(frozen=True)
 class Each:
-    """An object with any keys whose values all have one form."""
+    """An object with any keys whose values all have the same form."""
 
     form: Any
 
 
 def faults(value: Any, form: Any, where: str = "") -> list[str]:
-    """What keeps `value` from having a form; empty when it has it.
+    """Every way in which `value` does not fit a form; empty when it fits.
 
-    A form is a dict (object with these fields, others are ignored), a list of one form (list of such),
-    Each (object of such), or one of the words above.
+    A form is a dict (an object with these fields; others are ignored), a list of one form (a list of such values),
+    Each (an object of such values), or one of the descriptions above.
 
     >>> faults({"a": [1, -1]}, {"a": [ID], "b": NAME})
     ['a[1]: -1 is not a whole number, 0 or above', 'b: missing']
@@ -85,7 +85,7 @@ def shown(value: object) -> str:
 
 
 def unsafe_name(file: str) -> str | None:
-    """Why a file name must not be opened below a folder, on any system; None when it may.
+    """Why a file name must not be opened inside a folder, on any system; None when it may.
 
     >>> unsafe_name("../model.onnx")
     "'../model.onnx' is not a plain file name inside the folder"

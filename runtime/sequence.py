@@ -1,8 +1,8 @@
-"""One text being read or written: its caches, and exact hard routing by lazy catch-up.
+"""One text: its caches, and exact hard routing by lazy catch-up.
 
-Every node of the tree has its own keys and values and may lag behind its parent: `done[node]` tokens are in
-its caches. A run hands each node the rows of its parent that it has not seen (pending); the graph runs only
-the nodes that the wanted positions are routed through, and those catch up on all of them
+Every node of the tree has its own keys and values and may lag behind its parent: its caches hold `done[node]` tokens.
+A run passes each node the rows of its parent that it has not processed (pending). The graph runs only the nodes that
+the wanted positions are routed through, and these catch up on all their pending rows
 (docs/design.md, Routing and catch-up).
 
     tokens      0 ......................... length
@@ -25,19 +25,19 @@ from runtime.manifest import HEAD_LOG_WEIGHTS, ROOT, Node
 from runtime.request import check_count, check_ids
 from runtime.session import Engine
 
-FEW = 1 + MOST_SPECULATED  # tokens in a step; a run over more needs memory that steps do not
+FEW = 1 + MOST_SPECULATED  # tokens in a step, at most; a longer run needs memory that steps do not
 
 
 class Sequence:
-    """Feeds tokens to a model and keeps what it has to remember. Not for use from two threads at once."""
+    """Feeds tokens to a model and keeps the state of one text. Use it from one thread at a time."""
 
     def __init__(
         self, engine: Engine, capacity: int = 0, caches: Caches | None = None, row: int = 0, length: int = 0
     ) -> None:
-        """capacity: tokens to make room for at once; room doubles when needed, up to the context.
+        """capacity: tokens to make room for; room doubles when needed, up to the context.
 
-        caches, row, length: instead of starting empty, go on in a row of caches that others share and that do not
-        grow, after the `length` tokens that every node has there.
+        caches, row, length: instead of starting empty, continue one row of shared caches, which do not grow, after the
+        `length` tokens that every node has there.
         """
         self.engine = engine
         manifest = engine.manifest
@@ -82,15 +82,15 @@ class Sequence:
         self.rewind(0)
 
     def rewind(self, length: int) -> None:
-        """Forget all but the first `length` tokens. What nodes remember of the others is written over later."""
+        """Forget all but the first `length` tokens. Cache entries of the others are overwritten later."""
         if length < self.length:
             self.done = {name: min(done, length) for name, done in self.done.items()}
 
     def feed(self, ids: ArrayLike, last: int = 1) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Append tokens and get what the model says after each of the last `last` of them.
+        """Append tokens and predict the next token after each of the last `last` of them.
 
         Returns log-probs of the next token, float32 [last, vocab], and the leaf each position was routed to,
-        int64 [last], as indices into `manifest.leaves`. Both are the caller's. Raises RequestError for bad ids,
+        int64 [last], as indices into `manifest.leaves`. Both belong to the caller. Raises RequestError for bad ids,
         a full context, or `last` outside 1..len(ids).
         """
         tokens = check_ids(ids, self.config.vocab_size, self.config.n_positions, self.length)
@@ -104,10 +104,10 @@ class Sequence:
         every_node: bool = False,
         tidy: bool = False,
     ) -> NDArray[np.int64]:
-        """feed() without checks, for callers in a hurry: fills `log_probs` [last, vocab] (C order), returns routes.
+        """feed() without checks, for speed: fills `log_probs` [last, vocab] (C order), returns routes.
 
         every_node: let all nodes catch up, also those that no position is routed to, so that nothing is pending.
-        tidy: give back the memory that the run needed, as is done after many tokens anyway.
+        tidy: free the memory that the run needed, as always after more than FEW tokens.
         """
         size, start = len(ids), self.length
         total = start + size
@@ -125,9 +125,9 @@ class Sequence:
         return self.routes.copy()
 
     def head_weights(self) -> NDArray[np.float32] | None:
-        """What the heads weighed for each wanted position of the last run: [last, heads], by head number.
+        """Head weights of each wanted position of the last run: [last, heads], by head number.
 
-        0 for heads of other leaves, 1 for one that is alone. None where the export does not tell.
+        0 for heads of other leaves, 1 for a leaf's only head. None where the export does not output them.
         """
         manifest, values = self.engine.manifest, self.binding.get_outputs_as_ortvaluevector()
         if not manifest.tells_head_weights:
@@ -145,7 +145,7 @@ class Sequence:
     # --- memory -------------------------------------------------------------------------------
 
     def reserve(self, total: int) -> None:
-        """Make room for `total` tokens: caches and row buffers double, up to the context, and keep what they hold."""
+        """Make room for `total` tokens: caches and row buffers double, up to the context, and keep their content."""
         if total <= self.capacity:
             return
         self.capacity = roomier(self.capacity, total, self.config.n_positions)
@@ -163,14 +163,14 @@ class Sequence:
     # --- binding: only what changed since the last run ----------------------------------------
 
     def bind_all(self) -> None:
-        """Bind the caches and forget what else was bound. The order of outputs is that of the manifest from here on."""
+        """Bind the caches and drop all other bindings. From here on the outputs are in the manifest's order."""
         self.bound, self.nothing_pending = None, set()
         for name in self.engine.manifest.outputs:
             self.binding.bind_output(name)
         self.caches.bind(self.binding, self.row, 1)
 
     def bind_call(self, size: int, log_probs: NDArray[np.float32]) -> None:
-        """Bind what every call has. On the CPU the graph reads these arrays in place; a GPU copies when binding."""
+        """Bind what every call needs. On the CPU the graph reads these arrays in place; a GPU copies when binding."""
         call = (size, len(log_probs), log_probs.ctypes.data)
         if call == self.bound and self.engine.device == "cpu":
             return
@@ -186,7 +186,7 @@ class Sequence:
         self.binding.bind_output("routes", "cpu", 0, np.int64, (1, len(self.routes)), self.routes.ctypes.data)
 
     def bind_pending(self) -> None:
-        """Bind each node's pending rows: a slice of its parent's row buffer, nothing is copied."""
+        """Bind each node's pending rows: a slice of its parent's row buffer, without a copy."""
         for name, child, parent in self.children:
             first, count = self.done[child], self.done[parent] - self.done[child]
             if count == 0 and child in self.nothing_pending:
@@ -196,9 +196,9 @@ class Sequence:
             self.binding.bind_input(name, "cpu", 0, self.dtype.type, (1, count, self.config.n_embd), address)
 
     def bind_rows(self, start: int, size: int) -> None:
-        """Bind what has another size each time: the root's output rows straight into its buffer, others anywhere.
+        """Bind outputs whose size changes: the root's output rows directly into its buffer, others anywhere.
 
-        Whether an inner node runs, and so how many rows it yields, is known only after the run.
+        Whether an inner node runs, and so how many rows it returns, is known only after the run.
         """
         for split in self.splits:
             if split == ROOT:
@@ -212,7 +212,7 @@ class Sequence:
     # --- afterwards ---------------------------------------------------------------------------
 
     def advance(self, total: int, every_node: bool) -> None:
-        """Note which nodes ran: those on the way to a leaf that was taken, or all. Keep the rows of the split nodes."""
+        """Record which nodes ran: those on the way to a chosen leaf, or all. Keep the rows of the split nodes."""
         taken = self.routes.tolist() if len(self.routes) == 1 else np.unique(self.routes).tolist()
         on_way = dict.fromkeys(name for leaf in taken for name in self.ways[leaf])
         for name in self.done if every_node else on_way:
@@ -221,7 +221,7 @@ class Sequence:
             self.done[name] = total
 
     def keep_rows(self, split: str, total: int) -> None:
-        """Copy the rows an inner node yielded, for tokens [done, total), into its buffer."""
+        """Copy the rows that an inner node returned, for tokens [done, total), into its buffer."""
         values = self.binding.get_outputs_as_ortvaluevector()
         rows = values[self.output_index[f"rows.{split}"]].numpy()
         room = self.rows[split][self.done[split] : total]

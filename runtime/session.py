@@ -1,4 +1,4 @@
-"""ONNX Runtime for one model folder: its options and providers, and its errors turned into ours."""
+"""An ONNX Runtime session for one model folder: options, providers, and its errors turned into ours."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from runtime.processor import check_batches, check_runtime
 CLOSED = "the model is closed: load it again"
 DEVICES = ("cpu", "cuda")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-SEVERITY = {"cpu": 4, "cuda": 3}  # errors arrive as exceptions; why a CUDA library does not load is only logged
+SEVERITY = {"cpu": 4, "cuda": 3}  # errors are raised, but why a CUDA library does not load is only logged
 NO_FALLBACK = "fallback to CPU EP has been explicitly disabled"
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-UNTILED = "ORT_GQA_DISABLE_FLASH_ATTENTION"  # ONNX Runtime reads it when a session is made
-ENVIRONMENT = Lock()  # the environment is the whole process's: one session at a time changes it
+UNTILED = "ORT_GQA_DISABLE_FLASH_ATTENTION"  # ONNX Runtime reads it when a session is created
+ENVIRONMENT = Lock()  # the environment belongs to the process: one session at a time changes it
 MEMORY_MESSAGES = ("failed to allocate memory", "bad allocation", "bad_alloc", "out of memory")
 TYPES = {
     "tensor(float)": "float32",
@@ -36,7 +36,7 @@ TYPES = {
 
 
 class Binding:
-    """An onnxruntime.IOBinding that can be taken away from whoever holds it."""
+    """An onnxruntime.IOBinding that the engine can revoke."""
 
     def __init__(self, inner: Any) -> None:
         self.inner = inner
@@ -48,7 +48,7 @@ class Binding:
 
 
 class Engine:
-    """A loaded graph. Several sequences may share it, also from several threads."""
+    """A loaded graph. Several sequences, also in several threads, may share it."""
 
     def __init__(
         self, folder: Path, manifest: Manifest, device: str, threads: int, deterministic: bool = False
@@ -63,7 +63,7 @@ class Engine:
         self._errors = ort_errors(self._ort)
         self._session: Any = self._open(folder, threads, deterministic)
         self._bindings: WeakSet[Binding] = WeakSet()
-        self._closing = Lock()  # nothing is bound while the engine is closed, and nothing after
+        self._closing = Lock()  # no binding is created during or after close()
         self._tidy = self._ort.RunOptions()
         if device == "cpu":  # a long prompt needs ten times the memory of the steps after it
             self._tidy.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
@@ -81,22 +81,22 @@ class Engine:
         except self._errors as error:
             raise explained(error, f"ONNX Runtime cannot load {path}") from error
         if session.get_providers()[0] != PROVIDERS[self.device]:
-            raise SetupError(f"ONNX Runtime has fallen back to the CPU: its {self.device} libraries do not load here")
+            raise SetupError(f"ONNX Runtime fell back to the CPU: its {self.device} libraries do not load here")
         return session
 
     def check_batches(self) -> None:
-        """Raises SetupError where ONNX Runtime cannot run several texts of this model together."""
+        """Raise SetupError where ONNX Runtime cannot run several texts of this model together."""
         check_batches(self._ort.__version__, self.manifest)
 
     def binding(self) -> Any:
-        """A fresh onnxruntime.IOBinding; it is gone when the engine is closed."""
+        """A new onnxruntime.IOBinding; closing the engine revokes it."""
         with self._closing:
             binding = Binding(self._ort.IOBinding(self._alive()))
             self._bindings.add(binding)
         return binding
 
     def run(self, binding: Any, tidy: bool = False) -> None:
-        """One run over what is bound; `tidy` gives the memory it needed back to the system.
+        """Run the graph on a binding; `tidy` returns the memory it needed to the system.
 
         Raises OutOfMemory, or ModelError for any other failure inside the graph.
         """
@@ -113,10 +113,10 @@ class Engine:
             raise explained(error, "ONNX Runtime cannot place a cache on the GPU") from error
 
     def close(self) -> None:
-        """Let go of the graph and its weights; sequences that still exist can no longer run."""
+        """Free the graph and its weights; existing sequences can no longer run."""
         with self._closing:
             self._session = None
-            for binding in self._bindings:  # each holds the graph, too
+            for binding in self._bindings:  # each also holds the graph
                 binding.inner = None
 
     def _alive(self) -> Any:
@@ -136,7 +136,7 @@ def import_onnxruntime(device: str) -> Any:
 
 
 def ort_errors(ort: Any) -> tuple[type[Exception], ...]:
-    """All that ONNX Runtime raises: its own status exceptions (which share no base class) and RuntimeError."""
+    """All exceptions of ONNX Runtime: its own status exceptions (which share no base class) and RuntimeError."""
     state = ort.capi.onnxruntime_pybind11_state
     own = [kind for kind in vars(state).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     return (*own, RuntimeError)
@@ -146,8 +146,8 @@ def explained(error: Exception, what: str) -> Exception:
     text = " ".join(COLOUR.sub(" ", str(error)).split())
     if NO_FALLBACK in text:
         return SetupError(
-            f"{what} on the GPU alone: a CUDA library is missing (onnxruntime says which above), "
-            "or the model holds an operator that has no CUDA kernel"
+            f"{what} on the GPU alone: a CUDA library is missing (see onnxruntime's message above), "
+            "or the model contains an operator without a CUDA kernel"
         )
     if any(message in text.lower() for message in MEMORY_MESSAGES):
         return OutOfMemory(f"{what}: not enough memory ({text})")
@@ -161,19 +161,19 @@ def session_options(ort: Any, device: str, threads: int) -> Any:
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = SEVERITY[device]
-    # Patterns are kept per input shape, and pending rows and prompts come in any: they would pile up.
+    # Patterns are kept per input shape; pending rows and prompts have many shapes, so patterns would pile up.
     options.enable_mem_pattern = False
     if device == "cuda":
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    else:  # its kernel takes five times as long as the two it replaces
+    else:  # the fused kernel takes five times as long as the two it replaces
         options.add_session_config_entry("optimization.disable_specified_optimizers", "SkipLayerNormFusion")
     return options
 
 
 @contextmanager
 def attention_kernel(manifest: Manifest) -> Iterator[None]:
-    """Sessions made inside attend to float caches without tiles: on the CPU 0.5 to 0.9 of the time, for prompts
-    most. Tiles do save time on an int8 cache. What the environment already says is kept."""
+    """Sessions created inside use untiled attention for float caches: on the CPU 0.5 to 0.9 of the time, with the
+    largest gain for prompts. Tiles do save time on an int8 cache. A setting already in the environment is kept."""
     with ENVIRONMENT:
         set_here = manifest.cache_dtype != "int8" and UNTILED not in os.environ
         if set_here:
@@ -198,7 +198,7 @@ def check_cuda(ort: Any, manifest: Manifest, folder: Path) -> None:
 
 
 def check_graph(session: Any, manifest: Manifest, folder: Path) -> None:
-    """Whether the graph's own inputs and outputs are those of the manifest, by name, type and fixed sizes."""
+    """Check that the graph's inputs and outputs match the manifest in name, type and fixed sizes."""
     problems = []
     for specs, values in ((manifest.inputs, session.get_inputs()), (manifest.outputs, session.get_outputs())):
         found = {value.name: value for value in values}

@@ -1,4 +1,4 @@
-"""Text to token ids and back, also one token at a time without ever splitting a UTF-8 character."""
+"""Text to token ids and back. Streaming, one token at a time, never splits a UTF-8 character."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from runtime.errors import ModelError, RequestError
 
 
 class TextCodec:
-    """The folder's tokenizer. Special tokens (end of text) are read in prompts and left out of decoded text."""
+    """The folder's tokenizer. Special tokens (end of text) are recognised in prompts and left out of decoded text."""
 
     def __init__(self, path: Path, prefix: Sequence[int] = ()) -> None:
-        """prefix: ids in front of every text. Raises ModelError when the file is no tokenizer."""
+        """prefix: ids in front of every text. Raises ModelError when the file is not a tokenizer."""
         self.prefix = list(prefix)
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:
-            raise ModelError(f"{path} is no tokenizer ({error}): export the model again") from error
+            raise ModelError(f"{path} is not a tokenizer ({error}): export the model again") from error
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. Raises RequestError for text that has no UTF-8 form (lone surrogates)."""
@@ -30,12 +30,12 @@ class TextCodec:
         return [*self.prefix, *self.tokenizer.encode(text, add_special_tokens=False).ids]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids; bytes that are no UTF-8 become U+FFFD."""
+        """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
         text: str = self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
         return text
 
     def streamer(self) -> Streamer:
-        """A fresh decoder for one text. Byte-level tokenizers (GPT-2) get one that costs the same for each token."""
+        """A new decoder for one text. For byte-level tokenizers (GPT-2) its cost per token is constant."""
         if isinstance(self.tokenizer.decoder, ByteLevel):
             return ByteStreamer(self.tokenizer)
         return WholeStreamer(self)
@@ -49,17 +49,17 @@ def utf8(text: str) -> bytes:
 
 
 class Streamer(Protocol):
-    """Turns tokens into text pieces; joined, the pieces are the text that `TextCodec.decode` gives for all of them."""
+    """Turns tokens into pieces of text; the joined pieces equal `TextCodec.decode` of all tokens."""
 
     def push(self, token: int) -> str:
-        """What is certain of the text after one more token: whole characters only, often a word, sometimes ""."""
+        """The text that one more token completes: whole characters only, often a word, sometimes ""."""
 
     def flush(self) -> str:
         """The rest; an unfinished character becomes U+FFFD. The streamer is then empty."""
 
 
 class ByteStreamer:
-    """For byte-level tokenizers: every token stands for a run of bytes."""
+    """For byte-level tokenizers, where each token stands for a run of bytes."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -99,7 +99,7 @@ BYTE_OF = byte_alphabet()
 
 
 class WholeStreamer:
-    """For any other tokenizer: decodes everything so far and hands out what is new and certain."""
+    """For other tokenizers: decodes all tokens so far and returns the text that is new and complete."""
 
     def __init__(self, codec: TextCodec) -> None:
         self.codec = codec
@@ -108,7 +108,7 @@ class WholeStreamer:
 
     def push(self, token: int) -> str:
         self.ids.append(token)
-        return self.hand_out(self.codec.decode(self.ids).rstrip("\ufffd"))  # it may be half a character
+        return self.hand_out(self.codec.decode(self.ids).rstrip("\ufffd"))  # may be half a character
 
     def flush(self) -> str:
         piece = self.hand_out(self.codec.decode(self.ids))
@@ -116,14 +116,14 @@ class WholeStreamer:
         return piece
 
     def hand_out(self, text: str) -> str:
-        if not text.startswith(self.given):  # what was handed out cannot be taken back
+        if not text.startswith(self.given):  # returned text cannot be taken back
             return ""
         piece, self.given = text[len(self.given) :], text
         return piece
 
 
 class StopStrings:
-    """Cuts streamed text before the first stop string, holding back what might be the beginning of one."""
+    """Cuts streamed text before the first stop string; holds back text that may begin one."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops = stops
@@ -131,7 +131,7 @@ class StopStrings:
         self.found = False
 
     def push(self, piece: str) -> str:
-        """What can be shown of the text so far; `found` turns true when a stop string is complete."""
+        """The text that can be shown now; `found` becomes true when a stop string is complete."""
         if self.found:
             return ""
         self.held += piece
@@ -151,7 +151,7 @@ class StopStrings:
 
 
 def overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop` without being all of it.
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`.
 
     >>> overlap("a b#", "##")
     1

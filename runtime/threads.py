@@ -1,7 +1,7 @@
-"""How many threads this process may use: its CPU affinity, cut to the quota of its control groups.
+"""How many threads this process may use: its CPU affinity, limited by its cgroup quota.
 
-Containers limit CPU time, not the CPUs that are visible. A runtime that starts a thread per visible CPU
-is then throttled: its threads spin for each other through the whole quota.
+Containers limit CPU time, not visible CPUs. A runtime that starts a thread per visible CPU is then throttled: its
+threads use up the quota by spinning for each other.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ MOST = 1024
 
 
 def default_threads() -> int:
-    """CPUs of this process's affinity mask, at most its cgroup quota rounded down, at least 1."""
+    """CPUs in this process's affinity mask, at most its cgroup quota rounded down, at least 1."""
     quota = cpu_quota()
     cpus = visible_cpus()
     return cpus if quota is None else max(1, min(cpus, int(quota)))
 
 
 def resolve_threads(threads: int | None, deterministic: bool = False) -> int:
-    """The number asked for, or the default for None. Raises RequestError unless it is from 1 to 1024.
+    """The given number, or the default for None. Raises RequestError unless it is from 1 to 1024.
 
-    How a sum is shared between threads changes its last bits, so `deterministic` means one thread, and no other number.
+    Splitting a sum between threads changes its last bits, so `deterministic` uses one thread and rejects other numbers.
     """
     if deterministic and threads not in (None, 1):
-        raise RequestError(f"threads {threads!r} and deterministic exclude each other: it means one thread")
+        raise RequestError(f"threads {threads!r} and deterministic exclude each other: deterministic uses one thread")
     if threads is None and deterministic:
         return 1
     if threads is None:
@@ -50,7 +50,7 @@ def visible_cpus() -> int:
 def cpu_quota(
     groups: Path = OWN_GROUPS, v2_mount: Path = V2_MOUNT, v1_mounts: tuple[Path, ...] = V1_MOUNTS
 ) -> float | None:
-    """CPUs' worth of time per period that the control groups allow, the tightest of all levels; None: no limit.
+    """CPU time that the cgroups allow, in CPUs, the lowest limit of all levels; None: no limit.
 
     Source: Linux kernel documentation, cgroup-v2 `cpu.max` and the v1 CFS bandwidth files.
     """
@@ -70,7 +70,7 @@ def own_groups(groups: Path) -> list[tuple[str, str, str]]:
 
 
 def levels(mount: Path, path: str) -> list[Path]:
-    """The group's folder and all above it up to the mount. A container may see only its own group as the mount."""
+    """The group's folder and its parents up to the mount. A container may see only its own group, as the mount."""
     parts = [part for part in path.split("/") if part not in ("", "..")]
     return [mount.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1)]
 

@@ -1,4 +1,4 @@
-"""One text in the making: which token comes next, what of the text is certain, and when it ends."""
+"""One text while it is generated: the next token, the text completed so far, and when it ends."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ class Token:
     """One generated token."""
 
     id: int
-    text: str  # the text that has become certain with it; joined, these are the whole text
+    text: str  # the text that this token completes; joined, the pieces are the whole text
     path: str  # name of the leaf that chose it
-    row: int = 0  # which of several prompts it continues
+    row: int = 0  # index of the prompt that it continues
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Where a text ends, and how far one run may guess ahead; raises RequestError, naming the value that cannot be."""
+    """Where a text ends, and how far one run may guess ahead. Raises RequestError naming an invalid value."""
 
     max_new_tokens: int
     stop: str | Many[str] = ()
-    on_full: str = STOP  # STOP: the text ends; SLIDE: the last half of the context is read again as a new beginning
-    speculate: int = 0  # tokens to guess from the text so far (runtime.lookup); greedy choice only
+    on_full: str = STOP  # STOP: end the text; SLIDE: read the last half of the context again as a new beginning
+    speculate: int = 0  # tokens to guess from the text so far (runtime.lookup); greedy decoding only
 
     def __post_init__(self) -> None:
         many = isinstance(self.stop, Iterable) and not isinstance(self.stop, str)
         object.__setattr__(self, "stop", tuple(self.stop) if many else (self.stop,))
         check_count("max_new_tokens", self.max_new_tokens)
         if not all(isinstance(text, str) and text for text in self.stops):
-            raise RequestError("a stop string must be a text that is not empty")
+            raise RequestError("a stop string must be text and not empty")
         if self.on_full not in (STOP, SLIDE):
             raise RequestError(f"on_full {self.on_full!r} must be '{STOP}' or '{SLIDE}'")
         if not (is_whole(self.speculate) and 0 <= self.speculate <= MOST_SPECULATED):
@@ -58,7 +58,7 @@ class Limits:
 
 
 class TextModel(Protocol):
-    """What a text asks of its model (runtime.model.Model)."""
+    """The part of runtime.model.Model that Writing uses."""
 
     folder: Path
     manifest: Manifest
@@ -70,18 +70,17 @@ class TextModel(Protocol):
 class Writing:
     """The text of one prompt. `ids`, `text` and `stop_reason` are complete when stop_reason is not None.
 
-    The end-of-text token ends it and is reported like any other token, without text. A stop string ends it too
-    and is cut from the text. A full context ends it unless `on_full` is "slide": the last token is then chosen when
-    the context is full.
+    The end-of-text token ends it and is reported like any other token, without text. A stop string also ends it and
+    is cut from the text. A full context ends it, after one last token, unless `on_full` is "slide".
     """
 
     def __init__(
         self, model: TextModel, prompt: NDArray[np.int64], sampling: Sampling, limits: Limits, row: int
     ) -> None:
-        """row: which of several prompts. It draws its random numbers from the seed plus its row, so that a prompt of
-        a batch gets the text that it gets alone with that seed."""
+        """row: index of the prompt. Its seed is the batch's seed plus its row, so a prompt of a batch gets the same
+        text as alone with that seed."""
         if limits.stops and model.codec is None:
-            raise RequestError(f"{model.folder} has no tokenizer, so stop strings cannot be found: leave them out")
+            raise RequestError(f"{model.folder} has no tokenizer, so stop strings cannot be matched: leave them out")
         self.model = model
         self.prompt = prompt
         self.limits = limits
@@ -94,7 +93,7 @@ class Writing:
         self._stops = StopStrings(limits.stops)
 
     def take(self, log_probs: NDArray[np.float32], leaf: int, used: int) -> Token:
-        """Choose the next token from log-probs [vocab] of the leaf that was taken, after `used` tokens of context."""
+        """Choose the next token from log-probs [vocab] of the chosen leaf, with `used` tokens in the context."""
         token = self._choose(log_probs)
         self.ids.append(token)
         piece = self._piece(token, used)
@@ -102,11 +101,11 @@ class Writing:
         return Token(token, piece, self.model.manifest.leaves[leaf], self.row)
 
     def kept(self) -> list[int]:
-        """What is read again when the context is full: its last half, the newest token included."""
+        """Tokens to read again when the context is full: its last half, including the newest token."""
         return [*self.prompt.tolist(), *self.ids][-max(1, self.model.context // 2) :]
 
     def _piece(self, token: int, used: int) -> str:
-        """The token's share of the text; sets stop_reason when it is the last."""
+        """The text that the token completes; sets stop_reason at the last token."""
         if token in self.model.ends:
             self.stop_reason = END_OF_TEXT
             return self._rest()
@@ -120,7 +119,7 @@ class Writing:
         return piece if self.stop_reason in (None, STOP_STRING) else piece + self._rest()
 
     def _rest(self) -> str:
-        """What was held back: an unfinished character, or what might have become a stop string."""
+        """Text held back so far: an unfinished character, or a possible beginning of a stop string."""
         if self._streamer is None:
             return ""
         piece = self._stops.push(self._streamer.flush())

@@ -253,13 +253,13 @@ def test_device_folders_copied_with_hard_links_stay_usable(tiny_gpt2: Path, tmp_
     shutil.copytree(tmp_path / "device", tmp_path / "copy", copy_function=os.link)
     with runtime.load(tmp_path / "copy") as model:
         assert len(model.generate([5, 6], max_new_tokens=2)) == 2
-    with pytest.raises(runtime.ModelError, match="is a link"):
+    with pytest.raises(runtime.ModelError, match="is a symbolic or hard link"):
         runtime.load(tmp_path / "copy", verify=False)
     other = tmp_path / "secret"
     other.write_bytes((tmp_path / "device" / "model.onnx").read_bytes()[::-1])
     (tmp_path / "copy" / "model.onnx").unlink()
     os.link(other, tmp_path / "copy" / "model.onnx")
-    with pytest.raises(runtime.ModelError, match="another sha256"):
+    with pytest.raises(runtime.ModelError, match="a different sha256"):
         runtime.load(tmp_path / "copy")
 
 

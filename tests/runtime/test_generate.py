@@ -136,7 +136,7 @@ def test_seeds(model: Model) -> None:
 def test_a_generation_is_made_once(model: Model) -> None:
     generation = model.stream([5], max_new_tokens=2)
     list(generation)
-    with pytest.raises(RequestError, match="already made"):
+    with pytest.raises(RequestError, match="already generated"):
         next(iter(generation))
 
 
@@ -145,7 +145,7 @@ def test_a_generation_is_made_once(model: Model) -> None:
     [
         ("", {}, "prompt is empty"),
         ("x" * 300, {}, "tokens do not fit the context of 64"),
-        ("x" * 20_000, {}, "20000 bytes, the context of 64 tokens at most 16384"),
+        ("x" * 20_000, {}, "20000 bytes, a context of 64 tokens holds at most 16384"),
         ("a\udc80", {}, "not valid UTF-8"),
         ("a", {"max_new_tokens": 0}, "max_new_tokens 0"),
         ("a", {"max_new_tokens": 2.5}, "max_new_tokens 2.5"),

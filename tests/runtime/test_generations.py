@@ -126,8 +126,8 @@ def test_texts_and_stop_strings_in_a_list(text_model: Model) -> None:
         ([1], {"speculate": -1}, "speculate -1 must be"),
         ([1], {"speculate": 65}, "speculate 65 must be"),
         ([1], {"speculate": True}, "speculate True must be"),
-        ([1], {"speculate": 3, "seed": 1}, "speculate needs the greedy choice"),
-        ([1], {"speculate": 3, "temperature": 0.5}, "speculate needs the greedy choice"),
+        ([1], {"speculate": 3, "seed": 1}, "speculate needs greedy decoding"),
+        ([1], {"speculate": 3, "temperature": 0.5}, "speculate needs greedy decoding"),
     ],
 )
 def test_bad_requests(prompt: Any, options: dict[str, Any], message: str, models: dict[str, Model]) -> None:
@@ -137,7 +137,7 @@ def test_bad_requests(prompt: Any, options: dict[str, Any], message: str, models
 
 def test_several_texts_are_made_once(models: dict[str, Model]) -> None:
     several = made(models["dual"].stream([[1], [2]], max_new_tokens=2))
-    with pytest.raises(RequestError, match="already made"):
+    with pytest.raises(RequestError, match="already generated"):
         next(iter(several))
 
 

@@ -228,7 +228,7 @@ def test_plain_names(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(b"", "is no JSON"), (b"{", "is no JSON"), (b"\xff\xfe", "is no JSON"), (b"[" * 200_000, "is no JSON")],
+    [(b"", "is not JSON"), (b"{", "is not JSON"), (b"\xff\xfe", "is not JSON"), (b"[" * 200_000, "is not JSON")],
 )  # fmt: skip
 def test_no_json(text: bytes, message: str, folder: Path) -> None:
     (folder / MANIFEST_NAME).write_bytes(text)
@@ -236,7 +236,7 @@ def test_no_json(text: bytes, message: str, folder: Path) -> None:
 
 
 def test_no_folder_and_no_manifest(tmp_path: Path) -> None:
-    assert "is no folder" in refusal(lambda: read_manifest(tmp_path / "nowhere"))
+    assert "is not a folder" in refusal(lambda: read_manifest(tmp_path / "nowhere"))
     assert f"has no {MANIFEST_NAME}" in refusal(lambda: read_manifest(tmp_path))
 
 
@@ -254,7 +254,7 @@ def test_missing_and_short_files_are_named_together(folder: Path) -> None:
 
 def test_one_changed_bit_is_found_unless_told_not_to_look(folder: Path) -> None:
     (folder / "model.onnx.data").write_bytes(b"weightr")
-    assert "model.onnx.data has another sha256" in check(folder)
+    assert "model.onnx.data has a different sha256" in check(folder)
     check_files(folder, read_manifest(folder), verify=False)
 
 
@@ -264,13 +264,13 @@ def test_links_are_refused_also_with_the_right_content(folder: Path, tmp_path_fa
     data = folder / "model.onnx.data"
     data.unlink()
     data.symlink_to(outside)
-    assert "model.onnx.data is a link" in check(folder, verify=False)
+    assert "model.onnx.data is a symbolic or hard link" in check(folder, verify=False)
     data.unlink()
     os.link(outside, data)
-    assert "model.onnx.data is a link" in check(folder, verify=False)
+    assert "model.onnx.data is a symbolic or hard link" in check(folder, verify=False)
     data.unlink()
     data.mkdir()
-    assert "model.onnx.data is no file" in check(folder)
+    assert "model.onnx.data is not a regular file" in check(folder)
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])
@@ -283,4 +283,4 @@ def test_links_that_are_not_listed_are_refused(
     (folder / "notes.txt").write_text("unlisted plain files are nobody's business")
     check_files(folder, read_manifest(folder))
     link(outside, folder / "more.data")
-    assert "more.data is a link" in check(folder, verify=False)
+    assert "more.data is a symbolic or hard link" in check(folder, verify=False)

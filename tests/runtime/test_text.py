@@ -99,7 +99,7 @@ def test_text_without_utf8_form_is_refused(codec: TextCodec) -> None:
 
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ModelError, match="no tokenizer"):
+    with pytest.raises(ModelError, match="is not a tokenizer"):
         TextCodec(tmp_path / "tokenizer.json")
 
 
