@@ -17,7 +17,7 @@ def callback(context: click.Context, /, **values: object) -> None:
 
 
 def main() -> int:
-    """Run the command line; errors that are meant for people become one line and their exit code."""
+    """Run the command line; errors meant for the user become one line and their exit code."""
     settings = {"token_normalize_func": lambda name: name.replace("_", "-")}
     command = click.Command("training", context_settings=settings, params=parameters(), callback=callback)
     try:

@@ -1,27 +1,27 @@
-"""Errors of the training side that are meant for people.
+"""Errors of the training side that are meant for the user.
 
-An exception that carries ``exit_code`` is a message for the user: the command line prints it as one
-line and exits with that code; anything else is a bug and keeps its traceback. ``runtime.errors`` holds
-the same family for the package that ships to devices and may import no sibling.
+An exception with ``exit_code`` is a message for the user: the command line prints it as one line and exits with that
+code. Any other exception is a bug and keeps its traceback. ``runtime.errors`` defines the same kinds for the package
+that ships to devices and must not import this one.
 """
 
 from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Something the user gave (folder, file, option value) cannot be used."""
+    """A folder, file or option value from the user cannot be used."""
 
     exit_code = 3
 
 
 class ValidationError(RuntimeError):
-    """A result did not pass its own check."""
+    """A result failed its own check."""
 
     exit_code = 4
 
 
 def install(*extras: str) -> str:
-    """The command that adds extras of this project, which lies in no package index: it is installed from a checkout.
+    """The command that installs extras of this project from a checkout: it is in no package index.
 
     >>> install("train", "cpu")
     "pip install '.[train,cpu]' in the checkout of dmpt-export"

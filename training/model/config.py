@@ -1,4 +1,4 @@
-"""The configuration of a DMPT as transformers loads and saves it; what its fields mean is in training.model.shape."""
+"""The DMPT configuration that transformers loads and saves; training.model.shape describes its fields."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The fields of a config.json: what each may be, which a GPT-2 hands on, and which are refused. Standard library only.
+"""The fields of config.json: valid values, fields copied from a GPT-2, refused fields. Standard library only.
 
-One table, for a DMPT's config.json and a GPT-2's. A GPT-2's fields are those of Transformers' GPT2Config; a field that
-would change what the network computes is obeyed or refused by name, never carried along unread.
+One table for the config.json of a DMPT and of a GPT-2. A GPT-2's fields are those of Transformers' GPT2Config. A field
+that would change what the network computes is obeyed or refused by name, never ignored.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from training.errors import InputError
 
-LARGEST = 1 << 24  # of any size; the product of two still counts elements without overflow
+LARGEST = 1 << 24  # largest size; the product of two still counts elements without overflow
 TOKENS = ("bos_token_id", "eos_token_id")
 ALIASES = {  # GPT2Config.attribute_map: the alias wins where a file has both
     "hidden_size": "n_embd",
@@ -27,13 +27,13 @@ def whole(value: Any, least: int = 1, most: int = LARGEST) -> bool:
 
 
 def number(value: Any) -> bool:
-    """Python's JSON reads NaN and Infinity, and true passes for 1."""
+    """A finite number: Python's JSON also reads NaN and Infinity, and true equals 1."""
     return type(value) in (int, float) and abs(value) < float("inf")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a field's value must be, in words and as a check."""
+    """The valid values of a field, in words and as a check."""
 
     words: str
     fits: Callable[[Any], bool]
@@ -42,7 +42,7 @@ class Kind:
 SIZE = Kind(f"a whole number from 1 to {LARGEST}", whole)
 SIZE_OR_NULL = Kind(f"a whole number from 1 to {LARGEST}, or null", lambda value: value is None or whole(value))
 POSITIVE = Kind("a number above 0", lambda value: number(value) and value > 0)
-SHARE = Kind("a number from 0 up to, but not, 1", lambda value: number(value) and 0 <= value < 1)
+SHARE = Kind("a number from 0 to below 1", lambda value: number(value) and 0 <= value < 1)
 SPREAD = Kind("a number of at least 0", lambda value: number(value) and value >= 0)
 WHOLE_OR_NULL = Kind("a whole number or null", lambda value: value is None or type(value) is int)
 FLAG = Kind("true or false", lambda value: type(value) is bool)
@@ -50,11 +50,11 @@ NAME = Kind("a name", lambda value: isinstance(value, str))
 INDICES = Kind("a list of whole numbers", lambda value: type(value) is list and {*map(type, value)} <= {int})
 TOKEN = Kind(f"a token id from 0 to {LARGEST} or null", lambda value: value is None or whole(value, 0))
 END = Kind(
-    f"a token id from 0 to {LARGEST}, a list of such, or null",
+    f"a token id from 0 to {LARGEST}, a list of token ids, or null",
     lambda value: value is None or all(whole(token, 0) for token in (value if type(value) is list else [value])),
 )
 
-GPT2: dict[str, Kind] = {  # handed on to the DMPT
+GPT2: dict[str, Kind] = {  # copied to the DMPT
     "vocab_size": SIZE,
     "n_positions": SIZE,
     "n_embd": SIZE,
@@ -79,7 +79,7 @@ DMPT: dict[str, Kind] = {  # a DMPT's own
     "head_topk": WHOLE_OR_NULL,
     "splits": INDICES,
 }
-# Fields of a GPT-2 that would change what is computed: these values alone are supported.
+# Fields of a GPT-2 that would change what is computed: only these values are supported.
 FIXED: dict[str, tuple[Any, ...]] = {
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
@@ -94,10 +94,10 @@ FIXED: dict[str, tuple[Any, ...]] = {
 }
 WHY = {
     "quantization_config": "the model was quantized by another tool: give the float model it was made from",
-    "auto_map": "the model brings code of its own, which is not run: only Transformers' own GPT-2 is supported",
-    "architectures": "only GPT-2 language models are supported, no classifiers",
+    "auto_map": "the model contains custom code, which is not run: only Transformers' own GPT-2 is supported",
+    "architectures": "only GPT-2 language models are supported, not classifiers",
 }
-# Fields that do not change what the network computes: training, bookkeeping, heads that a language model lacks.
+# Fields that do not change what the network computes: training, metadata, heads that a language model lacks.
 # reorder_and_upcast_attn only guards float16.
 HARMLESS = {
     "model_type", "transformers_version", "torch_dtype", "dtype", "use_cache", "n_ctx", "reorder_and_upcast_attn",
@@ -108,9 +108,9 @@ HARMLESS = {
     "tf_legacy_loss", "chunk_size_feed_forward", "tie_encoder_decoder", "prefix", "pad_token_id", "sep_token_id",
     "decoder_start_token_id", "predict_special_tokens", "line_by_line", "output_past", "attn_implementation", "license",
 }  # fmt: skip
-# Settings of generation, in generation_config.json or, as older Transformers wrote them, in config.json. Those that
-# leave out or force tokens are refused unless they have one of these values; the rest are defaults of Transformers'
-# generate(), which `run` takes as options.
+# Generation settings, in generation_config.json or, written by older Transformers, in config.json. Settings that ban or
+# force tokens are refused unless they have one of these values. The rest are defaults of Transformers' generate(),
+# which `run` takes as options.
 CHOOSING: dict[str, tuple[Any, ...]] = {
     "suppress_tokens": (None, []),
     "begin_suppress_tokens": (None, []),
@@ -128,7 +128,7 @@ CHOOSING: dict[str, tuple[Any, ...]] = {
     "guidance_scale": (None, 1, 1.0),
     "watermarking_config": (None,),
 }
-# name -> the value that says nothing
+# name -> its default, which has no effect
 SAMPLING: dict[str, Any] = {
     "do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "typical_p": 1.0, "min_p": None,
     "repetition_penalty": 1.0, "num_beams": 1, "num_beam_groups": 1, "diversity_penalty": 0.0, "length_penalty": 1.0,
@@ -139,7 +139,7 @@ SAMPLING: dict[str, Any] = {
 
 
 def check_fields(fields: Mapping[str, Any], own: bool) -> None:
-    """Raise InputError naming the first field whose value is of the wrong kind. own: a DMPT's config.json."""
+    """Raise InputError naming the first field with a value of the wrong kind. own: a DMPT's config.json."""
     for name, kind in {**GPT2, **(DMPT if own else {})}.items():
         if name in fields and not kind.fits(fields[name]):
             raise InputError(f"{name} must be {kind.words}, not {fields[name]!r}")
@@ -152,25 +152,25 @@ def check_fields(fields: Mapping[str, Any], own: bool) -> None:
 
 
 def tokens(value: Any) -> list[int]:
-    """A field of token ids as a list: none, one or several."""
+    """A field of token ids (null, one or several) as a list."""
     return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def without_aliases(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A GPT-2's fields under their own names, as GPT2Config reads them."""
+    """A GPT-2's fields with aliases resolved, as GPT2Config does."""
     out = {name: value for name, value in fields.items() if name not in ALIASES}
     return out | {own: fields[alias] for alias, own in ALIASES.items() if alias in fields}
 
 
 def check_known(fields: Mapping[str, Any]) -> list[str]:
-    """Names of a GPT-2's fields that nothing reads; raises InputError for what might change the computation.
+    """Names of a GPT-2's fields that are not used; raises InputError for fields that might change the computation.
 
-    A field that this table does not know is harmless when it can only be a remark: null, false, a text, or a name that
-    begins with an underscore.
+    A field outside this table is harmless if it can only be a remark: null, false, a text, or a name with a leading
+    underscore.
     """
     for name, values in FIXED.items():
         if name in fields and fields[name] not in values:
-            why = WHY.get(name, f"only GPT-2's own {values[0]!r} is supported")
+            why = WHY.get(name, f"only GPT-2's {values[0]!r} is supported")
             raise InputError(f"{name} is {fields[name]!r}: {why}")
     unused = check_generation(fields)
     known = {*GPT2, *FIXED, *HARMLESS, *CHOOSING, *SAMPLING}
@@ -179,17 +179,17 @@ def check_known(fields: Mapping[str, Any]) -> list[str]:
         if not (value is None or value is False or isinstance(value, str) or name.startswith("_")):
             raise InputError(
                 f"{name} is {value!r}, a field that GPT-2 does not have: it might change what the model computes. "
-                "Remove it from config.json if it does not"
+                "If it does not, remove it from config.json"
             )
     return [*unused, *(name for name in unknown if not name.startswith("_"))]
 
 
 def check_generation(fields: Mapping[str, Any]) -> list[str]:
-    """Names of generation settings that are set and not applied; raises InputError for those that choose tokens."""
+    """Names of generation settings that are set but not applied; raises InputError for those that choose tokens."""
     for name, values in CHOOSING.items():
         if name in fields and fields[name] not in values:
             raise InputError(
-                f"{name} is {fields[name]!r}, which changes the tokens that are generated and is not supported: "
-                "remove it, and see to it in your own program"
+                f"{name} is {fields[name]!r}, which changes the generated tokens and is not supported: "
+                "remove it and apply it in your own program"
             )
     return [name for name, usual in SAMPLING.items() if fields.get(name, usual) not in (usual, None)]

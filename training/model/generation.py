@@ -1,12 +1,12 @@
-"""Exact hard routing at one path's cost, in torch: the readable form of what the exported graph does.
+"""Exact hard routing at one path's cost, in torch: a readable version of what the exported graph does.
 
     tokens      0 ......................... length
     root        ==============================      done: all, always; its output rows are kept
     left        ==================------------      pending rows of the root: done[left] to done[root]
     right       ==============================
 
-A node runs when some wanted position of some batch row is routed to a leaf under it; it then catches up on every
-row it has not seen. Log-probs equal a one-shot evaluation, however the tokens are cut
+A node runs when any wanted position of any batch row is routed to a leaf under it; it then catches up on every
+row it has not processed. Log-probs equal a one-shot evaluation, however the tokens are split into calls
 (docs/design.md, Routing and catch-up).
 """
 
@@ -30,7 +30,7 @@ from training.model.shape import ROOT, Node
 
 @dataclass
 class PathCache:
-    """Keys and values of every node, how far each has come, and the rows its children still have to see."""
+    """Keys and values of every node, its number of processed tokens, and the rows that its children still need."""
 
     config: DMPTConfig
     memory: dict[str, dict[str, KeyValues]] = field(init=False)  # node -> block index -> keys and values
@@ -53,7 +53,7 @@ class PathCache:
         return self.length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep the batch rows `beam_idx` (B,), as beam search asks."""
+        """Keep the batch rows `beam_idx` (B,), for beam search."""
         self.rows = {name: rows[beam_idx] for name, rows in self.rows.items()}
         self.real = None if self.real is None else self.real[beam_idx]
         for blocks in self.memory.values():
@@ -65,7 +65,7 @@ class PathCache:
 def advance(
     model: DMPT, ids: Tensor, cache: PathCache, last: int = 1, real: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Feed tokens (B, S): deployed log-probs (B, last, V) and leaf indices (B, last) of the last positions.
+    """Feed tokens (B, S); returns deployed log-probs (B, last, V) and leaf indices (B, last) of the last positions.
 
     real: (B, S) bool, False where a token is (left) padding; None when all are real. Raises InputError when the
     context is full.
@@ -97,7 +97,7 @@ def advance(
 
 
 def catch_up(model: DMPT, node: Node, ids: Tensor, cache: PathCache) -> Tensor:
-    """Run a node over all rows it has not seen: its output rows (B, R, E)."""
+    """Run a node over all rows it has not processed; returns its output rows (B, R, E)."""
     assert cache.real is not None
     first = cache.done[node.name]
     if node.parent is None:
@@ -110,7 +110,7 @@ def catch_up(model: DMPT, node: Node, ids: Tensor, cache: PathCache) -> Tensor:
 
 
 class DMPTForCausalLM(DMPT, GenerationMixin):
-    """A DMPT that Transformers can generate with: forward() with a PathCache, and how it is handed on."""
+    """A DMPT that works with Transformers' generate(): forward() with a PathCache, and passing that cache on."""
 
     def forward(
         self,
@@ -142,7 +142,7 @@ class DMPTForCausalLM(DMPT, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Tensor | None = None, **others: Any
     ) -> dict[str, Any]:
-        if past_key_values is None:  # which generate() of Transformers 5 calls cache
+        if past_key_values is None:  # generate() of Transformers 5 names it `cache`
             past_key_values = others.get("cache")
         seen = 0 if past_key_values is None else past_key_values.length
         inputs = {"input_ids": input_ids[:, seen:], "past_key_values": past_key_values, "use_cache": True}
@@ -150,7 +150,7 @@ class DMPTForCausalLM(DMPT, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # its paths lag behind each other: forward() makes its own cache
+        return False  # paths lag behind each other: forward() makes its own cache
 
     @staticmethod
     def _reorder_cache(past_key_values: Any, beam_idx: Tensor) -> Any:
@@ -159,7 +159,7 @@ class DMPTForCausalLM(DMPT, GenerationMixin):
 
 
 def _output(**fields: Any) -> CausalLMOutputWithPast:
-    """transformers types these by tensor kinds that torch does not produce."""
+    """Untyped: transformers annotates these fields with tensor types that torch does not produce."""
     return CausalLMOutputWithPast(**fields)
 
 

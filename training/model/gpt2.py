@@ -1,4 +1,4 @@
-"""Hugging Face GPT-2 folders read as a DMPT without splits and with one head. Standard library only."""
+"""Read Hugging Face GPT-2 folders as a DMPT without splits and with one head. Standard library only."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 from training.model.fields import GPT2, TOKENS, tokens
 from training.model.shape import ROOT, Shape
 
-# Causal-mask buffers that older folders carry; the mask is the model's own.
+# Causal-mask buffers of older folders, which are not read: the model makes its own mask.
 BUFFERS = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
-# What DataParallel, torch.compile and other wrappers put in front of every name.
+# Prefixes that DataParallel, torch.compile and other wrappers add to every name.
 WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+")
 LM_HEAD, HEAD, STEM = "lm_head.weight", "heads.0.weight", "transformer."
 
 
 def gpt2_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a DMPT from a GPT-2's, which training.model.fields has checked."""
+    """The fields of a DMPT from those of a GPT-2, already checked by training.model.fields."""
     copied = {name: fields[name] for name in GPT2 if name in fields}
     size = copied.get("vocab_size", Shape.vocab_size)
-    for name in TOKENS:  # transformers leaves GPT-2's own 50256 in models of any vocabulary
+    for name in TOKENS:  # transformers leaves GPT-2's 50256 in models of any vocabulary
         known = [token for token in tokens(fields.get(name, getattr(Shape, name))) if token < size]
         copied[name] = known if len(known) > 1 else known[0] if known else None
     return {**copied, "splits": [], "head_allocation": {ROOT: [0]}}
@@ -29,14 +29,14 @@ def gpt2_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Names:
-    """How a GPT-2's file names its tensors."""
+    """The naming scheme of a GPT-2's tensor files."""
 
     wrapper: str  # such as "module.", in front of all names
     stem: str  # "transformer." or nothing
 
     @classmethod
     def of(cls, names: Iterable[str]) -> Names:
-        """As the names of a file tell.
+        """Infer the scheme from the tensor names of a file.
 
         >>> Names.of(["_orig_mod.transformer.wte.weight", "_orig_mod.lm_head.weight"])
         Names(wrapper='_orig_mod.', stem='transformer.')
@@ -48,7 +48,7 @@ class Names:
         return cls(start, STEM if any(name.startswith(STEM) for name in inner) else "")
 
     def contract(self, name: str) -> str | None:
-        """The contract's name of a file's tensor; None for a buffer.
+        """This project's name for a tensor of the file; None for a buffer.
 
         >>> Names("module.", "").contract("module.h.0.ln_1.weight")
         'transformer.h.0.ln_1.weight'
@@ -60,7 +60,7 @@ class Names:
         return None if BUFFERS.fullmatch(full) else full
 
     def file(self, name: str) -> str:
-        """The file's name of a tensor, the inverse of contract(): for messages."""
+        """The file's name for a tensor, the inverse of contract(), for messages."""
         if name == HEAD:
             return f"{self.wrapper}{LM_HEAD}"
         return f"{self.wrapper}{self.stem}{name.removeprefix(STEM)}"

@@ -1,8 +1,8 @@
-"""GPT-2 -> DMPT without training: what the first step of training starts from.
+"""Initialise a DMPT from GPT-2, as the starting point of training.
 
-Every path starts as a copy of the upper blocks, every head as a copy of GPT-2's, so the new model says what
-GPT-2 said. Small seeded noise on the heads that are no anchor, and a small bias of the gates, break the
-symmetry that would keep copies identical for ever.
+Every path starts as a copy of the upper blocks, every head as a copy of GPT-2's, so the new model computes what GPT-2
+computes. Small seeded noise on each head that is not an anchor, and a small gate bias, break the symmetry that would
+otherwise keep the copies identical.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from training.model.fields import GPT2
 from training.model.generation import DMPTForCausalLM
 from training.model.shape import init_fields
 
-NOISE = 1e-3  # of the embedding's standard deviation: about 0.02 on a logit of GPT-2 small
+NOISE = 1e-3  # times the embedding's standard deviation: about 0.02 on a logit of GPT-2 small
 GATE_BIAS = 0.25  # logits in favour of left, which starts as the unchanged GPT-2
-HEAD_GATE_STD = 1e-3  # so small that mixing starts near uniform
+HEAD_GATE_STD = 1e-3  # small, so that mixing starts near uniform
 
 
 def init_from_gpt2(
@@ -36,13 +36,13 @@ def init_from_gpt2(
     tie: bool | None = None,
     seed: int = 0,
 ) -> DMPTForCausalLM:
-    """A DMPT in eval mode that starts from a model without splits and with one head (as load_model gives GPT-2).
+    """Build a DMPT, in eval mode, from a model without splits and with one head (load_model() of a GPT-2).
 
     splits: block indices of the forks; None: half depth; []: none (several heads on one path).
-    head_allocation: head ids of each leaf; or `heads` in all, shared out evenly (default: 4 a leaf, at most 8).
-    noise: standard deviation added to heads that are no anchor, as a fraction of the embedding's own.
-    gate_bias: what every gate starts with in favour of left, in logits; head gates start near uniform.
-    tie: heads.0 is the embedding; None: as in `model`. Same arguments and seed: same tensors, bit by bit.
+    head_allocation: head ids of each leaf; or `heads` in all, divided evenly (default: 4 per leaf, at most 8).
+    noise: standard deviation of the noise on each head that is not an anchor, as a fraction of the embedding's.
+    gate_bias: initial bias of every gate in favour of left, in logits; head gates start near uniform.
+    tie: heads.0 is the embedding; None: as in `model`. Equal arguments and seed give equal tensors, bit by bit.
     Raises InputError when the fields do not fit each other or `model`.
     """
     old = model.config
@@ -69,12 +69,14 @@ def init_from_gpt2(
     tensors |= _heads(config, source["heads.0.weight"], noise, random)
     tensors |= _gates(config, gate_bias, random)
     if wild := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise InputError(f"{wild[0]} would hold NaN or infinity: use a smaller --noise and --gate-bias, or mend SOURCE")
+        raise InputError(
+            f"{wild[0]} would hold NaN or infinity: use a smaller --noise and --gate-bias, or repair SOURCE"
+        )
     return model_from_tensors(config, tensors)
 
 
 def _heads(config: DMPTConfig, base: Tensor, noise: float, random: torch.Generator) -> dict[str, Tensor]:
-    """Copies of GPT-2's head [vocab, E]; anchors exact, so the candidates and the first log-probs are GPT-2's."""
+    """Copies of GPT-2's head [vocab, E]. Anchors are exact copies, so candidates and first log-probs are GPT-2's."""
     exact = {heads[0] for heads in config.head_allocation.values()}
     std = noise * float(base.float().std())
     out = {}

@@ -19,7 +19,7 @@ class KeyValues:
         self.value: Tensor | None = None
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append new tokens and return all."""
+        """Append new tokens and return all tokens."""
         if self.key is not None and self.value is not None:
             key, value = torch.cat([self.key, key], dim=2), torch.cat([self.value, value], dim=2)
         self.key, self.value = key, value
@@ -32,9 +32,9 @@ class KeyValues:
 
 
 def causal_mask(real: Tensor, first: int = 0) -> Tensor:
-    """Who may be attended to: (B, T) bool of real tokens -> (B, 1, T - first, T) for the queries from `first` on.
+    """Attention mask: (B, T) bool of real tokens -> (B, 1, T - first, T) for the queries from `first` on.
 
-    Every position sees itself, so that a padding row (whose result nobody reads) is no softmax over nothing.
+    Every position sees itself, so that a padding row (whose result is unused) has no empty softmax.
     """
     key = torch.arange(real.shape[1], device=real.device)
     query = key[first:, None]

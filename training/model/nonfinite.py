@@ -1,4 +1,4 @@
-"""Finding out which tensor stopped being a number."""
+"""Find the first tensor with NaN or infinite values."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class NonFiniteError(ValidationError):
 
 
 def first_bad_tensor(model: nn.Module, rerun: Callable[[], dict[str, Tensor]]) -> str:
-    """The first tensor that is not finite, in the order in which a wrong value spreads, in words.
+    """Describe the first tensor that is not finite, in the order in which bad values spread.
 
-    rerun: computes the loss terms of the offending batch once more, while every module's output is watched.
+    rerun: computes the loss terms of the failing batch again, while hooks check every module's output.
     """
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():

@@ -1,7 +1,7 @@
-"""The fields that decide what a DMPT is, and what follows from them: tree, leaves, heads. Standard library only.
+"""The fields that define a DMPT, and what follows from them: tree, leaves, heads. Standard library only.
 
-`training.model.config.DMPTConfig` is a Shape that transformers can load and save. A plain one answers the same
-questions without the seconds that importing torch takes, so that impossible sizes are refused at once.
+`training.model.config.DMPTConfig` is a Shape that transformers can load and save. A plain Shape gives the same answers
+without importing torch, which takes seconds, so impossible sizes are refused at once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from training.errors import InputError
 ROOT = "root"  # the trunk's node name, and the only leaf's name when there are no splits
 EMBEDDING, POSITIONS = "transformer.wte.weight", "transformer.wpe.weight"
 GATE_SOFT, GATE_HARD, MAX_PROB = "gate_soft", "gate_hard", "max_prob"
-RANDOM = "random"  # a control for evaluation: what the gates are worth
+RANDOM = "random"  # a control for evaluation: shows how much the gates contribute
 PATH_MODES = (GATE_SOFT, GATE_HARD, MAX_PROB, RANDOM)  # besides `<leaf>_only`
 # activation_function -> `approximate` of torch's gelu; both names of the tanh form are Transformers'
 ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
@@ -35,7 +35,7 @@ class Node:
 
     @property
     def prefix(self) -> str:
-        """What the node's blocks are filed under in the checkpoint."""
+        """Prefix of the node's tensor names in the checkpoint."""
         return "transformer" if self.parent is None else f"paths.{self.name}"
 
 
@@ -71,7 +71,7 @@ def leaf_names(splits: list[int], n_layer: int) -> list[str]:
 
 
 def even_allocation(leaves: list[str], n_heads: int) -> dict[str, list[int]]:
-    """The default head allocation: `n_heads` heads shared out evenly, in leaf order.
+    """The default head allocation: `n_heads` heads divided evenly, in leaf order.
 
     >>> even_allocation(["left", "right"], 4)
     {'left': [0, 1], 'right': [2, 3]}
@@ -111,7 +111,7 @@ class Shape:
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Shape:
-        """A plain one. Fields that are none of the above are left out. Raises InputError as check()."""
+        """Build a torch-free Shape; unknown fields are ignored. Raises InputError as check()."""
         shape = Shape()
         for name in Shape.__annotations__.keys() & fields.keys():
             setattr(shape, name, fields[name])
@@ -175,11 +175,11 @@ class Shape:
         return [leaf for leaf in self.leaves if leaf == name or leaf.startswith(f"{name}_")]
 
     def touched_per_token(self, sizes: Mapping[str, int]) -> int:
-        """What one decoding step reads of a model, on the leaf where that is most.
+        """How much of a model one decoding step reads, for the leaf that reads most.
 
-        sizes: checkpoint tensor -> its size, in parameters or bytes; the result is in the same unit. Read are the
-        blocks and gates on the leaf's way, its norm and head gate, one row each of the embedding and the positions,
-        the anchor head whole, and fast_k rows of every other head of the leaf (all without fast-k).
+        sizes: checkpoint tensor -> its size, in parameters or bytes; the result is in the same unit. A step reads the
+        blocks and gates on the way to the leaf, its norm and head gate, one row each of the embedding and the
+        positions, the whole anchor head, and fast_k rows of every other head of the leaf (all rows without fast-k).
         """
 
         def of_leaf(leaf: str, splits: list[str]) -> float:
@@ -193,7 +193,7 @@ class Shape:
         return round(max(of_leaf(leaf, [name for name, _ in turns]) for leaf, turns in self.ways().items()))
 
     def check_exportable(self) -> None:
-        """Raise InputError for a model that no verb can bring to a device."""
+        """Raise InputError for a model that cannot be exported to a device."""
         if (width := self.n_embd // self.n_head) % 8:
             raise InputError(
                 f"attention heads are {width} wide (n_embd {self.n_embd} / n_head {self.n_head}): ONNX Runtime needs a "
@@ -201,7 +201,7 @@ class Shape:
             )
 
     def check(self) -> None:
-        """Raise InputError naming the first field that cannot be."""
+        """Raise InputError naming the first invalid field."""
         if self.n_embd % self.n_head:
             raise InputError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         if self.activation_function not in ACTIVATIONS:
@@ -229,7 +229,7 @@ class Shape:
             raise InputError("gate_temp and head_gate_temp must be above 0")
 
 
-# --- a GPT-2 made a DMPT ------------------------------------------------------------------------------
+# --- GPT-2 to DMPT ------------------------------------------------------------------------------------
 
 
 def init_fields(
@@ -242,8 +242,7 @@ def init_fields(
     gate_hidden: int = Shape.gate_hidden,
     tie: bool | None = None,
 ) -> dict[str, Any]:
-    """The fields that training.model.init.init_from_gpt2, whose arguments these are, changes. Raises InputError as it
-    does,
+    """The fields that training.model.init.init_from_gpt2 changes, from the same arguments. Raises the same InputErrors,
     and MemoryError for sizes that this machine cannot hold."""
     if old.splits or old.n_vocab_heads != 1:
         raise InputError(
@@ -274,12 +273,12 @@ def init_fields(
 
 
 def check_init(old: Shape, **arguments: Any) -> Shape:
-    """The shape that init_from_gpt2 would give its model. Raises as init_fields, and for fields that do not fit."""
+    """The shape of the model that init_from_gpt2 would build. Raises as init_fields, and for fields that do not fit."""
     return Shape.of(vars(old) | init_fields(old, **arguments))
 
 
 def default_heads(n_leaves: int) -> int:
-    """Four heads a leaf, but no more than eight in all: each costs as much memory as the embedding.
+    """Four heads per leaf, but at most eight in all: each costs as much memory as the embedding.
 
     >>> [default_heads(n) for n in (1, 2, 4, 16)]
     [4, 8, 8, 16]
@@ -288,7 +287,7 @@ def default_heads(n_leaves: int) -> int:
 
 
 def _check_memory(name: str, value: int, elements: int) -> None:
-    """Raise MemoryError for what this machine can never hold: Linux would kill the process instead of saying so."""
+    """Raise MemoryError for more than this machine's memory: Linux would kill the process without a message."""
     needed = 4 * value * elements
     if hasattr(os, "sysconf") and needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
         raise MemoryError(f"{name} {value} needs {needed / 1e9:.0f} GB")
