@@ -145,7 +145,7 @@ def test_tokenizer_json_is_always_there(tokenizer_folder: Path, tmp_path: Path) 
     assert copy_tokenizer(src, dst, Shape.of({"vocab_size": 300}))
     assert {path.name for path in dst.iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
     assert not copy_tokenizer(empty, dst)
-    with one_line("knows ids up to 299", str(src)):
+    with one_line("has ids up to 299", str(src)):
         copy_tokenizer(src, empty, Shape.of({"vocab_size": 299}))
     assert list(empty.iterdir()) == []
 

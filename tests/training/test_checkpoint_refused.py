@@ -60,7 +60,7 @@ def test_refused_hub_id_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> N
         raise OSError("401 Client Error\nsecond line")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    with one_line("does not give out.*401 Client Error"):
+    with one_line("does not provide.*401 Client Error"):
         resolve("private/model")
 
 

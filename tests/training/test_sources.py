@@ -164,21 +164,21 @@ def test_files_packed_with_a_long_window_can_be_read(tmp_path: Path) -> None:
         ("a.txt.zst", PACK[".zst"](b"fine\n\xff\n"), r"not UTF-8: line 2, byte 0 \(0xff\)"),
         ("a.jsonl", b"", "is empty"),
         ("a.jsonl", jsonl(["", " \n"]), "is empty"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', "line 2 is no JSON .*one object a line"),
-        ("a.jsonl", b'{"text": "a"}\n\n["b"]\n', "line 3 is no JSON object but a list"),
-        ("a.jsonl", b'"b"\n', "line 1 is no JSON object but a str"),
-        ("a.json", b'[\n{"text": "a"}\n]', "line 1 is no JSON .*one object a line"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', "line 2 is not JSON .*one object per line"),
+        ("a.jsonl", b'{"text": "a"}\n\n["b"]\n', "line 3 is not a JSON object but a list"),
+        ("a.jsonl", b'"b"\n', "line 1 is not a JSON object but a str"),
+        ("a.json", b'[\n{"text": "a"}\n]', "line 1 is not JSON .*one object per line"),
         ("a.jsonl", b'{"text": "a"}\n{"body": "b"}\n', "line 2 has no field 'text': choose one of body"),
-        ("a.jsonl", b"{}\n", "line 1 has no field 'text': it has none at all"),
+        ("a.jsonl", b"{}\n", "line 1 has no field 'text': it has none"),
         ("a.jsonl", b'{"text": ["a"]}\n', "line 1: 'text' is list, not text"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}\n', "line 2: .*surrogate"),
         ("a.jsonl", b'{"text": "\xff"}\n', "not UTF-8: line 1"),
-        ("a.jsonl", b"[" * 100_000 + b"\n", "line 1 is no JSON"),
+        ("a.jsonl", b"[" * 100_000 + b"\n", "line 1 is not JSON"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n', mtime=0)[:-9], "is damaged"),
-        ("a.parquet", b"PAR1 and then nothing of the kind", "is damaged or no Parquet"),
+        ("a.parquet", b"PAR1 and then nothing of the kind", "is damaged or not Parquet"),
         ("a.parquet", b"", "is empty"),
         ("a.parquet.gz", gzip.compress(b"PAR1", mtime=0), "unpack it first"),
-        ("a.parquet", "cut", "is damaged or no Parquet"),
+        ("a.parquet", "cut", "is damaged or not Parquet"),
         ("a.parquet", table(["a"], field="body"), "no column 'text': choose one of id, body"),
         ("a.parquet", table(["", " "]), "is empty"),
         ("a.parquet", table([1, 2]), "row 1: 'text' is int, not text"),
@@ -302,9 +302,9 @@ def test_the_cache_knows_a_datasets_content(hub: FakeHub, tokenizer_folder: Path
     ("answer", "message"),
     [
         (ConnectionError("no route\nto host"), "hub cannot be reached to look for a dataset owner/name"),
-        (FileNotFoundError("Dataset 'owner/name' doesn't exist"), r"does not give out .*doesn't exist"),
-        (ValueError('Unknown split "test"'), "does not give out .*Unknown split"),
-        (RuntimeError("Dataset scripts are no longer supported"), "does not give out .*scripts"),
+        (FileNotFoundError("Dataset 'owner/name' doesn't exist"), r"does not provide .*doesn't exist"),
+        (ValueError('Unknown split "test"'), "does not provide .*Unknown split"),
+        (RuntimeError("Dataset scripts are no longer supported"), "does not provide .*scripts"),
         (FakeDataset({"id": [1], "body": ["a"]}), "has no column 'text': choose one of id, body with --text-field"),
         (FakeDataset({"text": ["a", 5]}), "dataset owner/name, row 2: 'text' is int"),
     ],
@@ -327,7 +327,7 @@ def test_the_real_datasets_library(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert list_lines(Path("wikitext-103")) == ["= Title =", "text of wikitext-103-raw-v1 train"]
     assert list_lines(Path("wikitext-2:test[1:]")) == ["text of wikitext-2-raw-v1 test"]
     for name, message in (("wikitext-2:none", "Unknown split"), ("wikitext-2:none:train", "none")):
-        with pytest.raises(InputError, match=f"does not give out .*{message}"):
+        with pytest.raises(InputError, match=f"does not provide .*{message}"):
             list_lines(Path(name))
     with pytest.raises(InputError, match="hub cannot be reached"):
         list_lines(Path("nobody/nothing"))

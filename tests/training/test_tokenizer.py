@@ -315,7 +315,7 @@ def test_a_token_without_a_row_works_in_every_verb(
 
 def test_a_vocabulary_beyond_the_rows_is_refused_by_every_verb(gpt2_copy: Path, tmp_path: Path) -> None:
     edit_config(gpt2_copy, vocab_size=290)
-    with pytest.raises(InputError, match=r"knows ids up to 299, its model 290 tokens"):
+    with pytest.raises(InputError, match=r"has ids up to 299, its model 290 tokens"):
         load_tokenizer(gpt2_copy)
 
 

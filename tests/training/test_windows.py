@@ -197,7 +197,7 @@ def test_first_tokens_are_those_of_the_whole_text_and_the_rest_is_not_read(
 def test_a_tokenizer_that_knows_more_than_the_model_is_refused(tokenizer: Tokenizer) -> None:
     known = tokenizer.get_vocab_size()
     windows.check_vocabulary(tokenizer, known, "here")
-    with pytest.raises(InputError, match=f"in here knows ids up to {known - 1}, its model {known - 1} tokens"):
+    with pytest.raises(InputError, match=f"in here has ids up to {known - 1}, its model {known - 1} tokens"):
         windows.check_vocabulary(tokenizer, known - 1, "here")
 
 

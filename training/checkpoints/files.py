@@ -64,7 +64,7 @@ def _hub_snapshot(name: str, files: Sequence[str]) -> Path:
         ) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise InputError(
-            f"there is no folder '{name}', and the Hugging Face hub does not give out a model of that name "
+            f"there is no folder '{name}', and the Hugging Face hub does not provide a model of that name "
             f"({first_line(error)}): check the spelling, and your login for a private one"
         ) from error
 

@@ -10,11 +10,11 @@ from training.errors import InputError
 
 
 class TokenBatches:
-    """Consecutive, non-overlapping sequences of `length` predictions, shuffled anew in every pass.
+    """Consecutive, non-overlapping sequences of `length` predictions, reshuffled in every pass.
 
-    Sequences come from the same token stream that evaluation reads (documents joined by end-of-text); the tail
-    that fills no sequence is left out. The order is a function of (seed, pass), so the position is the only
-    state there is: resuming needs nothing else. Raises InputError when the text is too short for one sequence.
+    Sequences come from the same token stream that evaluation reads (documents joined by end-of-text); an incomplete
+    last sequence is left out. The order is a function of (seed, pass), so the position is the only state that resuming
+    needs. Raises InputError when the text is too short for one sequence.
     """
 
     def __init__(self, tokens: np.ndarray, length: int, seed: int) -> None:
@@ -23,7 +23,7 @@ class TokenBatches:
                 f"the training text has {len(tokens)} tokens, one sequence needs {length + 1}: "
                 "give more text or a smaller --max-length"
             )
-        # A strided view: nothing is copied until a batch is taken, also from a memory-mapped file.
+        # A strided view: nothing is copied until a batch is taken, even from a memory-mapped file.
         self.rows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length]
         self.seed = seed
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))

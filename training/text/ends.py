@@ -1,11 +1,11 @@
 """Which ids end a text: one rule for every verb, for training's separators and for the device.
 
-1. `eos_token_id` of generation_config.json, one id or several; where that has none,
-2. `eos_token_id` of config.json; where that has none that the model knows,
+1. `eos_token_id` of generation_config.json, one id or several; if absent,
+2. `eos_token_id` of config.json; if absent or outside the vocabulary,
 3. the tokenizer's end of text: its `eos_token`, else `<|endoftext|>`.
 
 Ids beyond the vocabulary are left out: a GPT2Config made without eos_token_id keeps GPT-2's 50256 in models of any
-size. The first id is what separates texts in training.
+size. The first id separates texts in training.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ GENERATION = "generation_config.json"
 
 
 def end_ids(folder: Path, fields: Mapping[str, Any]) -> list[int]:
-    """Ids that end a text of the model in `folder`, whose checked config.json has `fields`; [] where nothing does.
+    """Ids that end a text of the model in `folder`, whose checked config.json has `fields`; [] if there are none.
 
     Raises InputError for a generation_config.json that cannot be used, or a damaged tokenizer.
     """
@@ -40,7 +40,7 @@ def end_ids(folder: Path, fields: Mapping[str, Any]) -> list[int]:
 
 
 def generation_ends(folder: Path) -> list[int]:
-    """eos_token_id of generation_config.json; settings in it that are not applied are named once."""
+    """eos_token_id of generation_config.json; prints a note, once, about settings that are not applied."""
     path = folder / GENERATION
     if not path.is_file():
         return []

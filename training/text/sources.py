@@ -1,11 +1,11 @@
-"""Where text comes from: files of several kinds and datasets of the Hugging Face hub, all read as lines.
+"""Text sources: files of several kinds and datasets of the Hugging Face hub, all read as lines.
 
     text.txt  text.txt.xz  .gz  .zst      plain text (any name that is not one of the following)
-    text.jsonl  .ndjson  .json            one JSON object a line; its field `text`; also .xz, .gz, .zst
+    text.jsonl  .ndjson  .json            one JSON object per line; its field `text`; also .xz, .gz, .zst
     text.parquet                          its column `text`
     wikitext-103   OWNER/NAME:CONFIG:SPLIT    a hub dataset's column `text`; a file of that name wins
 
-A text of several lines counts as its lines, so that the same text gives the same tokens in every kind of file.
+A record of several lines counts as its lines, so that the same text gives the same tokens in every kind of file.
 Standard library only; zstandard, pyarrow and datasets are imported when a source needs them.
 """
 
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 FIELD = "text"  # of a JSON object, a Parquet file or a dataset
-ROWS_AT_ONCE = 1000  # of Parquet files and datasets, in memory together
+ROWS_AT_ONCE = 1000  # rows of Parquet files and datasets in memory
 INSTALL = install("data")
 
-# suffix -> how to read the bytes inside; no entry: the file itself
+# suffix -> opener of the unpacked bytes; no entry: the file itself
 OPENERS: dict[str, Callable[[BinaryIO], Any]] = {
     ".xz": lzma.open,
     ".gz": lambda raw: gzip.GzipFile(fileobj=raw, mode="rb"),
@@ -58,14 +58,14 @@ DATASET = re.compile(
 
 
 def is_dataset(source: str | os.PathLike[str]) -> bool:
-    """Whether `source` names a hub dataset: it is no file, looks like NAME[[:CONFIG]:SPLIT] and like no file name."""
+    """Whether `source` names a hub dataset: not an existing file, NAME[[:CONFIG]:SPLIT] in form, no file suffix."""
     path = Path(source)
     found = DATASET.fullmatch(str(path))
     return found is not None and not path.exists() and Path(found["name"]).suffix.lower() not in FILE_SUFFIXES
 
 
 def check_source(source: str | os.PathLike[str]) -> None:
-    """Raise InputError when the file is missing or empty, or the library that reads it: said before long work."""
+    """Raise InputError, before long work, when the file is missing or empty or its library is not installed."""
     path = Path(source)
     if is_dataset(path):
         if find_spec("datasets") is None:
@@ -80,15 +80,15 @@ def check_source(source: str | os.PathLike[str]) -> None:
     library = LIBRARY.get(path.suffix.lower())
     if library is not None and find_spec(library) is None:
         raise InputError(f"reading {path} needs {library}: {INSTALL}")
-    if path.is_file() and not path.stat().st_size:  # a pipe has no size to speak of
+    if path.is_file() and not path.stat().st_size:  # the size of a pipe means nothing
         raise InputError(f"data file {path} is empty: give a file with text")
 
 
 def read_lines(path: str | os.PathLike[str], progress: tqdm[Any] | None = None, field: str = FIELD) -> Iterator[str]:
-    """The lines of a source, stripped, without the empty ones; strict UTF-8.
+    """The non-empty lines of a source, stripped; strict UTF-8.
 
-    Raises InputError, naming the line or row where there is one, when the source is missing, damaged, not UTF-8,
-    lacks `field`, or has no text; and when the library that reads it is not installed.
+    Raises InputError, naming the line or row if known, when the source is missing, damaged, not UTF-8, lacks `field`
+    or has no text, and when the library that reads it is not installed.
     """
     path, found = Path(path), False
     for text in _texts(path, progress, field):
@@ -101,7 +101,7 @@ def read_lines(path: str | os.PathLike[str], progress: tqdm[Any] | None = None, 
 
 
 def read_text(path: str | os.PathLike[str], field: str = FIELD) -> str:
-    """The whole text of a source, a plain one as it is, else its texts a line each. Raises InputError as read_lines."""
+    """The whole text of a source: a plain file unchanged, else one record per line. Raises InputError as read_lines."""
     path = Path(path)
     separator = "" if kind_of(path) == "text" else "\n"
     text = separator.join(_texts(path, None, field))
@@ -111,8 +111,8 @@ def read_text(path: str | os.PathLike[str], field: str = FIELD) -> str:
 
 
 def read_rows(path: str | os.PathLike[str], field: str = FIELD) -> Iterator[str]:
-    """The rows of a source as the WikiText datasets of the hub hold them: a plain file's lines with their newlines,
-    else the texts as they are; "" for one of white space alone. Raises InputError as read_lines."""
+    """The rows of a source in the form of the hub's WikiText datasets: a plain file's lines with their newlines, else
+    the unchanged records; "" for rows of only white space. Raises InputError as read_lines."""
     path, found = Path(path), False
     for text in _texts(path, None, field):
         blank = not text.strip()
@@ -123,7 +123,7 @@ def read_rows(path: str | os.PathLike[str], field: str = FIELD) -> Iterator[str]
 
 
 def content_hash(path: str | os.PathLike[str], field: str = FIELD) -> bytes:
-    """What the tokens of a source depend on beside the tokenizer: its content and kind, not its name or date."""
+    """Hash of what determines a source's tokens besides the tokenizer: its content and kind, not its name or date."""
     path = Path(path)
     check_source(path)
     kind = kind_of(path)
@@ -142,7 +142,7 @@ def content_hash(path: str | os.PathLike[str], field: str = FIELD) -> bytes:
 
 
 def kind_of(path: Path) -> str:
-    """text, jsonl, parquet or dataset: how the bytes (once unpacked) become texts."""
+    """text, jsonl, parquet or dataset: how the (unpacked) bytes become texts."""
     if is_dataset(path):
         return "dataset"
     suffixes = [suffix.lower() for suffix in path.suffixes]
@@ -153,7 +153,7 @@ def kind_of(path: Path) -> str:
 
 
 def _texts(path: Path, progress: tqdm[Any] | None, field: str) -> Iterator[str]:
-    """The texts of a source: lines of a plain file, records of the others."""
+    """The texts of a source: lines of a plain file, records of the other kinds."""
     check_source(path)
     kind = kind_of(path)
     if kind == "text":
@@ -166,7 +166,7 @@ def _texts(path: Path, progress: tqdm[Any] | None, field: str) -> Iterator[str]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """The file as it lies on disk (for progress) and the bytes inside it. Turns read errors into InputError."""
+    """The raw file (for progress) and its unpacked bytes. Turns read errors into InputError."""
     try:
         with open(path, "rb") as raw:
             opener = OPENERS.get(path.suffix.lower())
@@ -196,8 +196,8 @@ def _decoded(path: Path, progress: tqdm[Any] | None) -> Iterator[tuple[int, str]
 
 
 def _json_texts(path: Path, progress: tqdm[Any] | None, field: str) -> Iterator[str]:
-    """The field of each JSON object, one a line."""
-    example = f'write one object a line, as {{"{field}": "..."}}'
+    """The field of each JSON object, one object per line."""
+    example = f'write one object per line, as {{"{field}": "..."}}'
     for number, line in _decoded(path, progress):
         if not line.strip():
             continue
@@ -207,11 +207,11 @@ def _json_texts(path: Path, progress: tqdm[Any] | None, field: str) -> Iterator[
         except (ValueError, RecursionError) as error:
             reason = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
             raise InputError(
-                f'{where} is no JSON ({reason}): write one object a line, as {{"{field}": "..."}}'
+                f'{where} is not JSON ({reason}): write one object per line, as {{"{field}": "..."}}'
             ) from error
         if not isinstance(record, dict):
             kind = type(record).__name__
-            raise InputError(f"{where} is no JSON object but a {kind}: {example}")
+            raise InputError(f"{where} is not a JSON object but a {kind}: {example}")
         if field not in record:
             raise InputError(f"{where} has no field '{field}': {_others(record)}")
         yield from _checked([record[field]], field, f"data file {path}, line", number)
@@ -226,7 +226,7 @@ def _parquet_texts(path: Path, progress: tqdm[Any] | None, field: str) -> Iterat
     from pyarrow import parquet
 
     if path.suffix.lower() in OPENERS:
-        raise InputError(f"data file {path} is a packed Parquet file, which is packed inside already: unpack it first")
+        raise InputError(f"data file {path} is a packed Parquet file, but Parquet is itself packed: unpack it first")
     try:
         with open(path, "rb") as raw, parquet.ParquetFile(raw) as file:
             names = file.schema_arrow.names
@@ -241,11 +241,11 @@ def _parquet_texts(path: Path, progress: tqdm[Any] | None, field: str) -> Iterat
     except UnicodeDecodeError as error:
         raise InputError(f"data file {path} is not UTF-8 in column '{field}': convert it") from error
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"data file {path} is damaged or no Parquet ({first_line(error)}): fetch it again") from error
+        raise InputError(f"data file {path} is damaged or not Parquet ({first_line(error)}): fetch it again") from error
 
 
 def _dataset_texts(path: Path, progress: tqdm[Any] | None, field: str) -> Iterator[str]:
-    """A column of a hub dataset, which is downloaded once and then read from the disk."""
+    """A column of a hub dataset, downloaded once and then read from disk."""
     dataset = _load_dataset(path)
     if field not in dataset.column_names:
         raise InputError(f"dataset {path} has no column '{field}': {_others(dataset.column_names)}")
@@ -258,7 +258,7 @@ def _dataset_texts(path: Path, progress: tqdm[Any] | None, field: str) -> Iterat
 
 
 def _load_dataset(path: Path) -> Any:
-    """One split of a hub dataset. Raises InputError saying what is wrong: name, configuration, split or network."""
+    """One split of a hub dataset. Raises InputError naming the cause: name, configuration, split or network."""
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -268,7 +268,7 @@ def _load_dataset(path: Path) -> Any:
     retries = logging.getLogger("huggingface_hub")
     level = retries.level
     try:
-        retries.setLevel(logging.ERROR)  # a paragraph for each of five attempts to reach the hub
+        retries.setLevel(logging.ERROR)  # each of five attempts to reach the hub logs a paragraph
         return datasets.load_dataset(name, parts["config"] or config, split=parts["split"] or "train")
     except ConnectionError as error:
         raise InputError(
@@ -277,7 +277,7 @@ def _load_dataset(path: Path) -> Any:
         ) from error
     except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"there is no file '{path}', and the Hugging Face hub does not give out the dataset {name} "
+            f"there is no file '{path}', and the Hugging Face hub does not provide the dataset {name} "
             f"({first_line(error)}): check the path, or write NAME:CONFIG:SPLIT"
         ) from error
     finally:
@@ -285,7 +285,7 @@ def _load_dataset(path: Path) -> Any:
 
 
 def _checked(values: Iterable[Any], field: str, where: str, first: int) -> Iterator[str]:
-    """The texts among `values`; nulls are left out. An error names the value by `where` and its number from `first`."""
+    """The texts in `values`, without nulls. Errors name a value by `where` and its number, counted from `first`."""
     for number, value in enumerate(values, start=first):
         if value is None:
             continue
@@ -295,10 +295,10 @@ def _checked(values: Iterable[Any], field: str, where: str, first: int) -> Itera
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise InputError(f"{where} {number}: '{field}' holds half a surrogate pair, which is no text") from error
+            raise InputError(f"{where} {number}: '{field}' holds half a surrogate pair, which is not text") from error
         yield value
 
 
 def _others(names: Iterable[str]) -> str:
     listed = ", ".join(names)
-    return f"choose one of {listed} with --text-field" if listed else "it has none at all"
+    return f"choose one of {listed} with --text-field" if listed else "it has none"

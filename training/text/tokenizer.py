@@ -1,11 +1,11 @@
 """The tokenizer of a model folder, as one complete `tokenizers.Tokenizer`, and how a text becomes ids.
 
-Folders that this project wrote hold it as tokenizer.json alone. A foreign folder is read by the library that defines
-its files: AutoTokenizer obeys tokenizer_config.json, special_tokens_map.json, added_tokens.json, vocab.json and
-merges.txt, and its backend is what counts from then on.
+Folders written by this project hold only tokenizer.json. A foreign folder is read by the library that defines its
+files: AutoTokenizer obeys tokenizer_config.json, special_tokens_map.json, added_tokens.json, vocab.json and merges.txt.
+This project then uses its backend.
 
-One rule for all verbs: a text's ids are what the tokenizer's template puts in front of a text (such as a
-beginning-of-text token), then the text's own. What a template puts behind a text is left out: it would end a prompt.
+One rule for all verbs: a text's ids are the ids that the tokenizer's template puts in front of a text (such as a
+beginning-of-text token), then the text's own. Ids that a template appends are left out: they would end a prompt.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def has_tokenizer(folder: Path) -> bool:
 def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     """The complete tokenizer of a model folder, without truncation and padding.
 
-    Tokens of a GPT-2 folder's tokenizer that were added beyond the rows of its embedding are dropped, with a note: text
-    like them is read as plain text. Raises InputError when there is none or it cannot be used.
+    Added tokens of a GPT-2 folder's tokenizer beyond the rows of its embedding are dropped, with a note: their text is
+    then read as plain text. Raises InputError when there is no tokenizer or it cannot be used.
     """
     folder = Path(folder)
     if not has_tokenizer(folder):
@@ -70,7 +70,7 @@ def _complete(folder: Path, stamps: object) -> str:
 
 
 def is_foreign(folder: Path) -> bool:
-    """Whether other files than tokenizer.json have a say: a GPT-2 folder, or the files of a tokenizer alone."""
+    """Whether files besides tokenizer.json count: in a GPT-2 folder, or a folder with only a tokenizer."""
     if (folder / OURS).is_file():
         return False
     if (folder / "config.json").is_file():
@@ -86,9 +86,9 @@ def _read(path: Path) -> Tokenizer:
 
 
 def transformers_tokenizer(folder: Path) -> Any:
-    """The tokenizer that Transformers makes of a folder's files.
+    """The tokenizer that Transformers builds from a folder's files.
 
-    They are copied beside a config.json of ours first: nothing of the folder's own config reaches the library.
+    The files are first copied beside our own config.json: nothing of the folder's config reaches the library.
     """
     for name in TOKENIZER_FILES:
         if name.endswith(".json") and (folder / name).is_file():
@@ -96,7 +96,7 @@ def transformers_tokenizer(folder: Path) -> Any:
     settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     if settings.get("auto_map"):
         raise InputError(
-            f"{folder / 'tokenizer_config.json'}: auto_map: the tokenizer brings code of its own, which is not run"
+            f"{folder / 'tokenizer_config.json'}: auto_map: the tokenizer contains custom code, which is not run"
         )
     try:
         from transformers import AutoTokenizer
@@ -108,7 +108,7 @@ def transformers_tokenizer(folder: Path) -> Any:
                 shutil.copyfile(folder / name, Path(place) / name)
         Path(place, "config.json").write_text(json.dumps({"model_type": "gpt2"}), encoding="utf-8")
         try:
-            if not (folder / READY).is_file():  # Transformers 4 passes over merges of tokens that there are not
+            if not (folder / READY).is_file():  # Transformers 4 ignores merges of unknown tokens
                 models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
             read = AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # libraries raise what they like for damaged files
@@ -120,7 +120,7 @@ def transformers_tokenizer(folder: Path) -> Any:
 
 
 def advice(settings: Mapping[str, Any]) -> str:
-    """What to do about tokenizer files that the installed Transformers cannot read; settings: tokenizer_config.json."""
+    """Advice for tokenizer files that the installed Transformers cannot read; settings: tokenizer_config.json."""
     installed = version("transformers")
     if "backend" in settings and int(installed.partition(".")[0]) < 5:  # a field that Transformers 5 introduced
         return f"Transformers 5 wrote it and {installed} is installed: pip install 'transformers>=5'"
@@ -128,14 +128,14 @@ def advice(settings: Mapping[str, Any]) -> str:
 
 
 def without_rowless(tokenizer: Tokenizer, rows: int, folder: Path) -> Tokenizer:
-    """The tokenizer without the tokens that were added beyond the `rows` of the embedding (DialoGPT has one such).
+    """The tokenizer without added tokens beyond the `rows` of the embedding (DialoGPT has one such token).
 
-    Raises InputError where its vocabulary itself, or its template, is beyond them.
+    Raises InputError if its base vocabulary or its template exceeds them.
     """
     highest = max(tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
     if highest >= rows:
         raise InputError(
-            f"the tokenizer in {folder} knows ids up to {highest}, its model {rows} tokens: "
+            f"the tokenizer in {folder} has ids up to {highest}, its model {rows} tokens: "
             "they do not belong together; put the model's own tokenizer beside it"
         )
     data = json.loads(tokenizer.to_str())
@@ -176,9 +176,9 @@ def end_of_text(tokenizer: Tokenizer, folder: Path) -> int | None:
 
 
 def save_tokenizer(source: Path, target: Path, end: int | None) -> bool:
-    """Write the complete tokenizer of a folder into another; False when it has none.
+    """Write the complete tokenizer of a folder into another; returns False when it has none.
 
-    tokenizer_config.json beside it is for Transformers, which then reads the same: it names the end of text, id `end`.
+    tokenizer_config.json beside it makes Transformers read the same tokenizer, with `end` as the end-of-text id.
     """
     if not has_tokenizer(source):
         return False

@@ -1,4 +1,4 @@
-"""The ids of a fixed text, by this project and by the tokenizer that Transformers makes of a GPT-2 folder."""
+"""Compare the ids of a fixed text between this project and Transformers' tokenizer of a GPT-2 folder."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ TEXT = (
     "The tide mill, built in 1897, cost £ 40.50; didn't it?  Two  spaces,\tone tab\nand a line.\r\n   Naïve cafés "
     "– “quoted” — 日本語 한국어 Ελληνικά мельница עברית हिन्दी 😀👩‍👩‍👧 x=y**2+1; \u200b\ufeff end "
 )
-MOST_BEHIND = 2  # ids that a template may put behind a text, which training.text.tokenizer leaves out
+MOST_BEHIND = 2  # most ids that a template may append to a text; training.text.tokenizer leaves them out
 
 
 def verify_tokenizer(folder: Path) -> None:
-    """Raise ValidationError where a piece of the text, or one of the folder's special tokens, gets other ids."""
+    """Raise ValidationError if the text, or one of the folder's special tokens, gets different ids."""
     if not has_tokenizer(folder):
         return
     theirs, ours, rows = transformers_tokenizer(folder), load_tokenizer(folder), row_count(folder)
@@ -26,6 +26,6 @@ def verify_tokenizer(folder: Path) -> None:
         if got != want[: len(got)] or len(want) - len(got) > MOST_BEHIND:
             at = next((i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b), min(len(got), len(want)))
             raise ValidationError(
-                f"{folder}: this program reads {text!r} as other tokens than Transformers: from token {at} on "
-                f"{got[at : at + 5]} instead of {want[at : at + 5]}. Please report it; --no-verify goes on with it"
+                f"{folder}: this program tokenises {text!r} differently from Transformers: from token {at} on "
+                f"{got[at : at + 5]} instead of {want[at : at + 5]}. Please report it; --no-verify skips this check"
             )

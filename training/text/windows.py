@@ -1,6 +1,6 @@
-"""Text -> tokens -> evaluation windows. One preprocessing for training, evaluation and calibration.
+"""Text -> tokens -> evaluation windows. The same preprocessing for training, evaluation and calibration.
 
-Numpy and tokenizers only, so that evaluating an exported model needs no torch.
+Uses only numpy and tokenizers, so that evaluating an exported model needs no torch.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from training.model.fields import tokens
 from training.text.sources import FIELD, content_hash, read_lines
 from training.text.tokenizer import END_OF_TEXT, prefix_ids
 
-LINES_PER_BATCH = 2000  # tokenised at once: enough for the tokenizer's threads, little in memory
-Source = str | Path  # a text, or where text is: see training.text.sources
-SHORT_S = 0.5  # what takes less shows no bar
+LINES_PER_BATCH = 2000  # tokenised at once: enough for the tokenizer's threads, with little memory
+Source = str | Path  # a text, or the path or name of a source: see training.text.sources
+SHORT_S = 0.5  # shorter work shows no progress bar
 
 
 def _gpt2_form(model: models.BPE) -> Tokenizer:
-    """What GPT-2 does before and after its merges."""
+    """A tokenizer with GPT-2's steps before and after its merges."""
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
@@ -52,25 +52,23 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def end_of_text_id(tokenizer: Tokenizer, config: Any = None) -> int:
-    """The id that separates texts: the first of `eos_token_id` of config (an object or a mapping), which
-    training.text.ends
-    has found where it comes from a folder; else `<|endoftext|>`.
+    """The id that separates texts: the first `eos_token_id` of config (an object or a mapping), else `<|endoftext|>`.
 
-    Raises InputError when there is neither.
+    For a config read from a folder, training.text.ends sets `eos_token_id`. Raises InputError when there is neither.
     """
     eos = config.get("eos_token_id") if isinstance(config, dict) else getattr(config, "eos_token_id", None)
     for end in [*tokens(eos), tokenizer.token_to_id(END_OF_TEXT)]:
         if end is not None and tokenizer.id_to_token(end) is not None:
             return int(end)
-    raise InputError(f"the tokenizer has no {END_OF_TEXT} and the model's eos_token_id ({eos}) is no token of it")
+    raise InputError(f"the tokenizer has no {END_OF_TEXT} and the model's eos_token_id ({eos}) is not a token of it")
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, folder: object) -> None:
-    """Raise InputError for a tokenizer that knows more tokens than the model in `folder`."""
+    """Raise InputError for a tokenizer with more tokens than the model in `folder`."""
     highest = max(tokenizer.get_vocab().values(), default=-1)
     if highest >= vocab_size:
         raise InputError(
-            f"the tokenizer in {folder} knows ids up to {highest}, its model {vocab_size} tokens: "
+            f"the tokenizer in {folder} has ids up to {highest}, its model {vocab_size} tokens: "
             "they do not belong together; put the model's own tokenizer beside it"
         )
 
@@ -81,7 +79,7 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, folder: object) -> N
 def token_chunks(
     sources: Source | Iterable[Source], tokenizer: Tokenizer, eot: int, field: str = FIELD
 ) -> Iterator[np.ndarray]:
-    """int32 arrays that joined are the tokens of `sources`: each non-empty stripped line, then one `eot`."""
+    """The tokens of `sources` as int32 arrays in order: each non-empty stripped line, then one `eot`."""
     items = [sources] if isinstance(sources, (str, Path)) else list(sources)
     total = sum(os.path.getsize(item) for item in items if isinstance(item, Path) and item.is_file())
     bar: dict[str, Any] = {"desc": "tokenising", "unit": "B", "unit_scale": True, "delay": SHORT_S}
@@ -110,14 +108,14 @@ def _encode(lines: list[str], tokenizer: Tokenizer, eot: int) -> np.ndarray:
 def encode_lines(sources: Source | Iterable[Source], tokenizer: Tokenizer, eot: int, field: str = FIELD) -> np.ndarray:
     """Tokens of texts (str) or of files and datasets (Path), int32 [n]: each non-empty stripped line, then `eot`.
 
-    field: where the text is in JSON objects and tables. Raises InputError as read_lines.
+    field: the field or column that holds the text in JSON objects and tables. Raises InputError as read_lines.
     """
     chunks = list(token_chunks(sources, tokenizer, eot, field))
     return np.concatenate(chunks) if chunks else np.empty(0, np.int32)
 
 
 def first_tokens(source: Source, tokenizer: Tokenizer, eot: int, n: int, field: str = FIELD) -> np.ndarray:
-    """The first `n` of encode_lines(), or all where there are fewer; no more of the text is tokenised than that takes.
+    """The first `n` tokens of encode_lines(), or all if there are fewer; tokenises no more text than needed.
 
     Raises InputError as read_lines.
     """
@@ -137,10 +135,10 @@ def token_cache(
     cache_dir: str | os.PathLike[str],
     field: str = FIELD,
 ) -> np.memmap[Any, np.dtype[np.int32]]:
-    """encode_lines() of files and datasets, kept on disk: int32 [n], read-only.
+    """encode_lines() of files and datasets, cached on disk: int32 [n], read-only.
 
-    Tokenised once per content (not names or dates) and kind of the sources, tokenizer and `eot`; written
-    atomically, so a killed run leaves no short cache.
+    The cache key is the content (not names or dates) and kind of the sources, the tokenizer and `eot`. The file is
+    written atomically, so a killed run leaves no short cache.
     """
     sources = [Path(path) for path in paths]
     digest = hashlib.sha256(f"tokens-3 {eot} {tokenizer.to_str()}".encode())
@@ -160,11 +158,10 @@ def token_cache(
 def windows(n_tokens: int, max_length: int, stride: int, beginning: bool = False) -> Iterator[tuple[int, int, int]]:
     """(start, stop, n_scored) of each evaluation window: tokens [start, stop), its last n_scored predictions count.
 
-    Windows of `max_length` tokens advance by `stride`; each scores its last `stride` predictions, the last
-    window what is left. So the first `max_length - stride` tokens are never scored, and every later one exactly
-    once (but for a window's first token, which has nothing before it, when stride equals max_length). A text
-    that is no longer than what is never scored gives no window. `beginning`: the first window scores all its
-    predictions instead.
+    Windows of `max_length` tokens advance by `stride`; each scores its last `stride` predictions, the last window
+    the remaining ones. So the first `max_length - stride` tokens are never scored, and every later token exactly once
+    (except a window's first token, which has no context, when stride equals max_length). A text that is not longer
+    than this unscored beginning gives no window. `beginning`: the first window scores all its predictions instead.
 
     >>> list(windows(11, 8, 4))
     [(0, 8, 4), (4, 11, 3)]

@@ -1,16 +1,16 @@
-"""Reading .zst files with the zstandard package, a cut file noticed: its own stream reader takes one for whole."""
+"""Read .zst files with the zstandard package and detect cut files, which its own stream reader accepts as whole."""
 
 from __future__ import annotations
 
 import io
 from typing import Any, BinaryIO
 
-CHUNK = 8192  # packed bytes at once; what they unpack to is held in memory
+CHUNK = 8192  # packed bytes at once; their unpacked bytes are held in memory
 LARGEST_WINDOW = 1 << 31  # bytes; files packed with --long=31 need it
 
 
 class DamagedError(ValueError):
-    """The packed bytes are cut or no zstd at all."""
+    """The packed bytes are cut or not zstd."""
 
 
 class ZstdReader(io.RawIOBase):

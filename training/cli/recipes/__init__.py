@@ -1,9 +1,9 @@
-"""Ready-made settings: the phases in which the original project trained each kind of model, one JSON file each.
+"""Ready-made settings: the training phases of the original project for each kind of model, one JSON file each.
 
     {"about": "...", "init": {"splits": [6], "heads": 8}, "phases": [{"max_steps": 30000, ...}, ...]}
 
-`init` is how a plain GPT-2 becomes the model; each phase starts from the model of the one before it. Whatever the
-command line says wins over the file.
+`init` describes how a plain GPT-2 becomes the model; each phase starts from the previous phase's model. Options on the
+command line override the file.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def names() -> list[str]:
 
 
 def described() -> list[tuple[str, str]]:
-    """(name, what it holds in a line) of every recipe, for the help."""
+    """(name, one-line description) of every recipe, for the help."""
     out = []
     for name in names():
         recipe = read_recipe(name)
@@ -48,7 +48,7 @@ def described() -> list[tuple[str, str]]:
 
 
 def read_recipe(name: str) -> Recipe:
-    """A recipe by name, or of a JSON file. Raises InputError naming what it cannot use."""
+    """A recipe by name or from a JSON file. Raises InputError naming what it cannot use."""
     path = FOLDER / f"{name}.json"
     if not path.is_file():
         path = Path(name)
@@ -60,7 +60,7 @@ def read_recipe(name: str) -> Recipe:
             TrainOptions.from_dict(phase, f"recipe {path}")
         unknown = sorted(set(recipe.init) - set(INIT))
     except TypeError as error:
-        raise InputError(f"recipe {path} is no recipe ({error}): it holds about, init and phases") from error
+        raise InputError(f"{path} is not a recipe ({error}): a recipe holds about, init and phases") from error
     if unknown or not recipe.phases:
         raise InputError(f"recipe {path}: {'init knows no ' + ', '.join(unknown) if unknown else 'it has no phases'}")
     return recipe
