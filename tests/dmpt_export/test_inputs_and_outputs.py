@@ -158,7 +158,7 @@ def test_a_report_does_not_replace_a_model(tiny_gpt2: Path, tmp_path: Path, caps
 
 
 def test_names_that_are_too_long_are_refused_at_once(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"too long: a place's name may have \d+ bytes"):
+    with pytest.raises(InputError, match=r"too long: give one of at most \d+ bytes"):
         check_place(tmp_path / ("x" * 250))
     longest = tmp_path / ("x" * 236)
     check_place(longest)

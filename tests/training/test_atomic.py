@@ -204,7 +204,7 @@ def test_a_place_is_judged_by_itself_where_it_exists(tmp_path: Path, monkeypatch
     monkeypatch.setattr(os, "access", lambda path, _: Path(path) == inside)
     check_place(inside)
     for place in (tmp_path / "kept" / "new", tmp_path / "kept"):
-        with pytest.raises(InputError, match="may not be written to"):
+        with pytest.raises(InputError, match="is not writable"):
             check_place(place)
 
 
@@ -219,7 +219,7 @@ def test_only_products_of_the_same_kind_are_replaced(kind: str, tmp_path: Path) 
         if name == kind:
             check_replaceable(out, kind)
             continue
-        with pytest.raises(InputError, match="is not empty and is no"), atomic_folder(out, kind):
+        with pytest.raises(InputError, match="is not empty and is not a dmpt-export"), atomic_folder(out, kind):
             pytest.fail("must be refused before any work")
         assert {path.name for path in out.iterdir()} == set(content)
 

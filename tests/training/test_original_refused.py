@@ -72,7 +72,7 @@ def test_payload_does_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_plain_pickle_is_no_checkpoint(tmp_path: Path) -> None:
     ran = tmp_path / "ran"
     (tmp_path / "file.pt").write_bytes(pickle.dumps(Payload(ran)))
-    with pytest.raises(InputError, match="no PyTorch checkpoint"):
+    with pytest.raises(InputError, match="is not a PyTorch checkpoint"):
         read_original(tmp_path / "file.pt")
     assert not ran.exists()
 
@@ -106,7 +106,7 @@ def test_damaged_files(tmp_path: Path) -> None:
             read_original(tmp_path / "file.pt")
     with pytest.raises(InputError, match="does not exist"):
         read_original(tmp_path / "none.pt")
-    with pytest.raises(InputError, match="does not exist or is no file"):
+    with pytest.raises(InputError, match="does not exist or is not a file"):
         read_original(tmp_path)
 
 

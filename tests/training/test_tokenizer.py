@@ -349,5 +349,5 @@ def test_another_reading_of_a_text_is_stopped(gpt2_copy: Path, monkeypatch: pyte
         return Tokenizer.from_str(json.dumps(data))
 
     monkeypatch.setattr(verify_tokenizer, "load_tokenizer", without_merge)
-    with pytest.raises(ValidationError, match=r"other tokens than Transformers: from token \d+ on"):
+    with pytest.raises(ValidationError, match=r"differently from Transformers: from token \d+ on"):
         load_model(gpt2_copy)

@@ -1,4 +1,4 @@
-"""Writing results so that a kill at any moment leaves the old state or the new one, never something between.
+"""Write results so that a kill at any moment leaves either the old state or the new one.
 
     with atomic_folder(out, "checkpoint") as tmp:
         (tmp / "config.json").write_text(...)
@@ -23,10 +23,10 @@ from typing import Any
 from training.checkpoints.files import check_name, read_json
 from training.errors import InputError
 
-# Without POSIX file locks, what a killed run left stays until it is removed by hand.
+# Without POSIX file locks, leftovers of a killed run stay until they are removed by hand.
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
-# What a folder of ours may hold. Anything else in a folder that is about to be replaced is somebody's work.
+# What a folder of ours may hold. Anything else in a folder to be replaced is the user's work.
 OWN_FILES = [
     "*.json",
     "*.jsonl",
@@ -41,7 +41,7 @@ OWN_FILES = [
     "merges.txt",
 ]
 OWN_FOLDERS = ["trainer_state"]
-RUNS = ("last", "phase-1")  # in a run that can be continued: of one phase, of several
+RUNS = ("last", "phase-1")  # exist in a run that can be continued: with one phase, with several
 NAME_MAX = 255  # bytes of a name, on every common file system
 
 
@@ -57,7 +57,7 @@ def _is_dmpt(folder: Path, *, quantized: bool) -> bool:
     return config.get("model_type") == "dmpt" and (config.get("quantization") is not None) == quantized
 
 
-# kind of product -> how a folder of that kind is recognised
+# kind of product -> test for a folder of that kind
 KINDS: dict[str, Callable[[Path], bool]] = {
     "checkpoint": lambda folder: _is_dmpt(folder, quantized=False),
     "quantized": lambda folder: _is_dmpt(folder, quantized=True),
@@ -67,7 +67,7 @@ KINDS: dict[str, Callable[[Path], bool]] = {
 
 
 def check_replaceable(out: Path, kind: str) -> None:
-    """Raise InputError unless `out` is absent, an empty folder, or a product of the same kind and nothing else.
+    """Raise InputError unless `out` is absent, an empty folder, or holds only a product of the same kind.
 
     Commands call it before long work, so that a wrong OUT is refused in the first second.
     """
@@ -82,17 +82,17 @@ def check_replaceable(out: Path, kind: str) -> None:
     if not names:
         return
     if not KINDS[kind](out):
-        raise InputError(f"{out} is not empty and is no {kind} folder of dmpt-export: give another one")
+        raise InputError(f"{out} is not empty and is not a dmpt-export {kind} folder: give another one")
     foreign = [name for name in names if not _own(out / name)]
     if foreign:
         raise InputError(
             f"{out} also holds {', '.join(foreign)}, which replacing it would delete: "
-            "move that away or give another folder"
+            "move those files away or give another folder"
         )
 
 
 def check_run(out: Path, overwrite: bool) -> None:
-    """Raise InputError when a new training run cannot go to `out`: it holds something else, or a run to be kept."""
+    """Raise InputError when a new training run cannot use `out`: it holds something else, or a run to keep."""
     check_place(out)
     if not out.is_dir():
         if out.exists():
@@ -102,14 +102,14 @@ def check_run(out: Path, overwrite: bool) -> None:
     if names and not names & {*RUNS, "metrics.jsonl"}:
         raise InputError(f"{out} is not empty and holds no training run: give another folder")
     if names & {*RUNS} and not overwrite:
-        raise InputError(f"{out} holds a training run: continue it with --resume, or start anew with --overwrite")
+        raise InputError(f"{out} holds a training run: continue it with --resume, or replace it with --overwrite")
 
 
 def check_inputs(out: Path, *inputs: str | os.PathLike[str] | None) -> None:
     """Raise InputError for an input that replacing `out` would delete: it is `out`, lies in it, or links into it.
 
-    inputs: folders and files that a verb reads; hub ids and None are passed over. Hard links are safe: what they name
-    stays when `out` goes.
+    inputs: folders and files that a verb reads; hub ids and None are ignored. Hard links are safe: their data stays
+    when `out` is deleted.
     """
     if not os.path.lexists(out):
         return
@@ -128,8 +128,7 @@ def check_inputs(out: Path, *inputs: str | os.PathLike[str] | None) -> None:
 
 
 def check_place(out: Path) -> None:
-    """Raise InputError when nothing can be made at `out`, because of its name, of what is above it, or because it may
-    not be written to."""
+    """Raise InputError when `out` cannot be created or written: a bad name, a bad parent, or missing permissions."""
     check_name(out)
     try:
         out = out.resolve()
@@ -138,16 +137,16 @@ def check_place(out: Path) -> None:
     longest = len(os.fsencode(_beside(out, "tmp").name))
     if longest > NAME_MAX:
         room = NAME_MAX - longest + len(os.fsencode(out.name))
-        raise InputError(f"the name '{out.name}' is too long: a place's name may have {room} bytes")
+        raise InputError(f"the name '{out.name}' is too long: give one of at most {room} bytes")
     if out.is_dir():
         if not os.access(out, os.W_OK | os.X_OK):
-            raise InputError(f"{out} may not be written to: give another place")
+            raise InputError(f"{out} is not writable: give another place")
         return
     above = next((path for path in out.parents if path.exists()), Path("/"))
     if not above.is_dir():
-        raise InputError(f"{out} cannot be made, for {above} is a file: give another place")
+        raise InputError(f"{out} cannot be created, because {above} is a file: give another place")
     if not os.access(above, os.W_OK | os.X_OK):
-        raise InputError(f"{out} cannot be made, for {above} may not be written to: give another place")
+        raise InputError(f"{out} cannot be created, because {above} is not writable: give another place")
 
 
 def _own(path: Path) -> bool:
@@ -157,11 +156,11 @@ def _own(path: Path) -> bool:
 
 @contextlib.contextmanager
 def atomic_folder(out: str | os.PathLike[str], kind: str) -> Iterator[Path]:
-    """Yield a temporary folder beside `out`; on success it becomes `out` in one step, on any error it goes.
+    """Yield a temporary folder beside `out`; on success it becomes `out` in one step, on any error it is deleted.
 
     An older product of the same `kind` (a key of KINDS) is replaced; anything else at `out` is refused
-    (InputError, see check_replaceable). After a kill, `out` is absent, old or complete; what the
-    killed run left beside it (`.{name}.tmp-*`) is removed by the next run.
+    (InputError, see check_replaceable). After a kill, `out` is absent, old or complete; the next run removes the
+    killed run's leftovers beside it (`.{name}.tmp-*`).
     """
     target = Path(out).resolve()
     recover(target)
@@ -174,14 +173,14 @@ def atomic_folder(out: str | os.PathLike[str], kind: str) -> Iterator[Path]:
                 yield tmp
                 settle(tmp)
                 _swap(tmp, target)
-            except BaseException:  # also Ctrl-C: nothing half-written stays
+            except BaseException:  # also Ctrl-C: leave nothing half-written
                 shutil.rmtree(tmp, ignore_errors=True)
                 raise
 
 
 @contextlib.contextmanager
 def atomic_file(out: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `out` to be written; on success it replaces `out`, on any error it goes."""
+    """Yield a temporary file beside `out`; on success it replaces `out`, on any error it is deleted."""
     target = Path(out).resolve()
     _remove_leftovers(target)
     with _made_parents(target.parent):
@@ -203,7 +202,7 @@ def _beside(target: Path, what: str) -> Path:
 
 
 def _swap(tmp: Path, target: Path) -> None:
-    """Put `tmp` where `target` is, and delete what was there."""
+    """Replace `target` by `tmp` and delete the old content."""
     old = tmp
     if not target.exists() or not os.listdir(target):
         os.replace(tmp, target)
@@ -215,7 +214,7 @@ def _swap(tmp: Path, target: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Let two folders change places in one step; False where the system (Linux can) or file system cannot."""
+    """Exchange two folders in one step; False where the system (Linux can) or file system cannot."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):
@@ -236,7 +235,7 @@ def _step_aside(tmp: Path, target: Path, old: Path) -> None:
 
 
 def recover(out: str | os.PathLike[str]) -> None:
-    """Undo what a killed run left of `out`: put an old folder back when nothing took its place, remove the rest."""
+    """Clean up after a killed run: restore the old folder if nothing replaced it, remove the rest."""
     target = Path(out).resolve()
     if not _remove_leftovers(target):
         return  # another run is writing this target right now
@@ -248,10 +247,10 @@ def recover(out: str | os.PathLike[str]) -> None:
 
 
 def _remove_leftovers(target: Path) -> bool:
-    """Delete what killed runs were writing for `target`. False when another run still writes there."""
+    """Delete what killed runs were writing for `target`. False when another run is still writing there."""
     leftovers = list(target.parent.glob(f".{glob.escape(target.name)}.tmp-*"))
     for path in leftovers:
-        # an OSError means that a running writer holds the lock, or that it is not ours to delete
+        # an OSError means that a running writer holds the lock, or that we may not delete it
         with contextlib.suppress(OSError), locked(path, insist=True):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     return not any(path.exists() for path in leftovers)
@@ -261,7 +260,7 @@ def _remove_leftovers(target: Path) -> bool:
 def locked(path: Path, insist: bool = False) -> Iterator[None]:
     """Hold an advisory lock on a file or folder, so that another run knows it is in use.
 
-    The system drops it when the process dies, however it dies. `insist`: raise OSError when it cannot be had.
+    The system releases it when the process ends for any reason. `insist`: raise OSError when the lock is unavailable.
     """
     if fcntl is None:
         if insist:
@@ -272,7 +271,7 @@ def locked(path: Path, insist: bool = False) -> Iterator[None]:
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # some network file systems lock no folders
+        except OSError:  # some network file systems cannot lock folders
             if insist:
                 raise
         yield
@@ -282,7 +281,7 @@ def locked(path: Path, insist: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _made_parents(folder: Path) -> Iterator[None]:
-    """Make `folder` and what is above it; take back what was made when the body fails."""
+    """Create `folder` and its parents; remove those created when the body fails."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -295,7 +294,7 @@ def _made_parents(folder: Path) -> Iterator[None]:
 
 
 def settle(folder: Path) -> None:
-    """Make every file readable as usual (some libraries write private ones) and force all of it to disk, so that a
+    """Give every file the usual permissions (some libraries write private files) and flush all to disk, so that a
     rename never publishes empty files."""
     mode = folder.stat().st_mode & 0o666
     for parent, _, names in os.walk(folder):
@@ -306,7 +305,7 @@ def settle(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    if os.name != "posix":  # elsewhere folders cannot be opened, nor files synced through a reading handle
+    if os.name != "posix":  # elsewhere folders cannot be opened, nor files synced through a read-only handle
         return
     handle = os.open(path, os.O_RDONLY)
     try:

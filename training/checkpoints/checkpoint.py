@@ -1,4 +1,4 @@
-"""Checkpoint folders: reading a DMPT or GPT-2, writing a DMPT. The public door to everything on disk."""
+"""Checkpoint folders: reading a DMPT or GPT-2, writing a DMPT. The public entry point to everything on disk."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Checkpoint:
 
     config: DMPTConfig
     tensors: dict[str, Tensor]  # float32, by the contract's names; a tied heads.0 is absent
-    folder: Path  # where it was read from; the tokenizer lies there
+    folder: Path  # where it was read from; also holds the tokenizer
 
 
 # --- reading ----------------------------------------------------------------------------------------
@@ -54,8 +54,8 @@ def read_config(source: Source) -> DMPTConfig:
 def read_checkpoint(source: Source) -> Checkpoint:
     """Configuration and checked float32 tensors of a DMPT or GPT-2 folder, or a hub id.
 
-    Raises InputError for a missing folder, a quantized one, damaged files, and for missing, unexpected or
-    misshapen tensors (all named at once).
+    Raises InputError for a missing or quantized folder, damaged files, and missing, unexpected or misshapen tensors
+    (all named at once).
     """
     folder = float_folder(source)
     config = read_config(folder)
@@ -89,7 +89,7 @@ def load_model(source: Source) -> DMPTForCausalLM:
 
 
 def model_from_tensors(config: DMPTConfig, tensors: Mapping[str, Tensor]) -> DMPTForCausalLM:
-    """A model around given tensors (not copied), in eval mode. Raises InputError when they do not fit `config`."""
+    """A model with the given tensors (not copied), in eval mode. Raises InputError when they do not fit `config`."""
     check_tensors(config, shapes_of(tensors), "the model")
     model = empty_model(config)
     given = dict(tensors)
@@ -105,7 +105,7 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def expected_shapes(config: DMPTConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor a checkpoint of `config` holds, with its shape, in the model's order."""
+    """Shape of every tensor in a checkpoint of `config`, in the model's order."""
     shapes = {name: tuple(tensor.shape) for name, tensor in empty_model(config).state_dict().items()}
     if config.tie_word_embeddings:
         shapes.pop(TIED_HEAD)
@@ -113,7 +113,7 @@ def expected_shapes(config: DMPTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def empty_model(config: DMPTConfig) -> DMPTForCausalLM:
-    """A model whose tensors have shapes but no memory, whatever sizes `config` claims."""
+    """A model whose tensors have shapes but no memory, so that any sizes in `config` are safe."""
     with torch.device("meta"):
         return DMPTForCausalLM(config)
 
@@ -124,8 +124,8 @@ def check_tensors(
     where: object,
     filed: Callable[[str], str] = str,
 ) -> None:
-    """Raise InputError naming every missing, unexpected and misshapen tensor. `where` names the source, `filed` gives
-    the name that a tensor has in its file."""
+    """Raise InputError naming every missing, unexpected and misshapen tensor. `where` names the source; `filed` maps a
+    tensor's name to its name in the file."""
     if config.n_layer > len(shapes):
         raise InputError(f"{where}: config says {config.n_layer} blocks, but there are only {len(shapes)} tensors")
     expected = expected_shapes(config)
@@ -161,8 +161,8 @@ def save_model(
 ) -> None:
     """Write a checkpoint folder atomically: config, weights, tokenizer, generation config, model card.
 
-    `card`: Markdown that says how the model came about, put into README.md. Raises InputError when `out`
-    holds something else than a checkpoint of ours.
+    `card`: Markdown for README.md about the model's origin. Raises InputError when `out` holds anything but a
+    checkpoint of ours.
     """
     with atomic_folder(out, "checkpoint") as tmp:
         write_model(model, tmp, tokenizer_from, card, name=Path(out).resolve().name)
@@ -175,7 +175,7 @@ def write_model(
     card: str | None = None,
     name: str = "DMPT",
 ) -> None:
-    """What save_model writes, into an existing folder (one that atomic_folder gave), to be followed by more files."""
+    """Write the files of save_model into an existing folder (from atomic_folder), which may get more files."""
     config = model.config
     assert isinstance(config, DMPTConfig)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
@@ -204,15 +204,15 @@ def config_fields(config: DMPTConfig) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON object for people and programs: indented, UTF-8."""
+    """Write a JSON object, indented, in UTF-8."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def copy_tokenizer(src: Source, dst: Source, config: Any = None) -> bool:
-    """Write the complete tokenizer of a model folder or hub id into `dst`; False when it has none.
+    """Write the complete tokenizer of a model folder or hub id into `dst`; returns False when it has none.
 
-    config: of the model it is for. Raises InputError when the tokenizer cannot be read, or knows ids that a model of
-    config's vocab_size does not.
+    config: of the model that will use it. Raises InputError when the tokenizer cannot be read, or has ids beyond
+    config's vocab_size.
     """
     source = resolve(src, TOKENIZER_FILES)
     if config is not None and has_tokenizer(source):

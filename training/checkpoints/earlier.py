@@ -1,10 +1,10 @@
-"""An earlier result, kept until the one that replaces it piece by piece is complete.
+"""Keep an earlier result until the new one, which replaces it piece by piece, is complete.
 
-    set_aside(out, names, complete)      what bears these names in `out` moves into out/.earlier
+    set_aside(out, names, complete)      moves entries with these names from `out` into out/.earlier
     ...                                  the new result is written
-    settle(out)                          complete: the old one goes; not complete: it comes back
+    settle(out)                          new result complete: delete the old one; else restore it
 
-A kill in between leaves .earlier, and recover_earlier() decides the same. Standard library only.
+A kill in between leaves .earlier, and recover_earlier() makes the same decision. Standard library only.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from pathlib import Path
 from training.checkpoints.atomic import locked
 from training.errors import InputError
 
-ASIDE, MOVING = ".earlier", ".earlier-moving"  # complete, and while names are being moved into or out of it
-# What a training run has in its folder, but for the model that it publishes, whose files are replaced one by one.
+ASIDE, MOVING = ".earlier", ".earlier-moving"  # complete, and while entries are moved in or out
+# Entries of a training run's folder, except the published model, whose files are replaced one by one.
 RUN = ("last", "best", "tensorboard", "metrics.jsonl", "phase-*")
-SAVED = ("last", "phase-1/last")  # one of them is there once a run can be continued
-_ours: dict[Path, ExitStack] = {}  # .earlier of this process, by its path, with its lock
+SAVED = ("last", "phase-1/last")  # one of them exists once a run can be continued
+_ours: dict[Path, ExitStack] = {}  # path of each .earlier that this process made -> its lock
 
 
 def _present(out: Path, names: Sequence[str]) -> list[str]:
-    """What there is, among it what patterns such as phase-* stand for."""
+    """Entries of `out` that match `names`, which may be patterns such as phase-*."""
     there = os.listdir(out) if out.is_dir() else []
     return sorted(name for name in there if any(fnmatch.fnmatch(name, pattern) for pattern in names))
 
 
 def set_aside(out: Path, names: Sequence[str]) -> None:
-    """Move what bears one of `names` in `out` into out/.earlier. Raises InputError when another process did."""
+    """Move entries of `out` that match `names` into out/.earlier. Raises InputError when another process did so."""
     if not (present := _present(out, names)):
         return
     aside, moving = out / ASIDE, out / MOVING
     if aside.exists() or moving.exists():
-        raise InputError(f"another run is writing to {out}, for there is {aside}: wait for it or give another OUT")
+        raise InputError(f"another run is writing to {out}, as {aside} exists: wait for it or give another OUT")
     moving.mkdir()
     with ExitStack() as stack:
         stack.enter_context(locked(moving))
@@ -50,8 +50,8 @@ def set_aside(out: Path, names: Sequence[str]) -> None:
 
 
 def settle(out: Path, names: Sequence[str], complete: Sequence[str]) -> None:
-    """End what set_aside() began in this process, if it did: `complete`: the new result is whole once it has
-    one of these."""
+    """Finish what set_aside() began in this process, if anything. The new result is complete once it has one of
+    the entries `complete`."""
     aside = (out / ASIDE).resolve()
     if (lock := _ours.pop(aside, None)) is not None:
         with lock:
@@ -59,24 +59,24 @@ def settle(out: Path, names: Sequence[str], complete: Sequence[str]) -> None:
 
 
 def recover_earlier(out: Path, names: Sequence[str], complete: Sequence[str]) -> None:
-    """The same after a kill. Nothing happens while the process that set something aside still runs."""
+    """settle() after a kill. Does nothing while the process that set the earlier result aside still runs."""
     for folder in (out / MOVING, out / ASIDE):
         if os.path.isdir(folder):
-            # an OSError: the lock is held, or the folder is not ours to change
+            # an OSError: another process holds the lock, or we may not change the folder
             with contextlib.suppress(OSError), locked(folder, insist=True):
                 _decide(out, names, complete)
 
 
 def _decide(out: Path, names: Sequence[str], complete: Sequence[str]) -> None:
     moving, aside = out / MOVING, out / ASIDE
-    if moving.is_dir():  # there is nothing new yet, or no longer
+    if moving.is_dir():  # there is no new result yet, or no longer
         _put_back(moving, out)
     elif aside.is_dir() and any(os.path.lexists(out / name) for name in complete):
         shutil.rmtree(aside)
     elif aside.is_dir():
         for name in _present(out, names):
             _remove(out / name)
-        os.rename(aside, moving)  # from here on it only comes back
+        os.rename(aside, moving)  # from here on the old result is restored
         _put_back(moving, out)
 
 
@@ -95,7 +95,7 @@ def _remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(out: Path, names: Sequence[str], complete: Sequence[str]) -> Iterator[None]:
-    """set_aside(), and settle() at the end of the block, however it ends."""
+    """set_aside(), then settle() at the end of the block, even after an error."""
     recover_earlier(out, names, complete)
     set_aside(out, names)
     try:

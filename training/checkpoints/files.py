@@ -1,4 +1,4 @@
-"""Where a model lives, and its JSON files. Standard library only; the hub client is imported for hub ids."""
+"""Find a model's folder and read its JSON files. Standard library only; the hub client is imported for hub ids."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ TOKENIZER_FILES = (
     "merges.txt",
 )
 EXPECTED = "give a .pt file that the original project's training wrote"
-# What a model folder needs; hubs also hold TensorFlow, ONNX and pickled copies.
+# The files that a model folder needs; hubs also hold TensorFlow, ONNX and pickled copies.
 MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 
 
 def resolve(source: str | os.PathLike[str], files: Sequence[str] = (*MODEL_FILES, *TOKENIZER_FILES)) -> Path:
-    """The local folder of a model: `source` itself, or where the `files` of its hub snapshot were put.
+    """The local folder of a model: `source` itself, or the folder with the `files` of its hub snapshot.
 
     A folder wins over a hub id of the same name. Raises InputError when there is neither.
     """
@@ -38,7 +38,7 @@ def resolve(source: str | os.PathLike[str], files: Sequence[str] = (*MODEL_FILES
     if path.is_dir():
         return path
     if path.is_symlink():
-        raise InputError(f"{path} is a link that leads to nothing, or in a circle: give the model folder itself")
+        raise InputError(f"{path} is a broken or circular link: give the model folder itself")
     if path.exists():
         hint = ": convert it first with `dmpt-export convert`" if path.suffix in (".pt", ".pth") else ""
         raise InputError(f"{path} is a file, a model is a folder{hint or ': give the folder that holds config.json'}")
@@ -70,7 +70,7 @@ def _hub_snapshot(name: str, files: Sequence[str]) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where this project remembers what can be computed again; without a home directory, a temporary folder."""
+    """The folder for data that can be recomputed; without a home directory, a temporary folder."""
     if place := os.environ.get("XDG_CACHE_HOME"):
         return Path(place) / "dmpt-export"
     try:
@@ -82,8 +82,8 @@ def cache_folder() -> Path:
 
 
 def check_readable(path: Path) -> None:
-    """Raise the system's own OSError for a file that cannot be opened: the safetensors library calls all of them
-    missing."""
+    """Raise the system's own OSError for a file that cannot be opened: the safetensors library reports every such file
+    as missing."""
     with open(path, "rb"):
         pass
 
@@ -98,20 +98,20 @@ def check_name(path: Path) -> None:
 
 
 def check_pt(path: Path) -> None:
-    """Raise InputError when a file cannot be a .pt checkpoint of the original project: it is missing, or no archive."""
+    """Raise InputError for a file that cannot be an original .pt checkpoint: missing, or not an archive."""
     if not path.is_file():
-        raise InputError(f"{path} does not exist or is no file: {EXPECTED}")
+        raise InputError(f"{path} does not exist or is not a file: {EXPECTED}")
     if not zipfile.is_zipfile(path):
-        raise InputError(f"{path} is no PyTorch checkpoint, or cut short: copy it again")
+        raise InputError(f"{path} is not a PyTorch checkpoint, or cut short: copy it again")
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, short enough for a one-line message."""
+    """The message of another library's error, short enough for a one-line message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises InputError when it is missing, damaged or no object."""
+    """A JSON object from a file. Raises InputError when it is missing, damaged or not an object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

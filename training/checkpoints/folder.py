@@ -1,7 +1,7 @@
-"""A model folder as far as it can be known without torch: config.json, which tensors there are, and their shapes.
+"""What can be read from a model folder without torch: config.json, tensor names and shapes.
 
-Reading the tensors is training.checkpoints.checkpoint's. What is wrong here is said before the seconds that importing
-torch takes.
+training.checkpoints.checkpoint reads the tensors themselves. Faults found here are reported before torch is imported,
+which takes seconds.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from training.text.ends import end_ids
 
 Source = str | os.PathLike[str]  # a DMPT or GPT-2 folder, or a hub id
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-MOST_HEADER = 100_000_000  # bytes; what the safetensors library takes
+MOST_HEADER = 100_000_000  # bytes; the safetensors library's limit
 CHUNK = 1 << 24  # bytes compared at a time
 
 
@@ -37,7 +37,7 @@ VERIFY: ContextVar[bool] = ContextVar("verify_gpt2", default=True)
 
 @contextmanager
 def unverified() -> Iterator[None]:
-    """GPT-2 folders that are read inside are taken without that comparison: --no-verify."""
+    """Skip that comparison for GPT-2 folders read inside the block: --no-verify."""
     token = VERIFY.set(False)
     try:
         yield
@@ -57,7 +57,7 @@ def read_fields(source: Source) -> tuple[Path, dict[str, Any]]:
     folder = resolve(source)
     if not (folder / "config.json").is_file():
         known = "an exported model (run it with `dmpt-export run`)" if (folder / "dmpt_manifest.json").is_file() else ""
-        raise InputError(f"{folder} is {known or 'no model folder: it has no config.json'}")
+        raise InputError(f"{folder} is {known or 'not a model folder: it has no config.json'}")
     path = folder / "config.json"
     fields = read_json(path)
     kind = fields.get("model_type")
@@ -68,7 +68,7 @@ def read_fields(source: Source) -> tuple[Path, dict[str, Any]]:
             fields = without_aliases(fields)
         check_fields(fields, own=kind == "dmpt")
         if fields.get("quantization") is None:
-            fields.pop("quantization", None)  # null says what leaving it out says
+            fields.pop("quantization", None)  # null means the same as leaving it out
         if kind == "gpt2":
             if unused := check_known(fields):
                 note_once(f"{path}: not used: {', '.join(unused)}")
@@ -83,7 +83,7 @@ def read_fields(source: Source) -> tuple[Path, dict[str, Any]]:
 
 
 def read_shape(source: Source) -> Shape:
-    """What the model in a folder (or a hub id) is. Raises InputError as read_fields, and for contradictions."""
+    """The Shape of the model in a folder or hub id. Raises InputError as read_fields, and for contradictions."""
     path, fields = read_fields(source)
     with naming(path):
         return Shape.of(fields)
@@ -105,7 +105,7 @@ def float_folder(source: Source) -> Path:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Turn what making a configuration of a config.json raises into InputErrors that name the file."""
+    """Turn errors of building a configuration from config.json into InputErrors that name the file."""
     try:
         yield
     except InputError as error:
@@ -115,9 +115,9 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def read_head_allocation(path: Source) -> dict[str, list[int]]:
-    """Which head ids belong to which leaf, from JSON such as {"left": [0, 1], "right": [2, 3]}.
+    """The head ids of each leaf, from JSON such as {"left": [0, 1], "right": [2, 3]}.
 
-    Raises InputError when the file is no such object; whether it fits the tree is Shape's check.
+    Raises InputError for any other form of file; Shape checks whether it fits the tree.
     """
     allocation = read_json(Path(path))
     for leaf, heads in allocation.items():
@@ -130,7 +130,7 @@ def read_head_allocation(path: Source) -> dict[str, list[int]]:
 
 
 def tensor_files(folder: Path) -> list[tuple[Path, list[str] | None]]:
-    """The safetensors files of a folder, each with the names to take from it (None: all)."""
+    """The safetensors files of a folder, each with the names to read from it (None: all)."""
     if (folder / SINGLE).is_file():
         return [(folder / SINGLE, None)]
     index = folder / INDEX
@@ -158,8 +158,8 @@ def tensor_files(folder: Path) -> list[tuple[Path, list[str] | None]]:
 def tensor_shapes(folder: Path, shape: Shape) -> dict[str, tuple[int, ...]]:
     """Shapes of a float checkpoint's tensors by the contract's names, from the headers of its files.
 
-    {} where a header cannot be read: what is wrong with the file is reported when the tensors are read. Raises
-    InputError as tensor_files.
+    {} where a header cannot be read: the fault is reported when the tensors are read. Raises InputError as
+    tensor_files.
     """
     found = headers(folder)
     if read_json(folder / "config.json").get("model_type") != "gpt2":
@@ -178,7 +178,7 @@ class Entry:
     file: Path
     shape: tuple[int, ...]
     dtype: str
-    start: int  # of its bytes in the file
+    start: int  # offset of its bytes in the file
     size: int
 
 

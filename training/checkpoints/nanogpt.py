@@ -1,8 +1,8 @@
-"""nanoGPT's ckpt.pt read as one of our checkpoints: GPT-2 with linear layers the other way round.
+"""Read nanoGPT's ckpt.pt: GPT-2 with transposed linear weights.
 
 The file holds `model` (tensors) and `model_args` (n_layer, n_head, n_embd, block_size, bias, vocab_size). Linear
-weights are stored [out, in], and a model with `bias` false has no biases. Its GELU is the exact one
-(nn.GELU), not GPT-2's tanh form. Source: github.com/karpathy/nanoGPT, model.py and train.py (MIT, A. Karpathy 2022).
+weights are stored [out, in], and a model with `bias` false has no biases. It uses the exact GELU (nn.GELU), not
+GPT-2's tanh form. Source: github.com/karpathy/nanoGPT, model.py and train.py (MIT, A. Karpathy 2022).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ GPT2_VOCABULARY = 50257  # nanoGPT rounds it up to 50,304
 
 
 def from_nanogpt(path: Path, state: Mapping[str, Tensor], sizes: Mapping[str, Any]) -> tuple[Checkpoint, list[str]]:
-    """A checkpoint and notes for people. state: tensors without wrappers' prefixes; sizes: `model_args`.
+    """A checkpoint and notes for the user. state: tensors without wrapper prefixes; sizes: `model_args`.
 
     Raises InputError for sizes that are missing or do not fit the tensors (all named at once).
     """
@@ -38,13 +38,13 @@ def from_nanogpt(path: Path, state: Mapping[str, Tensor], sizes: Mapping[str, An
             raise InputError(f"{path}: model_args.{name} must be {SIZE.words}, not {sizes.get(name)!r}")
     embedding = state.get("transformer.wte.weight")
     if embedding is None:
-        raise InputError(f"{path} holds no transformer.wte.weight: it is no checkpoint of nanoGPT")
+        raise InputError(f"{path} holds no transformer.wte.weight: it is not a nanoGPT checkpoint")
     end = GPT2_VOCABULARY - 1 if len(embedding) >= GPT2_VOCABULARY else None
-    notes = ["nanoGPT's checkpoint; activation_function is the exact gelu, as in its code since March 2023"]
+    notes = ["nanoGPT checkpoint; activation_function is the exact gelu, as in its code since March 2023"]
     head = state.get(LM_HEAD)
     tied = head is None or torch.equal(head, embedding)
     if not tied:
-        notes.append("lm_head.weight differs from the embedding: kept as a head of its own")
+        notes.append("lm_head.weight differs from the embedding: kept as a separate head")
     config = DMPTConfig(
         vocab_size=len(embedding),
         **{ours: sizes[name] for name, ours in SIZES.items()},

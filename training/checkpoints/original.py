@@ -1,8 +1,8 @@
-"""Checkpoints (.pt) of the original DMPT project read as ours.
+"""Read checkpoints (.pt) of the original DMPT project.
 
-Three kinds, told apart by their tensor names: dual path, quad path, and one path with several heads. The
-original files some of a model's settings beside the tensors and some nowhere; sizes therefore come from
-the tensors. Names: https://github.com/songnianqian/-Dynamic-Multiple-Path-Transformer (MIT, S. Qian 2025).
+Three kinds, distinguished by their tensor names: dual path, quad path, and one path with several heads. The original
+stores only some of a model's settings beside the tensors, so sizes come from the tensors.
+Names: https://github.com/songnianqian/-Dynamic-Multiple-Path-Transformer (MIT, S. Qian 2025).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from training.errors import InputError
 from training.model.config import DMPTConfig
 from training.model.shape import ROOT, leaf_names
 
-SAFE_TORCH = (2, 10)  # before, files could run code although weights_only was set: CVE-2025-32434, CVE-2026-24747
+SAFE_TORCH = (2, 10)  # earlier, files could run code despite weights_only: CVE-2025-32434, CVE-2026-24747
 # module that holds blocks -> our node
 BLOCKS = {
     "shared_layers": ROOT,
@@ -40,20 +40,20 @@ BLOCKS = {
 }
 GATES = {"gate": ROOT, "gate_1": ROOT, "gate_2_left": "left", "gate_2_right": "right"}
 SEPARATE_HEADS = {"left_lm_head": "left", "right_lm_head": "right"}  # quad: lm_head_{leaf}
-LAYERS = {"fc1": 0, "fc2": 2, "net.0": 0, "net.2": 2}  # of a head gate: two generations of names
+LAYERS = {"fc1": 0, "fc2": 2, "net.0": 0, "net.2": 2}  # layers of a head gate: older and newer names
 WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|model\.)+")  # DataParallel, torch.compile
 COUNTERS = re.compile(r"lm_head\.(usage|selection)_counts|.*\.attn\.(bias|masked_bias)")
-NANOGPT = "model_args"  # what only a checkpoint of nanoGPT has
+NANOGPT = "model_args"  # only nanoGPT checkpoints have this key
 GPT2_EOS = {50257: 50256}  # vocabulary size -> id of <|endoftext|>
 
 
 def read_original(
     path: str | os.PathLike[str], head_allocation: dict[str, list[int]] | None = None, n_head: int | None = None
 ) -> tuple[Checkpoint, list[str]]:
-    """A checkpoint of the original project as one of ours, and notes for people on what had to be inferred.
+    """Convert a checkpoint of the original project; returns it with notes for the user on what was inferred.
 
-    head_allocation, n_head (attention heads): needed where the file does not say and they cannot be inferred.
-    Nothing in the file is run. Raises InputError for a file that is none, is damaged or holds more than
+    head_allocation, n_head (attention heads): needed where the file lacks them and they cannot be inferred.
+    No code in the file is run. Raises InputError for a file that is not a checkpoint, is damaged or holds more than
     tensors and plain values, and for tensors that cannot be mapped (all named at once).
     """
     path = Path(path)
@@ -66,7 +66,7 @@ def read_original(
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     except (TypeError, ValueError, IndexError) as error:  # shapes or settings that no DMPT has
-        raise InputError(f"{path} is no checkpoint of the original project ({first_line(error)})") from error
+        raise InputError(f"{path} is not a checkpoint of the original project ({first_line(error)})") from error
     names = {name: our_name(name, config, ids) for name in state}
     unknown = sorted(name for name, new in names.items() if new is None)
     if unknown:
@@ -87,11 +87,11 @@ def load_pt(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
     if version < SAFE_TORCH:
         raise InputError(
-            f"torch {torch.__version__} has known holes in reading .pt files safely: upgrade to 2.10 or later"
+            f"torch {torch.__version__} has known vulnerabilities in reading .pt files: upgrade to 2.10 or later"
         )
     check_pt(path)
     try:
-        with torch.serialization.safe_globals([GPT2Config]):  # the original may have filed its whole configuration
+        with torch.serialization.safe_globals([GPT2Config]):  # the original may store its whole configuration
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except MemoryError:
         raise
@@ -125,9 +125,9 @@ def load_pt(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def our_name(name: str, config: DMPTConfig, ids: Mapping[int, int]) -> str | None:
-    """The contract's name of an original tensor; "" for one that is dropped, None for one we do not know.
+    """The contract's name of an original tensor; "" for a dropped tensor, None for an unknown one.
 
-    ids: original head id -> ours; a head that no leaf uses is absent.
+    ids: original head id -> ours; heads that no leaf uses are absent.
     """
     tree = config.tree
     if match := re.fullmatch(rf"({'|'.join(map(re.escape, BLOCKS))})\.(\d+)\.(.+)", name):
@@ -154,7 +154,7 @@ def _head_name(name: str, config: DMPTConfig, ids: Mapping[int, int]) -> str | N
 
 
 def separate_leaf(name: str) -> str:
-    """The leaf whose own head this tensor is, in the variants without shared heads; "" for none."""
+    """The leaf that owns this head tensor, in the variants without shared heads; "" for none."""
     match = re.fullmatch(r"(?:(\w+_lm_head)|lm_head_(\w+))\.weight", name)
     return "" if match is None else SEPARATE_HEADS.get(match[1] or "", match[2] or "")
 
@@ -194,10 +194,10 @@ def infer_config(
     ids = {old: new for new, old in enumerate(sorted({j for heads in chosen.values() for j in heads}))}
     unused = count(state, r"lm_head\.perceptrons\.(\d+)\.") - len(ids)
     if unused > 0:
-        notes.append(f"{unused} heads belong to no leaf and were left out")
+        notes.append(f"{unused} heads belong to no leaf and were dropped")
     gate_hidden = next((len(state[name]) for name in state if re.search(r"gate.*\.(0|fc1|net\.0)\.bias$", name)), 256)
     inner = next((tensor.shape[-1] for name, tensor in state.items() if name.endswith(".mlp.c_fc.weight")), None)
-    notes.append("gate_temp 1.0: the original filed its --gate_temp but never applied it")
+    notes.append("gate_temp 1.0: the original stored its --gate_temp but never applied it")
     most = max(len(heads) for heads in chosen.values())
     head_topk = stored.get("head_fast_k") or stored.get("head_topk")
     config = DMPTConfig(
@@ -222,12 +222,12 @@ def infer_config(
 
 
 def count(names: Iterable[str], pattern: str) -> int:
-    """How many different numbers stand where `pattern`'s group does at the start of the names."""
+    """Number of distinct values of `pattern`'s group, matched at the start of the names."""
     return len({match[1] for name in names if (match := re.match(pattern, name))})
 
 
 def infer_splits(state: Mapping[str, Tensor]) -> tuple[list[int], int]:
-    """(splits, blocks on a way) from how many blocks each module holds."""
+    """(splits, blocks on a root-to-leaf way), from the number of blocks in each module."""
     blocks = {module: count(state, rf"{re.escape(module)}\.(\d+)\.") for module in BLOCKS}
     trunk = blocks["shared_layers"] or blocks["transformer.h"]
     if not trunk:
@@ -241,7 +241,7 @@ def infer_splits(state: Mapping[str, Tensor]) -> tuple[list[int], int]:
 def infer_allocation(
     state: Mapping[str, Tensor], stored: Mapping[str, Any], leaves: list[str], notes: list[str]
 ) -> dict[str, list[int]]:
-    """Which (original) head ids belong to which leaf; head gates tell how many, the file may tell which."""
+    """(Original) head ids of each leaf; head gates give their number, the file may give the ids."""
     if any(separate_leaf(name) for name in state):
         return {leaf: [i] for i, leaf in enumerate(leaves)}
     n_heads = count(state, r"lm_head\.perceptrons\.(\d+)\.")
@@ -275,7 +275,7 @@ def infer_allocation(
 
 
 def infer_n_head(stored: Mapping[str, Any], n_embd: int, notes: list[str]) -> int:
-    """Attention heads: as filed, or GPT-2's 64 values each."""
+    """Number of attention heads: as stored, or with GPT-2's 64 values each."""
     filed = stored.get("n_head")
     if type(filed) is int and filed > 0:
         return filed

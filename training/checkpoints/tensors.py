@@ -1,4 +1,4 @@
-"""Safetensors files: one file or shards, checked for damage; every error names the file and what to do."""
+"""Read and write safetensors files, single or sharded. Every error names the damaged file and what to do."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def read_tensors(folder: Path, rename: Callable[[str], str | None] = lambda name: name) -> dict[str, Tensor]:
-    """Float tensors of a model folder as float32, by `rename`d name (None: left unread); memory-mapped where possible.
+    """Float tensors of a model folder as float32, by `rename`d name (None: skip); memory-mapped where possible.
 
-    Raises InputError for a missing, damaged or short file, a tensor that is no float, NaN and infinity.
+    Raises InputError for a missing, damaged or short file, a tensor that is not float, NaN and infinity.
     """
     out: dict[str, Tensor] = {}
     for path, wanted in tensor_files(folder):
@@ -37,11 +37,11 @@ def read_tensors(folder: Path, rename: Callable[[str], str | None] = lambda name
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write one safetensors file. Raises OSError when the disk does not take it."""
+    """Write one safetensors file. Raises OSError when writing to disk fails."""
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        system = re.search(r"os error (\d+)", str(error))  # the library says it only in words
+        system = re.search(r"os error (\d+)", str(error))  # the library reports it only in words
         if system is None:
             raise
         raise OSError(int(system[1]), os.strerror(int(system[1])), str(path)) from error
@@ -50,8 +50,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 def _tensors_of(path: Path, wanted: list[str] | None) -> Iterator[tuple[str, Tensor]]:
     try:
         check_readable(path)
-        # The library checks the header: its size, that tensors fill the file without overlap or hole, and
-        # that each one's bytes fit its shape and type.
+        # The library checks the header: its size, that tensors fill the file without overlaps or gaps, and that each
+        # tensor's byte count fits its shape and type.
         with safe_open(path, framework="pt") as file:
             there = set(file.keys())
             absent = sorted(set(wanted or ()) - there)
@@ -66,11 +66,11 @@ def _tensors_of(path: Path, wanted: list[str] | None) -> Iterator[tuple[str, Ten
 
 
 def as_float32(path: Path, name: str, tensor: Tensor) -> Tensor:
-    """`tensor` as float32. Raises InputError, naming it, when it is no float or holds NaN or infinity."""
+    """`tensor` as float32. Raises InputError, naming it, when it is not float or holds NaN or infinity."""
     if tensor.dtype not in FLOATS:
         raise InputError(f"{path}: tensor '{name}' is {str(tensor.dtype).removeprefix('torch.')}, floats are expected")
     tensor = tensor.to(torch.float32)
-    # One bad value spoils the sum, which is several times faster than looking at each; a sum may also overflow.
+    # One bad value spoils the sum, which is several times faster than checking each value; a sum may also overflow.
     if not torch.isfinite(tensor.sum()):
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:

@@ -1,8 +1,8 @@
-"""The first reading of a GPT-2 folder, held against the library that defines it.
+"""Compare a GPT-2 folder, when first read, with Transformers, the library that defines it.
 
-This project's log-probs are compared with those of Transformers' GPT2LMHeadModel, made of the same weights and of
-config.json as the library itself reads it, and the ids of a fixed text with the folder's own tokenizer. Only fields
-that training.model.fields knows reach the library: some fields of a config.json can make it run code (CVE-2026-4372).
+Compares this project's log-probs with those of Transformers' GPT2LMHeadModel, built from the same weights and from
+config.json as the library reads it, and the ids of a fixed text with the folder's own tokenizer. Only fields known to
+training.model.fields reach the library: some fields of a config.json can make it run code (CVE-2026-4372).
 
 A folder that passed is remembered, in memory and in the cache folder, until one of its files changes.
 """
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from training.model.generation import DMPTForCausalLM
 
 TOKENS, SEED = 16, 3
-# Largest difference of a log-prob, absolute and by its size. Sums in another order may differ by more in float32, where
-# weights are large; the same arithmetic then agrees in float64.
+# Largest difference of a log-prob, absolute and relative. With large weights, sums in a different order may differ by
+# more in float32; the same arithmetic then agrees in float64.
 LIMITS = ((torch.float32, 1e-4, 1e-5), (torch.float64, 1e-6, 1e-6))
 READ = {*GPT2, *ALIASES, "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"}
 PASSED: set[str] = set()
@@ -40,10 +40,10 @@ PASSED: set[str] = set()
 def verify_source(
     folder: Path, make: Callable[[], DMPTForCausalLM], tensors: Mapping[str, Tensor], names: Names
 ) -> None:
-    """Compare once what a GPT-2 folder says through this project and through Transformers.
+    """Compare, once, a GPT-2 folder's results between this project and Transformers.
 
-    make: gives the model of the folder; tensors: its weights by the contract's names; names: how its files call them.
-    Raises ValidationError (exit code 4) saying what differs, where and by how much.
+    make: builds the folder's model; tensors: its weights by the contract's names; names: their names in its files.
+    Raises ValidationError (exit code 4) naming what differs, where and by how much.
     """
     if not VERIFY.get():
         return
@@ -56,13 +56,13 @@ def verify_source(
 
     verify_tokenizer(folder)
     PASSED.add(key)
-    with contextlib.suppress(OSError):  # then it is compared again next time
+    with contextlib.suppress(OSError):  # on failure it is compared again next time
         record.parent.mkdir(parents=True, exist_ok=True)
         record.touch()
 
 
 def fingerprint(folder: Path) -> str:
-    """Changes with the small files' content, with size and time of the weights, and with the libraries."""
+    """Hash of the small files' content, the size and time of the weights, and the library versions."""
     digest = hashlib.sha256(f"1 {version('dmpt-export')} {version('transformers')} {folder.resolve()}".encode())
     for pattern in (*MODEL_FILES, *TOKENIZER_FILES):
         for file in sorted(folder.glob(pattern)):
@@ -74,7 +74,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def compare_log_probs(folder: Path, model: DMPTForCausalLM, tensors: Mapping[str, Tensor], names: Names) -> None:
-    """Raise ValidationError where a log-prob of a few tokens differs from Transformers'."""
+    """Raise ValidationError if a log-prob of a few tokens differs from Transformers'."""
     theirs = transformers_model(folder, model, tensors, names)
     size = min(TOKENS, model.config.n_positions)
     ids = torch.from_numpy(np.random.default_rng(SEED).integers(0, model.config.vocab_size, (1, size)))
@@ -91,9 +91,9 @@ def compare_log_probs(folder: Path, model: DMPTForCausalLM, tensors: Mapping[str
     first = next((i for i, (a, b) in enumerate(zip(want, got, strict=False)) if not close(a, b)), None)
     where = "the blocks agree" if first is None else f"block {first} is the first that differs"
     raise ValidationError(
-        f"{folder}: this program computes something else than Transformers: the log-prob of token {v} after position "
+        f"{folder}: this program's result differs from Transformers': the log-prob of token {v} after position "
         f"{t} is {float(found[t, v]):.6f} instead of {float(expected[t, v]):.6f} ({where}). Please report it; "
-        "--no-verify goes on with it"
+        "--no-verify skips this check"
     )
 
 
@@ -103,7 +103,7 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 @contextlib.contextmanager
 def outputs_of(blocks: Iterable[Any]) -> Iterator[list[Tensor]]:
-    """What each block returns, in order."""
+    """Collect the output of each block, in order."""
     out: list[Tensor] = []
 
     def keep(_module: object, _inputs: object, output: Any) -> None:
@@ -118,7 +118,7 @@ def outputs_of(blocks: Iterable[Any]) -> Iterator[list[Tensor]]:
 
 
 def transformers_model(folder: Path, model: DMPTForCausalLM, tensors: Mapping[str, Tensor], names: Names) -> Any:
-    """Transformers' GPT-2 of a folder around the same tensors, in eval mode. config.json is the library's to read."""
+    """Transformers' GPT-2 of a folder with the same tensors, in eval mode. The library itself reads config.json."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     fields = {name: value for name, value in read_json(folder / "config.json").items() if name in READ}
@@ -137,7 +137,7 @@ def transformers_model(folder: Path, model: DMPTForCausalLM, tensors: Mapping[st
     missing = [name for name in missing if not name.endswith((".attn.bias", ".attn.masked_bias"))]
     if missing or unexpected:
         raise ValidationError(
-            f"{folder}: Transformers' GPT-2 of its config.json has other tensors: "
+            f"{folder}: Transformers' GPT-2 of its config.json has different tensors: "
             f"{', '.join([*missing, *unexpected][:8])}"
         )
     restore_buffers(theirs)
@@ -145,7 +145,7 @@ def transformers_model(folder: Path, model: DMPTForCausalLM, tensors: Mapping[st
 
 
 def restore_buffers(model: Any) -> None:
-    """Causal masks that a model on torch's meta device lacks."""
+    """Create the causal masks that a model on torch's meta device lacks."""
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:
             owner = model.get_submodule(name.rpartition(".")[0])
