@@ -103,7 +103,7 @@ def test_touched_parameters_are_those_of_the_measurement() -> None:
 
 
 def test_training_with_random_routing_is_refused() -> None:
-    with pytest.raises(InputError, match="evaluation alone"):
+    with pytest.raises(InputError, match="evaluation only"):
         Objective(random_model([2], 2), TrainOptions(train_path_selection="random"))
 
 

@@ -84,7 +84,7 @@ def test_resuming_drops_metrics_that_it_will_write_again(tmp_path: Path) -> None
         ({"tokens": some_tokens(1500, 7)}, "crc32 of the training data"),
         ({"options": options(seed=1)}, "seed of the training data"),
         ({"options": options(max_length=8)}, "length of the training data"),
-        ({"model": random_model([], 1, n_layer=2)}, "holds another model"),
+        ({"model": random_model([], 1, n_layer=2)}, "holds a different model"),
     ],
 )
 def test_resuming_something_else_fails_loudly(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -1,7 +1,7 @@
 """log P(gold token) under one vocabulary head, at half the memory traffic of linear + log_softmax + gather.
 
-A head is most of a small model's work, and on a CPU half of that is passing over its (rows, vocab) logits again
-and again. Here they are written once and read once: all elementwise work happens on slices that stay in cache.
+A head is most of a small model's work, and on a CPU half of that time goes into repeated passes over its (rows, vocab)
+logits. Here they are written once and read once: all elementwise work happens on slices that stay in cache.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-ROWS = {"cpu": 256}  # rows per slice; elsewhere, launching fewer and larger kernels counts more
+ROWS = {"cpu": 256}  # rows per slice; on other devices, fewer and larger kernels matter more
 MANY_ROWS = 8192
 
 
 def head_gold(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """`log softmax(h @ weight.T)[labels]`: (..., E), (V, E), (...) -> (...), float32.
 
-    The products run in autocast's dtype when that is on; softmax, sums and gradients stay float32.
+    Matrix products use autocast's dtype if it is enabled; softmax, sums and gradients stay float32.
     """
     dtype = torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else h.dtype
     gold: Tensor = _HeadGold.apply(h.flatten(0, -2), weight, labels.flatten(), dtype)
@@ -31,9 +31,9 @@ def head_gold(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 def fast_k_gold(h: Tensor, heads: Sequence[Tensor], log_pi: Tensor, labels: Tensor, k: int) -> Tensor:
     """log P of given tokens under fast-k, as deployed: (..., E), H x (V, E), (..., H), (...) -> (...), float32.
 
-    The anchor comes first among `heads`. Same numbers as DMPTForCausalLM.fast_mixture at the labels; here every head
-    is multiplied in full, which costs a training step less than gathering K rows for every token. The slices'
-    (rows, V) logits are computed again in the backward pass, so only one slice is ever held.
+    The anchor is the first of `heads`. Equals DMPTForCausalLM.fast_mixture at the labels, but multiplies every head in
+    full, which is cheaper in a training step than gathering K rows for every token. The backward pass recomputes the
+    slices' (rows, V) logits, so only one slice is in memory at a time.
     """
     flat, weights, wanted = h.flatten(0, -2), log_pi.flatten(0, -2), labels.flatten()
     parts = [

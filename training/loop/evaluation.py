@@ -1,4 +1,4 @@
-"""Loss on held-out tokens with the protocol of `dmpt-export eval`, as the model would be deployed."""
+"""Held-out loss of the model as deployed, with the protocol of `dmpt-export eval`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from training.model.generation import DMPTForCausalLM
 from training.model.shape import GATE_HARD
 from training.text.windows import windows
 
-ROWS_AT_ONCE = 1024  # predictions scored in one go: their (rows, vocab) log-probs are held in memory
+ROWS_AT_ONCE = 1024  # predictions scored at once: their (rows, vocab) log-probs are held in memory
 
 
 @dataclass
@@ -36,7 +36,7 @@ def evaluate(
 ) -> Evaluation:
     """Score `tokens` [n] in windows of `length` advancing by `stride`, with the config's fast_k.
 
-    With an accelerator the windows are shared out among its processes and every process gets the whole result.
+    With an accelerator, the windows are split among its processes and every process gets the whole result.
     The model must be in eval mode.
     """
     device = next(model.parameters()).device
@@ -52,9 +52,9 @@ def evaluate(
 
 
 def window_batches(tokens: np.ndarray, length: int, stride: int) -> Iterator[tuple[Tensor, int]]:
-    """Windows of equal shape together: (ids int64 (B, S + 1), predictions that count per window).
+    """Batches of windows of equal shape: (ids int64 (B, S + 1), scored predictions per window).
 
-    A window of n tokens makes n - 1 predictions inside it.
+    A window of n tokens has n - 1 predictions.
     """
     shapes = groupby(windows(len(tokens), length, stride), key=lambda w: (w[1] - w[0], w[2]))
     for (_, scored), same in shapes:

@@ -1,4 +1,4 @@
-"""Which parameters stand still at a step: the freeze flags, head 0, and the freeze schedule. Imports nothing heavy."""
+"""Which parameters are frozen at a step: freeze flags, head 0, and the freeze schedule. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ HEADS = "lm_headers"  # the schedule's name of the vocabulary heads: a bool, or 
 
 
 def schedule_groups(shape: Shape) -> dict[str, tuple[str, ...]]:
-    """Group of a freeze schedule -> the parameter name prefixes it stands for.
+    """Group of a freeze schedule -> its parameter name prefixes.
 
-    A node has its own name (`left_right`), its initials (`LR`), `<node>_intermediate` (the same blocks) and
+    A node's groups are its name (`left_right`), its initials (`LR`), `<node>_intermediate` (the same blocks) and
     `<node>_path` (its blocks and all below). Gates are `gate` or `gate1` (the root's), `gate2_left`, ...
     """
     groups: dict[str, tuple[str, ...]] = {"shared": ("transformer.",), "head_gates": ("head_gates.",)}
@@ -71,7 +71,7 @@ def _heads(value: Any, n: int, where: str) -> dict[int, bool]:
 
 
 class Freezer:
-    """Applies the options' freezing to a model, step by step. A pure function of the step, so resuming is exact."""
+    """Freezes parameters as the options say, step by step. A pure function of the step, so resuming is exact."""
 
     def __init__(
         self, model: DMPTForCausalLM, options: TrainOptions, schedule: dict[int, dict[str, Any]], epoch_steps: int
@@ -99,27 +99,27 @@ class Freezer:
         if options.freeze_split_gates:
             prefixes += ("gates.",)
         still |= {name for name in names if name.startswith(prefixes)}
-        # Head 0 anchors the other heads; a model with a single head has nothing to anchor.
+        # Head 0 is the anchor of the other heads; a single head anchors nothing.
         if step < options.freeze_head0_steps and len(self.model.heads) > 1:
             still.add(self.model.config.head_name(0))
         return frozenset(still)
 
     def apply(self, step: int) -> None:
-        """Set the model up for step `step`: what is trained, and dropout only there. InputError if nothing is."""
+        """Prepare the model for a step: what is trained, and dropout only there. Raises InputError if all is frozen."""
         still = self.frozen(step)
         if still == self.current:
             return
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name not in still)
             if name in still:
-                parameter.grad = None  # no gradient: the optimizer leaves it, its weight decay and moments alone
+                parameter.grad = None  # no gradient: the optimizer skips it, also weight decay and moments
         if not any(p.requires_grad for p in self.model.parameters()):
             raise InputError(f"everything is frozen at step {step}: check the freeze options and the schedule")
         self.current = still
         self.training_mode()
 
     def training_mode(self) -> None:
-        """Training mode for the modules that are trained; frozen ones stay in eval mode, so without dropout."""
+        """Training mode for trained modules; frozen ones stay in eval mode, without dropout."""
         self.model.train()
         for module in self.model.modules():
             own = list(module.parameters())

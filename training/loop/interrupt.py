@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request to save and stop, not as a sudden end."""
+"""Handle Ctrl-C and SIGTERM as a request to save and stop."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from types import FrameType
 
 
 class Interrupted(RuntimeError):
-    """Training was asked to stop; what it had is saved."""
+    """Training stopped on request, after saving."""
 
     exit_code = 130
 
 
 class StopRequest:
-    """Whether a signal asked to stop. The second Ctrl-C stops at once, without saving."""
+    """Records a signal that requests a stop. A second Ctrl-C stops at once, without saving."""
 
     name: str | None = None  # of the signal
 
@@ -28,7 +28,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Catch SIGINT and SIGTERM inside the body. Only the main thread may; elsewhere nothing is caught."""
+    """Catch SIGINT and SIGTERM inside the body, in the main thread only; other threads cannot catch signals."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request

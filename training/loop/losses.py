@@ -3,8 +3,8 @@
 Pure functions of log weights and log-probs. Shapes: B batch, S tokens, L leaves, H heads of a leaf, V vocabulary.
 `mask` (B, S) bool marks the tokens that count; None means all. Every term is a mean over those tokens, so neither
 padding nor sequence length changes its size; the trainer sums it over split nodes or leaves. The balance terms are
-no means of per-token values: `across` (the mean over processes) makes them the same whether one process computes
-a batch or several.
+not means of per-token values: `across` (the mean over processes) makes them independent of the number of processes
+that compute a batch.
 
 Source of the terms: S. Qian, "Dynamic Multiple Path Transformer" (2025), with the formulas corrected.
 """
@@ -39,9 +39,9 @@ def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def global_mean(values: Tensor, mask: Tensor | None, across: Across) -> Tensor:
-    """masked_mean over the batches of all processes; each process's gradient is that of its own part.
+    """masked_mean over the batches of all processes; each process gets the gradient of its own part.
 
-    Averaging the processes' gradients then gives exactly the gradient of the mean over all.
+    Averaging the processes' gradients then gives exactly the gradient of the global mean.
     """
     mean = masked_mean(values, mask)
     return mean + (across(mean.detach()) - mean.detach())
@@ -52,9 +52,9 @@ def load_balance(
 ) -> Tensor:
     """Sum over split nodes of `(mean w_left - 1/2)^2 + (mean w_right - 1/2)^2`.
 
-    log_gates: split node -> (B, S, 2), log of the node's own gate weights. Below the first split a token counts
-    by the weight with which it reaches the node (no gradient through that), so the tokens that really arrive
-    are the ones shared out evenly.
+    log_gates: split node -> (B, S, 2), log of the node's own gate weights. Below the first split, a token is weighted
+    by the gate weight with which it reaches the node (without gradient), so the balance is that of the tokens that
+    actually reach it.
     """
     total = torch.zeros(())
     for name, log_w in log_gates.items():
@@ -73,7 +73,7 @@ def load_balance(
 def gold_aux(log_w: Tensor, gold: Tensor, mask: Tensor | None = None) -> Tensor:
     """`-log w` of the leaf that gives the gold token the highest probability: log_w, gold (L, B, S) -> ().
 
-    The targets carry no gradient: the term teaches the gates, not the leaves. A tie counts for the first leaf.
+    The targets have no gradient: the term trains the gates, not the leaves. A tie counts for the first leaf.
     """
     best = gold.detach().argmax(0, keepdim=True)
     return masked_mean(-log_w.gather(0, best)[0], mask)
@@ -86,7 +86,7 @@ def tether(reference: Tensor, log_probs: Tensor, mask: Tensor | None = None) -> 
 
 
 def head_balance(log_pi: Tensor, mask: Tensor | None = None, across: Across = alone) -> Tensor:
-    """`KL(mean pi || uniform)` of one leaf: log_pi (B, S, H) -> (). 0 when the heads are used equally on the whole."""
+    """`KL(mean pi || uniform)` of one leaf: log_pi (B, S, H) -> (). 0 when the heads are used equally on average."""
     mean = global_mean(log_pi.exp(), mask, across)
     return (mean * mean.clamp_min(torch.finfo(mean.dtype).tiny).log()).sum() + math.log(len(mean))
 
@@ -94,7 +94,7 @@ def head_balance(log_pi: Tensor, mask: Tensor | None = None, across: Across = al
 def head_entropy(log_pi: Tensor, kept: int, mask: Tensor | None = None) -> Tensor:
     """Mean over tokens of `log K - H(pi)`: log_pi (B, S, H) -> (). 0 when every token mixes its K heads equally.
 
-    kept: K, the heads that are mixed; under head_topk fewer than H, and the others have log_pi = -inf.
+    kept: K, the number of mixed heads; with head_topk fewer than H, and the others have log_pi = -inf.
     """
     # log_pi of a left-out head is -inf: 0 * -inf must count as 0, in the gradient too
     finite = log_pi.masked_fill(log_pi == -torch.inf, 0.0)

@@ -1,4 +1,4 @@
-"""From a batch of tokens to the number that is minimised, and what a person wants to see of it."""
+"""The training loss of a batch of tokens, and its terms for monitoring."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from training.model.shape import GATE_HARD, GATE_SOFT, MAX_PROB
 
 @dataclass
 class Loss:
-    """One batch. Everything but `total` is detached."""
+    """The loss of one batch. Everything except `total` is detached."""
 
-    total: Tensor  # (), what is minimised: nll + sum of coefficient * term
+    total: Tensor  # (), the minimised loss: nll + sum of coefficient * term
     terms: dict[str, Tensor] = field(default_factory=dict)  # nll and the auxiliary terms, before coefficients: ()
     routes: Tensor | None = None  # (L,), share of tokens that gate_hard sends to each leaf
     heads: dict[str, Tensor] = field(default_factory=dict)  # leaf -> (H,), mean weight of its heads
@@ -31,20 +31,20 @@ class Loss:
 class Objective:
     """The training loss of a model: `Objective(model, options)(ids)`.
 
-    A term whose coefficient is 0 is not computed. Terms that need a choice are skipped where there is none:
-    balance and gold-aux without splits, head terms for a single head, the tether for a model with one head in all.
+    A term with coefficient 0 is not computed. Terms that need a choice are skipped where there is none: balance and
+    gold-aux without splits, head terms for a single head, the tether for a model with only one head.
     """
 
     def __init__(self, model: DMPTForCausalLM, options: TrainOptions, across: Across = alone) -> None:
         self.model, self.options, self.across = model, options, across
         self.only = trained_leaves(model.config, options)
-        # The tether's teacher: head 0 as it was at the start, apart from the one that is trained.
+        # The tether's teacher: a copy of the initial head 0, separate from the trained one.
         self.reference: Tensor | None = None
         if options.tether_coef and len(model.heads) > 1:
             self.reference = model.get_parameter("heads.0.weight").detach().clone()
 
     def __call__(self, ids: Tensor, mask: Tensor | None = None) -> Loss:
-        """Loss of the tokens ids[:, 1:] (B, S) given those before: ids (B, S + 1), mask (B, S)."""
+        """Loss of the tokens ids[:, 1:] (B, S) given the preceding ones: ids (B, S + 1), mask (B, S)."""
         labels = ids[:, 1:]
         hidden = self.model.hidden(ids[:, :-1], self.only)
         out = Loss(ids.new_zeros((), dtype=torch.float32))
@@ -56,12 +56,12 @@ class Objective:
     def parts(
         self, hidden: Hidden, labels: Tensor, mask: Tensor | None, out: Loss
     ) -> Iterator[tuple[str, float, Tensor]]:
-        """(name, coefficient, value) of the main loss and of every auxiliary term that is switched on."""
+        """(name, coefficient, value) of the main loss and of every active auxiliary term."""
         options, mode = self.options, self.options.train_path_selection
         forked = len(hidden.leaves) > 1
         routes = self.model.routes(hidden.gates) if forked else None
         full = self.full_log_probs(hidden)
-        # gate_hard scores a token by its own leaf only, unless something needs to compare the leaves
+        # gate_hard scores a token only by its own leaf, unless gold-aux compares the leaves
         sparse = mode == GATE_HARD and not options.gold_aux_coef
         gold = self.gold(hidden, labels, full, routes if sparse else None)
         if forked and routes is not None:
@@ -96,7 +96,7 @@ class Objective:
                 yield f"head_entropy.{leaf}", self.options.head_entropy_coef, term
 
     def kept(self, heads: int) -> int:
-        """How many of a leaf's heads a token mixes."""
+        """Number of a leaf's heads that a token mixes."""
         return min(self.model.config.head_topk or heads, heads)
 
     def full_log_probs(self, hidden: Hidden) -> dict[str, tuple[Tensor, Tensor]]:
@@ -113,7 +113,7 @@ class Objective:
     def gold(
         self, hidden: Hidden, labels: Tensor, full: dict[str, tuple[Tensor, Tensor]], routes: Tensor | None
     ) -> Tensor:
-        """log P_leaf of the labels: (B, S) -> (L, B, S). With `routes`, -inf for leaves a token does not take."""
+        """log P_leaf of the labels: (B, S) -> (L, B, S). With `routes`, -inf for leaves that a token does not take."""
         rows = []
         for i, (leaf, h) in enumerate(hidden.leaves.items()):
             if leaf in full and not self.options.fast_k_loss:
@@ -129,9 +129,9 @@ class Objective:
         return torch.stack(rows)
 
     def leaf_gold(self, leaf: str, h: Tensor, labels: Tensor) -> Tensor:
-        """log P_leaf of given tokens, never holding (..., V): (..., E), (...) -> (...).
+        """log P_leaf of given tokens, without storing (..., V): (..., E), (...) -> (...).
 
-        Under the full mixture, or with fast_k_loss under fast-k as it is deployed.
+        Under the full mixture, or with fast_k_loss under fast-k as deployed.
         """
         heads = [self.model.get_parameter(f"heads.{j}.weight") for j in self.model.config.head_allocation[leaf]]
         log_pi = self.model.head_log_weights(leaf, h)
@@ -144,11 +144,11 @@ class Objective:
     def choose(self, gold: Tensor, log_w: Tensor, routes: Tensor, hidden: Hidden) -> Tensor:
         """log P of the labels under the path selection: (L, B, S), (L, B, S), (B, S) -> (B, S).
 
-        gate_soft mixes the leaves by their gate weights, and so trains the gates; but leaves that are mixed come
-        to rely on each other. gate_expected weighs their losses instead (Jacobs et al. 1991, "Adaptive Mixtures of
-        Local Experts", first error function): every leaf must be good alone, as it is when deployed, and a gate
-        learns to foresee which one is better. gate_hard and max_prob pick one leaf per token: a choice has no
-        gradient, under them the gates learn from gold-aux.
+        gate_soft mixes the leaves by their gate weights, which trains the gates, but mixed leaves come to rely on each
+        other. gate_expected weights their losses instead (Jacobs et al. 1991, "Adaptive Mixtures of Local Experts",
+        first error function): every leaf must be good alone, as deployed, and a gate learns to predict which leaf is
+        better. gate_hard and max_prob pick one leaf per token. A choice has no gradient, so the gates then learn from
+        gold-aux.
         """
         if self.options.train_path_selection == GATE_EXPECTED:
             return (log_w.exp() * gold).sum(0)

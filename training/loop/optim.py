@@ -1,4 +1,4 @@
-"""Optimizer groups and the learning rate's course."""
+"""Optimizer groups and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from training.loop.options import TrainOptions
 HEAD_PREFIXES, GATE_PREFIXES = ("heads.",), ("gates.", "head_gates.")
 SHARE_OF_DECAY = {"main": 1.0, "heads": 0.1, "gates": 0.1}  # of options.weight_decay
 
-# After the warm-up: share of the work that is left (1 -> 0) -> factor of the learning rate
+# After the warm-up: share of the remaining work (1 -> 0) -> factor of the learning rate
 SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda left: left,
     "cosine": lambda left: 0.5 - 0.5 * math.cos(math.pi * left),
@@ -31,9 +31,9 @@ def group_of(name: str) -> str:
 
 
 def parameter_groups(model: nn.Module, options: TrainOptions) -> list[dict[str, Any]]:
-    """Every parameter of the model in exactly one group, frozen or not: what is thawed later is trained then.
+    """Every parameter of the model in exactly one group, even if frozen: it may be unfrozen and trained later.
 
-    Each group has `names` beside `params`, and `peak_lr`, which the schedule scales.
+    Each group has `names` besides `params`, and `peak_lr`, which the schedule scales.
     """
     rates = {"main": options.lr, "heads": options.head_lr, "gates": options.gate_lr}
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
@@ -63,8 +63,8 @@ def make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Optim
 def lr_factor(step: int, total: int, options: TrainOptions) -> float:
     """Factor of every group's peak learning rate at step `step` (from 0) of `total`.
 
-    It rises linearly over the warm-up, never from zero, so no step is wasted, and falls to about zero. A
-    warm-up longer than half the run is cut to that: a short run would otherwise never reach its rate.
+    It rises linearly over the warm-up, never from zero, so no step is wasted, and falls to about zero. The
+    warm-up is at most half the run, because a short run would otherwise never reach its peak rate.
     """
     warmup = min(options.warmup_steps, total // 2)
     if step < warmup:
@@ -73,13 +73,13 @@ def lr_factor(step: int, total: int, options: TrainOptions) -> float:
 
 
 def collect_gradients(model: nn.Module, accelerator: Accelerator, limit: float) -> float:
-    """Average the active parameters' gradients over the processes and clip them; returns their total norm.
+    """Average the trained parameters' gradients over the processes and clip them; returns their total norm.
 
-    limit: the largest total norm, 0 for none. A norm that is not finite leaves the gradients as they are.
+    limit: the largest total norm, 0 for none. If the norm is not finite, the gradients stay unchanged.
     """
     active = [p for p in model.parameters() if p.requires_grad]
     if accelerator.num_processes > 1:
-        for p in active:  # a leaf that no token of this process was routed to has none
+        for p in active:  # None for a leaf to which no token of this process was routed
             p.grad = accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
     grads = [p.grad for p in active if p.grad is not None]
     norm = torch.stack([grad.norm() for grad in grads]).norm().item()

@@ -1,4 +1,4 @@
-"""Every setting of a training run, with the original project's names and defaults. Imports nothing heavy."""
+"""All settings of a training run, with the original project's names and defaults. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -15,86 +15,86 @@ from training.model.shape import GATE_HARD, GATE_SOFT, MAX_PROB, RANDOM, Shape
 if TYPE_CHECKING:
     import numpy as np
 
-KINDS: dict[str, tuple[str, tuple[type, ...]]] = {  # annotation -> what JSON may hold for it, in words and types
+KINDS: dict[str, tuple[str, tuple[type, ...]]] = {  # annotation -> valid JSON values, in words and types
     "int": ("a whole number", (int,)),
     "float": ("a number", (float, int)),
     "str": ("a text", (str,)),
     "bool": ("true or false", (bool,)),
 }
-GATE_EXPECTED = "gate_expected"  # for training alone: the mean loss of routes drawn from the gates
+GATE_EXPECTED = "gate_expected"  # for training only: the mean loss of routes drawn from the gates
 
 
 def opt(default: Any, about: str) -> Any:
-    """A field whose description is also the command line's help text."""
+    """A field with its help text for the command line."""
     return field(default=default, metadata={"help": about})
 
 
 @dataclass
 class TrainOptions:
-    # --- how long
+    # --- training length
     epochs: int = opt(3, "passes over the data, when --max-steps is 0")
-    max_steps: int = opt(0, "optimizer steps; 0: as many as --epochs take")
+    max_steps: int = opt(0, "optimizer steps; 0: train for --epochs")
     max_length: int = opt(256, "tokens per training sequence; capped at the model's context")
     batch_size: int = opt(4, "sequences per forward pass and process")
     grad_accum_steps: int = opt(4, "forward passes per optimizer step")
-    seed: int = opt(42, "order of the data, and dropout")
+    seed: int = opt(42, "seed of data order and dropout")
     # --- optimizer
     lr: float = opt(2e-5, "learning rate of blocks and embeddings")
     head_lr: float = opt(5e-6, "learning rate of vocabulary heads (a tied head 0 is the embedding: --lr)")
     gate_lr: float = opt(1e-5, "learning rate of gates and head gates")
-    weight_decay: float = opt(0.01, "of blocks and embeddings; heads and gates take a tenth, norms and biases none")
+    weight_decay: float = opt(0.01, "for blocks and embeddings; a tenth for heads and gates, none for norms and biases")
     optimizer: str = opt("adamw", "adamw, or adamw8bit (bitsandbytes)")
     adam_beta1: float = opt(0.9, "decay of the mean gradient")
     adam_beta2: float = opt(0.999, "decay of the mean squared gradient")
     clip_grad_norm: float = opt(1.0, "largest total gradient norm; 0: no clipping")
     warmup_steps: int = opt(1000, "steps of linear warm-up; at most half of the run")
     lr_schedule: str = opt("linear", "after the warm-up: linear (to zero), cosine (to zero) or constant")
-    # --- what is minimised
+    # --- training loss
     train_path_selection: str = opt(
         "gate_soft", "gate_soft, gate_expected, gate_hard, max_prob, left_only, right_only, LEAF_only"
     )
-    fast_k_loss: bool = opt(False, "minimise the loss under fast-k, as deployed, and not that of all heads in full")
-    lb_coef: float = opt(1e-3, "load balance: gates share the tokens out evenly")
+    fast_k_loss: bool = opt(False, "minimise the loss under fast-k, as deployed, instead of that of all heads in full")
+    lb_coef: float = opt(1e-3, "load balance: gates split the tokens evenly")
     gold_aux_coef: float = opt(1e-3, "gates learn which leaf gives the next token more probability")
     tether_coef: float = opt(5e-4, "KL to a frozen copy of the first head; costs one more head per leaf; 0: off")
-    head_lb_coef: float = opt(0.0, "head balance: a leaf uses its heads equally on the whole")
+    head_lb_coef: float = opt(0.0, "head balance: a leaf uses its heads equally on average")
     head_entropy_coef: float = opt(0.0, "head entropy: every token mixes its heads equally")
-    # --- the model's own settings, stored in its config; none: as the checkpoint has them
-    gate_temp: float | None = opt(None, "softens gates in gate_soft  [the checkpoint's, 1.2 at first]")
-    head_gate_temp: float | None = opt(None, "softens head gates  [the checkpoint's, 1.0 at first]")
+    # --- the model's own settings, stored in its config; None: the checkpoint's
+    gate_temp: float | None = opt(None, "temperature of gates in gate_soft  [the checkpoint's, 1.2 at first]")
+    head_gate_temp: float | None = opt(None, "temperature of head gates  [the checkpoint's, 1.0 at first]")
     head_topk: int | None = opt(None, "heads mixed per token  [the checkpoint's, all at first]")
     fast_k: int | None = opt(None, "candidates of the anchor head when deployed  [the checkpoint's]")
     dropout: float | None = opt(None, "dropout everywhere  [the checkpoint's, 0.1 in GPT-2]")
     # --- freezing
-    freeze_head0_steps: int = opt(5000, "keep head 0 unchanged for so many steps (a tied one is the embedding)")
+    freeze_head0_steps: int = opt(5000, "freeze head 0 for this many steps (a tied head 0 is the embedding)")
     freeze_all_transformer: bool = opt(False, "train only gates and heads")
-    freeze_split_gates: bool = opt(False, "keep the gates that choose paths unchanged")
+    freeze_split_gates: bool = opt(False, "freeze the gates that choose paths")
     head_only_phase: bool = opt(False, "train only heads and head gates")
-    head_only_epochs: int = opt(0, "train only heads and head gates for so many passes, then everything")
-    freeze_schedule: str | None = opt(None, '{"STEP": {"GROUP": true}} or a file of it; true freezes from that step')
-    # --- watching and saving, in optimizer steps
-    log_every: int = opt(100, "a line in metrics.jsonl")
-    eval_every: int = opt(1000, "perplexity on the held-out text, and the best model so far is kept")
-    save_every: int = opt(5000, "OUT/last is written, from which --resume continues")
+    head_only_epochs: int = opt(0, "train only heads and head gates for this many passes, then everything")
+    freeze_schedule: str | None = opt(None, '{"STEP": {"GROUP": true}} or a JSON file; true freezes from that step')
+    # --- logging and saving
+    log_every: int = opt(100, "steps between lines in metrics.jsonl")
+    eval_every: int = opt(1000, "steps between perplexity evaluations on held-out text; the best model so far is kept")
+    save_every: int = opt(5000, "steps between saves of OUT/last, from which --resume continues")
     eval_path_selection: str = opt(
         "gate_hard", "gate_hard (what is deployed), gate_soft, max_prob, random, left_only, right_only, NODE_only"
     )
     eval_length: int = opt(0, "tokens per evaluation window; 0: the model's context")
-    eval_stride: int = opt(0, "tokens by which the windows advance; 0: half a window")
+    eval_stride: int = opt(0, "tokens between starts of windows; 0: half a window")
     eval_max_tokens: int = opt(0, "held-out tokens used, from the start; 0: all")
-    tensorboard: bool = opt(False, "also write the metrics for TensorBoard, into OUT/tensorboard")
+    tensorboard: bool = opt(False, "also write metrics for TensorBoard to OUT/tensorboard")
     # --- machine
     bf16: bool = opt(False, "matrix products in bfloat16 (weights and losses stay float32)")
-    cpu: bool = opt(False, "use the CPU even when there is a GPU")
+    cpu: bool = opt(False, "use the CPU even if there is a GPU")
 
     def check(self) -> None:
-        """Raise InputError naming the first option that cannot be, by itself or beside the others."""
+        """Raise InputError naming the first invalid option, alone or combined with the others."""
         self.check_each()
         if self.max_steps < 1 and self.epochs < 1:
             raise InputError("one of --max-steps and --epochs must be above 0")
 
     def check_each(self) -> None:
-        """Raise InputError naming the first option that cannot be, whatever the others are."""
+        """Raise InputError naming the first option that is invalid alone."""
         for name in ("batch_size", "grad_accum_steps", "log_every", "eval_every", "save_every", "max_length"):
             if getattr(self, name) < 1:
                 raise InputError(f"{flag(name)} {getattr(self, name)} must be at least 1")
@@ -118,7 +118,7 @@ class TrainOptions:
             raise InputError("--tensorboard needs tensorboard: pip install tensorboard")
 
     def check_shape(self, shape: Shape) -> Shape:
-        """What the options make of a model's shape. Raises InputError where that cannot be, or be trained."""
+        """A model's shape with the options applied. Raises InputError if it is invalid or cannot be trained."""
         own = ("gate_temp", "head_gate_temp", "head_topk", "fast_k")
         shape = Shape.of(vars(shape) | {name: getattr(self, name) for name in own if getattr(self, name) is not None})
         trained_leaves(shape, self)
@@ -128,7 +128,7 @@ class TrainOptions:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str) -> TrainOptions:
-        """Options from JSON. Raises InputError naming unknown names; `where` says where they came from."""
+        """Options from JSON. Raises InputError naming unknown options; `where` names their source."""
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise InputError(f"{where} holds unknown options: {', '.join(unknown)}")
@@ -142,12 +142,12 @@ class TrainOptions:
 
 
 def flag(name: str) -> str:
-    """An option as it is typed."""
+    """The command-line form of an option."""
     return f"--{name.replace('_', '-')}"
 
 
 def trained_leaves(shape: Shape, options: TrainOptions) -> list[str] | None:
-    """The one leaf that the options train, None for all. Raises InputError for what cannot be trained."""
+    """The one leaf that the options train, None for all. Raises InputError for modes that cannot be trained."""
     mode = options.train_path_selection
     mixed = any(len(heads) > 1 for heads in shape.head_allocation.values())
     if options.fast_k_loss and mixed and not (options.fast_k or shape.fast_k):
@@ -155,7 +155,7 @@ def trained_leaves(shape: Shape, options: TrainOptions) -> list[str] | None:
     if mode == GATE_EXPECTED:
         return None
     if mode == RANDOM:
-        raise InputError("--train-path-selection random: random routing is a control for evaluation alone")
+        raise InputError("--train-path-selection random: random routing is a control for evaluation only")
     try:
         leaves = shape.leaves_of_mode(mode)
     except InputError:
@@ -168,7 +168,7 @@ def trained_leaves(shape: Shape, options: TrainOptions) -> list[str] | None:
 
 
 def eval_windows(options: TrainOptions, context: int, tokens: np.ndarray | None = None) -> tuple[int, int]:
-    """(length, stride) of the evaluation windows. Raises InputError when they cannot be, or score none of `tokens`."""
+    """(length, stride) of the evaluation windows. Raises InputError if they are invalid or score none of `tokens`."""
     length = options.eval_length or context
     stride = options.eval_stride or max(1, length // 2)
     if length > context:
@@ -188,7 +188,7 @@ def eval_windows(options: TrainOptions, context: int, tokens: np.ndarray | None 
 
 
 def read_freeze_schedule(given: str | Path | None) -> dict[int, dict[str, Any]]:
-    """{optimizer step: {group: frozen}}, by step, of a JSON file or of JSON itself. Raises InputError otherwise."""
+    """{optimizer step: {group: frozen}}, by step, from JSON text or a JSON file. Raises InputError otherwise."""
     if given is None:
         return {}
     try:

@@ -1,4 +1,4 @@
-"""What is checked and made ready before the first step: options, tokens, the run's folder, saved weights."""
+"""Checks and preparation before the first step: options, tokens, the run's folder, saved weights."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from training.model.generation import DMPTForCausalLM
 
 
 def on_cpu(options: TrainOptions) -> bool:
-    """Whether to tell accelerate so; else several processes on a machine without GPU do not find each other."""
+    """Whether accelerate gets cpu=True: without it, processes on a machine without GPU do not find each other."""
     return options.cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available())
 
 
 def prepare_folder(out: Path, resume: bool | str | os.PathLike[str], overwrite: bool) -> None:
-    """Make `out` ready for a run. Raises InputError as check_run.
+    """Prepare `out` for a run. Raises InputError as check_run.
 
-    An earlier run there is set aside until this one has saved its first checkpoint
+    An earlier run in it is set aside until this one has saved its first checkpoint
     (training.checkpoints.earlier.settle).
     """
     recover_earlier(out, RUN, SAVED)
@@ -36,7 +36,7 @@ def prepare_folder(out: Path, resume: bool | str | os.PathLike[str], overwrite: 
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot make the folder {out}: {error.strerror}") from error
+        raise InputError(f"cannot create the folder {out}: {error.strerror}") from error
     if not resume:
         set_aside(out, RUN)
 
@@ -50,15 +50,15 @@ def resume_folder(out: Path, resume: bool | str | os.PathLike[str]) -> Path | No
 
 
 def load_weights(model: DMPTForCausalLM, folder: Path) -> None:
-    """Put a checkpoint's weights into `model`. Raises InputError when they do not fit."""
+    """Load a checkpoint's weights into `model`. Raises InputError when they do not fit."""
     try:
         model.load_state_dict(load_model(folder).state_dict())
     except RuntimeError as error:
-        raise InputError(f"cannot resume: {folder} holds another model than the one given") from error
+        raise InputError(f"cannot resume: {folder} holds a different model than the given one") from error
 
 
 def apply_to_config(model: DMPTForCausalLM, options: TrainOptions) -> None:
-    """Put the model's own settings that the options give into its config, and so into its checkpoints."""
+    """Copy model settings from the options into the model's config, and so into its checkpoints."""
     for name in ("gate_temp", "head_gate_temp", "head_topk", "fast_k"):
         if getattr(options, name) is not None:
             setattr(model.config, name, getattr(options, name))
@@ -73,7 +73,7 @@ def apply_to_config(model: DMPTForCausalLM, options: TrainOptions) -> None:
 
 
 def check_tokens(tokens: np.ndarray, eval_tokens: np.ndarray | None, vocab: int) -> None:
-    """Raise InputError unless every token id is in the vocabulary and there are some of each."""
+    """Raise InputError unless every token id is in the vocabulary and both texts have at least 2 tokens."""
     for name, ids in (("training", tokens), ("evaluation", eval_tokens)):
         if ids is not None and len(ids) < 2:
             raise InputError(f"the {name} text has {len(ids)} tokens, at least 2 are needed")

@@ -1,10 +1,10 @@
-"""A training run on disk: everything that resuming needs, in safetensors and JSON.
+"""A training run on disk: everything needed to resume, in safetensors and JSON.
 
 OUT/last/                   newest checkpoint; a model folder
     trainer_state/          state.json, optimizer.safetensors, rng.safetensors, tether.safetensors
 OUT/best/                   checkpoint with the lowest held-out loss (with evaluation data); a model folder
 OUT/metrics.jsonl           one object per log line, evaluation and warning
-OUT/config.json, ...        when training ended: the model to use, the same files as in best (else last)
+OUT/config.json, ...        after training: the model to use, the same files as in best (else last)
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FORMAT = 1
 
 @dataclass
 class Progress:
-    """Where a run stands. Plain numbers and strings, stored as JSON (which keeps floats exactly)."""
+    """The progress of a run. Plain numbers and strings, stored as JSON (which keeps floats exactly)."""
 
     step: int = 0  # optimizer steps done
     position: int = 0  # sequences taken from the data, over all passes
@@ -43,8 +43,8 @@ class Progress:
     finished: bool = False
     meter: dict[str, float] = field(default_factory=dict)  # sums since the last log line
     options: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, Any] = field(default_factory=dict)  # what the order of the data depends on
-    about: dict[str, Any] = field(default_factory=dict)  # what the caller wants to find again
+    data: dict[str, Any] = field(default_factory=dict)  # determines the order of the data
+    about: dict[str, Any] = field(default_factory=dict)  # the caller's own data
     format_version: int = FORMAT
 
 
@@ -85,14 +85,14 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
-    """Put optimizer_state() back. Raises InputError when a name is not one of the optimizer's parameters."""
+    """Restore optimizer_state(). Raises InputError when a name is not one of the optimizer's parameters."""
     names = [name for group in optimizer.param_groups for name in group["names"]]
     index = {name: i for i, name in enumerate(names)}
     state: dict[int, dict[str, Any]] = {}
     for full, value in {**tensors, **scalars}.items():
         name, _, key = full.rpartition("/")
         if name not in index:
-            raise InputError(f"the saved optimizer state holds '{name}', which this model has not")
+            raise InputError(f"the saved optimizer state holds '{name}', which this model lacks")
         state.setdefault(index[name], {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
@@ -100,7 +100,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
 def load_run(folder: Path) -> tuple[Progress, dict[str, Any], dict[str, dict[str, Tensor]]]:
     """(progress, optimizer numbers, {file stem: tensors}) of a checkpoint with trainer state.
 
-    Raises InputError when there is none, when a file is missing or damaged, or when the format is another.
+    Raises InputError when the state or a file is missing or damaged, or when its format version is unknown.
     """
     state = folder / STATE
     if not state.is_dir():
@@ -135,7 +135,7 @@ def rng_state(accelerator: Accelerator) -> dict[str, Tensor]:
 
 
 def restore_rng(accelerator: Accelerator, states: dict[str, Tensor]) -> None:
-    """Put this process's random state back; a process that the saved run did not have keeps its own."""
+    """Restore this process's random state; a process without a saved state keeps its own."""
     rank = accelerator.process_index
     if rank < len(states["cpu"]):
         torch.set_rng_state(states["cpu"][rank].contiguous())
@@ -147,9 +147,9 @@ def restore_rng(accelerator: Accelerator, states: dict[str, Tensor]) -> None:
 
 
 def publish(source: Path, out: Path) -> None:
-    """Make `out` itself a model folder: the files of `source`, as links where the file system has them.
+    """Make `out` itself a model folder with the files of `source`, as hard links where the file system has them.
 
-    Each file replaces an older one in one step, so `out` is never without a whole model once it had one.
+    Each file replaces an older one in one step, so `out` always holds a whole model once it had one.
     """
     for path in sorted(source.iterdir()):
         if not path.is_file():

@@ -1,4 +1,4 @@
-"""The training loop: `train(model, tokens, options, out)`. What it writes is described in training.loop.state."""
+"""The training loop: `train(model, tokens, options, out)`. training.loop.state describes the files that it writes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from training.text.batches import TokenBatches
 
 @dataclass
 class TrainResult:
-    folder: Path  # a model folder, the one to use: the best model on held-out text, else the last
+    folder: Path  # folder of the model to use: the best on held-out text, else the last
     steps: int
     tokens: int  # trained on, over the whole run
     loss: float  # training nll per token, mean since the last log line
@@ -59,18 +59,18 @@ def train(
     progress: bool = True,
     title: str = "training",
 ) -> TrainResult:
-    """Train `model` in place on `tokens` [n] and leave it, in eval mode, as it was after the last step.
+    """Train `model` in place on `tokens` [n]; leaves it in eval mode, with the weights of the last step.
 
-    out: the run's folder, see training.loop.state; afterwards also a model folder itself.
-    eval_tokens: held-out tokens; the model that does best on them is kept in OUT/best.
-    tokenizer_from: model folder whose tokenizer goes into the checkpoints.
+    out: the run's folder, see training.loop.state; after training also a model folder itself.
+    eval_tokens: held-out tokens; OUT/best keeps the model with the lowest loss on them.
+    tokenizer_from: model folder whose tokenizer is saved in the checkpoints.
     resume: True continues OUT/last, a path continues that run; its weights replace the model's.
-    overwrite: start again where a run already lies; that one is kept until the new one has saved its first checkpoint.
-    about: anything JSON can hold, stored with the trainer state.
-    progress: show a bar on stderr when that is a terminal. title: the bar's name.
+    overwrite: replace an existing run, which is kept until the new one has saved its first checkpoint.
+    about: any JSON value, stored with the trainer state.
+    progress: show a bar on stderr if that is a terminal. title: the bar's name.
 
     Raises InputError for options or data that cannot be used, NonFiniteError (naming step and tensor) when the
-    loss is no number any more, and Interrupted after Ctrl-C or SIGTERM, when the run is saved.
+    loss is not finite, and Interrupted after Ctrl-C or SIGTERM, once the run is saved.
     """
     started = time.monotonic()
     try:
@@ -79,12 +79,12 @@ def train(
         with contextlib.closing(trainer.watcher(title, progress)) as watcher, stop_on_signals() as stop:
             return trainer.run(watcher, stop, started)
     finally:
-        settle(Path(out), RUN, SAVED)  # an earlier run comes back where this one has saved nothing
+        settle(Path(out), RUN, SAVED)  # restores an earlier run if this one has saved nothing
         model.eval()
 
 
 class Trainer:
-    """One run. Its course is a function of the options and of `progress`, so a resumed run repeats it bitwise."""
+    """One run. It depends only on the options and `progress`, so a resumed run repeats it bitwise."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class Trainer:
         self.total = options.max_steps or max(1, options.epochs * len(self.batches) // self.per_step)
 
         self.freezer = Freezer(model, options, read_freeze_schedule(options.freeze_schedule), self.epoch_steps)
-        trained_leaves(model.config, options)  # what cannot be is refused here, before anything is written
+        trained_leaves(model.config, options)  # refuse invalid options before anything is written
         model.config.leaves_of_mode(options.eval_path_selection)
 
         if self.accelerator.is_main_process:
@@ -138,12 +138,12 @@ class Trainer:
     # --- starting and resuming ------------------------------------------------------------------------
 
     def restore(self, folder: Path) -> None:
-        """Optimizer, data position, random numbers and the tether's reference of a saved run."""
+        """Restore optimizer, data position, random numbers and the tether's reference of a saved run."""
         saved, scalars, files = state.load_run(folder)
         for name, value in self.progress.data.items():
             if saved.data.get(name) != value:
                 raise InputError(
-                    f"cannot resume {folder}: {name} of the training data was {saved.data.get(name)}, now it is "
+                    f"cannot resume {folder}: {name} of the training data was {saved.data.get(name)} and is now "
                     f"{value}: give the same text, tokenizer, --max-length and --seed"
                 )
         for name, value in self.progress.options.items():
@@ -197,7 +197,7 @@ class Trainer:
         return TrainResult(folder, progress.step, tokens, loss, eval_loss, progress.best_loss, seconds)
 
     def step(self) -> float:
-        """One optimizer step; returns the newest nll. Raises NonFiniteError before anything wrong is learned."""
+        """One optimizer step; returns the newest nll. Raises NonFiniteError before the weights change."""
         self.freezer.apply(self.progress.step)
         set_lr(self.optimizer, lr_factor(self.progress.step, self.total, self.options))
         for _ in range(self.options.grad_accum_steps):
@@ -213,8 +213,8 @@ class Trainer:
         if not math.isfinite(self.meter.sums["loss"]) or not math.isfinite(norm):
             where = first_bad_tensor(self.model, lambda: self.forward(ids).terms)
             raise NonFiniteError(
-                f"step {self.progress.step + 1}: {where} is not finite; {self.out / 'last'} keeps what was saved "
-                "before: lower the learning rates or lengthen the warm-up"
+                f"step {self.progress.step + 1}: {where} is not finite; {self.out / 'last'} keeps the last saved "
+                "checkpoint: lower the learning rates or lengthen the warm-up"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -241,7 +241,7 @@ class Trainer:
         return max(group["lr"] for group in self.optimizer.param_groups)
 
     def agreed(self, stop: StopRequest) -> str | None:
-        """The signal that any process got, known to all of them at the same step."""
+        """The signal that any process received, known to all processes at the same step."""
         if self.accelerator.num_processes == 1:
             return stop.name
         flag = torch.tensor(float(stop.name is not None), device=self.accelerator.device)
@@ -250,7 +250,7 @@ class Trainer:
     # --- evaluating and saving ------------------------------------------------------------------------
 
     def evaluate(self, watcher: Watcher) -> None:
-        """Held-out loss as deployed; the best model so far goes to OUT/best."""
+        """Held-out loss of the model as deployed; saves the best model so far in OUT/best."""
         if self.eval_tokens is None:
             return
         progress, mode = self.progress, self.options.eval_path_selection
@@ -285,7 +285,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def publish(self) -> Path:
-        """Make OUT itself the model to use."""
+        """Publish the model to use in OUT itself."""
         best = self.out / "best"
         if self.accelerator.is_main_process:
             state.publish(

@@ -1,4 +1,4 @@
-"""What a person sees of a run: progress bar, metrics.jsonl, warnings, TensorBoard."""
+"""Monitoring of a run: progress bar, metrics.jsonl, warnings, TensorBoard."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from tqdm import tqdm
 from training.loop.losses import Across, alone
 from training.loop.objective import Loss
 
-COLLAPSED = 0.05  # a path under this share of the tokens ...
-PATIENCE = 3  # ... in so many log lines in a row is warned about
+COLLAPSED = 0.05  # warn about a path below this share of the tokens ...
+PATIENCE = 3  # ... for this many log lines in a row
 
 
 class Meter:
-    """Running sums since the last log line; means are over forward passes. Its sums survive a resume."""
+    """Running sums since the last log line; means are over forward passes. The sums survive a resume."""
 
     def __init__(self, sums: dict[str, float] | None = None, across: Across = alone) -> None:
-        """across: the mean over processes, so that every process knows the whole batch's values."""
+        """across: the mean over processes, so that every process has the whole batch's values."""
         self.sums: dict[str, float] = defaultdict(float, sums or {})
         self.across = across
         self._pending: list[dict[str, Tensor]] = []
 
     def add(self, loss: Loss) -> None:
-        """Count one forward pass. Values stay on the device until they are read."""
+        """Add one forward pass. Values stay on the device until they are read."""
         values = {"loss": loss.total.detach(), **loss.terms}
         if loss.routes is not None:
             values |= {f"route.{i}": share for i, share in enumerate(loss.routes)}
@@ -41,7 +41,7 @@ class Meter:
         self._pending.append(values)
 
     def flush(self) -> dict[str, float]:
-        """Move what is pending into the sums (one transfer per pass); returns the newest pass's values."""
+        """Add pending values to the sums (one transfer per pass); returns the newest pass's values."""
         newest: dict[str, float] = {}
         for values in self._pending:
             whole = self.across(torch.stack(list(values.values())).float())
@@ -63,7 +63,7 @@ class Meter:
 
 
 class Watcher:
-    """Writes metrics and shows progress, on the main process only; `show` switches the bar off."""
+    """Writes metrics and shows progress, in the main process only; `show` False hides the bar."""
 
     def __init__(
         self, out: Path, leaves: list[str], total: int, start: int, title: str, main: bool, show: bool, board: bool
@@ -72,14 +72,14 @@ class Watcher:
         self.bar: tqdm[Any] = tqdm(
             total=total, initial=start, desc=title, unit="step", disable=None if main and show else True, leave=True
         )
-        self.low = dict.fromkeys(leaves, 0)  # log lines in a row in which a leaf was nearly unused
+        self.low = dict.fromkeys(leaves, 0)  # consecutive log lines with a nearly unused leaf
         self.tokens, self.since = 0, time.monotonic()
         self.board = tensorboard(out, start) if board and main else None
         if main:
             truncate(self.path, start)
 
     def step(self, tokens: int, loss: float, meter: Meter) -> None:
-        """After every optimizer step: `tokens` were trained on, `loss` is the newest nll."""
+        """Call after every optimizer step: `tokens` is the number trained on, `loss` the newest nll."""
         self.tokens += tokens
         self.bar.update()
         if self.bar.disable:
@@ -93,7 +93,7 @@ class Watcher:
         self.bar.set_postfix(seen, refresh=False)
 
     def log(self, step: int, meter: Meter, **more: float) -> dict[str, Any]:
-        """Write the means since the last log line, and start anew."""
+        """Write the means since the last log line, and reset them."""
         means, now = meter.means(), time.monotonic()
         meter.reset()
         record: dict[str, Any] = {"step": step, "perplexity": perplexity(means["nll"]), **more}
@@ -109,11 +109,11 @@ class Watcher:
         for leaf, share in routes.items():
             self.low[leaf] = self.low[leaf] + 1 if share < COLLAPSED else 0
             if self.low[leaf] == PATIENCE:
-                self.warn(step, f"routing collapses: path '{leaf}' gets {share:.1%} of the tokens; raise --lb-coef")
+                self.warn(step, f"routing collapse: path '{leaf}' gets {share:.1%} of the tokens; raise --lb-coef")
         return record
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one object to metrics.jsonl. Numbers that JSON lacks (infinities) become null."""
+        """Append one object to metrics.jsonl. Numbers that JSON cannot hold (infinities) become null."""
         if not self.main:
             return
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
@@ -128,7 +128,7 @@ class Watcher:
         self.say(f"Warning (step {step}): {message}")
 
     def say(self, message: str) -> None:
-        """One line on stderr, without disturbing the bar."""
+        """Print one line on stderr, without breaking the bar."""
         if self.main:
             tqdm.write(message, file=sys.stderr)
 
@@ -139,12 +139,12 @@ class Watcher:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite instead of an overflow."""
+    """exp(loss); infinity on overflow."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 def truncate(path: Path, step: int) -> None:
-    """Drop the lines after `step`: a resumed run writes them again. A cut last line goes too."""
+    """Drop the lines after `step`, which a resumed run writes again, and an incomplete last line."""
     if not path.is_file():
         return
     kept = []
@@ -159,7 +159,7 @@ def truncate(path: Path, step: int) -> None:
 
 
 def scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """(name, number) of a record but for its step; what is nested is named NAME/KEY, lists NAME/KEY/INDEX."""
+    """(name, number) of a record except its step; nested values are named NAME/KEY, lists NAME/KEY/INDEX."""
     for name, value in record.items():
         if isinstance(value, dict):
             yield from ((f"{name}/{key}", number) for key, number in scalars(value))
@@ -170,9 +170,9 @@ def scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def tensorboard(out: Path, start: int) -> Any:
-    """A TensorBoard writer of OUT/tensorboard, where what lies after step `start` is written again.
+    """A TensorBoard writer for OUT/tensorboard that replaces entries after step `start`.
 
-    TrainOptions.check() has said when the package is missing.
+    TrainOptions.check_installed() has already reported a missing package.
     """
     from torch.utils.tensorboard import SummaryWriter
 
