@@ -1,4 +1,4 @@
-"""Rows of a batch against the same texts alone: ragged lengths, any tree, any scheme, rows moved and left out."""
+"""Compare batch rows with the same texts alone: ragged lengths, any tree, any scheme, rows moved and left out."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TREES: dict[str, dict[str, Any]] = {
     "quad, fast-k": {"splits": [1, 2], "heads": 8, "fast_k": 16, "head_topk": 1},
 }
 KINDS = [(tree, scheme) for tree in TREES for scheme in ("float", "int8", "int4")]
-DEPLOYED = ", as deployed"  # integer kernels round activations, and not alike for one row and for several
+DEPLOYED = ", as deployed"  # integer kernels round activations, differently for one row and for several
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str,
 
 
 class Alone:
-    """The slow reference: every text in a sequence of its own, copied by feeding it again."""
+    """The slow reference: every text in its own sequence, copied by feeding it again."""
 
     def __init__(self, model: Model, rows: int) -> None:
         self.model = model
@@ -73,7 +73,7 @@ class Alone:
         return np.concatenate([log_probs for log_probs, _ in results]), [int(routes[0]) for _, routes in results]
 
     def margin(self, row: int) -> float:
-        """How close the row's last token came to another route, as the exporter's check measures it with torch.
+        """Routing margin of the row's last token, measured with torch as in the exporter's check.
 
         That is in units of a text's usual gap: tokens that follow, up to a full context, make the text long enough.
         """
@@ -119,7 +119,7 @@ def test_rows_say_what_they_say_alone(kind: tuple[str, str], models: Any, data: 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_integer_kernels_say_nearly_the_same_of_a_row_in_a_batch(scheme: str, models: Any) -> None:
-    """The table's line of the scheme, over as many rows as the exporter's check looks at."""
+    """The tolerance table's row for the scheme, over as many rows as the exporter's check uses."""
     model, tolerance = models["dual, fast-k", scheme + DEPLOYED], TOLERANCES["float32", scheme]
     rng, kl = np.random.default_rng(8), []
     for _ in range(12):

@@ -1,4 +1,4 @@
-"""Generation against a slow loop that scores the whole text again for every token."""
+"""Compare generation with a slow loop that scores the whole text again for every token."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def model(tiny_dmpt: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 def slow(model: Model, ids: list[int], count: int, **options: Any) -> list[int]:
-    """No cache: every token from a fresh scoring of everything before it."""
+    """Without a cache: every token comes from scoring the whole preceding text again."""
     sampler = Sampler(Sampling(**options), ids)
     new: list[int] = []
     while len(new) < count and len(ids) + len(new) <= model.context:
@@ -81,7 +81,7 @@ def test_paths_are_those_of_scoring(model: Model) -> None:
 
 
 def seed_that_ends(model: Model) -> int:
-    """The tests below need a text that comes to the end-of-text token, id 0."""
+    """The tests below need a text that reaches the end-of-text token, id 0."""
     for seed in range(300):
         ids = model.generate([5], max_new_tokens=40, temperature=1.5, seed=seed)
         if 2 < len(ids) < 40:

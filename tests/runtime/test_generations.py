@@ -1,4 +1,4 @@
-"""Several prompts at once, a context that slides, and guessing ahead: each against the plain loop for one prompt."""
+"""Compare batches of prompts, sliding contexts and speculation with the plain loop for one prompt."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TREES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Model]]:
-    """Random models without an end-of-text token, so that texts are as long as asked for."""
+    """Random models without an end-of-text token, so that texts have the requested length."""
     root, loaded = tmp_path_factory.mktemp("together"), {}
     for tree, fields in TREES.items():
         saved_model(root / tree, **fields)
@@ -49,7 +49,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Model
 
 @pytest.fixture(scope="module")
 def text_model(tiny_dmpt: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    """One with a tokenizer."""
+    """A model with a tokenizer."""
     out = tmp_path_factory.mktemp("text") / "onnx"
     export_onnx(tiny_dmpt, out, verify=False)
     with runtime.load(out, threads=1) as model:
@@ -88,7 +88,7 @@ def test_a_list_of_prompts_gives_what_each_gives_alone(
 
 
 def test_prompts_that_wait_follow_as_others_end(models: dict[str, Model], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows are used again, and never more of them than allowed."""
+    """Rows are reused, and never exceed the limit."""
     monkeypatch.setattr(generate_module, "TOGETHER", 3)
     monkeypatch.setattr(models["quad"], "end_of_text", 12)
     sizes: list[int] = []
@@ -154,7 +154,7 @@ def test_one_model_serves_several_threads(models: dict[str, Model]) -> None:
 
 
 def slow_slide(model: Model, prompt: list[int], count: int, **options: Any) -> list[int]:
-    """No cache: when the context is full, the text is its last half; the next token is what scoring that says."""
+    """Without a cache: when the context is full, keep its last half and score that for the next token."""
     sampler, seen, new = Sampler(Sampling(**options), prompt), list(prompt), []
     while len(new) < count:
         if len(seen) > model.context:
@@ -201,7 +201,7 @@ def test_guesses_shrink_where_they_are_wrong_and_grow_where_they_are_right() -> 
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_guessing_does_not_change_the_text(tree: str, models: dict[str, Model], data: st.DataObject) -> None:
-    """Prompts that repeat, so that there is much to guess; random models then often disagree."""
+    """Repetitive prompts, so that there are many guesses; random models often disagree with them."""
     unit = data.draw(st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=6))
     prompt = (unit * 20)[: data.draw(st.integers(1, 60))]
     options = {
@@ -218,7 +218,7 @@ def test_guessing_does_not_change_the_text(tree: str, models: dict[str, Model], 
 
 @pytest.mark.parametrize("tree", TREES)
 def test_guesses_are_used(tree: str, models: dict[str, Model], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A greedy random model comes to repeat itself: then a run yields several tokens; other guesses are wrong."""
+    """A greedy random model starts to repeat itself: then a run gives several tokens; other guesses are wrong."""
     sizes: list[int] = []
     run = Sequence.run
     monkeypatch.setattr(Sequence, "run", lambda self, ids, *more: sizes.append(len(ids)) or run(self, ids, *more))
@@ -232,7 +232,7 @@ def test_guesses_are_used(tree: str, models: dict[str, Model], monkeypatch: pyte
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_where_activations_are_rounded_only_ties_may_go_another_way(scheme: str, tmp_path: Path) -> None:
-    """The first token that differs, if one does, was as likely as the other to within that rounding."""
+    """The first differing token, if any, was as likely as the expected one to within rounding."""
     saved_model(tmp_path / "source", **TREES["none"])
     save_quantized(tmp_path / "source", tmp_path / "quantized", scheme=scheme)
     export_onnx(tmp_path / "quantized", tmp_path / "onnx", verify=False)
@@ -255,7 +255,7 @@ def test_where_activations_are_rounded_only_ties_may_go_another_way(scheme: str,
     [("int8-dynamic", []), ("int4", ["*.h.0.mlp.c_fc=int8-dynamic"]), ("int8-dynamic", ["*.h.*.mlp.*=int8"])],
 )
 def test_schemes_that_round_rows_together_refuse_to_guess(scheme: str, rules: list[str], tmp_path: Path) -> None:
-    """However few tensors are stored that way."""
+    """Even if few tensors are stored that way."""
     saved_model(tmp_path / "source", **TREES["dual"])
     save_quantized(tmp_path / "source", tmp_path / "quantized", scheme=scheme, rules=[parse_rule(r) for r in rules])
     export_onnx(tmp_path / "quantized", tmp_path / "onnx", verify=False)

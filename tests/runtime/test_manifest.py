@@ -1,4 +1,4 @@
-"""The manifest and the folder, whole and damaged: every fault is named, all at once, and costs exit code 3."""
+"""Valid and damaged manifests and folders: errors name every fault at once and have exit code 3."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_how_tensors_are_stored_is_checked() -> None:
 
 
 def leaves_of(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The path of every field that the runtime promises to check."""
+    """The path of every field that the runtime checks."""
     if isinstance(value, dict) and path[:1] not in {("tools",), ("source",)}:
         return [inner for key, item in value.items() for inner in leaves_of(item, (*path, key))]
     if isinstance(value, list) and value and isinstance(value[0], dict):
@@ -142,7 +142,7 @@ FIELDS = [path for path in leaves_of(sound()) if path != ("parity",)]
 
 @pytest.mark.parametrize("path", FIELDS, ids=lambda path: ".".join(map(str, path)))
 def test_every_field_is_checked(path: tuple[Any, ...]) -> None:
-    """Missing, or of a type that fits nothing."""
+    """Each field missing, or of a type that is never valid."""
     assert len(FIELDS) > 90
     name = str(path[-1])
     assert name in refusal(lambda: parse_manifest(damaged(*path, drop=True)))
@@ -277,7 +277,7 @@ def test_links_are_refused_also_with_the_right_content(folder: Path, tmp_path_fa
 def test_links_that_are_not_listed_are_refused(
     link: Callable[[Path, Path], None], folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """The graph names its data files itself, so it could point at one of these."""
+    """The graph names its data files itself, so it could name one of these."""
     outside = tmp_path_factory.mktemp("outside") / "secret"
     outside.write_bytes(b"secret")
     (folder / "notes.txt").write_text("unlisted plain files are nobody's business")

@@ -1,4 +1,4 @@
-"""Loading: folders that are damaged or malicious, missing packages and GPUs, release, and what is imported."""
+"""Loading: damaged or malicious folders, missing packages and GPUs, freeing memory, and imports."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> N
 
 
 def publish(folder: Path, model: onnx.ModelProto) -> None:
-    """Save a changed graph and make the manifest agree with it: what an attacker would do."""
+    """Save a changed graph and adapt the manifest to it, as an attacker would."""
     path = folder / "model.onnx"
     path.write_bytes(model.SerializeToString())
     edit_manifest(
@@ -62,7 +62,7 @@ def publish(folder: Path, model: onnx.ModelProto) -> None:
 
 
 def point_data(folder: Path, **entries: str) -> None:
-    """Change where the first external tensor says its data lies."""
+    """Change the data location of the first external tensor."""
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     tensor = next(t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL)
     present = {entry.key: entry for entry in tensor.external_data}
@@ -170,7 +170,7 @@ def test_cuda_that_is_not_there_is_one_clear_error(folder: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Specified provider")
 def test_a_silent_fallback_to_the_cpu_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What ONNX Runtime does when a CUDA library does not load."""
+    """Imitate ONNX Runtime when a CUDA library does not load."""
     edit_manifest(folder, lambda raw: raw.update(target="cuda"))
     monkeypatch.setattr(session, "check_cuda", lambda *_: None)
     with pytest.raises(SetupError, match="on the GPU alone"):
@@ -212,7 +212,7 @@ def test_memory_that_runs_out_has_its_own_error() -> None:
 
 
 def test_closing_frees_the_weights_at_once(tmp_path: Path, make_gpt2: Callable[..., Any]) -> None:
-    """Also while sequences, batches and half-made texts still exist: seen in what the process holds resident."""
+    """Also while sequences, batches and unfinished texts exist: measured as resident memory of the process."""
     make_gpt2(tmp_path / "source", n_embd=512, vocab_size=300, n_layer=8)  # 8 * 12 * 512 * 512 floats: 100 MB
     export_onnx(tmp_path / "source", tmp_path / "onnx", verify=False)
     code = (
@@ -234,12 +234,12 @@ def test_closing_frees_the_weights_at_once(tmp_path: Path, make_gpt2: Callable[.
 
 
 def test_closing_while_another_thread_binds(exported: Path) -> None:
-    """A binding that is being made when the engine closes is taken away, too: close() waits for it."""
+    """A binding under construction when the engine closes is revoked, too: close() waits for it."""
     model = runtime.load(exported, threads=1)
     engine, making, made = model.engine, threading.Event(), []
 
     class Slow:
-        """onnxruntime, whose bindings take a while."""
+        """onnxruntime with slow bindings."""
 
         def IOBinding(self, session: Any) -> object:
             making.set()

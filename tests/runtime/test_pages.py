@@ -1,4 +1,4 @@
-"""Large pages: which memory is asked for, that its content stays, and that nothing happens where it cannot."""
+"""Large pages: which memory is moved, that its content stays, and that nothing happens where it is impossible."""
 
 import ctypes
 import mmap
@@ -42,7 +42,7 @@ def test_memory_made_inside_is_in_large_pages_and_keeps_its_content():
     if not size or size > 64 << 20:
         pytest.skip("this system has no large pages")
     with pages.large_pages():
-        # new memory for certain, with two whole pages wherever it begins
+        # certainly new memory, with two whole pages at any start address
         mapped = mmap.mmap(-1, 3 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         made = np.frombuffer(mapped, np.uint8)
         made[:] = np.arange(3 * size, dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Which ONNX Runtime an export needs, and the crash on Arm processors that is refused instead."""
+"""The ONNX Runtime version that an export needs, and exports that are refused because they would crash on Arm."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def device(source: Path, out: Path, scheme: str, rules: Any = (), **options: Any
 
 
 def aged(folder: Path) -> Path:
-    """As an export of the time before it said what it requires, when scales were the main graph's."""
+    """Imitate an old export: without required versions, and with scales in the main graph."""
     path = folder / MANIFEST_NAME
     raw = json.loads(path.read_text())
     del raw["requires"], raw["branches_own_scales"]
@@ -83,7 +83,7 @@ def test_an_older_onnxruntime_is_refused(
 
 
 def with_version(version: str) -> Any:
-    """import_onnxruntime() that finds the real package under another version."""
+    """An import_onnxruntime() that returns the real package with a different version."""
     real = session.import_onnxruntime("cpu")
 
     class Renamed:
@@ -111,7 +111,7 @@ def with_version(version: str) -> Any:
 def test_what_would_crash_an_arm_processor_is_refused(
     tree: str, scheme: str, rules: Any, crashes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Read from the manifest alone, for loading the graph would be the crash."""
+    """The check reads only the manifest, because loading the graph would crash."""
     if tree == "gpt2":  # no branches, and its head is the embedding
         rules, crashes = [rule for rule in rules if not rule.pattern.startswith("heads")], False
     folder = device(saved_model(tmp_path / "source", **TREES[tree]), tmp_path, scheme, rules)
@@ -128,7 +128,7 @@ def test_what_would_crash_an_arm_processor_is_refused(
             runtime.load(path).close()
     monkeypatch.setattr(processor, "has_dot_product", lambda: False)
     monkeypatch.setattr(session, "import_onnxruntime", with_version("1.24.0"))
-    runtime.load(old).close()  # where it did load, it still does
+    runtime.load(old).close()  # still loads where it did before
 
 
 def test_heads_that_are_only_gathered_do_not_crash(source: Path, tmp_path: Path) -> None:

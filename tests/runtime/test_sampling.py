@@ -1,4 +1,4 @@
-"""Sampling against slow references that follow the definitions word by word."""
+"""Compare sampling with slow references that follow the definitions literally."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def slow_top_k(scores: np.ndarray, k: int) -> list[int]:
 
 
 def slow_nucleus(weights: list[int], p: Fraction) -> list[int]:
-    """Take the heaviest remaining token, the lowest id among equals, until the share is reached; exact arithmetic."""
+    """Take the heaviest remaining token, the lowest id on ties, until the share is reached; exact arithmetic."""
     rest, taken = list(range(len(weights))), []
     while sum(weights[t] for t in taken) < p * sum(weights):
         best = max(rest, key=lambda t: (weights[t], -t))

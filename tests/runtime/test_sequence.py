@@ -1,4 +1,4 @@
-"""Feeding tokens: whole = chunked = stepwise, caches that grow, nodes that lag and catch up, bad ids."""
+"""Feeding tokens: whole = chunked = stepwise, growing caches, nodes that lag and catch up, bad ids."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_heads_weigh_as_in_torch(name: str, models: dict[str, Model], sources: d
 
 
 def test_an_export_that_does_not_tell_head_weights_still_runs(sources: dict[str, Path], tmp_path: Path) -> None:
-    """As exports were before."""
+    """An older export."""
     export_onnx(sources["quad"], tmp_path / "old", verify=False)
     model = onnx.load(tmp_path / "old" / "model.onnx", load_external_data=False)
     for output in [o for o in model.graph.output if o.name.startswith("head_log_weights.")]:
@@ -157,7 +157,7 @@ def test_stepwise_over_the_whole_context(models: dict[str, Model], whole: Any) -
 
 
 def test_nodes_that_are_not_taken_wait_and_then_catch_up(models: dict[str, Model], whole: Any) -> None:
-    """Every run advances exactly the nodes on the way to the leaf that was taken."""
+    """Every run advances exactly the nodes on the way to the chosen leaf."""
     model, routes = models["quad"], whole["quad"][1]
     sequence, lags = model.sequence(), set()
     expected = dict.fromkeys(model.manifest.nodes, 0)
@@ -287,7 +287,7 @@ def test_ids_may_be_any_kind_of_whole_numbers(models: dict[str, Model]) -> None:
 
 
 def test_only_what_changed_is_bound_again(models: dict[str, Model]) -> None:
-    """In the long run a step binds the pending rows and the split nodes' rows, nothing else."""
+    """After the first steps, a step binds only the pending rows and the split nodes' rows."""
     sequence = models["dual"].sequence()
     log_probs = np.empty((1, 300), np.float32)
     sequence.run(IDS[:10], log_probs)
@@ -299,7 +299,7 @@ def test_only_what_changed_is_bound_again(models: dict[str, Model]) -> None:
 
 
 class Recorder:
-    """Notes the names that a sequence binds from now on."""
+    """Records the names that a sequence binds from now on."""
 
     def __init__(self, sequence: Sequence) -> None:
         self.names: set[str] = set()
@@ -319,7 +319,7 @@ class Recorder:
 
 
 def test_memory_is_given_back_after_long_runs_only(models: dict[str, Model], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps, guesses and the chunks of scoring would only ask for it again."""
+    """Steps, guesses and scoring chunks would only allocate the memory again."""
     model, tidied = models["dual"], []
     run = model.engine.run
     monkeypatch.setattr(model.engine, "run", lambda binding, tidy: tidied.append(tidy) or run(binding, tidy))

@@ -1,4 +1,4 @@
-"""Streaming text: whatever the tokens, pieces join to the text of all, and no piece splits a character."""
+"""Streaming text: for any tokens, the joined pieces are the whole text, and no piece splits a character."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def token_bytes(codec: TextCodec, token: int) -> bytes:
 
 @given(st.lists(st.integers(0, 263), max_size=30))
 def test_any_tokens_stream_to_what_decode_gives(codec: TextCodec, ids: list[int]) -> None:
-    """Also byte runs that are no UTF-8 at all, special and added tokens."""
+    """Also byte runs that are not UTF-8, special and added tokens."""
     want = codec.decode(ids)
     streamer = codec.streamer()
     assert isinstance(streamer, ByteStreamer)
@@ -115,7 +115,7 @@ def test_stop_strings_cut_where_the_first_one_begins(parts: list[str], stops: li
         whole = "".join(parts[: len(shown)])
         found = [whole.find(stop) for stop in stops if stop in whole]
         if found:
-            # the first moment that some stop is complete decides; of several, the one that begins first
+            # the first complete stop string decides; of several, the one that begins first
             assert filtered.found and "".join(shown) == whole[: min(found)]
             return
         assert not filtered.found

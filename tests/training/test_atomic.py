@@ -1,4 +1,4 @@
-"""A kill or failure at any moment leaves the old folder or the new one, and never something between."""
+"""A kill or failure at any moment leaves either the old folder or the new one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write(out: Path, version: str) -> None:
 
 
 def version_of(out: Path) -> str | None:
-    """None when absent; fails when the folder is neither the one nor the other."""
+    """None when absent; fails when the folder is neither the old nor the new one."""
     if not out.exists():
         return None
     version = str(json.loads((out / "config.json").read_text())["version"])
@@ -131,7 +131,7 @@ with atomic.atomic_folder(out, "checkpoint") as tmp:
 
 
 def test_kill_at_every_step(swap: str, tmp_path: Path) -> None:
-    """The writer is killed before and after each thing it does to the disk, over an old folder and over none."""
+    """The writer is killed before and after each disk operation, with and without an old folder."""
     seen = set()
     for existing in (None, "one"):
         for last in range(60):
@@ -161,7 +161,7 @@ def test_running_writer_is_not_disturbed(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with atomic_folder(out, "checkpoint") as first:
         product(first, "first")
-        write(out, "second")  # cleans up what killed runs left: not this one
+        write(out, "second")  # cleans up after killed runs: not after this one
         assert first.is_dir() and version_of(out) == "second"
     assert version_of(out) == "first" and os.listdir(tmp_path) == ["out"]
 
@@ -198,7 +198,7 @@ FOREIGN = {
 
 
 def test_a_place_is_judged_by_itself_where_it_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a volume that is mounted below what one may not write to."""
+    """Like a volume mounted in a folder that is not writable."""
     inside = tmp_path / "kept" / "mine"
     inside.mkdir(parents=True)
     monkeypatch.setattr(os, "access", lambda path, _: Path(path) == inside)

@@ -1,4 +1,4 @@
-"""Checkpoint folders: reading GPT-2 and DMPT, writing them, what else they hold."""
+"""Checkpoint folders: reading GPT-2 and DMPT, writing them, and their other files."""
 
 from __future__ import annotations
 

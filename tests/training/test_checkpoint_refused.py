@@ -1,4 +1,4 @@
-"""Checkpoint folders that are refused: no folder of a model, impossible configurations, damaged weights."""
+"""Refused checkpoint folders: not a model folder, impossible configurations, damaged weights."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ DAMAGE: dict[str, tuple[dict[str, Any] | bytes, bytes, int | None]] = {
     "header over 100 MB": (b"{}", b"", 100_000_001),
     "header longer than the file": (b"{}", b"", 50),
     "header that is not JSON": (b"{nope", b"", None),
-    "header that is no UTF-8": (b"\xff\xfe\xfd\xfc", b"", None),
+    "header that is not UTF-8": (b"\xff\xfe\xfd\xfc", b"", None),
     "overlap": ({"a": entry(0, 8, [2]), "b": entry(4, 12, [2])}, bytes(12), None),
     "hole": ({"a": entry(0, 8, [2]), "b": entry(12, 20, [2])}, bytes(20), None),
     "bytes after the last tensor": ({"a": entry(0, 8, [2])}, bytes(12), None),

@@ -1,4 +1,4 @@
-"""`dmpt-export train` from its command line to the folder it leaves; also in two processes."""
+"""`dmpt-export train` from its command line to its output folder; also in two processes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_without_head_mixture_every_leaf_has_one_head(tiny_gpt2: Path, text: str
 
 
 def test_resume_needs_nothing_but_the_run(tiny_gpt2: Path, text: str, tmp_path: Path) -> None:
-    """Options and data come from the run; what is given again wins."""
+    """Options and data come from the run; repeated options override them."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     settings = [*SMALL, "--lr", "1e-3", "--lr-schedule", "constant", "--warmup-steps", "0"]
     for out, steps in ((whole, "4"), (parts, "2")):

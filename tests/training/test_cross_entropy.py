@@ -1,4 +1,4 @@
-"""The fused head against log_softmax: values, gradients, bfloat16, a frozen head."""
+"""Compare the fused head with log_softmax: values, gradients, bfloat16, a frozen head."""
 
 from __future__ import annotations
 

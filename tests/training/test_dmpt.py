@@ -1,4 +1,4 @@
-"""The torch model: equal to GPT-2 where it is GPT-2, causal, normalised, and its cached forms equal the plain one."""
+"""The torch model: equal to GPT-2 without splits, causal, normalised, and equal with and without a cache."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_random_routing_takes_every_leaf_equally_often_and_no_notice_of_gates(na
     if len(leaves) > 1:
         again = model.random_routes(ids, 64, seed=1)
         assert 0.3 < float((again == routes).float().mean()) * len(leaves) / 2 < 0.7
-        # knowing a token's or a position's route says nothing about the next
+        # a token's or position's route does not predict the next one
         assert abs(float((routes[:, 1:] == routes[:, :-1]).float().mean()) - 1 / len(leaves)) < 0.05
 
 

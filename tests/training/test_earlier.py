@@ -1,4 +1,4 @@
-"""The run that --overwrite replaces is kept until the new one has saved, whatever ends the work and when."""
+"""The run that --overwrite replaces is kept until the new one has saved, however and whenever the work ends."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_kill_leaves_the_old_run_or_the_new(saved: list[str], tmp_path: Path) 
 
 
 def test_two_at_once(tmp_path: Path) -> None:
-    """While one runs, another neither takes its place nor tidies up after it."""
+    """While one process runs, another neither replaces its result nor cleans up after it."""
     out = tmp_path / "out"
     write(out, OLD)
     with replacing(out, RUN, SAVED):

@@ -48,7 +48,7 @@ def check(folder: Path) -> None:
 
 
 def test_the_table_knows_every_field_of_gpt2() -> None:
-    """Whatever version of Transformers is installed."""
+    """With any installed version of Transformers."""
     known = {*GPT2, *ALIASES, *FIXED, *HARMLESS, *CHOOSING, *SAMPLING}
     assert {name for name in GPT2Config().to_dict() if not name.startswith("_")} <= known
     assert GPT2Config.attribute_map.items() <= ALIASES.items()
@@ -59,7 +59,7 @@ def test_the_table_knows_every_field_of_gpt2() -> None:
 @pytest.mark.parametrize(("alias", "name"), ALIASES.items())
 @pytest.mark.parametrize("both", [False, True])
 def test_aliases_are_obeyed(alias: str, name: str, both: bool, make_gpt2: Callable[..., Any], tmp_path: Path) -> None:
-    """Where a file has both, the alias wins, as in GPT2Config."""
+    """If a file has both, the alias wins, as in GPT2Config."""
     make_gpt2(tmp_path / "m")
     path = tmp_path / "m" / "config.json"
     fields = json.loads(path.read_text())
@@ -71,7 +71,7 @@ def test_aliases_are_obeyed(alias: str, name: str, both: bool, make_gpt2: Callab
 
 @pytest.mark.parametrize("heads", [1, 2, 8])
 def test_the_number_of_attention_heads_may_come_by_its_alias(heads: int, gpt2_copy: Path) -> None:
-    """No tensor shows it: only the numbers do."""
+    """No tensor name or shape shows it: only the results do."""
     path = gpt2_copy / "config.json"
     fields = json.loads(path.read_text())
     del fields["n_head"]
@@ -90,7 +90,7 @@ def test_activations_are_the_library_s(activation: str, gpt2_copy: Path, tmp_pat
 
 
 def test_the_two_forms_of_gelu_differ(gpt2_copy: Path) -> None:
-    """Else the test above could not fail."""
+    """Otherwise the test above could not fail."""
     edit_tensors(gpt2_copy, lambda tensors: [tensors[name].mul_(2) for name in tensors if "mlp.c_fc.weight" in name])
     edit_config(gpt2_copy, activation_function="gelu")
     exact = ours(gpt2_copy)
@@ -281,7 +281,7 @@ def test_a_head_that_is_the_embedding_is_tied(gpt2_copy: Path, capsys: pytest.Ca
 def test_reading_that_computes_something_else_is_stopped(
     change: dict[str, Any], gpt2_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a field that is not read would make it."""
+    """Imitate the effect of a field that is not read."""
     edit_tensors(gpt2_copy, lambda tensors: [tensors[name].mul_(2) for name in tensors if "mlp.c_fc.weight" in name])
     import training.checkpoints.checkpoint as checkpoint
 

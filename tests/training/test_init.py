@@ -1,4 +1,4 @@
-"""init: a DMPT that starts as the GPT-2 it came from."""
+"""init: a new DMPT computes the same as its GPT-2."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def gpt2(tiny_gpt2: Path) -> DMPTForCausalLM:
 
 @pytest.fixture(scope="module")
 def gpt2_log_probs(tiny_gpt2: Path) -> Tensor:
-    """What Hugging Face's own GPT-2 says: the oracle."""
+    """Log-probs of Hugging Face's own GPT-2: the oracle."""
     from transformers import GPT2LMHeadModel
 
     with torch.no_grad():
@@ -100,7 +100,7 @@ def test_same_seed_same_bits_other_seed_others(gpt2: DMPTForCausalLM) -> None:
 def test_gates_start_left_and_head_gates_near_uniform(gpt2: DMPTForCausalLM) -> None:
     model = init_from_gpt2(gpt2, [1, 2], gate_bias=0.4, gate_hidden=24)
     for gate in model.gates.values():
-        assert gate[2].bias.tolist() == pytest.approx([0.4, 0.0])  # (b, b) would favour nobody
+        assert gate[2].bias.tolist() == pytest.approx([0.4, 0.0])  # (b, b) would favour neither side
         assert gate[0].weight.shape == (24, 32) and gate[2].weight.std().item() > 0
     with torch.no_grad():
         hidden = model.hidden(IDS)

@@ -1,4 +1,4 @@
-"""Every loss term against a plain-Python reference, its independence of padding and length, and its gradient."""
+"""Compare every loss term with a plain-Python reference; test independence of padding and length, and gradients."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_head_terms_survive_heads_that_are_left_out() -> None:
 
 
 def every_term(seed: int, repeat: int, padding: int) -> list[float]:
-    """All terms of the same tokens, repeated and with padded columns whose values are absurd."""
+    """All terms of the same tokens, repeated, and with padded columns of absurd values."""
 
     log_w = F.log_softmax(drawn(2, B, S, seed=seed), 0)
     gold = -drawn(2, B, S, seed=seed + 1).abs()
@@ -157,7 +157,7 @@ def every_term(seed: int, repeat: int, padding: int) -> list[float]:
 
 
 def test_no_term_depends_on_padding_or_length() -> None:
-    """Also when the padding holds NaN: it must not be read at all."""
+    """Also when the padding holds NaN: it must not be read."""
     plain = every_term(0, repeat=1, padding=0)
     assert all(math.isfinite(value) and value > 0 for value in plain)
     assert every_term(0, repeat=1, padding=4) == pytest.approx(plain, **CLOSE)

@@ -1,4 +1,4 @@
-"""nanoGPT's ckpt.pt against a slow model of its own kind, written from its description."""
+"""Compare nanoGPT's ckpt.pt with a slow model of the same kind, written from its description."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 24}
 
 
 def checkpoint(bias: bool, vocab: int = 300, wrapper: str = "", tied: bool = True) -> dict[str, Any]:
-    """What its train.py saves: linear weights are [out, in]."""
+    """A checkpoint as its train.py saves it: linear weights are [out, in]."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(*shape: int) -> torch.Tensor:

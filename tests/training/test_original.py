@@ -1,4 +1,4 @@
-"""convert: the original project's .pt files, and what their tensors compute."""
+"""convert: the original project's .pt files, and the results of their tensors."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_convert_says_what_it_had_to_infer(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_heads_that_were_not_mixed(tmp_path: Path) -> None:
-    """Without --use_head_mixture the original scores left by head 0 and right by head 1, whatever else is there."""
+    """Without --use_head_mixture the original scores left by head 0 and right by head 1, whatever heads exist."""
     save_dual(tmp_path / "file.pt", use_head_mixture=False, head_allocation=None)
     checkpoint, notes = read_original(tmp_path / "file.pt")
     assert checkpoint.config.head_allocation == {"left": [0], "right": [1]}
@@ -137,7 +137,7 @@ def test_heads_that_were_not_mixed(tmp_path: Path) -> None:
 def test_heads_keep_their_leaf_when_ids_are_renumbered(tmp_path: Path) -> None:
     model = random_dmpt(splits=[2], head_allocation={"left": [0, 1], "right": [2, 3]})
     state = original_state(model, "dual")
-    for new, old in ((7, 3), (5, 2), (3, 1)):  # original ids 0, 3, 5, 7; the others belong to nobody
+    for new, old in ((7, 3), (5, 2), (3, 1)):  # original ids 0, 3, 5, 7; no leaf uses the others
         state[f"lm_head.perceptrons.{new}.weight"] = state.pop(f"lm_head.perceptrons.{old}.weight")
     for unused in (1, 2, 4, 6):
         state[f"lm_head.perceptrons.{unused}.weight"] = torch.zeros(300, 64)

@@ -1,4 +1,4 @@
-"""convert: files that are refused or leave something open, and files that would run code."""
+"""convert: files that are refused or incomplete, and files that would run code."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_nan_names_the_tensor(tmp_path: Path) -> None:
 
 
 class Payload:
-    """What a hostile file would hold: code that runs while it is read."""
+    """The content of a hostile file: code that runs while it is read."""
 
     def __init__(self, target: Path) -> None:
         self.command = f"touch {target}"

@@ -1,4 +1,4 @@
-"""The same text in every kind of file and in a dataset: the same lines, the same tokens, clear errors."""
+"""The same text in every kind of file and in a dataset gives the same lines and tokens; clear errors."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def table(texts: list[Any], field: str = "text", kind: Any = None) -> Any:
 
 
 def write(path: Path, texts: list[str], field: str = "text") -> Path:
-    """`texts` in the form that the path's name says."""
+    """Write `texts` in the form that the file name implies."""
     kind = sources.kind_of(path)
     if kind == "parquet":
         parquet.write_table(table(texts, field), path, row_group_size=2)
@@ -128,7 +128,7 @@ def test_zstd_frames_one_after_another(parts: list[bytes], chunk: int, sized: bo
     from unittest.mock import patch
 
     compressor = zstandard.ZstdCompressor(write_content_size=sized)
-    skippable = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"  # a frame that readers must pass over
+    skippable = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"  # a frame that readers must skip
     packed = skippable.join(compressor.compress(part) for part in parts)
     with patch("training.text.zstd.CHUNK", chunk):
         assert io.BufferedReader(ZstdReader(io.BytesIO(packed))).read() == b"".join(parts)

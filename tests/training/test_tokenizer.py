@@ -1,4 +1,4 @@
-"""A foreign folder's tokenizer: the same ids as AutoTokenizer gives, in training, evaluation and on the device."""
+"""A foreign folder's tokenizer gives the same ids as AutoTokenizer in training, evaluation and on the device."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def token(**flags: bool) -> dict[str, Any]:
 
 
 def pair(folder: Path) -> None:
-    """vocab.json and merges.txt alone."""
+    """Only vocab.json and merges.txt."""
     (folder / "tokenizer.json").unlink()
 
 
 def ready(folder: Path) -> None:
-    """tokenizer.json alone."""
+    """Only tokenizer.json."""
     for name in ("vocab.json", "merges.txt"):
         (folder / name).unlink(missing_ok=True)
 
@@ -115,7 +115,7 @@ FILES: dict[str, list[Callable[[Path], None]]] = {
 
 @pytest.fixture(scope="module")
 def small(make_gpt2: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A GPT-2 whose tokenizer has ids to spare below the 300 rows of its embedding."""
+    """A GPT-2 whose tokenizer leaves some of the 300 embedding rows unused."""
     folder = tmp_path_factory.mktemp("small") / "gpt2"
     make_gpt2(folder, n_layer=1)
     full = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -139,7 +139,7 @@ def made(small: Path, out: Path, changes: list[Callable[[Path], None]]) -> Path:
 
 
 def front(want: list[int], own: list[int]) -> list[int]:
-    """Transformers' ids without what a template puts behind a text."""
+    """Transformers' ids without those that a template appends to a text."""
     return want[: len(own)] if want[: len(own)] == own and set(want[len(own) :]) <= {0} else want
 
 
@@ -168,7 +168,7 @@ def test_ids_are_autotokenizer_s_everywhere(name: str, small: Path, tmp_path: Pa
 
 
 def test_the_cases_above_differ(small: Path, tmp_path: Path) -> None:
-    """Else they would not show what is read."""
+    """Otherwise they would not show which files are read."""
     found = set()
     for i, name in enumerate(("as saved", "added_tokens.json", "add_prefix_space, pair", "add_bos_token, pair",
                               "added_tokens_decoder, lstrip", "added_tokens_decoder, rstrip")):  # fmt: skip
@@ -340,7 +340,7 @@ def test_files_of_a_later_transformers_are_not_called_damaged(gpt2_copy: Path) -
 
 
 def test_another_reading_of_a_text_is_stopped(gpt2_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As files that are not read would make it."""
+    """Imitate the effect of files that are not read."""
     real = verify_tokenizer.load_tokenizer
 
     def without_merge(folder: Path) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""The training loop: it learns, evaluates, logs, stops at trouble, and takes its options seriously."""
+"""The training loop: learning, evaluation, logs, errors, and every option's effect."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_evaluation_equals_scoring_window_by_window(splits: list[int]) -> None:
 
 
 def test_the_best_model_is_kept_and_published(tmp_path: Path) -> None:
-    """With a learning rate that ruins the model, the best is an early one."""
+    """With a learning rate that ruins the model, the best model is an early one."""
     run = tmp_path / "run"
     held_out = some_tokens(200, 1)
     result = train(

@@ -1,4 +1,4 @@
-"""What is trained and what stands still: frozen groups and schedules, and the optimizer's groups."""
+"""Trained and frozen parameters: frozen groups and schedules, and the optimizer's groups."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_head_0_is_bitwise_unchanged_while_frozen_and_moves_afterwards(tmp_path: Path) -> None:
-    """Weight decay and leftover momentum must not move it either."""
+    """Weight decay and leftover momentum must not change it either."""
     model = random_model([2], 4)
     head = model.heads[0].weight.detach().clone()
     train(model, TOKENS, options(max_steps=4, freeze_head0_steps=4, weight_decay=0.5), tmp_path / "a")
@@ -153,7 +153,7 @@ def test_the_learning_rate_rises_and_falls_linearly() -> None:
 
 
 def test_clipping_looks_at_active_parameters_only(tmp_path: Path) -> None:
-    """A stale gradient on a frozen parameter would shrink everybody's step."""
+    """A stale gradient on a frozen parameter would shrink the step of all parameters."""
     model = random_model([2], 4)
     model.heads[0].weight.grad = torch.full_like(model.heads[0].weight, 1e9)
     plain = random_model([2], 4)

@@ -1,4 +1,4 @@
-"""A training run that was stopped: resumed it is the same run, or it says why not; and what a kill leaves."""
+"""A stopped training run: after a resume it is the same run, or an error explains why not; and leftovers of a kill."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def interrupted_at(model: DMPTForCausalLM, run: Path, step: int, settings: TrainOptions, **more: Any) -> None:
-    """Train until `step`, then stop as by SIGTERM."""
+    """Train until `step`, then stop as after SIGTERM."""
     before = torch.optim.AdamW.step
     done = 0
 
@@ -134,7 +134,7 @@ def test_a_run_is_not_overwritten_unless_asked_for(tmp_path: Path) -> None:
 
 
 def test_a_kill_leaves_the_last_complete_checkpoint(tmp_path: Path) -> None:
-    """SIGKILL while a checkpoint is being written, and at other moments: what is there loads and resumes."""
+    """SIGKILL while a checkpoint is being written, and at other moments: the folder still loads and resumes."""
     script = tmp_path / "go.py"
     script.write_text(
         textwrap.dedent(f"""

@@ -170,7 +170,7 @@ def test_not_utf8_names_the_line_and_byte(tmp_path: Path) -> None:
 
 
 def slow_tokens(text: str, tokenizer: Tokenizer, eot: int) -> list[int]:
-    """The protocol word for word."""
+    """The protocol, implemented literally."""
     out: list[int] = []
     for line in text.split("\n"):
         if line.strip():

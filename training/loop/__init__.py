@@ -1,1 +1,1 @@
-"""The training run: batches in, losses, optimizer, freezing, evaluation, and what is saved."""
+"""The training run: losses, optimizer, freezing, evaluation, and saved state."""

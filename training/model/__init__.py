@@ -1,1 +1,1 @@
-"""What a DMPT is: its fields, its tree, the model, its cache, and how GPT-2 becomes one."""
+"""The DMPT: its fields, its tree, the model, its cache, and its initialisation from GPT-2."""

@@ -1,1 +1,1 @@
-"""From files of text to token ids and windows of them."""
+"""From text files to token ids and evaluation windows."""
