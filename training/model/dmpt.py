@@ -1,11 +1,11 @@
-"""The Dynamic Multiple Path Transformer in one file, to be read top to bottom.
+"""The Dynamic Multiple Path Transformer in one file; read it from top to bottom.
 
     ids -> wte + wpe -> trunk blocks -+-> left  blocks -> ln_f -> heads of left  --+
                                       |                                            +-> log-probs
                                 gate -+-> right blocks -> ln_f -> heads of right --+
 
 Shapes: B batch, S tokens, E n_embd, V vocabulary, H heads of a leaf, K fast_k.
-Every path sees the full context: its blocks run over all S tokens, and the gate only says which
+Every path sees the full context: its blocks run over all S tokens, and the gate only selects which
 leaf's distribution counts for a token. `dmpt_export.graph` mirrors this file, in the same order.
 """
 
@@ -24,7 +24,7 @@ from training.model.config import DMPTConfig
 from training.model.key_values import KeyValues, causal_mask
 from training.model.shape import ACTIVATIONS, GATE_HARD, MAX_PROB, RANDOM, Node
 
-ROWS_AT_ONCE = 128  # given to pick() by who scores a text: of each, K rows of every head are gathered (K * E floats)
+ROWS_AT_ONCE = 128  # rows per pick() call when scoring a text: each gathers K rows of every head (K * E floats)
 
 
 class Conv1D(nn.Module):
@@ -83,7 +83,7 @@ class Block(nn.Module):
 
 
 class Segment(nn.Module):
-    """The blocks of one node, filed under their absolute index; a leaf also holds its final norm."""
+    """The blocks of one node, by their absolute index; a leaf also holds its final norm."""
 
     def __init__(self, config: DMPTConfig, node: Node) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class Segment(nn.Module):
             self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
     def run(self, x: Tensor, mask: Tensor | None = None, memory: dict[str, KeyValues] | None = None) -> Tensor:
-        """(B, S, E) -> (B, S, E). mask None: plain causal; memory: what each block attends to besides."""
+        """(B, S, E) -> (B, S, E). mask None: plain causal; memory: cached keys and values of each block."""
         for index, block in self.h.items():
             x = block(x, mask, memory[index] if memory else None)
         return x
@@ -112,7 +112,7 @@ def gate_mlp(config: DMPTConfig, activation: nn.Module, n_out: int) -> nn.Sequen
 
 @dataclass
 class Hidden:
-    """What the blocks made of a batch, before any vocabulary head."""
+    """Output of the blocks for a batch, before any vocabulary head."""
 
     leaves: dict[str, Tensor] = field(default_factory=dict)  # leaf -> (B, S, E), after its ln_f
     gates: dict[str, Tensor] = field(default_factory=dict)  # split node -> (B, S, 2) logits, raw
@@ -228,9 +228,9 @@ class DMPT(PreTrainedModel):
         return {leaf: sum_turns(log_w, turns) for leaf, turns in self.config.ways().items()}
 
     def routes(self, gates: dict[str, Tensor], leaves: list[str] | None = None) -> Tensor:
-        """The leaf each token takes among several, as an index into `leaves` (config.leaves): (B, S). A tie goes left.
+        """The leaf that each token takes, as an index into `leaves` (config.leaves): (B, S). A tie goes left.
 
-        Turns that all of the given leaves share are no choice, whatever the gate there says.
+        A turn that all given leaves share is always taken, whatever its gate's logits.
         """
         taken = {name: (logits[..., 1] > logits[..., 0]).long() for name, logits in gates.items()}
         ways = [turns for leaf, turns in self.config.ways().items() if leaf in (leaves or self.config.leaves)]
@@ -242,9 +242,9 @@ class DMPT(PreTrainedModel):
         return torch.stack(on_way).long().argmax(0)
 
     def random_routes(self, ids: Tensor, last: int, seed: int = 0) -> Tensor:
-        """A leaf for each of the last tokens that no gate chose, all equally often: (B, S) -> (B, last).
+        """A random leaf for each of the last tokens, without gates, all equally often: (B, S) -> (B, last).
 
-        A hash of seed, token and position: the same in every run and batch, and no later token can change it.
+        A hash of seed, token and position: the same in every run and batch, and independent of later tokens.
         """
         positions = torch.arange(ids.shape[1], device=ids.device)
         mixed = (ids * 0x9E3779B1 + positions * 0x85EBCA77 + seed * 0xC2B2AE3D) & 0xFFFFFFFF
@@ -295,7 +295,7 @@ class DMPT(PreTrainedModel):
     def leaf_log_probs(self, leaf: str, h: Tensor, fast_k: int | None = None) -> Tensor:  # (..., E) -> (..., V)
         return self.fast_mixture(leaf, h, fast_k) if fast_k else self.mixture(leaf, h)
 
-    # --- the whole ----------------------------------------------------------------------------
+    # --- the whole model ----------------------------------------------------------------------
 
     def log_probs(
         self,
