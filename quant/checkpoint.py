@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from quant.calibration import Calibration, Inputs, observe
 from quant.folder import FORMAT_VERSION, WEIGHTS, read_weights, records, stored_arrays
+from quant.forms.weights import Weight, form_of
 from quant.planning.damage_table import with_damage
 from quant.quantize import TensorReport, quantize_tensors
 from quant.rules import FLOAT, Rule, anchors_of, assign, default_rules, is_quantizable
 from quant.schemes import SCHEMES, check_installed
 from quant.smooth import Arrays, smooth
-from quant.tensor import Weight
 from training.checkpoints.atomic import atomic_folder, check_replaceable
 from training.checkpoints.checkpoint import (
     config_fields,
@@ -64,7 +64,7 @@ def dequantized_model(source: Source) -> DMPTForCausalLM:
     config, weights = load_weights(source)
     tensors = {}
     for name, weight in weights.items():
-        tensors[name] = torch.from_numpy(weight if isinstance(weight, np.ndarray) else weight.dequantize())
+        tensors[name] = torch.from_numpy(form_of(weight).dequantize())
     return model_from_tensors(config, tensors)
 
 

@@ -8,9 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quant.forms.blockwise import BlockwiseTensor
+from quant.forms.delta import DeltaTensor
+from quant.forms.packing import fit_block
+from quant.forms.weights import Weight, form_of
 from quant.rules import Rule
 from quant.schemes.low_rank import BITS, BLOCK, DELTAS, RIGHT_BITS, RIGHT_BLOCK, low_rank
-from quant.tensor import DeltaTensor, QuantizedTensor, Weight, fit_block
 from training.errors import InputError
 
 AGREED = ("anchor", "scheme", "block", "shape", "sharers")  # of heads with one left factor, in config.json
@@ -34,30 +37,19 @@ def quantize_group(
     rule: Rule,
 ) -> dict[str, DeltaTensor]:
     """Heads [V, E] by name -> deltas to `anchor`, with one left factor. Raises InputError naming the heads."""
-    assert not isinstance(anchor, DeltaTensor)
-    names = tuple(arrays)
+    names, stored = tuple(arrays), form_of(anchor)
     rank = DELTAS[rule.scheme]
     try:
-        left, rights = low_rank(list(arrays.values()), anchor, rank, rule.block or BLOCK)
+        left, rights = low_rank(list(arrays.values()), stored, rank, rule.block or BLOCK)
     except InputError as error:
         raise InputError(f"{', '.join(names)}: {error}") from error
     return {
-        name: DeltaTensor(anchor, left, right, rule.scheme, anchor_name, names, i)
+        name: DeltaTensor(stored, left, right, rule.scheme, anchor_name, names, i)
         for i, (name, right) in enumerate(zip(names, rights, strict=True))
     }
 
 
-def anchor_of(tensor: DeltaTensor) -> NDArray[np.float32]:
-    """The anchor's matrix as it is stored, in float: [V, E]."""
-    return tensor.anchor if isinstance(tensor.anchor, np.ndarray) else tensor.anchor.dequantize()
-
-
 # --- files ----------------------------------------------------------------------------------------
-
-
-def record(tensor: DeltaTensor) -> dict[str, Any]:
-    """What config.json says about a delta besides what it says about every tensor."""
-    return {"anchor": tensor.anchor_name, "sharers": list(tensor.sharers)}
 
 
 def assemble(
@@ -69,10 +61,11 @@ def assemble(
     the factor they share.
     """
     out: dict[str, DeltaTensor] = {}
-    lefts: dict[str, QuantizedTensor] = {}
+    lefts: dict[str, BlockwiseTensor] = {}
     for name, entry in entries.items():
-        anchor = weights.get(str(entry.get("anchor")))
-        if anchor is None or isinstance(anchor, DeltaTensor):
+        weight = weights.get(str(entry.get("anchor")))
+        anchor = None if weight is None else form_of(weight)
+        if anchor is None or anchor.adds_to_anchor:
             raise InputError(f"{name} is a delta to '{entry.get('anchor')}', which is no stored matrix")
         check_sharers(name, entries)
         rank, (rows, width), sharers = DELTAS[entry["scheme"]], entry["shape"], entry["sharers"]
@@ -105,8 +98,8 @@ def check_sharers(name: str, entries: Mapping[str, dict[str, Any]]) -> None:
 
 def _factor(
     stored: dict[str, NDArray[Any]], name: str, bits: int, block: int, shape: tuple[int, int]
-) -> QuantizedTensor:
+) -> BlockwiseTensor:
     packed, scales = stored.pop(f"{name}.packed", None), stored.pop(f"{name}.scales", None)
     if packed is None or scales is None:
         raise InputError(f"{name}.packed or {name}.scales is missing")
-    return QuantizedTensor(packed, scales, None, bits, block, shape, f"int{bits}")
+    return BlockwiseTensor(packed, scales, None, bits, block, shape, f"int{bits}")

@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from quant.codebook import CODEBOOKS, CodebookTensor, HalfTensor
-from quant.deltas import assemble, record
+from quant.deltas import assemble
+from quant.forms.form import Form
+from quant.forms.weights import Weight, form_of, quantized
 from quant.rules import anchors_of, is_quantizable, is_transposed
 from quant.schemes import SCHEMES
 from quant.schemes.blockwise import FIELD
 from quant.schemes.low_rank import BITS, DELTAS
-from quant.tensor import Alone, DeltaTensor, QuantizedTensor, Weight
 from training.checkpoints.checkpoint import check_tensors
 from training.checkpoints.files import check_readable
 from training.errors import InputError
@@ -39,28 +39,14 @@ AGAIN = "quantize the checkpoint again"
 
 def records(weights: Mapping[str, Weight]) -> dict[str, dict[str, Any]]:
     """What config.json says of each quantized tensor."""
-    return {
-        name: {
-            "scheme": weight.scheme,
-            "bits": weight.bits,
-            "block": weight.block,
-            "shape": list(weight.shape),
-            "transposed": weight.transposed,
-            **(record(weight) if isinstance(weight, DeltaTensor) else {}),
-        }
-        for name, weight in weights.items()
-        if not isinstance(weight, np.ndarray)
-    }
+    return {name: form.record() for name, form in quantized(weights).items()}
 
 
 def stored_arrays(weights: Mapping[str, Weight]) -> dict[str, NDArray[Any]]:
     """The arrays of the weights' file by their names in it."""
     arrays: dict[str, NDArray[Any]] = {}
     for name, weight in weights.items():
-        if isinstance(weight, np.ndarray):
-            arrays[name] = weight
-        else:
-            arrays |= {f"{name}.{part}": array for part, array in weight.parts().items()}
+        arrays |= {f"{name}.{part}" if part else name: array for part, array in form_of(weight).parts().items()}
     return arrays
 
 
@@ -94,8 +80,9 @@ def read_weights(folder: Path, config: DMPTConfig) -> dict[str, Weight]:
     check_tensors(config, {name: checkpoint_shape(weight) for name, weight in weights.items()}, folder)
     anchors = anchors_of(config)
     for name, weight in weights.items():
-        if isinstance(weight, DeltaTensor) and anchors.get(name) != {weight.anchor_name}:
-            raise InputError(f"{folder}: {name} is a delta to {weight.anchor_name}, which is not its leaf's first head")
+        anchor = getattr(weight, "anchor_name", None)
+        if anchor is not None and anchors.get(name) != {anchor}:
+            raise InputError(f"{folder}: {name} is a delta to {anchor}, which is not its leaf's first head")
     return weights
 
 
@@ -134,9 +121,8 @@ def wrong_with(name: str, entry: Any) -> str | None:
 
 def checkpoint_shape(weight: Weight) -> tuple[int, ...]:
     """A weight's shape in the float checkpoint."""
-    if isinstance(weight, np.ndarray):
-        return weight.shape
-    return weight.shape[::-1] if weight.transposed else weight.shape
+    form = form_of(weight)
+    return form.shape[::-1] if form.transposed else form.shape
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
@@ -158,21 +144,13 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-def _put_together(stored: dict[str, NDArray[Any]], name: str, entry: dict[str, Any]) -> Alone:
+def _put_together(stored: dict[str, NDArray[Any]], name: str, record: dict[str, Any]) -> Form:
     """Take a tensor's parts out of `stored` and make it of them."""
-    scheme, block, transposed = entry["scheme"], entry["block"], entry["transposed"]
-    packed = stored.pop(f"{name}.packed", None)
-    no_scales = scheme == HalfTensor.scheme
-    scales = np.empty(0, np.float32) if no_scales else stored.pop(f"{name}.scales", None)
-    if packed is None or scales is None:
-        raise InputError(f"{name}.packed or {name}.scales is missing")
-    shape = (entry["shape"][0], entry["shape"][1])
+    form = SCHEMES[record["scheme"]].form
+    parts = {part: stored.pop(f"{name}.{part}") for part in form.PARTS if f"{name}.{part}" in stored}
+    if missing := [f"{name}.{part}" for part in form.NEEDED if part not in parts]:
+        raise InputError(f"{' or '.join(missing)} is missing")
     try:
-        if no_scales:
-            return HalfTensor(packed, shape, transposed)
-        if scheme in CODEBOOKS:
-            return CodebookTensor(packed, scales, scheme, block, shape, transposed)
-        zero_points = stored.pop(f"{name}.zero_points", None)
-        return QuantizedTensor(packed, scales, zero_points, entry["bits"], block, shape, scheme, transposed)
+        return form.assemble(parts, record)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error

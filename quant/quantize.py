@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from quant.calibration import Inputs
-from quant.deltas import anchor_of, groups, quantize_group
+from quant.deltas import groups, quantize_group
+from quant.forms.delta import DeltaTensor
+from quant.forms.form import Form
+from quant.forms.weights import Weight
 from quant.rules import FLOAT, Rule, is_transposed
 from quant.schemes import SCHEMES
-from quant.tensor import Alone, DeltaTensor, Stored, Weight
 from training.errors import InputError
 
 ERROR_ROWS = 4096  # output rows compared at a time, so that a large embedding is never whole in float twice
@@ -89,7 +91,7 @@ def quantize_tensors(
 def delta_report(name: str, head: NDArray[np.float32], tensor: DeltaTensor) -> TensorReport:
     """Of a head stored as a delta."""
     damage = relative_error(tensor, head)
-    size = float(np.linalg.norm(head - anchor_of(tensor)))
+    size = float(np.linalg.norm(head - tensor.anchor.dequantize()))
     lost = damage * float(np.linalg.norm(head)) / size if size else 0.0
     sizes = (head.size, head.nbytes, tensor.nbytes)
     return TensorReport(name, tensor.scheme, tensor.block, *sizes, damage, all_zero=not head.any(), delta_error=lost)
@@ -97,7 +99,7 @@ def delta_report(name: str, head: NDArray[np.float32], tensor: DeltaTensor) -> T
 
 def quantize_tensor(
     name: str, array: NDArray[np.float32], rule: Rule, inputs: Inputs | None = None
-) -> tuple[Alone, TensorReport]:
+) -> tuple[Form, TensorReport]:
     """One tensor in the checkpoint's layout -> quantized, with its report. Raises InputError naming the tensor."""
     transposed = is_transposed(name)
     matrix = np.ascontiguousarray(array.T if transposed else array)  # (N, K)
@@ -109,7 +111,7 @@ def quantize_tensor(
         options["inputs"] = inputs
     try:
         with np.errstate(over="raise", invalid="raise"):
-            tensor = replace(scheme(matrix, **options), transposed=transposed)
+            tensor = scheme(matrix, **options).as_transposed(transposed)
         if not all(np.isfinite(part).all() for part in tensor.parts().values()):  # not every operation raises
             raise FloatingPointError
     except FloatingPointError:
@@ -127,7 +129,7 @@ def float_report(name: str, array: NDArray[np.float32]) -> TensorReport:
     return TensorReport(name, FLOAT, None, array.size, array.nbytes, array.nbytes, 0.0, all_zero=not array.any())
 
 
-def relative_error(tensor: Stored, matrix: NDArray[np.float32]) -> float:
+def relative_error(tensor: Form, matrix: NDArray[np.float32]) -> float:
     """||matrix - dequantized|| / ||matrix|| (Frobenius) for a matrix [N, K]; 0 for an all-zero one."""
     damage = norm = 0.0
     for start in range(0, len(matrix), ERROR_ROWS):

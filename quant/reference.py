@@ -6,12 +6,12 @@ rows it is asked for. As slow as it is small: for checking a few tokens, not for
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from quant.checkpoint import load_weights
-from quant.tensor import Alone, DeltaTensor, Stored
+from quant.forms.form import Form
+from quant.forms.weights import form_of
 from training.checkpoints.checkpoint import empty_model
 from training.checkpoints.folder import Source
 from training.model.generation import DMPTForCausalLM
@@ -22,7 +22,7 @@ ROWS = 4096  # of a head, multiplied at a time
 class StoredLayer(nn.Module):
     """A block's layer, x W + b, for a matrix that the checkpoint holds as [in, out]."""
 
-    def __init__(self, weight: Alone, bias: Tensor) -> None:
+    def __init__(self, weight: Form, bias: Tensor) -> None:
         super().__init__()
         self.stored = weight
         self.bias = bias
@@ -34,7 +34,7 @@ class StoredLayer(nn.Module):
 class StoredRows(nn.Module):
     """An embedding (called with ids) or a head (called with hidden rows; `weight[ids]` are some of its rows)."""
 
-    def __init__(self, weight: Stored) -> None:
+    def __init__(self, weight: Form) -> None:
         super().__init__()
         self.stored = weight
 
@@ -54,7 +54,7 @@ class StoredRows(nn.Module):
         return torch.cat([x @ torch.from_numpy(self.stored.rows(rows)).T for rows in slices], dim=-1)
 
 
-def lean_model(source: Source) -> DMPTForCausalLM:
+def low_memory_model(source: Source) -> DMPTForCausalLM:
     """The model of quant.checkpoint.dequantized_model, to the bit of its weights; raises what that raises."""
     config, weights = load_weights(source)
     model = empty_model(config)
@@ -62,15 +62,17 @@ def lean_model(source: Source) -> DMPTForCausalLM:
         path, _, kind = name.rpartition(".")
         parent_path, _, child = path.rpartition(".")
         parent = model.get_submodule(parent_path)
-        if isinstance(weight, np.ndarray):
+        form = form_of(weight)
+        if form.is_float:
             if not isinstance(getattr(parent, child), StoredLayer):  # whose bias was taken along
-                setattr(getattr(parent, child), kind, nn.Parameter(torch.from_numpy(weight), requires_grad=False))
-        elif not isinstance(weight, DeltaTensor) and weight.transposed:
-            bias = weights[f"{path}.bias"]
-            assert isinstance(bias, np.ndarray)
-            setattr(parent, child, StoredLayer(weight, torch.from_numpy(bias)))
+                setattr(
+                    getattr(parent, child), kind, nn.Parameter(torch.from_numpy(form.dequantize()), requires_grad=False)
+                )
+        elif form.transposed:
+            bias = form_of(weights[f"{path}.bias"]).dequantize()
+            setattr(parent, child, StoredLayer(form, torch.from_numpy(bias)))
         else:
-            _put(parent, child, StoredRows(weight))
+            _put(parent, child, StoredRows(form))
     if config.tie_word_embeddings:
         _tie(model)
     return model.eval()

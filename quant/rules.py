@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+from quant.forms.packing import fit_block
 from quant.schemes import SCHEMES
 from quant.schemes.low_rank import DELTAS
-from quant.tensor import fit_block
 from training.errors import InputError
 
 if TYPE_CHECKING:

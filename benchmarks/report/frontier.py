@@ -128,6 +128,12 @@ def along(points: Sequence[tuple[float, float]]) -> list[Box]:
     return out
 
 
+def label(row: Row, rows: Sequence[Row]) -> str:
+    """The scheme, as the colour says the family; the name where a family has several models in one scheme."""
+    same = [other for other in rows if (other.family, other.scheme) == (row.family, row.scheme)]
+    return row.scheme if len(same) == 1 else row.name
+
+
 def labels(
     numbered: Sequence[tuple[str, Row]],
     centres: dict[str, tuple[float, float]],
@@ -136,13 +142,14 @@ def labels(
     colours: dict[str, int],
     line_boxes: Sequence[Box],
 ) -> list[svg.Markup]:
-    """Names, or numbers where there are many; with a line to the marker where the label had to go far."""
+    """Schemes or names, or numbers where there are many; with a line to the marker where the label had to go far."""
     boxes = [Box.around(*centres[row.name], 2 * radii[row.name], 2 * radii[row.name]) for _, row in numbered]
     parts: list[svg.Markup] = []
     taken = [*boxes, *line_boxes]
     for text, row in numbered:
         if len(numbered) <= NAMED:
-            text = row.name if len(row.name) <= LONGEST else f"{row.name[: LONGEST - 1]}…"
+            text = label(row, [other for _, other in numbered])
+            text = text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
         centre = centres[row.name]
         spot = best_spot(centre, radii[row.name], svg.LETTER * len(text) + 6, svg.FONT + 4, frame, taken)
         taken.append(spot)

@@ -16,11 +16,9 @@ from onnx import numpy_helper
 from dmpt_export.check.float_kernels import initializers, read_graph
 from dmpt_export.inspect.graph_summary import stored_names
 from quant.checkpoint import load_weights
-from quant.codebook import HalfTensor, in_layout
-from quant.tensor import DeltaTensor, Weight
+from quant.forms.delta import LEFT, RIGHT
+from quant.forms.weights import Weight, form_of
 from training.errors import ValidationError
-
-LEFT, RIGHT = "left", "right"  # factors of a delta
 
 
 def check_stored(graph: Path, source: Path) -> int:
@@ -52,27 +50,10 @@ def shares(
     graph.deltas do it: rows side by side, right factors one under the other, one left factor for all."""
     if part.startswith(LEFT):
         weights, names = weights[:1], names[:1]
-    parts = [part_of(weight, part) for weight in weights]
+    parts = [form_of(weight).graph_part(part) for weight in weights]
     if part.startswith(RIGHT):
         own = np.split(found, len(parts))
     else:
         rows = found.reshape(found.shape[0], len(parts), -1) if found.ndim else found.reshape(1, 1, 1)
         own = [rows[:, i] for i in range(len(parts))]
     return list(zip(names, own, parts, strict=True))
-
-
-def part_of(weight: Weight, part: str) -> NDArray[np.generic]:
-    """A part of a stored tensor by its initializer's ending, such as "packed", "scales.rows" or "left.packed"."""
-    first, _, rest = part.partition(".")
-    if isinstance(weight, DeltaTensor):
-        return part_of(weight.left if first == LEFT else weight.right, rest)
-    if isinstance(weight, np.ndarray):
-        return weight
-    if isinstance(weight, HalfTensor):
-        return in_layout(weight.packed, weight.transposed)
-    if first == "int8":
-        return weight.packed.T
-    if first == "zero_points" and rest == "rows":
-        return weight.offsets  # type: ignore[union-attr]  # only n-bit tensors have them
-    array: NDArray[np.generic] = getattr(weight, first)
-    return array

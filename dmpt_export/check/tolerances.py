@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from quant.schemes import SCHEMES, Rounding
 from quant.schemes.low_rank import DELTAS
 
 
@@ -33,38 +34,18 @@ SAME = Tolerance(max_abs=1e-4, kl_mean=1e-6, top1=0.99, gate_margin=1e-4)  # flo
 ROUNDED = Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5)  # kernels that round activations, and fp16
 TWICE = Tolerance(max_abs=None, kl_mean=0.06, top1=0.80, gate_margin=0.5)  # rounding coarser still
 
-# (activation type, scheme) -> Tolerance. The lines of integer kernels are about three times the worst of 36 random
-# models (three trees, three seeds). Those are the hard case: heads that agree on nothing and 16 candidates of 97,
-# where rounding swaps a candidate at the edge of the set and moves tail tokens by nats; hence no max_abs.
+# The lines of integer kernels are about three times the worst of 36 random models (three trees, three seeds). Those are
+# the hard case: heads that agree on nothing and 16 candidates of 97, where rounding swaps a candidate at the edge of
+# the set and moves tail tokens by nats; hence no max_abs.
+BY_ROUNDING = {Rounding.NONE: SAME, Rounding.ACTIVATIONS: ROUNDED, Rounding.COARSE: TWICE}
+# (activation type, scheme) -> Tolerance
 TOLERANCES: dict[tuple[str, str], Tolerance] = {
     EXACT: SAME,
-    ("float32", "int8"): ROUNDED,
-    ("float32", "int4"): ROUNDED,
-    ("float32", "int4-hqq"): ROUNDED,
-    ("float32", "int4-gptq"): ROUNDED,
-    ("float32", "int3"): ROUNDED,
-    ("float32", "int3-gptq"): ROUNDED,
-    ("float32", "int2"): ROUNDED,
-    ("float32", "int2-gptq"): ROUNDED,
-    ("float32", "int8-dynamic"): TWICE,
-    ("float32", "bnb-int8"): ROUNDED,
-    ("float32", "nf4"): SAME,  # float kernels, all three
-    ("float32", "fp4"): SAME,
-    ("float32", "fp16"): SAME,
-    KV_INT8: TWICE,
-    **{("float32", delta): ROUNDED for delta in DELTAS},
-    **{("float16", delta): ROUNDED for delta in DELTAS},
     ("float16", "float"): ROUNDED,
-    ("float16", "int8"): ROUNDED,
-    ("float16", "int4"): ROUNDED,
-    ("float16", "int4-hqq"): ROUNDED,
-    ("float16", "int4-gptq"): ROUNDED,
-    ("float16", "int3"): ROUNDED,
-    ("float16", "int3-gptq"): ROUNDED,
-    ("float16", "nf4"): ROUNDED,
-    ("float16", "fp4"): ROUNDED,
-    ("float16", "bnb-int8"): ROUNDED,
-    ("float16", "fp16"): ROUNDED,
+    KV_INT8: TWICE,
+    **{("float32", name): BY_ROUNDING[scheme.rounding] for name, scheme in SCHEMES.items()},
+    **{("float16", name): ROUNDED for name in SCHEMES},
+    **{(activations, delta): ROUNDED for activations in ("float32", "float16") for delta in DELTAS},
 }
 
 

@@ -166,9 +166,9 @@ def torch_references(source: Path, config: DMPTConfig, ids: np.ndarray) -> dict[
     """
     import torch
 
-    from quant.reference import lean_model
+    from quant.reference import low_memory_model
 
-    model = lean_model(source)
+    model = low_memory_model(source)
     model.config.head_topk, model.config.fast_k = config.head_topk, config.fast_k
     references: dict[str, Reference] = {}
     reached: Counter[str] = Counter()

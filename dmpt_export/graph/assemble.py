@@ -10,8 +10,8 @@ import onnx_ir as ir
 from dmpt_export.graph.blocks import Past, Stream, Timeline, block_prefixes, embed, norm_stream, segment
 from dmpt_export.graph.builder import MSFT, Builder, Spec
 from dmpt_export.graph.heads import leaf_log_probs
-from dmpt_export.graph.linear import Weights
 from dmpt_export.graph.routing import Router, Tail, cache_specs, head_specs
+from quant.forms.weights import Weights
 from training.model.config import DMPTConfig
 from training.model.shape import ROOT
 

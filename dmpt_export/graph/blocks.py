@@ -19,7 +19,8 @@ from typing import Any
 import onnx_ir as ir
 
 from dmpt_export.graph.builder import MSFT, Builder
-from dmpt_export.graph.linear import Weights, float_weight, gather_rows, linear
+from dmpt_export.graph.linear import float_weight, gather_rows, linear
+from quant.forms.weights import Weights
 from training.model.config import DMPTConfig
 from training.model.shape import ACTIVATIONS, Node
 

@@ -71,6 +71,17 @@ class Builder:
         self._names[name] = seen + 1
         return name if seen == 0 else f"{name}#{seen}"
 
+    @property
+    def activations(self) -> np.dtype[Any]:
+        """numpy's form of `dtype`."""
+        return self.dtype.numpy()
+
+    def cast(self, value: ir.Value, name: str) -> ir.Value:
+        """float16 in the graph's activation type."""
+        if self.dtype == ir.DataType.FLOAT16:
+            return value
+        return self.op("Cast", value, name=f"{name}.cast", to=int(self.dtype))
+
     # --- weights and constants --------------------------------------------------------------------
 
     def weight(self, name: str, array: np.ndarray) -> ir.Value:

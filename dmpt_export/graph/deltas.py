@@ -16,15 +16,9 @@ import numpy as np
 import onnx_ir as ir
 
 from dmpt_export.graph.builder import MSFT, Builder
-from dmpt_export.graph.linear import gather_blocks, nbits_matmul
-from quant.tensor import DeltaTensor, QuantizedTensor
+from quant.forms.blockwise import BlockwiseTensor
+from quant.forms.delta import DeltaTensor
 from training.model.config import DMPTConfig
-
-
-def full_logits(b: Builder, name: str, delta: DeltaTensor, h: ir.Value) -> ir.Value:
-    """What a head adds to its anchor's logits: [1, n, E] -> [1, n, V]. `name` is the head's, without `.weight`."""
-    small = nbits_matmul(b, f"{name}.right", f"{name}.weight.right", delta.right, h)
-    return nbits_matmul(b, f"{name}.left", left_name(delta), delta.left, small)
 
 
 def candidate_logits(
@@ -35,20 +29,14 @@ def candidate_logits(
     rank = first.left.shape[1]
     numbers = "_".join(str(j) for j in heads)
     name = f"heads.{numbers}"
-    small = nbits_matmul(b, f"{name}.right", f"{name}.weight.right", stacked(deltas), h)  # (1, n, heads * r)
+    small = stacked(deltas).product(b, f"{name}.right", f"{name}.weight.right", h)  # (1, n, heads * r)
     small = b.op("Reshape", small, b.ints(0, 0, len(heads), rank), name=f"{name}.right.by_head")
-    rows = gather_blocks(b, left_name(first), first.left, ids, f"{name}.left")  # (1, n, K, blocks, block)
+    rows = first.left.gather_blocks(b, f"{name}.left", first.left_name, ids)  # (1, n, K, blocks, block)
     rows = b.op("Reshape", rows, b.ints(0, 0, config.fast_k or 0, rank), name=f"{name}.left.rows")
     return b.op("FusedMatMul", small, rows, name=f"{name}.rows", domain=MSFT, transB=1)
 
 
-def left_name(delta: DeltaTensor) -> str:
-    """The initializer that all heads with this factor share."""
-    numbers = "_".join(name.split(".")[1] for name in delta.sharers)
-    return f"heads.{numbers}.weight.left"
-
-
-def stacked(deltas: Sequence[DeltaTensor]) -> QuantizedTensor:
+def stacked(deltas: Sequence[DeltaTensor]) -> BlockwiseTensor:
     """The right factors of several heads, one under the other: [heads * r, E]."""
     rights = [delta.right for delta in deltas]
     if len(rights) == 1:

@@ -12,10 +12,9 @@ import numpy as np
 import onnx_ir as ir
 
 from dmpt_export.graph.builder import Builder
-from dmpt_export.graph.deltas import full_logits
-from dmpt_export.graph.linear import Weights, float_weight, project
+from dmpt_export.graph.linear import float_weight, project
 from dmpt_export.graph.rescore import candidate_logits, deltas_of, groups
-from quant.tensor import DeltaTensor
+from quant.forms.weights import Weights, form_of
 from training.model.config import DMPTConfig
 
 
@@ -64,11 +63,9 @@ def _full_logits(
     b: Builder, config: DMPTConfig, weights: Weights, j: int, h: ir.Value, log_anchor: ir.Value
 ) -> ir.Value:
     """Logits of a head besides the anchor over the vocabulary, up to a number for each row: [1, n, E] -> [1, n, V]."""
-    name, weight = head(config, j), weights[config.head_name(j)]
-    if not isinstance(weight, DeltaTensor):
-        return project(b, weights, name, h)
-    added = to_float(b, full_logits(b, name, weight, h), name)
-    return b.op("Add", log_anchor, added, name=name)
+    name, form = head(config, j), form_of(weights[config.head_name(j)])
+    logits = project(b, weights, name, h)
+    return b.op("Add", log_anchor, to_float(b, logits, name), name=name) if form.adds_to_anchor else logits
 
 
 def head(config: DMPTConfig, j: int) -> str:

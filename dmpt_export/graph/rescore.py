@@ -27,9 +27,10 @@ import onnx_ir as ir
 
 from dmpt_export.graph.builder import MSFT, Builder
 from dmpt_export.graph.deltas import candidate_logits as delta_logits
-from dmpt_export.graph.linear import Weights, from_half
-from quant.codebook import HalfTensor
-from quant.tensor import DeltaTensor, QuantizedTensor, Weight
+from quant.forms.blockwise import BlockwiseTensor
+from quant.forms.delta import DeltaTensor
+from quant.forms.form import Form
+from quant.forms.weights import Weights, form_of
 from training.model.config import DMPTConfig
 
 TOP = 64  # the largest rounded value of h: two products with bytes fit 16 bits, where older processors add them
@@ -56,7 +57,7 @@ def candidate_logits(
 def deltas_of(config: DMPTConfig, weights: Weights, group: list[int]) -> list[DeltaTensor]:
     """The group's heads where they are stored as deltas, else nothing."""
     stored = [weights[config.head_name(j)] for j in group]
-    return [weight for weight in stored if isinstance(weight, DeltaTensor)]
+    return [head for head in stored if isinstance(head, DeltaTensor)]
 
 
 def groups(config: DMPTConfig, weights: Weights, leaf: str) -> list[list[int]]:
@@ -70,20 +71,12 @@ def groups(config: DMPTConfig, weights: Weights, leaf: str) -> list[list[int]]:
 
     out = [others[:1]]
     for before, j in pairwise(others):
-        like = _layout(weights[config.head_name(before)]) == _layout(weights[config.head_name(j)])
+        like = form_of(weights[config.head_name(before)]).layout == form_of(weights[config.head_name(j)]).layout
         if like and alone(before) and alone(j):
             out[-1].append(j)
         else:
             out.append([j])
     return out
-
-
-def _layout(weight: Weight) -> object:
-    if isinstance(weight, DeltaTensor):
-        return weight.sharers
-    if isinstance(weight, QuantizedTensor):
-        return weight.bits, weight.block, weight.zero_points is None
-    return type(weight)
 
 
 class _Rows:
@@ -94,7 +87,7 @@ class _Rows:
         self.width = config.n_embd
         self.k = config.fast_k or 0
         names = [config.head_name(j) for j in heads]
-        self.stored: list[np.ndarray | QuantizedTensor] = [weights[name] for name in names]  # type: ignore[misc]
+        self.stored = [form_of(weights[name]) for name in names]
         numbers = "_".join(str(j) for j in heads)
         self.weight_name = names[0] if len(heads) == 1 else f"heads.{numbers}.weight"
         self.name = f"{self.weight_name.removesuffix('.weight')}.rows"
@@ -104,19 +97,14 @@ class _Rows:
 
     def logits(self, h: ir.Value, candidates: ir.Value) -> ir.Value:
         """[1, n, E], [1, n, K] -> [1, n, heads, K]."""
-        b, first = self.b, self.stored[0]
-        if not isinstance(first, QuantizedTensor):
-            flat = self._float(h, candidates)
-        elif first.zero_points is not None or first.bits not in (4, 8) or b.dtype != ir.DataType.FLOAT:
-            flat = self._dequantized(first, h, candidates)
-        else:
-            flat = self._integer(first, h, candidates)
+        b = self.b
+        flat = self.stored[0].candidates(self, h, candidates)
         by_candidate = self.op("Reshape", flat, b.ints(0, 0, self.k, len(self.stored)), part="by_candidate")
         return self.op("Transpose", by_candidate, part="logits", perm=[0, 1, 3, 2])
 
     # --- storage ----------------------------------------------------------------------------------
 
-    def interleaved(self, suffix: str, part: Callable[[Weight], np.ndarray]) -> ir.Value:
+    def interleaved(self, suffix: str, part: Callable[[Form], np.ndarray]) -> ir.Value:
         """The initializer with the rows [V, ...] of all heads side by side along the second axis."""
         if len(self.stored) == 1:
             return self.b.weight(f"{self.weight_name}{suffix}", part(self.stored[0]))
@@ -126,31 +114,33 @@ class _Rows:
             f"{self.weight_name}{suffix}",
             first.dtype,
             shape,
-            lambda: np.stack([part(weight) for weight in self.stored], axis=1).reshape(shape),
+            lambda: np.stack([part(head) for head in self.stored], axis=1).reshape(shape),
         )
 
     def _packed(self) -> ir.Value:
-        return self.interleaved(".packed", lambda weight: weight.packed)  # type: ignore[union-attr]
+        return self.interleaved(".packed", lambda head: head.parts()["packed"])
 
     # --- the three ways ---------------------------------------------------------------------------
 
-    def _float(self, h: ir.Value, candidates: ir.Value) -> ir.Value:
-        dtype = self.b.dtype.numpy()
-
-        def part(weight: Weight) -> np.ndarray:
-            return weight.packed if isinstance(weight, HalfTensor) else weight.astype(dtype, copy=False)  # type: ignore[union-attr]
-
-        rows = self.op("Gather", self.interleaved("", part), candidates, part="gathered", axis=0)
-        if isinstance(self.stored[0], HalfTensor):
-            rows = from_half(self.b, rows, f"{self.name}.gathered")
+    def from_floats(self, h: ir.Value, candidates: ir.Value) -> ir.Value:
+        rows = self.op("Gather", self.interleaved("", self._floats), candidates, part="gathered", axis=0)
+        if self.stored[0].bits == 16:
+            rows = self.b.cast(rows, f"{self.name}.gathered")
         return self._dot(self.op("Reshape", rows, self.by_head(self.width), part="flat"), h)
 
-    def _dequantized(self, first: QuantizedTensor, h: ir.Value, candidates: ir.Value) -> ir.Value:
-        b, dtype = self.b, self.b.dtype.numpy()
-        scales = self.interleaved(".scales.rows", lambda w: w.scales.astype(dtype, copy=False)[..., None])  # type: ignore[union-attr]
+    def _floats(self, head: Form) -> np.ndarray:
+        """float16 as it is stored, float32 in the type of the activations."""
+        array = head.graph_part("")
+        return array if head.bits == 16 else array.astype(self.b.activations, copy=False)
+
+    def from_dequantized(self, h: ir.Value, candidates: ir.Value) -> ir.Value:
+        b, first, activations = self.b, self.first(), self.b.activations
+        scales = self.interleaved(
+            ".scales.rows", lambda head: head.parts()["scales"].astype(activations, copy=False)[..., None]
+        )
         zeros = None
         if first.zero_points is not None:  # the operator wants a byte for each block
-            zeros = self.interleaved(".zero_points.rows", lambda weight: weight.offsets[..., None])  # type: ignore[union-attr]
+            zeros = self.interleaved(".zero_points.rows", lambda head: head.graph_part("zero_points.rows")[..., None])
         axes = {"gather_axis": 0, "quantize_axis": 2, "bits": first.bits, "block_size": first.block}
         inputs = (self._packed(), candidates, scales, zeros)
         rows = self.op("GatherBlockQuantized", *inputs, part="gathered", domain=MSFT, **axes)
@@ -160,6 +150,12 @@ class _Rows:
             rows = self.op("Slice", rows, b.ints(0), b.ints(self.width), b.ints(3), part="unpad")
         return self._dot(rows, h)
 
+    def first(self) -> BlockwiseTensor:
+        """All heads of the group have its layout."""
+        head = self.stored[0]
+        assert isinstance(head, BlockwiseTensor)
+        return head
+
     def by_head(self, width: int) -> ir.Value:
         """Shape of gathered rows, one for each candidate and head; no -1, for n may be 0."""
         return self.b.ints(0, 0, self.k * len(self.stored), width)
@@ -168,11 +164,13 @@ class _Rows:
         column = self.op("Unsqueeze", h, self.b.ints(-1), part="column")
         return self.op("MatMul", rows, column, part="dot")
 
-    def _integer(self, first: QuantizedTensor, h: ir.Value, candidates: ir.Value) -> ir.Value:
-        b = self.b
+    def from_codes(self, h: ir.Value, candidates: ir.Value) -> ir.Value:
+        b, first = self.b, self.first()
+        if b.dtype != ir.DataType.FLOAT:
+            return self.from_dequantized(h, candidates)
         gathered = self.op("Gather", self._packed(), candidates, part="gathered", axis=0)
         codes = self.op("Reshape", gathered, self.by_head(first.n_blocks * first.packed.shape[2]), part="codes")
-        table = self.interleaved(".scales", lambda weight: weight.scales)  # type: ignore[union-attr]
+        table = self.interleaved(".scales", lambda head: head.parts()["scales"])
         scales = self.op("Gather", table, candidates, part="scales.gathered", axis=0)
         scales = self.op("Reshape", scales, self.by_head(first.n_blocks), part="scales")
         x, step = self._in_steps(first, h)
@@ -187,7 +185,7 @@ class _Rows:
         total = b.weight(f"const.ones.{first.n_blocks}", np.ones((first.n_blocks, 1), np.float32))
         return self.op("Mul", self.op("MatMul", scaled, total, part="dot"), step, part="unscaled")
 
-    def _in_steps(self, first: QuantizedTensor, h: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def _in_steps(self, first: BlockwiseTensor, h: ir.Value) -> tuple[ir.Value, ir.Value]:
         """(h in units of a step of its row, padded to whole blocks, the step [1, n, 1, 1]); 4 bits: y, x - y / 16."""
         b = self.b
         missing = first.n_blocks * first.block - self.width
@@ -205,7 +203,7 @@ class _Rows:
         step = self.op("Mul", self.op("Max", largest, floor, part="range"), share, part="step")
         return self.op("Div", x, step, part="in_steps"), step
 
-    def _columns(self, first: QuantizedTensor, x: ir.Value) -> ir.Value:
+    def _columns(self, first: BlockwiseTensor, x: ir.Value) -> ir.Value:
         """[1, n, bytes, 1] -> int8 [1, n, bytes, 2 * blocks]: a block's values in its own column, then the rests."""
         b = self.b
         own = np.eye(first.n_blocks, dtype=np.float32).repeat(first.packed.shape[2], axis=0)
@@ -220,7 +218,7 @@ class _Rows:
         zero_point = self.b.weight(f"const.uint8.{zero}", np.array(zero, np.uint8))
         return self.op("MatMulInteger", codes, columns, zero_point, part="product")
 
-    def _nibble_product(self, first: QuantizedTensor, codes: ir.Value, x: ir.Value) -> ir.Value:
+    def _nibble_product(self, first: BlockwiseTensor, codes: ir.Value, x: ir.Value) -> ir.Value:
         b = self.b
         low = self.op("BitwiseAnd", codes, b.weight("const.uint8.15", np.array(15, np.uint8)), part="low")
         y, rest = b.ops("Split", x, name=f"{self.name}.halves", outputs=2, axis=3, num_outputs=2)
@@ -229,7 +227,7 @@ class _Rows:
         return self.op("Concat", bytes_, lows, part="products", axis=3)
 
 
-def _merge(first: QuantizedTensor) -> np.ndarray:
+def _merge(first: BlockwiseTensor) -> np.ndarray:
     """What adds up the columns of one block: [columns, blocks]."""
     weights = [1, 1 / REST] if first.bits == 8 else [1 / 16, 1 / 16 / REST, 1, 1 / REST]
     return np.concatenate([np.eye(first.n_blocks, dtype=np.float32) * np.float32(w) for w in weights])

@@ -22,7 +22,7 @@ import onnx_ir as ir
 from dmpt_export.graph.blocks import Past, Stream, Timeline, block_prefixes, norm_stream, segment
 from dmpt_export.graph.builder import Builder, Spec
 from dmpt_export.graph.heads import gate_mlp, leaf_log_probs
-from dmpt_export.graph.linear import Weights
+from quant.forms.weights import Weights
 from training.model.config import DMPTConfig
 from training.model.shape import Node
 

@@ -7,8 +7,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from runtime.manifest_file import MANIFEST_NAME, read_manifest
 
 BLOCK = re.compile(r"\.h\.\d+\.")
@@ -41,6 +39,7 @@ def _from_onnx(folder: Path) -> dict[str, Any]:
 def _from_checkpoint(source: str) -> dict[str, Any]:
     from dmpt_export.onnx.manifest import describe
     from quant.checkpoint import load_weights
+    from quant.forms.weights import form_of
     from training.checkpoints.files import resolve
 
     folder = resolve(source)
@@ -49,9 +48,8 @@ def _from_checkpoint(source: str) -> dict[str, Any]:
     kind = "checkpoint" if manifest["quantization"]["scheme"] == "float" else "quantized"
     tensors = dict(manifest["quantization"]["tensors"])
     for name, weight in weights.items():
-        if isinstance(weight, np.ndarray):
-            dtype = weight.dtype
-            tensors[name] = {"scheme": dtype.name, "bits": 8 * dtype.itemsize, "block": None, "bytes": weight.nbytes}
+        if (form := form_of(weight)).is_float:
+            tensors[name] = {"scheme": form.scheme, "bits": form.bits, "block": None, "bytes": form.nbytes}
     return {"kind": kind, **_common(manifest), "tensors": tensors}
 
 

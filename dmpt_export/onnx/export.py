@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from dmpt_export.onnx.exportable import deployed
 from dmpt_export.onnx.kv_cache import INT8, KINDS, KV_FLOAT, calibrate
 from dmpt_export.onnx.manifest import ACTIVATIONS, MODEL_FILE, describe, text_rules, write_manifest
 from quant.checkpoint import load_weights
-from quant.tensor import QuantizedTensor, Weight
+from quant.forms.weights import Weights, quantized
 from runtime.manifest_file import MANIFEST_NAME, REPORT_NAME
 from training.checkpoints.atomic import atomic_folder, check_replaceable
 from training.checkpoints.checkpoint import copy_tokenizer, read_config
@@ -93,12 +93,12 @@ def export_onnx(
     return manifest
 
 
-def check_cuda(weights: Mapping[str, Weight]) -> None:
+def check_cuda(weights: Weights) -> None:
     """Raise InputError for weights that ONNX Runtime 1.32 has no CUDA kernel for."""
-    for weight in weights.values():
-        if isinstance(weight, QuantizedTensor) and (weight.per_row or weight.bits == 2):
+    for form in quantized(weights).values():
+        if not form.has_cuda_kernel:
             raise InputError(
-                f"{weight.scheme} has no CUDA kernel in ONNX Runtime: quantize with --scheme int8 or int4 instead"
+                f"{form.scheme} has no CUDA kernel in ONNX Runtime: quantize with --scheme int8 or int4 instead"
             )
 
 

@@ -40,9 +40,9 @@ def _largest(source: Path, sequences: list[np.ndarray]) -> dict[str, np.ndarray]
     """The largest absolute key and value of every channel, by the names of their scales."""
     import torch
 
-    from quant.reference import lean_model
+    from quant.reference import low_memory_model
 
-    model = lean_model(source)
+    model = low_memory_model(source)
     largest: dict[str, torch.Tensor] = {}
 
     def note(name: str, qkv: torch.Tensor) -> None:

@@ -13,10 +13,10 @@ import onnx_ir as ir
 
 from dmpt_export.graph.assemble import OPSET, input_specs, output_specs
 from dmpt_export.graph.builder import Spec
-from dmpt_export.graph.linear import Weights
 from dmpt_export.onnx.kv_cache import INT8, KV_FLOAT
 from dmpt_export.onnx.sizes import n_parameters, parts_table, touched_per_token
-from quant.tensor import Stored
+from quant.forms.form import Form
+from quant.forms.weights import Weights, form_of, quantized
 from runtime.manifest_file import FORMAT, FORMAT_VERSION, MANIFEST_NAME, TOKENIZER_NAME
 from training.model.config import DMPTConfig
 from training.model.fields import tokens
@@ -65,7 +65,7 @@ def describe(
         "outputs": [_io(spec) for spec in output_specs(config, dtype, cache)],
         "quantization": {
             "scheme": scheme_of(weights),
-            "tensors": {n: _storage(w) for n, w in weights.items() if not isinstance(w, np.ndarray)},
+            "tensors": {name: _storage(form) for name, form in quantized(weights).items()},
         },
         "parameters": {
             "total": sum(n_parameters(w) for w in weights.values()),
@@ -89,7 +89,7 @@ def text_rules(config: DMPTConfig, folder: Path) -> dict[str, list[int]]:
 
 def scheme_of(weights: Weights) -> str:
     """One word for the manifest: the scheme of the blocks' layers, "mixed" with their bits, or "float"."""
-    stored = [w for w in weights.values() if not isinstance(w, np.ndarray)]
+    stored = [*quantized(weights).values()]
     layers = [w for w in stored if w.transposed] or stored
     if len({w.scheme for w in layers}) > 1:
         bits = 8 * sum(w.nbytes for w in layers) / sum(w.shape[0] * w.shape[1] for w in layers)
@@ -101,16 +101,15 @@ def _io(spec: Spec) -> dict[str, Any]:
     return {"name": spec.name, "dtype": spec.dtype.numpy().name, "shape": list(spec.shape)}
 
 
-def _storage(weight: Stored) -> dict[str, Any]:
-    return {"scheme": weight.scheme, "bits": weight.bits, "block": weight.block, "bytes": weight.nbytes}
+def _storage(form: Form) -> dict[str, Any]:
+    return {"scheme": form.scheme, "bits": form.bits, "block": form.block, "bytes": form.nbytes}
 
 
 def fingerprint(config: DMPTConfig, weights: Weights) -> str:
     """sha256 over the configuration and every stored array, in name order."""
     digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True, default=str).encode())
     for name in sorted(weights):
-        weight = weights[name]
-        parts = {"": weight} if isinstance(weight, np.ndarray) else weight.parts()
+        parts = form_of(weights[name]).parts()
         for label in sorted(parts):
             digest.update(f"{name}.{label}".encode())
             digest.update(np.ascontiguousarray(parts[label]).data)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dmpt_export.graph.linear import Weights
-from quant.tensor import DeltaTensor, Weight
+from quant.forms.weights import Weight, Weights, form_of
 from training.model.config import DMPTConfig
 
 
@@ -42,9 +41,6 @@ def parts_table(weights: Weights) -> dict[str, dict[str, int]]:
 def touched_per_token(config: DMPTConfig, weights: Weights) -> tuple[int, int]:
     """(parameters, bytes) that one decoding step reads, see DMPTConfig.touched_per_token."""
     parameters = {name: n_parameters(weight) for name, weight in weights.items()}
-    sizes = {name: weight.nbytes for name, weight in weights.items()}
-    if config.fast_k:  # of a delta only the rows of `left` are read by candidate, `right` whole
-        for name, weight in weights.items():
-            if isinstance(weight, DeltaTensor):
-                sizes[name] += round(weight.right.nbytes * (config.vocab_size / config.fast_k - 1))
+    unread = config.vocab_size / config.fast_k - 1 if config.fast_k else 0.0  # rows per row that is read
+    sizes = {name: weight.nbytes + round(form_of(weight).whole_bytes * unread) for name, weight in weights.items()}
     return config.touched_per_token(parameters), config.touched_per_token(sizes)

@@ -21,13 +21,14 @@ from tqdm import tqdm
 
 from quant.calibration import Calibration, Inputs, observe
 from quant.deltas import quantize_group
+from quant.forms.form import Form
+from quant.forms.weights import Weight, form_of
 from quant.planning.damage import Damage
 from quant.planning.plan import Group, Option
 from quant.quantize import TensorReport, delta_report, quantize_tensor
 from quant.rules import ROWS, Rule, parse_rule
 from quant.schemes import SCHEMES
 from quant.schemes.low_rank import DELTAS
-from quant.tensor import Stored, Weight
 from training.checkpoints.atomic import atomic_file
 from training.checkpoints.checkpoint import model_from_tensors
 from training.model.config import DMPTConfig
@@ -55,7 +56,7 @@ class Measurements:
         self.damage = damage_on(self.model, calibration, tokens)
         self.path = cache / f"damage-{self._key(config)}.json"
         self.known: dict[str, Any] = self._remembered()
-        self.stored: dict[tuple[str, str], tuple[Stored, TensorReport]] = {}  # by tensor and scheme
+        self.stored: dict[tuple[str, str], tuple[Form, TensorReport]] = {}  # by tensor and scheme
 
     def options(self, groups: Sequence[Group], candidates: Sequence[Sequence[str]]) -> list[list[Option]]:
         """Every candidate of every group, measured alone, with a progress bar and an estimate of the time left."""
@@ -79,7 +80,7 @@ class Measurements:
             for group, schemes in zip(groups, candidates, strict=True)
         ]
 
-    def quantized(self, groups: Sequence[Group], schemes: Sequence[str]) -> dict[str, tuple[Stored, TensorReport]]:
+    def quantized(self, groups: Sequence[Group], schemes: Sequence[str]) -> dict[str, tuple[Form, TensorReport]]:
         """All tensors of the groups, each stored as its group's scheme says, with what that did."""
         pairs = list(zip(groups, schemes, strict=True))
         missing = [
@@ -133,9 +134,7 @@ class Measurements:
                 tensor = quantize_tensor(name, self.arrays[name], parse(scheme), inputs.get(name))
                 self.stored[name, scheme] = tensor
 
-    def _deltas(
-        self, group: Group, scheme: str, anchors: Mapping[str, Weight]
-    ) -> dict[str, tuple[Stored, TensorReport]]:
+    def _deltas(self, group: Group, scheme: str, anchors: Mapping[str, Weight]) -> dict[str, tuple[Form, TensorReport]]:
         assert group.anchor is not None
         heads = {name: self.arrays[name] for name in group.tensors}
         tensors = quantize_group(heads, group.anchor, anchors[group.anchor], parse(scheme))
@@ -194,9 +193,9 @@ def with_damage(
     """The reports with the KL of each quantized tensor alone, all others float; a progress bar on a terminal."""
     damage, out = damage_on(model, calibration), []
     for report in tqdm(reports, desc="measure damage", unit=" tensors", leave=False, disable=None):
-        weight = weights[report.name]
-        if not isinstance(weight, np.ndarray):
-            report = replace(report, kl=damage.of({report.name: weight.dequantize()}))
+        form = form_of(weights[report.name])
+        if not form.is_float:
+            report = replace(report, kl=damage.of({report.name: form.dequantize()}))
         out.append(report)
     return out
 

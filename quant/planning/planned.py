@@ -8,11 +8,11 @@ from pathlib import Path
 
 from quant.calibration import Calibration
 from quant.checkpoint import PLANNED, check_unquantized, note_of, write_quantized
+from quant.forms.weights import Weight
 from quant.planning.damage_table import Measurements
 from quant.planning.plan import CANDIDATES, Plan, Target, candidates_of, check_candidates, groups_of, make_plan
 from quant.quantize import TensorReport, float_report
 from quant.rules import anchors_of
-from quant.tensor import Weight
 from training.checkpoints.atomic import check_replaceable
 from training.checkpoints.checkpoint import load_state
 from training.checkpoints.folder import Source

@@ -1,6 +1,6 @@
 """Every way to quantize a matrix, by name. A scheme is one pure function in one file and one line here.
 
-Signature: ``scheme(array, **options) -> Alone`` (quant.tensor) with array float32 [N, K], K the reduction axis.
+Signature: ``scheme(array, **options) -> Form`` (quant.forms) with array float32 [N, K], K the reduction axis.
 Options: `block` where the scheme has blocks, `symmetric` where zero points are a choice, `inputs`
 (quant.calibration.Inputs of the layer) where it is calibrated.
 """
@@ -9,28 +9,44 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from enum import Enum
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from quant.forms.blockwise import BlockwiseTensor
+from quant.forms.codebook import CodebookTensor
+from quant.forms.form import Form
+from quant.forms.half import HalfTensor
+from quant.forms.packing import MAX_BLOCK, MIN_BLOCK
+from quant.forms.per_row import PerRowTensor
 from quant.schemes import bnb
 from quant.schemes.blockwise import int2, int3, int4, int8
 from quant.schemes.gptq import int2_gptq, int3_gptq, int4_gptq
 from quant.schemes.half import fp16
 from quant.schemes.hqq import int4_hqq
 from quant.schemes.per_row import int8_dynamic
-from quant.tensor import MAX_BLOCK, MIN_BLOCK, Alone
 from training.errors import InputError
+
+
+class Rounding(Enum):
+    """How far kernels may be from float arithmetic; dmpt_export.check.tolerances has the numbers."""
+
+    NONE = "float kernels"
+    ACTIVATIONS = "activations rounded by block"
+    COARSE = "activations rounded as a whole"
 
 
 @dataclass(frozen=True)
 class Scheme:
     """A way to store a matrix: its function and what the rest of the package must know about it."""
 
-    quantize: Callable[..., Alone]
+    quantize: Callable[..., Form]
     bits: int  # of a code, without scales
+    form: type[Form] = BlockwiseTensor  # what the function returns
+    rounding: Rounding = Rounding.ACTIVATIONS  # of the kernels on a CPU
     blocks: bool = True  # a scale per `block` inputs; else one way only
     rows: bool = True  # single rows can be looked up: fit for the embedding and the heads
     calibrated: bool = False  # wants `inputs`, what the layer sees on calibration text
@@ -38,7 +54,7 @@ class Scheme:
     block_range: tuple[int, int] = (MIN_BLOCK, MAX_BLOCK)  # that have a fast kernel
     package: str | None = None  # that must be installed to quantize; loading and exporting never need it
 
-    def __call__(self, array: NDArray[np.float32], **options: Any) -> Alone:
+    def __call__(self, array: NDArray[np.float32], **options: Any) -> Form:
         return self.quantize(array, **options)
 
 
@@ -47,7 +63,7 @@ TWO_BITS = (32, 128)  # ONNX Runtime 1.32 takes 16 and 256, too, but some hundre
 
 SCHEMES: dict[str, Scheme] = {
     "int8": Scheme(int8, 8),
-    "int8-dynamic": Scheme(int8_dynamic, 8, blocks=False, rows=False, zero_points=False),
+    "int8-dynamic": Scheme(int8_dynamic, 8, PerRowTensor, Rounding.COARSE, blocks=False, rows=False, zero_points=False),
     "int4": Scheme(int4, 4),
     "int4-hqq": Scheme(int4_hqq, 4, zero_points=False),
     "int4-gptq": Scheme(int4_gptq, 4, calibrated=True),
@@ -55,10 +71,28 @@ SCHEMES: dict[str, Scheme] = {
     "int3-gptq": Scheme(int3_gptq, 3, calibrated=True),
     "int2": Scheme(int2, 2, block_range=TWO_BITS),
     "int2-gptq": Scheme(int2_gptq, 2, calibrated=True, block_range=TWO_BITS),
-    "nf4": Scheme(bnb.nf4, 4, rows=False, zero_points=False, block_range=BNB_BLOCKS, package="bitsandbytes"),
-    "fp4": Scheme(bnb.fp4, 4, rows=False, zero_points=False, block_range=BNB_BLOCKS, package="bitsandbytes"),
+    "nf4": Scheme(
+        bnb.nf4,
+        4,
+        CodebookTensor,
+        Rounding.NONE,
+        rows=False,
+        zero_points=False,
+        block_range=BNB_BLOCKS,
+        package="bitsandbytes",
+    ),
+    "fp4": Scheme(
+        bnb.fp4,
+        4,
+        CodebookTensor,
+        Rounding.NONE,
+        rows=False,
+        zero_points=False,
+        block_range=BNB_BLOCKS,
+        package="bitsandbytes",
+    ),
     "bnb-int8": Scheme(bnb.int8, 8, blocks=False, zero_points=False, package="bitsandbytes"),
-    "fp16": Scheme(fp16, 16, blocks=False, zero_points=False),
+    "fp16": Scheme(fp16, 16, HalfTensor, Rounding.NONE, blocks=False, zero_points=False),
 }
 
 

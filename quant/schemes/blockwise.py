@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.tensor import QuantizedTensor, fit_block, pack
+from quant.forms.blockwise import BlockwiseTensor
+from quant.forms.packing import fit_block, pack
 from training.errors import InputError
 
 CHUNK = 1 << 17  # values handled at a time: the temporaries stay in the processor's cache
@@ -34,22 +35,22 @@ RATIOS: dict[int, tuple[float, ...]] = {
 FIELD = {3: 4}  # bits that a code is stored in where they are more than its own: no kernel reads packed threes
 
 
-def int8(array: NDArray[np.float32], block: int = 128, symmetric: bool = True) -> QuantizedTensor:
+def int8(array: NDArray[np.float32], block: int = 128, symmetric: bool = True) -> BlockwiseTensor:
     """8 bits with a scale per `block` inputs; see `quantize`."""
     return quantize(array, 8, block, symmetric, scheme="int8")
 
 
-def int4(array: NDArray[np.float32], block: int = 32, symmetric: bool = True) -> QuantizedTensor:
+def int4(array: NDArray[np.float32], block: int = 32, symmetric: bool = True) -> BlockwiseTensor:
     """4 bits with a scale per `block` inputs; see `quantize`."""
     return quantize(array, 4, block, symmetric, scheme="int4")
 
 
-def int3(array: NDArray[np.float32], block: int = 32, symmetric: bool = True) -> QuantizedTensor:
+def int3(array: NDArray[np.float32], block: int = 32, symmetric: bool = True) -> BlockwiseTensor:
     """3 bits in 4-bit fields, for the kernels' sake, with a scale per `block` inputs; see `quantize`."""
     return quantize(array, 3, block, symmetric, scheme="int3")
 
 
-def int2(array: NDArray[np.float32], block: int = 64, symmetric: bool = True) -> QuantizedTensor:
+def int2(array: NDArray[np.float32], block: int = 64, symmetric: bool = True) -> BlockwiseTensor:
     """2 bits with a scale per `block` inputs; see `quantize`."""
     return quantize(array, 2, block, symmetric, scheme="int2")
 
@@ -61,8 +62,8 @@ def quantize(
     symmetric: bool = True,
     scheme: str = "",
     find: Find | None = None,
-) -> QuantizedTensor:
-    """Quantize rows in blocks along K, the last one padded with zeros: float32 [N, K] -> QuantizedTensor.
+) -> BlockwiseTensor:
+    """Quantize rows in blocks along K, the last one padded with zeros: float32 [N, K] -> BlockwiseTensor.
 
     `block` is a power of two from 16 to 256 and shrinks to cover a narrow row. Asymmetric tensors store an
     integer zero point per block. `find` replaces the search for scales and zero points. Raises InputError for NaN,
@@ -86,7 +87,7 @@ def quantize(
 
 
 class Store:
-    """Collects codes, scales and zero points of rows into a QuantizedTensor."""
+    """Collects codes, scales and zero points of rows into a BlockwiseTensor."""
 
     def __init__(self, n: int, k: int, bits: int, block: int, symmetric: bool) -> None:
         self.shape, self.bits, self.block, self.symmetric = (n, k), bits, block, symmetric
@@ -108,9 +109,9 @@ class Store:
         self.scales[rows] = scale.reshape(shape[:2])
         self.zeros[rows] = zero.reshape(shape[:2])
 
-    def tensor(self, scheme: str) -> QuantizedTensor:
+    def tensor(self, scheme: str) -> BlockwiseTensor:
         zeros = None if self.symmetric else pack(self.zeros, self.field)
-        return QuantizedTensor(self.packed, self.scales, zeros, self.field, self.block, self.shape, scheme)
+        return BlockwiseTensor(self.packed, self.scales, zeros, self.field, self.block, self.shape, scheme)
 
 
 def check_matrix(array: NDArray[Any]) -> None:

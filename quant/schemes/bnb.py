@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.codebook import BLOCKS, CodebookTensor
+from quant.forms.blockwise import BlockwiseTensor
+from quant.forms.codebook import BLOCKS, CodebookTensor
+from quant.forms.packing import fit_block
 from quant.schemes.blockwise import check_matrix
-from quant.tensor import QuantizedTensor, fit_block
 from training.errors import InputError, install
 
 SMALLEST = np.float32(1e-36)  # largest magnitudes of a row: 127 over less is no float32
@@ -46,8 +47,8 @@ def four_bits(array: NDArray[np.float32], block: int, scheme: str) -> CodebookTe
     return CodebookTensor(packed.numpy().reshape(-1), scales, scheme, block, (array.shape[0], array.shape[1]))
 
 
-def int8(array: NDArray[np.float32]) -> QuantizedTensor:
-    """bitsandbytes.functional.int8_vectorwise_quant: float32 [N, K] -> QuantizedTensor, 8 bits in blocks.
+def int8(array: NDArray[np.float32]) -> BlockwiseTensor:
+    """bitsandbytes.functional.int8_vectorwise_quant: float32 [N, K] -> BlockwiseTensor, 8 bits in blocks.
 
     Raises InputError for NaN and infinity, and without bitsandbytes.
     """
@@ -61,7 +62,7 @@ def int8(array: NDArray[np.float32]) -> QuantizedTensor:
     packed = np.full((n, blocks * block), 128, np.uint8)
     packed[:, :k] = np.where(empty[:, None], 0, codes.numpy()).astype(np.uint8) + np.uint8(128)  # modulo 256
     repeated = np.where(empty, np.float32(0), scales)[:, None].repeat(blocks, axis=1)
-    return QuantizedTensor(packed.reshape(n, blocks, block), repeated, None, 8, block, (n, k), "bnb-int8")
+    return BlockwiseTensor(packed.reshape(n, blocks, block), repeated, None, 8, block, (n, k), "bnb-int8")
 
 
 def _functional() -> Any:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from quant.forms.blockwise import BlockwiseTensor
+from quant.forms.packing import fit_block
 from quant.schemes.blockwise import Store, check_matrix, quantize, round_codes, safe, search
-from quant.tensor import QuantizedTensor, fit_block
 from training.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,29 +31,29 @@ ROWS = 2048  # output rows at a time: a block of them stays in the processor's c
 
 def int4_gptq(
     array: NDArray[np.float32], block: int = 32, symmetric: bool = True, inputs: Inputs | None = None
-) -> QuantizedTensor:
+) -> BlockwiseTensor:
     """4 bits with a scale per `block` inputs; see `gptq`."""
     return gptq(array, 4, block, symmetric, inputs, scheme="int4-gptq")
 
 
 def int3_gptq(
     array: NDArray[np.float32], block: int = 32, symmetric: bool = True, inputs: Inputs | None = None
-) -> QuantizedTensor:
+) -> BlockwiseTensor:
     """3 bits in 4-bit fields, for the kernels' sake, with a scale per `block` inputs; see `gptq`."""
     return gptq(array, 3, block, symmetric, inputs, scheme="int3-gptq")
 
 
 def int2_gptq(
     array: NDArray[np.float32], block: int = 64, symmetric: bool = True, inputs: Inputs | None = None
-) -> QuantizedTensor:
+) -> BlockwiseTensor:
     """2 bits with a scale per `block` inputs; see `gptq`."""
     return gptq(array, 2, block, symmetric, inputs, scheme="int2-gptq")
 
 
 def gptq(
     array: NDArray[np.float32], bits: int, block: int, symmetric: bool, inputs: Inputs | None, scheme: str = ""
-) -> QuantizedTensor:
-    """Quantize rows in blocks along K for the least error of products: float32 [N, K] -> QuantizedTensor.
+) -> BlockwiseTensor:
+    """Quantize rows in blocks along K for the least error of products: float32 [N, K] -> BlockwiseTensor.
 
     Without `inputs`, or with none seen, all inputs count the same and it is rounding to nearest. Raises InputError for
     NaN, infinity, an impossible block, or inputs of another width.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from quant.codebook import HalfTensor
+from quant.forms.half import HalfTensor
 from quant.schemes.blockwise import check_matrix
 from training.errors import InputError
 

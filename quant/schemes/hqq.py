@@ -13,15 +13,15 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from quant.forms.blockwise import BlockwiseTensor
 from quant.schemes.blockwise import Found, quantize, round_codes, safe, search
-from quant.tensor import QuantizedTensor
 
 P = 0.7
 ROUNDS = 10
 BETA, GROWTH = 2.0, 1.01  # how firmly e is held to the error, in units of a step
 
 
-def int4_hqq(array: NDArray[np.float32], block: int = 32) -> QuantizedTensor:
+def int4_hqq(array: NDArray[np.float32], block: int = 32) -> BlockwiseTensor:
     """4 bits with a scale and a zero point per `block` inputs: float32 [N, K]; raises as blockwise.quantize."""
     return quantize(array, 4, block, symmetric=False, scheme="int4-hqq", find=fit)
 

@@ -16,8 +16,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from quant.forms.blockwise import BlockwiseTensor
+from quant.forms.form import Form
 from quant.schemes.blockwise import check_matrix, int8, quantize
-from quant.tensor import QuantizedTensor, Weight
 from training.errors import InputError
 
 DELTAS = {f"delta-r{rank}": rank for rank in (16, 32, 64, 128, 256)}  # by the name a rule gives
@@ -28,8 +29,8 @@ ROWS = 4096  # of the vocabulary handled at a time
 
 
 def low_rank(
-    heads: Sequence[NDArray[np.float32]], anchor: Weight, rank: int, block: int = BLOCK
-) -> tuple[QuantizedTensor, list[QuantizedTensor]]:
+    heads: Sequence[NDArray[np.float32]], anchor: Form, rank: int, block: int = BLOCK
+) -> tuple[BlockwiseTensor, list[BlockwiseTensor]]:
     """(left [V, rank], right [rank, E] of every head) for heads [V, E] and their anchor as it is stored.
 
     Raises InputError for NaN, infinity, deltas beyond 1e19, or a rank that they cannot have.
@@ -44,7 +45,7 @@ def low_rank(
 
     def deltas(rows: slice) -> NDArray[np.float32]:
         """[rows, heads * E]."""
-        base = anchor[rows] if isinstance(anchor, np.ndarray) else anchor.rows(rows)
+        base = anchor.rows(rows)
         return np.concatenate([head[rows] - base for head in heads], axis=1)
 
     gram = np.zeros((width * len(heads),) * 2)

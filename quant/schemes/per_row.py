@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from quant.forms.per_row import PerRowTensor
 from quant.schemes.blockwise import TINY, check_matrix
-from quant.tensor import QuantizedTensor
 
 # -128 is left out, so that every code has its negative. Processors without VNNI add two products of codes and
 # 8-bit activations in 16 bits and may saturate there; with VNNI (and on ARM) the sums are exact.
 TOP = 127
 
 
-def int8_dynamic(array: NDArray[np.float32]) -> QuantizedTensor:
+def int8_dynamic(array: NDArray[np.float32]) -> PerRowTensor:
     """Round to nearest, symmetric, codes in -127..127: array float32 [N, K] -> packed int8 [N, K], scales [N].
 
     DynamicQuantizeMatMul takes the transpose, [K, N], and no zero point. Raises InputError for NaN and infinity.
@@ -22,4 +22,4 @@ def int8_dynamic(array: NDArray[np.float32]) -> QuantizedTensor:
     scales = np.abs(array).max(axis=1).astype(np.float32) / np.float32(TOP)
     scales[scales < TINY] = 0  # an all-zero row: exact zeros
     codes = np.rint(array / np.where(scales, scales, 1)[:, None]).clip(-TOP, TOP).astype(np.int8)
-    return QuantizedTensor(codes, scales, None, 8, array.shape[1], (array.shape[0], array.shape[1]), "int8-dynamic")
+    return PerRowTensor(codes, scales, (array.shape[0], array.shape[1]), "int8-dynamic")

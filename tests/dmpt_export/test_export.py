@@ -26,9 +26,9 @@ from dmpt_export.inspect.graph_summary import stored_names
 from dmpt_export.onnx.export import export_onnx
 from dmpt_export.onnx.sizes import touched_per_token
 from quant.checkpoint import dequantized_model, load_weights, save_quantized
+from quant.forms.blockwise import BlockwiseTensor
 from quant.rules import parse_rule
 from quant.schemes import SCHEMES
-from quant.tensor import QuantizedTensor
 from tests.helpers.models import random_calibration, random_model, saved_model
 from training.errors import InputError, ValidationError
 
@@ -166,7 +166,7 @@ def test_stored_zero_points_reach_the_graph(scheme: str, tmp_path: Path) -> None
     source = saved_model(tmp_path / "source", **TREES["shared heads"])
     save_quantized(source, tmp_path / "quantized", scheme, asymmetric=True)
     _, weights = load_weights(tmp_path / "quantized")
-    assert all(w.zero_points is not None for w in weights.values() if isinstance(w, QuantizedTensor))
+    assert all(w.zero_points is not None for w in weights.values() if isinstance(w, BlockwiseTensor))
     assert export_onnx(tmp_path / "quantized", tmp_path / "onnx")["parity"]["float_kernels"]["whole"]["routes_equal"]
 
 
@@ -191,7 +191,7 @@ def test_every_tensor_is_stored_once(name: str, ifs: int, scheme: str, tmp_path:
     assert all(initializer.endswith(f".scales{OWN}") for initializer in inner)
     constants = sum(size for key, size in stored if key.startswith("const."))
     both = [weights[f"heads.{j}.weight"] for j in ((0, 2) if name == "shared heads" else ())]
-    twice = sum(head.scales.nbytes for head in both if isinstance(head, QuantizedTensor))
+    twice = sum(head.scales.nbytes for head in both if isinstance(head, BlockwiseTensor))
     assert sum(size for _, size in stored) - constants == sum(w.nbytes for w in weights.values()) + twice
 
 
@@ -254,7 +254,7 @@ def test_a_moved_artefact_still_runs(tmp_path: Path) -> None:
 
 def wrong_scale(weight: Any) -> Any:
     """One block's scale 2 % off, or for a float tensor one row."""
-    if isinstance(weight, QuantizedTensor):
+    if isinstance(weight, BlockwiseTensor):
         return replace(weight, scales=wrong_scale(weight.scales))
     return weight * np.where(np.arange(len(weight)) == 3, 1.02, 1).astype(np.float32)[:, None]
 
@@ -263,7 +263,7 @@ def all_scales(weight: Any) -> Any:
     """For heads: rows that are never candidates, or heads the gate hardly weighs, cannot be judged by 64 tokens."""
     return (
         replace(weight, scales=weight.scales * np.float32(1.02))
-        if isinstance(weight, QuantizedTensor)
+        if isinstance(weight, BlockwiseTensor)
         else weight * 1.02
     )
 

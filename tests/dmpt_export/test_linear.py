@@ -15,9 +15,9 @@ import pytest
 from numpy.typing import NDArray
 from onnx import helper
 
+from quant.forms.blockwise import BlockwiseTensor
 from quant.schemes import SCHEMES
 from quant.schemes.blockwise import quantize
-from quant.tensor import QuantizedTensor
 
 BLOCKS = [16, 32, 64, 128, 256]
 SHAPES = [(7, 64), (5, 100), (9, 300), (33, 48), (64, 256)]  # (N, K): whole, padded and shrunk blocks
@@ -49,13 +49,13 @@ def run(op: str, x: NDArray[Any], constants: list[NDArray[Any] | None], **attrib
     return y
 
 
-def random_tensor(n: int, k: int, bits: int, block: int, symmetric: bool) -> QuantizedTensor:
+def random_tensor(n: int, k: int, bits: int, block: int, symmetric: bool) -> BlockwiseTensor:
     array = np.random.default_rng(n * k).normal(0.3, 1, (n, k)).astype(np.float32)
     array[1] = 0
     return quantize(array, bits, block, symmetric)
 
 
-def matmul_nbits(x: NDArray[np.float32], tensor: QuantizedTensor, accuracy_level: int) -> NDArray[np.float32]:
+def matmul_nbits(x: NDArray[np.float32], tensor: BlockwiseTensor, accuracy_level: int) -> NDArray[np.float32]:
     n, k = tensor.shape
     constants = [tensor.packed, tensor.scales, tensor.zero_points]
     sizes = {"N": n, "K": k, "bits": tensor.bits, "block_size": tensor.block}
@@ -106,7 +106,7 @@ def test_gather_block_quantized_gives_the_dequantized_rows_exactly(bits: int, bl
 
 
 def run_gather(
-    tensor: QuantizedTensor,
+    tensor: BlockwiseTensor,
     ids: NDArray[np.int64],
     scales: NDArray[np.float32],
     zero_points: NDArray[np.uint8] | None,

@@ -18,7 +18,7 @@ from dmpt_export.graph.assemble import OPSET, OPSETS
 from dmpt_export.graph.rescore import REST, TOP, groups
 from dmpt_export.onnx.export import export_onnx
 from quant.checkpoint import dequantized_model, save_quantized
-from quant.reference import lean_model
+from quant.reference import low_memory_model
 from quant.schemes import SCHEMES
 from tests.helpers.candidates import scored_candidates
 from tests.helpers.models import random_model, saved_model
@@ -68,7 +68,7 @@ def test_the_lean_reference_is_the_dequantized_model(scheme: str, tied: bool, tm
         for folder in (source, tmp_path / "quantized"):
             for k in (None, 9):
                 want = dequantized_model(folder).log_probs(ids, fast_k=k)
-                torch.testing.assert_close(lean_model(folder).log_probs(ids, fast_k=k), want, rtol=0, atol=1e-5)
+                torch.testing.assert_close(low_memory_model(folder).log_probs(ids, fast_k=k), want, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("opset", OPSETS)

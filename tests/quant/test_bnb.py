@@ -21,11 +21,12 @@ from dmpt_export.check.float_kernels import graphs
 from dmpt_export.cli.main import main
 from dmpt_export.onnx.export import export_onnx
 from quant.checkpoint import dequantized_model, load_weights, save_quantized
-from quant.codebook import CODEBOOKS, CodebookTensor, HalfTensor
-from quant.reference import lean_model
+from quant.forms.blockwise import BlockwiseTensor
+from quant.forms.codebook import CODEBOOKS, CodebookTensor
+from quant.forms.half import HalfTensor
+from quant.reference import low_memory_model
 from quant.rules import parse_rule
 from quant.schemes import SCHEMES
-from quant.tensor import QuantizedTensor
 from tests.dmpt_export.test_export import TREES
 from tests.dmpt_export.test_linear import rounding, run
 from tests.helpers import fake_bitsandbytes
@@ -67,7 +68,7 @@ def test_bnb_int8_by_hand() -> None:
     array = np.zeros((2, 300), np.float32)
     array[0, :3] = 254, -254, 3.2
     tensor = SCHEMES["bnb-int8"](array)
-    assert isinstance(tensor, QuantizedTensor) and tensor.block == 32 and tensor.zero_points is None
+    assert isinstance(tensor, BlockwiseTensor) and tensor.block == 32 and tensor.zero_points is None
     assert tensor.packed[0, 0, :4].tolist() == [255, 1, 130, 128]
     assert set(tensor.packed[1].reshape(-1).tolist()) == {128}
     np.testing.assert_array_equal(tensor.scales, [[2.0] * 10, [0.0] * 10])
@@ -151,7 +152,9 @@ def test_both_torch_references_hold_the_same_weights(scheme: str, tmp_path: Path
     save_quantized(saved_model(tmp_path / "source", **TREES["dual, fast-k"]), tmp_path / "out", scheme)
     ids = torch.arange(20)[None]
     with torch.inference_mode():
-        whole, lean = (load(tmp_path / "out").log_probs(ids, fast_k=16) for load in (dequantized_model, lean_model))
+        whole, lean = (
+            load(tmp_path / "out").log_probs(ids, fast_k=16) for load in (dequantized_model, low_memory_model)
+        )
     torch.testing.assert_close(whole, lean)
 
 

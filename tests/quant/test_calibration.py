@@ -15,9 +15,9 @@ import torch
 from dmpt_export.cli.main import main
 from quant.calibration import LOOKED_UP, observe, perplexity, read_calibration, read_windows
 from quant.checkpoint import load_weights, save_quantized
+from quant.forms.blockwise import BlockwiseTensor
 from quant.quantize import quantize_tensor
 from quant.rules import EMBEDDING, Rule, is_quantizable
-from quant.tensor import QuantizedTensor
 from tests.helpers.models import random_calibration, random_model, saved_model
 from training.checkpoints.checkpoint import load_model, load_state, read_config
 from training.errors import InputError
@@ -79,14 +79,14 @@ def test_calibrated_tensors_get_their_own_inputs(tmp_path: Path) -> None:
     save_quantized(source, tmp_path / "out", "int4-gptq", calibration=calibration)
     _, weights = load_weights(tmp_path / "out")
     _, arrays = load_state(source)
-    names = {name for name, weight in weights.items() if isinstance(weight, QuantizedTensor)}
+    names = {name for name, weight in weights.items() if isinstance(weight, BlockwiseTensor)}
     rule = Rule("*", "int4-gptq")
     plain = 0
     for stage in observe(load_model(source), calibration.windows, names):
         for name, inputs in stage.items():
             want, _ = quantize_tensor(name, arrays[name], rule, inputs)
             got = weights[name]
-            assert isinstance(got, QuantizedTensor)
+            assert isinstance(got, BlockwiseTensor)
             np.testing.assert_array_equal(got.packed, want.packed)
             plain += np.array_equal(got.packed, quantize_tensor(name, arrays[name], rule)[0].packed)
     assert plain == 0

@@ -23,12 +23,13 @@ from dmpt_export.onnx.export import export_onnx
 from dmpt_export.onnx.manifest import describe
 from quant.checkpoint import dequantized_model, load_weights, save_quantized, write_quantized
 from quant.deltas import quantize_group
+from quant.forms.blockwise import BlockwiseTensor
+from quant.forms.delta import DeltaTensor
 from quant.quantize import quantize_tensors
-from quant.reference import lean_model
+from quant.reference import low_memory_model
 from quant.rules import Rule, anchors_of, assign, default_rules, parse_rule
 from quant.schemes.blockwise import int4, int8
 from quant.schemes.low_rank import low_rank
-from quant.tensor import DeltaTensor, QuantizedTensor
 from tests.helpers.candidates import scored_candidates
 from tests.helpers.models import random_model, saved_model
 from training.checkpoints.checkpoint import expected_shapes, load_state
@@ -114,7 +115,7 @@ def test_the_graph_gives_the_log_probs_of_the_dequantized_heads(
     ids = torch.arange(30)[None]
     with torch.inference_mode():
         want = dequantized_model(quantized).log_probs(ids, fast_k=fast_k)
-        torch.testing.assert_close(lean_model(quantized).log_probs(ids, fast_k=fast_k), want, rtol=0, atol=2e-5)
+        torch.testing.assert_close(low_memory_model(quantized).log_probs(ids, fast_k=fast_k), want, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -169,7 +170,7 @@ def test_reports_and_inspect_tell_sizes_and_errors(tmp_path: Path) -> None:
     config, weights = load_weights(tmp_path / "quantized")
     for name in ("heads.1.weight", "heads.5.weight"):
         weight, said, head = weights[name], reports[name], arrays[name]
-        assert isinstance(weight, DeltaTensor) and isinstance(weight.anchor, QuantizedTensor)
+        assert isinstance(weight, DeltaTensor) and isinstance(weight.anchor, BlockwiseTensor)
         lost = np.linalg.norm(weight.dequantize() - head)
         assert said.relative_error == pytest.approx(lost / np.linalg.norm(head), rel=1e-4)
         assert said.delta_error == pytest.approx(lost / np.linalg.norm(weight.anchor.dequantize() - head), rel=1e-4)

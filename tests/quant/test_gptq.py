@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from quant.calibration import Inputs
+from quant.forms.blockwise import BlockwiseTensor
 from quant.schemes import SCHEMES, hqq
 from quant.schemes.blockwise import quantize, search
 from quant.schemes.gptq import DAMPING, ROWS, gptq, inverse_root
-from quant.tensor import QuantizedTensor
 from training.errors import InputError
 
 Matrix = NDArray[np.float32]
@@ -29,7 +29,7 @@ def correlated(rng: np.random.Generator, n: int, k: int) -> NDArray[np.float32]:
     return (mixed * rng.lognormal(0, 1, k)).astype(np.float32)
 
 
-def loss(matrix: Matrix, tensor: QuantizedTensor, inputs: Inputs) -> float:
+def loss(matrix: Matrix, tensor: BlockwiseTensor, inputs: Inputs) -> float:
     """The squared error of the products, in float64."""
     d = matrix.astype(np.float64) - tensor.dequantize()
     return float(np.einsum("ni,ij,nj->", d, inputs.second_moment, d))

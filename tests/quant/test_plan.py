@@ -18,6 +18,7 @@ from safetensors import safe_open
 from dmpt_export.cli.main import main
 from quant.calibration import Calibration, read_calibration
 from quant.checkpoint import load_weights
+from quant.forms.blockwise import BlockwiseTensor
 from quant.planning import damage_table
 from quant.planning.damage_table import Measurements
 from quant.planning.knapsack import BUCKETS, Frontier
@@ -25,7 +26,6 @@ from quant.planning.plan import Group, Option, Target, groups_of, make_plan
 from quant.planning.planned import save_planned
 from quant.quantize import quantize_tensor
 from quant.rules import parse_rule
-from quant.tensor import QuantizedTensor
 from training.checkpoints.checkpoint import load_model, load_state
 from training.errors import InputError
 
@@ -241,7 +241,7 @@ def test_report_names_every_tensor_and_its_damage(quantize: Callable[..., Any], 
     assert "worst KL alone" in out and f"{worst['kl']:.5f} {worst['name']}\n" in out
     for tensor in report["tensors"]:
         weight = weights[tensor["name"]]
-        quantized = isinstance(weight, QuantizedTensor)
+        quantized = isinstance(weight, BlockwiseTensor)
         assert (tensor["kl"] is not None) == quantized and (tensor["name"] in out) == quantized
         assert tensor["bytes_after"] == weight.nbytes
     assert report["total"]["bytes_after"] == sum(weight.nbytes for weight in weights.values())

@@ -129,4 +129,4 @@ def test_what_is_no_matrix_is_refused(scheme: str) -> None:
 def test_the_registry_and_the_tensor_agree(scheme: str) -> None:
     tensor = SCHEMES[scheme](np.ones((4, 300), np.float32))
     assert tensor.scheme == scheme
-    assert getattr(tensor, "per_row", False) == (scheme == "int8-dynamic")
+    assert type(tensor) is SCHEMES[scheme].form

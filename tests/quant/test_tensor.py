@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quant.forms.blockwise import BlockwiseTensor
+from quant.forms.packing import fit_block, pack, unpack
+from quant.forms.per_row import PerRowTensor
 from quant.schemes import SCHEMES
 from quant.schemes.blockwise import quantize
-from quant.tensor import QuantizedTensor, fit_block, pack, unpack
 from training.errors import InputError
 
 
@@ -143,11 +145,11 @@ def test_all_zero_rows_stay_exactly_zero(scheme: str) -> None:
     tensor = SCHEMES[scheme](array)
     values = tensor.dequantize()
     assert not values[[0, 2]].any()
-    if not isinstance(tensor, QuantizedTensor):
+    if not isinstance(tensor, BlockwiseTensor | PerRowTensor):
         return
     assert not tensor.scales[[0, 2]].any()
-    if not tensor.per_row:  # every code is the zero point
-        codes = unpack(tensor.packed[[0, 2]].view(np.uint8), tensor.bits, tensor.block)
+    if isinstance(tensor, BlockwiseTensor):  # every code is the zero point
+        codes = unpack(tensor.packed[[0, 2]], tensor.bits, tensor.block)
         assert (codes == tensor.offsets[[0, 2], :, None]).all()
 
 
@@ -209,4 +211,4 @@ def test_sizes_count_every_stored_byte() -> None:
     array = np.ones((4, 64), np.float32)
     tensor = quantize(array, 4, 32, symmetric=False)  # 32 bytes of codes, 8 of scales, 1 of zero points a row
     assert tensor.nbytes == 4 * (32 + 8 + 1)
-    assert isinstance(tensor, QuantizedTensor) and tensor.parts().keys() == {"packed", "scales", "zero_points"}
+    assert isinstance(tensor, BlockwiseTensor) and tensor.parts().keys() == {"packed", "scales", "zero_points"}

@@ -1,0 +1,154 @@
+"""What every storage form has: the interface between the quantized folder, the torch reference and the graph."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from training.errors import InputError
+
+MSFT = "com.microsoft"  # ONNX Runtime's own operators
+Value = Any  # a value of the graph (onnx_ir.Value), which this package does not import
+
+
+class Graph(Protocol):
+    """What forms use of dmpt_export.graph.builder.Builder."""
+
+    @property
+    def activations(self) -> np.dtype[Any]:
+        """float32 or float16: the type of hidden rows."""
+        ...
+
+    def op(
+        self, op_type: str, *inputs: Value | None, name: str, domain: str = "", **attributes: Any
+    ) -> Value: ...  # appends a node with one output
+
+    def weight(self, name: str, array: NDArray[Any]) -> Value: ...  # an initializer of the main graph, shared by name
+
+    def own_weight(self, name: str, array: NDArray[Any]) -> Value: ...  # one that a branch holds for itself
+
+    def cast(self, value: Value, name: str) -> Value: ...  # float16 -> the type of hidden rows
+
+    def ints(self, *values: int) -> Value: ...  # a constant int64 vector
+
+
+class Candidates(Protocol):
+    """The ways in which dmpt_export.graph.rescore reads rows of heads on candidates; each gives their logits."""
+
+    def from_floats(self, h: Value, candidates: Value) -> Value: ...
+
+    def from_codes(self, h: Value, candidates: Value) -> Value: ...
+
+    def from_dequantized(self, h: Value, candidates: Value) -> Value: ...
+
+
+class Form(ABC):
+    """A matrix of N output rows by K inputs as it is stored.
+
+    `transposed` says that the checkpoint holds the matrix as [K, N] (GPT-2's block weights). All names of tensors are
+    the checkpoint's.
+    """
+
+    scheme: str  # its name in quant.schemes.SCHEMES
+    bits: int  # of a code
+    block: int  # codes that share a scale; K without blocks
+    shape: tuple[int, ...]  # (N, K)
+    transposed: bool
+    PARTS: ClassVar[tuple[str, ...]] = ()  # suffixes that parts() may have
+    NEEDED: ClassVar[tuple[str, ...]] = ()  # of these, those that are never absent
+    has_cuda_kernel: ClassVar[bool] = True
+    adds_to_anchor: ClassVar[bool] = False  # whether logits() and candidates() give what is added to the anchor's
+    is_float: ClassVar[bool] = False  # kept unquantized: filed under the tensor's own name, without a record
+
+    # --- storage ------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def parts(self) -> dict[str, NDArray[Any]]:
+        """The stored arrays by the suffix they are filed under."""
+
+    @classmethod
+    def assemble(cls, parts: Mapping[str, NDArray[Any]], record: Mapping[str, Any]) -> Form:
+        """The inverse of parts() and record(). Raises InputError for parts that are missing or do not fit together."""
+        raise NotImplementedError(f"{cls.__name__} is not assembled from its own parts alone")
+
+    def record(self) -> dict[str, Any]:
+        """What config.json says of the tensor."""
+        return {
+            "scheme": self.scheme,
+            "bits": self.bits,
+            "block": self.block,
+            "shape": list(self.shape),
+            "transposed": self.transposed,
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored."""
+        return sum(part.nbytes for part in self.parts().values())
+
+    @property
+    def whole_bytes(self) -> int:
+        """Of these, bytes that are read at every step, however few rows are looked up."""
+        return 0
+
+    def as_transposed(self, transposed: bool) -> Self:
+        """The same matrix, saying how the checkpoint holds it."""
+        return replace(self, transposed=transposed)  # type: ignore[type-var]  # every form is a dataclass
+
+    # --- values -------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def rows(self, index: slice | NDArray[np.integer]) -> NDArray[np.float32]:
+        """Dequantized output rows: float32 [len(index), K], whatever the checkpoint's layout."""
+
+    def dequantize(self) -> NDArray[np.float32]:
+        """The whole matrix in the checkpoint's layout: float32 [N, K], or [K, N] when transposed."""
+        return in_layout(self.rows(slice(None)), self.transposed)
+
+    # --- graph --------------------------------------------------------------------------------------
+
+    @property
+    def layout(self) -> object:
+        """Heads with equal layouts can be stored side by side and read together."""
+        return type(self)
+
+    @abstractmethod
+    def product(self, b: Graph, name: str, weight_name: str, x: Value, bias: Value | None = None) -> Value:
+        """x W^T + bias for hidden rows: [..., K] -> [..., N]. `name` is the node's."""
+
+    def logits(self, b: Graph, name: str, x: Value) -> Value:
+        """Logits over the whole vocabulary for a matrix [V, E]: [..., E] -> [..., V]."""
+        return self.product(b, name, f"{name}.weight", x)
+
+    def gather(self, b: Graph, name: str, weight_name: str, ids: Value) -> Value:
+        """Rows of a matrix [V, E]: ids [B, S] -> [B, S, E]. Ids must be valid: the kernels do not check."""
+        raise TypeError(f"{weight_name} is stored as {self.scheme}, whose rows cannot be looked up")
+
+    def candidates(self, reader: Candidates, h: Value, candidates: Value) -> Value:
+        """Logits of this head and those beside it on candidates, flat, in one of the reader's ways."""
+        raise TypeError(f"heads stored as {self.scheme} cannot be read row by row")
+
+    def graph_part(self, ending: str) -> NDArray[Any]:
+        """What an initializer must hold whose name is the tensor's and `.ending`: one of parts(), or derived."""
+        return self.parts()[ending]
+
+
+def in_layout(values: NDArray[Any], transposed: bool) -> NDArray[Any]:
+    """A matrix [N, K] as the checkpoint holds it."""
+    return np.ascontiguousarray(values.T if transposed else values)
+
+
+def expect(part: str, array: NDArray[Any], dtype: type[np.generic], shape: Sequence[int]) -> None:
+    """Raise InputError unless a stored array has the type and the shape that its tensor needs."""
+    if array.dtype != dtype or array.shape != tuple(shape):
+        raise InputError(f"{part} is {array.dtype} {list(array.shape)} where {np.dtype(dtype)} {list(shape)} is needed")
+
+
+def two(shape: Sequence[int]) -> tuple[int, int]:
+    """A recorded shape as a pair."""
+    return shape[0], shape[1]
