@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.loop import losses
 from training.loop.cross_entropy import fast_k_gold, head_gold
 from training.loop.losses import Across, alone, masked_mean
 from training.loop.options import GATE_EXPECTED, TrainOptions, trained_leaves
+from training.loop.terms import TERMS, Batch
 from training.model.dmpt import Hidden
 from training.model.generation import DMPTForCausalLM
 from training.model.shape import GATE_HARD, GATE_SOFT, MAX_PROB
@@ -64,40 +64,29 @@ class Objective:
         # gate_hard scores a token only by its own leaf, unless gold-aux compares the leaves
         sparse = mode == GATE_HARD and not options.gold_aux_coef
         gold = self.gold(hidden, labels, full, routes if sparse else None)
+        batch = Batch(self.model, hidden, mask, self.across, gold, None, full)
         if forked and routes is not None:
             out.routes = masked_mean(F.one_hot(routes, len(hidden.leaves)).float(), mask)
-            log_w = torch.stack(list(self.model.path_log_weights(hidden.gates).values()))
-            yield "nll", 1.0, masked_mean(-self.choose(gold, log_w, routes, hidden), mask)
-            if options.lb_coef:
-                temp = self.model.config.gate_temp
-                log_gates = {name: F.log_softmax(g.float() / temp, -1) for name, g in hidden.gates.items()}
-                yield "lb", options.lb_coef, losses.load_balance(log_gates, self.model.tree, mask, self.across)
-            if options.gold_aux_coef:
-                yield "gold_aux", options.gold_aux_coef, losses.gold_aux(log_w, gold, mask)
+            batch.log_w = torch.stack(list(self.model.path_log_weights(hidden.gates).values()))
+            yield "nll", 1.0, masked_mean(-self.choose(gold, batch.log_w, routes, hidden), mask)
         else:
             yield "nll", 1.0, masked_mean(-gold[0], mask)
-        for leaf, (reference, log_probs) in full.items():
-            yield f"tether.{leaf}", options.tether_coef, losses.tether(reference, log_probs, mask)
-        yield from self.head_parts(hidden, mask, out)
+        batch.log_pi = self.head_log_pi(hidden)
+        out.heads = {leaf: masked_mean(log_pi.detach().exp(), mask) for leaf, log_pi in batch.log_pi.items()}
+        for name, term in TERMS.items():
+            if coef := getattr(options, f"{name}_coef"):
+                for leaf, value in term(batch):
+                    yield f"{name}{leaf}", coef, value
 
-    def head_parts(self, hidden: Hidden, mask: Tensor | None, out: Loss) -> Iterator[tuple[str, float, Tensor]]:
-        for leaf, h in hidden.leaves.items():
-            if leaf not in self.model.head_gates:
-                continue
-            wanted = self.options.head_lb_coef or self.options.head_entropy_coef
-            with torch.set_grad_enabled(torch.is_grad_enabled() and bool(wanted)):
-                log_pi = self.model.head_log_weights(leaf, h)
-            out.heads[leaf] = masked_mean(log_pi.detach().exp(), mask)
-            if self.options.head_lb_coef:
-                term = losses.head_balance(log_pi, mask, self.across)
-                yield f"head_lb.{leaf}", self.options.head_lb_coef, term
-            if self.options.head_entropy_coef:
-                term = losses.head_entropy(log_pi, self.kept(log_pi.shape[-1]), mask)
-                yield f"head_entropy.{leaf}", self.options.head_entropy_coef, term
-
-    def kept(self, heads: int) -> int:
-        """Number of a leaf's heads that a token mixes."""
-        return min(self.model.config.head_topk or heads, heads)
+    def head_log_pi(self, hidden: Hidden) -> dict[str, Tensor]:
+        """leaf with several heads -> (B, S, H), with a gradient only where a term needs it."""
+        wanted = bool(self.options.head_lb_coef or self.options.head_entropy_coef)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
+            return {
+                leaf: self.model.head_log_weights(leaf, h)
+                for leaf, h in hidden.leaves.items()
+                if leaf in self.model.head_gates
+            }
 
     def full_log_probs(self, hidden: Hidden) -> dict[str, tuple[Tensor, Tensor]]:
         """leaf -> (log-probs of the reference, log-probs of the leaf), each (B, S, V); empty without a tether."""
