@@ -20,9 +20,20 @@ from quant.folder import FORMAT_VERSION, WEIGHTS, read_weights, records, stored_
 from quant.forms.weights import Weight, form_of
 from quant.planning.damage_table import with_damage
 from quant.quantize import TensorReport, quantize_tensors
-from quant.rules import FLOAT, Rule, anchors_of, assign, default_rules, is_quantizable
+from quant.rules import (
+    FLOAT,
+    SMOOTHED,
+    Rule,
+    anchors_of,
+    assign,
+    check_text,
+    default_rules,
+    is_quantizable,
+    parse_scheme,
+)
 from quant.schemes import SCHEMES, check_installed
-from quant.smooth import Arrays, smooth
+from quant.smooth import Arrays
+from quant.smooth import smooth as smoothed
 from training.checkpoints.atomic import atomic_folder, check_replaceable
 from training.checkpoints.checkpoint import (
     config_fields,
@@ -36,7 +47,7 @@ from training.checkpoints.checkpoint import (
 from training.checkpoints.files import resolve
 from training.checkpoints.folder import Source
 from training.checkpoints.tensors import write_tensors
-from training.errors import InputError
+from training.errors import FieldError, InputError
 from training.model.config import DMPTConfig
 from training.model.generation import DMPTForCausalLM
 
@@ -72,27 +83,27 @@ def save_quantized(
     source: Source,
     out: Source | None,
     scheme: str | None,
-    block: int | None = None,
     rules: Sequence[Rule] = (),
     *,
-    asymmetric: bool = False,
     calibration: Calibration | None = None,
-    alpha: float | None = None,
+    smooth: float | None = None,
     files: Callable[[Sequence[TensorReport]], Mapping[str, str]] = lambda reports: {},
 ) -> list[TensorReport]:
     """Quantize a DMPT or GPT-2 folder (or hub id) into the folder `out`, atomically; returns a report per tensor.
 
     Without `out` nothing is written; without a `scheme` what no rule names stays float32.
 
-    `rules` come before the scheme's own (quant.rules); `block` replaces the scheme's default block, `asymmetric` asks
-    for zero points. `calibration` text is what calibrated schemes go by, and balancing (`alpha`, see quant.smooth), and
-    what the damage of each tensor is measured on. `files`: texts to be written beside the weights, by file name.
+    `scheme` is SCHEME[:BLOCK][:asymmetric] as in a rule: "int4:64" has another block than the scheme's default. `rules`
+    come before the scheme's own (quant.rules). `calibration` text is what calibrated schemes go by, and balancing
+    (`smooth`, see quant.smooth), and what the damage of each tensor is measured on. `files`: texts to be written beside
+    the weights, by file name.
     Raises InputError for an unusable or already quantized source, an impossible rule, a scheme that lacks its
     calibration, or an `out` that is no quantized folder; nothing is left behind then.
     """
     if out is not None:
         check_replaceable(Path(out), "quantized")
-    defaults = default_rules(scheme, block, asymmetric) if scheme else []
+    name = None if scheme is None else parse_scheme(scheme)[0]
+    defaults = [] if scheme is None else default_rules(*parse_scheme(scheme))
     folder = check_unquantized(source)
     config, arrays = load_state(folder)
     shapes = {name: array.shape for name, array in arrays.items()}
@@ -101,21 +112,22 @@ def save_quantized(
     check_installed(rule.scheme for rule in plan.values())
     if not plan:
         raise InputError(f"no tensor of {folder} would be quantized: drop the rules that keep all of them {FLOAT}")
-    if not scheme:
+    if scheme is None:
         check_complete(shapes, plan, rules)
+    check_text(plan, calibration is not None, smooth)
     recorded: dict[str, Any] = {"rules": [rule.as_dict() for rule in [*rules, *defaults]]}
     if calibration is not None:
         recorded["calibration"] = calibration.as_dict()
-    if alpha is not None:
-        arrays = balance(config, arrays, plan, calibration, alpha)
-        recorded["smooth"] = alpha
+    if smooth is not None and calibration is not None:
+        arrays = balance(config, arrays, plan, calibration, smooth)
+        recorded["smooth"] = smooth
     observed = observed_inputs(config, arrays, plan, calibration)
     weights, reports = quantize_tensors(dict(arrays) if calibration else arrays, plan, observed, anchors)
     if calibration is not None:
         reports = with_damage(_model(config, arrays), weights, reports, calibration)
     if out is not None:
-        note = note_of(source, f"`dmpt-export quantize --scheme {scheme}`" if scheme else "a plan's rules", reports)
-        write_quantized(out, config, weights, scheme or PLANNED, recorded, folder, note, files(reports))
+        note = note_of(source, f"`dmpt-export quantize --scheme {name}`" if name else "a plan's rules", reports)
+        write_quantized(out, config, weights, name or PLANNED, recorded, folder, note, files(reports))
     return reports
 
 
@@ -123,41 +135,31 @@ def check_complete(shapes: Mapping[str, Sequence[int]], plan: Mapping[str, Rule]
     """Raise InputError for a plan's rules that say nothing of some matrix: the plan is of another model."""
     left = [name for name in shapes if is_quantizable(name) and name not in plan]
     if left and not any(rule.scheme == FLOAT for rule in rules):
-        raise InputError(
-            f"the plan says nothing of {', '.join(left[:5])}{' and more' if len(left) > 5 else ''}: it is of another "
-            "model; give --scheme for the rest, or plan anew"
-        )
+        raise FieldError(
+            "the plan says nothing of {}{}: it is of another model; give {scheme} for the rest, or plan anew",
+            ", ".join(left[:5]), " and more" if len(left) > 5 else "",
+        )  # fmt: skip
 
 
 def observed_inputs(
     config: DMPTConfig, arrays: Arrays, plan: Mapping[str, Rule], calibration: Calibration | None
 ) -> Iterator[dict[str, Inputs]]:
-    """What the tensors of calibrated schemes see, as quantize_tensors takes it.
-
-    Raises InputError at once when there are such and no calibration.
-    """
+    """What the tensors of calibrated schemes see, as quantize_tensors takes it."""
     wanted = {name for name, rule in plan.items() if rule.scheme in SCHEMES and SCHEMES[rule.scheme].calibrated}
-    if not wanted:
+    if not wanted or calibration is None:
         return iter(())
-    if calibration is None:
-        name = min(wanted)
-        raise InputError(f"{plan[name].scheme} (of {name}) goes by calibration text: give some with --calib FILE")
     return observe(_model(config, arrays), calibration.windows, wanted)
 
 
 def balance(
-    config: DMPTConfig, arrays: Arrays, plan: Mapping[str, Rule], calibration: Calibration | None, alpha: float
+    config: DMPTConfig, arrays: Arrays, plan: Mapping[str, Rule], calibration: Calibration, alpha: float
 ) -> Arrays:
-    """The tensors with those of int8-dynamic layers balanced. Raises InputError without any, or without calibration."""
-    chosen = {name for name, rule in plan.items() if rule.scheme == "int8-dynamic"}
-    if not chosen:
-        raise InputError("smoothing is for int8-dynamic, which no tensor gets: leave it out")
-    if calibration is None:
-        raise InputError("smoothing goes by calibration text: give some with --calib FILE")
+    """The tensors with those of int8-dynamic layers balanced."""
+    chosen = {name for name, rule in plan.items() if rule.scheme == SMOOTHED}
     largest: dict[str, NDArray[np.float32]] = {}
     for inputs in observe(_model(config, arrays), calibration.windows, chosen):
         largest |= {name: seen.largest for name, seen in inputs.items()}
-    return smooth(arrays, largest, alpha)
+    return smoothed(arrays, largest, alpha)
 
 
 def _model(config: DMPTConfig, arrays: Arrays) -> DMPTForCausalLM:

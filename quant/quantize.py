@@ -117,7 +117,7 @@ def quantize_tensor(
     except FloatingPointError:
         raise InputError(f"tensor '{name}': its weights are too large for scales in float32") from None
     except InputError as error:
-        raise InputError(f"tensor '{name}': {error}") from error
+        raise error.after(f"tensor '{name}': ") from error
     stored = (tensor.scheme, tensor.block if SCHEMES[rule.scheme].blocks else None)
     damage = relative_error(tensor, matrix)
     sizes = (array.size, array.nbytes, tensor.nbytes)

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 from quant.forms.packing import fit_block
 from quant.schemes import SCHEMES
 from quant.schemes.low_rank import DELTAS
-from training.errors import InputError
+from training.errors import FieldError, InputError
 
 if TYPE_CHECKING:
     from training.model.shape import Shape
 
 FLOAT = "float32"  # the scheme of a rule that keeps tensors as they are
+SMOOTHED = "int8-dynamic"  # whose layers can be balanced (quant.smooth)
 LINEAR = re.compile(r"(transformer|paths\.\w+)\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
 ROWS = re.compile(r"transformer\.wte\.weight|heads\.\d+\.weight")  # looked up by row, too
 EMBEDDING, TIED_HEAD = "transformer.wte.weight", "heads.0.weight"
@@ -60,10 +61,11 @@ def parse_rule(text: str, calibrated: bool = False) -> Rule:
     Rule(pattern='*.c_fc', scheme='int3-gptq', block=None, asymmetric=True)
     """
     pattern, _, what = text.partition("=")
-    scheme, *options = what.split(":")
-    asymmetric = options[-1:] == [ASYMMETRIC]
-    numbers = options[:-1] if asymmetric else options
-    if not pattern or not scheme or len(numbers) > 1 or not all(number.isdecimal() for number in numbers):
+    try:
+        scheme, block, asymmetric = parse_scheme(what)
+    except InputError:
+        pattern = ""
+    if not pattern:
         raise InputError(f"rule '{text}' has not the form PATTERN=SCHEME, PATTERN=SCHEME:BLOCK or ...:{ASYMMETRIC}")
     if scheme.isdecimal() and scheme not in BITS:
         raise InputError(f"rule '{text}': no scheme has {scheme} bits, choose one of {', '.join(BITS)}")
@@ -72,12 +74,25 @@ def parse_rule(text: str, calibrated: bool = False) -> Rule:
         scheme = f"{scheme}-gptq"
     if scheme not in (known := [*SCHEMES, *DELTAS, FLOAT]):
         raise InputError(f"rule '{text}': unknown scheme '{scheme}', choose one of {', '.join(known)}")
-    block = int(numbers[0]) if numbers else None
     try:
         check_options(scheme, block, asymmetric)
     except InputError as error:
-        raise InputError(f"rule '{text}': {error}") from error
+        raise error.after(f"rule '{text}': ") from error
     return Rule(pattern, scheme, block, asymmetric)
+
+
+def parse_scheme(text: str) -> tuple[str, int | None, bool]:
+    """Name, block and whether with zero points of SCHEME[:BLOCK][:asymmetric]. Raises InputError for another form.
+
+    >>> parse_scheme("int4:64:asymmetric"), parse_scheme("int8")
+    (('int4', 64, True), ('int8', None, False))
+    """
+    scheme, *options = text.split(":")
+    asymmetric = options[-1:] == [ASYMMETRIC]
+    numbers = options[:-1] if asymmetric else options
+    if not scheme or len(numbers) > 1 or not all(number.isdecimal() for number in numbers):
+        raise InputError(f"'{text}' has not the form SCHEME, SCHEME:BLOCK or ...:{ASYMMETRIC}")
+    return scheme, int(numbers[0]) if numbers else None, asymmetric
 
 
 def check_options(scheme: str, block: int | None, asymmetric: bool) -> None:
@@ -111,6 +126,21 @@ def default_rules(scheme: str, block: int | None = None, asymmetric: bool = Fals
     rules = [Rule(f"*.h.*.{layer}.weight", scheme, block if how.blocks else None, asymmetric) for layer in layers]
     block = block if SCHEMES[rows].blocks else None
     return [*rules, Rule("heads.*.weight", rows, block, asymmetric), Rule(EMBEDDING, rows, block, asymmetric)]
+
+
+def check_text(chosen: Mapping[str, Rule], calibrated: bool, smooth: float | None) -> None:
+    """Raise FieldError where what tensors get needs a calibration text that is not there, or smoothing finds nothing.
+
+    chosen: see assign(). smooth: how far activations are balanced against weights (quant.smooth), or None.
+    """
+    needing = [name for name, rule in chosen.items() if rule.scheme in SCHEMES and SCHEMES[rule.scheme].calibrated]
+    if needing and not calibrated:
+        scheme = chosen[needing[0]].scheme
+        raise FieldError("{} (of {}) goes by calibration text: give some with {calib}", scheme, needing[0])
+    if smooth is not None and all(rule.scheme != SMOOTHED for rule in chosen.values()):
+        raise FieldError("smoothing is for {}, which no tensor gets: leave {smooth} out", SMOOTHED)
+    if smooth is not None and not calibrated:
+        raise FieldError("smoothing goes by calibration text: give some with {calib}")
 
 
 def is_quantizable(name: str) -> bool:

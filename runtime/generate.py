@@ -77,10 +77,7 @@ class Generation(Writing):
 
 
 def check_speculation(model: Generator, sampling: Sampling) -> None:
-    if sampling.heat > 0:
-        raise RequestError(
-            "speculate needs greedy decoding: leave out temperature, top_k, top_p and seed, or leave out speculate"
-        )
+    sampling.check_greedy()
     if PER_TENSOR in model.manifest.schemes:
         raise RequestError(
             f"speculate would change the text with {PER_TENSOR} weights, whose rounding depends on how many tokens "

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,7 +18,7 @@ from runtime.generate import Generation, Generations
 from runtime.manifest import Manifest
 from runtime.manifest_file import TOKENIZER_NAME, read_manifest
 from runtime.request import check_count, check_ids, is_many
-from runtime.sampling import Sampling
+from runtime.sampling import Sampling, SamplingOptions
 from runtime.sequence import Sequence
 from runtime.session import Engine
 from runtime.text import TextCodec, utf8
@@ -163,46 +163,41 @@ class Model:
         self,
         prompt: Any,
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
+        *,
         stop: str | Many[str] = (),
         on_full: str = STOP,
         speculate: int = 0,
+        **sampling: Unpack[SamplingOptions],
     ) -> Generation | Generations:
         """Generate text while you iterate over the result, one `Token(id, text, path, row)` at a time.
 
         prompt: text or token ids, or a list of these to continue together (`Token.row` is the prompt's index).
-        Sampling: see `runtime.sampling.Sampling`; greedy unless temperature, top_k, top_p or seed is given; row i of a
-        list uses the seed plus i. stop: one or several strings that end the text. on_full: "stop", or "slide" to
-        continue from the last half of a full context, read again as a new beginning. speculate: guess up to this many
-        tokens from the text so far and check them in one run. It needs greedy decoding, whose output stays the same
-        except where two tokens are equally likely to within kernel rounding (1e-5 for float weights, a few hundredths
-        for int8 and int4, which round activations). After the iteration, the result's `ids`, `text` and `stop_reason`
-        ("end_of_text", "stop_string", "max_new_tokens" or "context_full") are complete; for a list, those of each of
-        its `texts`. Raises RequestError before computing anything.
+        sampling: temperature, top_k, top_p, repetition_penalty and seed, see `runtime.sampling.Sampling`; greedy unless
+        one of the first three or seed is given; row i of a list uses the seed plus i. stop: one or several strings that
+        end the text. on_full: "stop", or "slide" to continue from the last half of a full context, read again as a new
+        beginning. speculate: guess up to this many tokens from the text so far and check them in one run. It needs
+        greedy decoding, whose output stays the same except where two tokens are equally likely to within kernel
+        rounding (1e-5 for float weights, a few hundredths for int8 and int4, which round activations). After the
+        iteration, the result's `ids`, `text` and `stop_reason` ("end_of_text", "stop_string", "max_new_tokens" or
+        "context_full") are complete; for a list, those of each of its `texts`. Raises RequestError before computing
+        anything.
         """
-        sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
+        how = Sampling(**sampling)
         limits = Limits(max_new_tokens, stop, on_full, speculate)
         if is_many(prompt):
-            return Generations(self, self.many_ids(prompt), sampling, limits)
-        return Generation(self, self.prompt_ids(prompt), sampling, limits)
+            return Generations(self, self.many_ids(prompt), how, limits)
+        return Generation(self, self.prompt_ids(prompt), how, limits)
 
     def generate(
         self,
         prompt: Any,
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
+        *,
         on_token: Callable[[int, str], object] | None = None,
         stop: str | Many[str] = (),
         on_full: str = STOP,
         speculate: int = 0,
+        **sampling: Unpack[SamplingOptions],
     ) -> str | list[Any]:
         """Continue a prompt: returns the new text for a text, the list of new token ids for token ids.
 
@@ -211,9 +206,7 @@ class Model:
         pieces are the new text; no piece splits a character. An end-of-text token, if chosen, is the last id and has
         no text. For the other arguments, limits and errors see stream().
         """
-        made = self.stream(
-            prompt, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, stop, on_full, speculate
-        )
+        made = self.stream(prompt, max_new_tokens, stop=stop, on_full=on_full, speculate=speculate, **sampling)
         if on_token is not None and isinstance(made, Generations):
             raise RequestError("on_token is for one prompt: use stream() for several")
         for token in made:

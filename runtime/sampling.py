@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,16 @@ Scores = NDArray[np.float32]  # [vocab] or fewer
 Ids = NDArray[np.int64]
 MOST = 1_000_000  # largest temperature and penalty: larger values would overflow float32
 COLDEST = 1e-20  # lower temperatures act like 0 and would underflow in float32
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of Sampling, as keyword arguments."""
+
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    repetition_penalty: float
+    seed: int | None
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,13 @@ class Sampling:
         if self.temperature is not None:
             return float(self.temperature)
         return 0.0 if self.top_k is None and self.top_p is None and self.seed is None else 1.0
+
+    def check_greedy(self) -> None:
+        """Raise RequestError unless always the likeliest token is taken, which guessing ahead (speculate) needs."""
+        if self.heat > 0:
+            raise RequestError(
+                "speculate needs greedy decoding: leave out temperature, top_k, top_p and seed, or leave out speculate"
+            )
 
     def for_row(self, row: int) -> Sampling:
         """The settings of one prompt of a batch: its seed is the batch's seed plus its row."""

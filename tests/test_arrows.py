@@ -24,7 +24,7 @@ DEVICE_ONLY = {"numpy", "onnxruntime", "tokenizers"}  # all that may be installe
 LIGHT = {
     "": "errors progress",
     "checkpoints/": "atomic files folder",
-    "cli/": "recipes/__init__",
+    "cli/": "recipes/__init__ request",
     "loop/": "freeze options",
     "model/": "gpt2 shape",
     "text/": "sources windows zstd",
@@ -144,10 +144,15 @@ def test_runtime_needs_three_packages_only() -> None:
 
 
 def test_command_modules_import_nothing_heavy_at_the_top() -> None:
-    light = {"click", "dmpt_export"} | sys.stdlib_module_names
-    for file in files("dmpt_export/cli"):
-        top = [entry for entry in imports(file) if not entry.nested]
-        assert not [str(entry) for entry in top if entry.target.split(".")[0] not in light]
+    for folder, known in (("dmpt_export/cli", {"click"}), ("dmpt_export/requests", {"training"})):
+        light = {"dmpt_export"} | known | sys.stdlib_module_names
+        for file in files(folder):
+            top = [entry for entry in imports(file) if not entry.nested]
+            assert not [str(entry) for entry in top if entry.target.split(".")[0] not in light]
+            told = {entry.target for entry in top if entry.target.startswith("training.")}
+            assert told <= {"training.errors", "training.progress"}
+    top = [entry for entry in imports(REPOSITORY / "dmpt_export" / "requests" / "run.py") if not entry.nested]
+    assert not [str(entry) for entry in top if entry.target.startswith("training")]  # it runs without
 
 
 @pytest.mark.parametrize("name", WITHOUT_TORCH)

@@ -90,7 +90,7 @@ def test_every_flag_of_the_original_is_taken_in_both_spellings(flag: str, spelli
         assert parse(word)[name] is True and parse()[name] in (False, None)
         return
     given = "somewhere" if value is Path else str(value)
-    assert str(parse(word, given)[name]) == given
+    assert str(parse(word, given)[name]) == (f"[{given}]" if name == "splits" else given)
     assert parse()[name] == OTHER_DEFAULTS.get(name, None if value is Path else value)
 
 
@@ -119,7 +119,8 @@ def test_the_originals_command_means_what_it_says(monkeypatch: pytest.MonkeyPatc
         exit_code = 77
 
     def train(model: Any, tokens: Any, options: TrainOptions, out: Path, eval_tokens: Any, **more: Any) -> None:
-        seen.update(model=model, options=options, out=out, about=more["about"], tokens=tokens, eval_tokens=eval_tokens)
+        seen.update(model=model, options=options, out=out, tokens=tokens, eval_tokens=eval_tokens)
+        seen["about"] = more["extras"].about
         raise Stop
 
     monkeypatch.setattr("training.loop.trainer.train", train)

@@ -16,8 +16,14 @@ def say(phase: str) -> None:
         sys.stderr.flush()
 
 
+def tell(text: str) -> None:
+    """One line on stderr, between progress bars."""
+    if sys.stderr is not None:
+        tqdm.write(text, file=sys.stderr)
+
+
 def note_once(text: str) -> None:
     """Print one line on stderr about the user's files, only once even if a verb reads them several times."""
     if text not in NOTED and sys.stderr is not None:
         NOTED.add(text)
-        tqdm.write(f"note: {text}", file=sys.stderr)
+        tell(f"note: {text}")

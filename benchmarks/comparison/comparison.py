@@ -27,7 +27,7 @@ from benchmarks.quality.protocols import Text, choose_windows, plan
 from benchmarks.quality.scorer import Scorer
 from benchmarks.report import routes
 from benchmarks.speed import timing
-from benchmarks.speed.cases import fit
+from benchmarks.speed.cases import Workload, fit
 from runtime.errors import is_out_of_memory
 from training.errors import InputError
 
@@ -39,7 +39,6 @@ def compare(
     settings: Settings | None = None,
     *,
     seeds: dict[str, int] | None = None,
-    command: Sequence[str] | None = None,
     absent: Sequence[str] = (),
     growth: Sequence[dict[str, Any]] = (),
     show: Callable[[Comparison], None] | None = None,
@@ -64,7 +63,7 @@ def compare(
     result = Comparison(
         rows=rows,
         data=[str(path) for path in data],
-        command=list(command or this_machine.command_line()),
+        command=list(this_machine.command_line()),
         seeds={"prompt": timing.SEED, **(seeds or {})},
         absent=list(absent),
         routes=max(samples, key=lambda sample: sample["heads"], default=None),
@@ -106,7 +105,7 @@ class Texts:
             try:
                 plan(len(self.read[key].ids), *self.windows, protocol)
             except InputError as error:
-                raise InputError(f"as {scorer.name} reads it, {error}") from error
+                raise error.after(f"as {scorer.name} reads it, ") from error
         return self.read[key]
 
     def in_common(self) -> list[int] | None:
@@ -126,11 +125,11 @@ def scored(entry: Entry, opener: Opener, texts: Texts, samples: list[dict[str, A
         text = texts.of(scorer)
         if text is None:
             return row
-        resume = opener.work / "scores" if settings.resume is not None else None
+        resume = perplexity.Resume(opener.work / "scores", keep=True) if settings.resume is not None else None
         try:
             row = replace(
                 row,
-                quality=perplexity.evaluate(scorer, text, *texts.windows, settings.protocol, resume=resume, keep=True),
+                quality=perplexity.evaluate(scorer, text, *texts.windows, settings.protocol, resume=resume),
             )
             if row.is_dmpt and (sample := routes.sample(scorer, text.ids)):
                 samples.append(sample)
@@ -163,8 +162,8 @@ def timed(
     depth = [prompt, context - gen] if at_the_end and context - gen > prompt else None
     failures: dict[str, str] = {}
     found = timing.measure(
-        [t for t in targets if t], prompt, gen, settings.repetitions, settings.threads, settings.device, text,
-        depth=depth, failures=failures,
+        [t for t in targets if t], Workload(prompt, gen, depth), timing.Schedule(settings.repetitions),
+        settings.threads, settings.device, text=text, failures=failures,
     )  # fmt: skip
     by_name = {result.name: result for result in found}
     return [replace(r, speed=by_name.get(r.name), failure=r.failure or failures.get(r.name)) for r in rows]

@@ -27,9 +27,10 @@ from benchmarks.evidence import models
 from benchmarks.evidence.driver import add_peer_python, dmpt_export, say
 from benchmarks.evidence.speed_report import DEEP, GEN, PROMPT, SHALLOW, report
 from benchmarks.peers import registry
+from benchmarks.speed.cases import Workload
 from benchmarks.speed.processes import WorkerFailed
 from benchmarks.speed.results import Speed
-from benchmarks.speed.timing import Target, measure, target
+from benchmarks.speed.timing import Schedule, Target, measure, target
 from training.errors import InputError
 
 SCHEMES = {"int8": ("--scheme", "int8"), "int4": ("--scheme", "int4")}  # options of `dmpt-export quantize`
@@ -178,8 +179,8 @@ def run(options: argparse.Namespace, sizes: dict[str, Any]) -> str:
         depths[1] = min(DEEP, context - gen)
         left = [t for t in [*ours, *theirs] if t.name not in failed]
         speeds = measure(
-            left, prompt, gen, options.repetitions, threads, depth=depths, roof=True, fixed_prompt=True, fixed_gen=True,
-            failures=failed,
+            left, Workload(prompt, gen, depths, fixed_prompt=True, fixed_gen=True),
+            Schedule(options.repetitions, roof=True), threads, failures=failed,
         )  # fmt: skip
         if broken := [failed[t.name] for t in ours if t.name in failed]:
             raise WorkerFailed(broken[0], 4)  # a peer may fail, ours may not

@@ -97,7 +97,7 @@ class Base:
             raise OSError(
                 errno.ENOSPC,
                 f"the base's log-probs take {missing / 1e6:.0f} MB more in {self.cache}, where {free / 1e6:.0f} MB are "
-                f"free and {SPARE / 1e6:.0f} MB stay so; without --base-cache the base runs each time",
+                f"free and {SPARE / 1e6:.0f} MB stay so; without a cache the base runs each time",
             )
         return sum(sizes)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks.quality.onnx_scorer import OnnxScorer
 from benchmarks.quality.scorer import Scorer, kind_of, scheme_of_source
 from runtime.manifest_file import read_manifest
-from training.errors import InputError
+from training.errors import FieldError
 from training.model.shape import GATE_HARD
 
 
@@ -38,10 +38,11 @@ def open_scorer(
     name = name or Path(source).name or str(source)
     kind = kind_of(source)
     if kind == "onnx" and fast_k is not None:
-        raise InputError(
-            f"{source} was exported with its fast-k built in: leave --fast-k out, or export its checkpoint again "
-            f"with dmpt-export onnx --fast-k {fast_k}"
-        )
+        raise FieldError(
+            "{} was exported with its fast-k built in: leave {fast_k} out, or export its checkpoint again with "
+            "dmpt-export onnx --fast-k {}",
+            source, fast_k,
+        )  # fmt: skip
     if kind == "onnx":
         return OnnxScorer(Path(source), threads, device, mode, name)
     from benchmarks.quality.checkpoint_scorer import TorchScorer
@@ -64,4 +65,4 @@ def check_device(device: str) -> None:
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no GPU that it can use; leave it out, or install torch for CUDA")
+        raise FieldError("{device} cuda: torch sees no GPU that it can use; leave it out, or install torch for CUDA")

@@ -32,6 +32,14 @@ MOST_NATS = 700.0  # exp() of more is no float64
 NO_ROUTE = -1
 
 
+@dataclass(frozen=True)
+class Resume:
+    """Where the state of an evaluation is kept."""
+
+    folder: str | Path
+    keep: bool = False  # also when it is complete, so that the same evaluation takes no time
+
+
 @dataclass(frozen=True, eq=False)
 class Quality:
     """What a model scored on a text. Logarithms are natural."""
@@ -103,14 +111,13 @@ def evaluate(
     protocol: str = STRIDE_CONCAT,
     batch: int = 1,
     base: Base | None = None,
-    resume: str | Path | None = None,
-    keep: bool = False,
+    resume: Resume | None = None,
 ) -> Quality:
     """Score a text, or token ids [N], by a protocol, with a progress bar that shows the running perplexity.
 
     batch: windows that a torch checkpoint runs together. base: the model to measure KL from; it must read the text as
-    the same tokens (check_base). resume: a folder for what was found so far; a killed evaluation goes on from there
-    and gives the same digits. keep: leave the state there when it is complete, so that the same call takes no time.
+    the same tokens (check_base). resume: where what was found so far is kept; a killed evaluation goes on from there
+    and gives the same digits.
     Raises InputError when no token can be scored, an id is beyond the vocabulary or a stored state is damaged,
     ValidationError when the model gives log-probabilities that make no finite perplexity.
     """
@@ -128,7 +135,7 @@ def evaluate(
     file = None
     if resume is not None:
         key = key_of(model=fingerprint(scorer), batch=batch, base=base_key(base), versions=versions(), **facts)
-        file = Path(resume) / f"eval-{key}.npz"
+        file = Path(resume.folder) / f"eval-{key}.npz"
     sizes = [n for _, _, n in windows]
     findings = Findings(columns(scorer, sum(sizes), base is not None), file, sizes)
     try:
@@ -138,7 +145,7 @@ def evaluate(
             findings.save()
         raise
     found = summary(scorer, ids, text if isinstance(text, Text) else None, windows, findings, base)
-    if keep:
+    if resume is not None and resume.keep:
         try:
             findings.save()
         except OSError as error:  # what was found is still good

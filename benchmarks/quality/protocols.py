@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from training.errors import InputError
+from training.errors import FieldError
 from training.text.sources import read_lines, read_rows
 from training.text.windows import windows as overlapping
 
@@ -137,11 +137,11 @@ def choose_windows(
     length = max_length or min(LONGEST_WINDOW, context)
     step = stride or PROTOCOLS[protocol].stride(length)
     if not 2 <= length <= context:
-        raise InputError(f"--max-length {length} must be from 2 to the model's context of {context} tokens")
+        raise FieldError("{max_length} {} must be from 2 to the model's context of {} tokens", length, context)
     if not 1 <= step <= length:
-        raise InputError(f"--stride {step} must be from 1 to the window's length (--max-length {length})")
+        raise FieldError("{stride} {} must be from 1 to the window's length ({max_length} {})", step, length)
     if PROTOCOLS[protocol].fixed and step != length:
-        raise InputError(f"--protocol {protocol} has the window's length for its stride: leave --stride out")
+        raise FieldError("{protocol} {} has the window's length for its stride: leave {stride} out", protocol)
     return length, step
 
 
@@ -150,8 +150,9 @@ def plan(n_tokens: int, length: int, stride: int, protocol: str) -> list[tuple[i
     windows = list(overlapping(n_tokens, length, stride, PROTOCOLS[protocol].beginning))
     if not windows:
         never = 1 if PROTOCOLS[protocol].beginning else length - stride
-        raise InputError(
-            f"the text has {n_tokens} tokens, and windows of {length} advancing by {stride} score only those after "
-            f"the first {never}: give a longer text or a smaller --max-length"
-        )
+        raise FieldError(
+            "the text has {} tokens, and windows of {} advancing by {} score only those after the first {}: give a "
+            "longer text or a smaller {max_length}",
+            n_tokens, length, stride, never,
+        )  # fmt: skip
     return windows

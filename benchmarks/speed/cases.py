@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from training.errors import InputError
+from training.errors import FieldError
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,25 @@ class Case:
         return f"{self.kind}{self.tokens}" + (f" @ d{self.depth}" if self.kind == "tg" else "")
 
 
+@dataclass(frozen=True)
+class Workload:
+    """What every model is to do in a round: several numbers make several tests.
+
+    Prompt and gen shrink to the context; what is `fixed`, and depth, does not, and must fit it.
+    """
+
+    prompt: int | Sequence[int] = 128  # tokens fed at once
+    gen: int | Sequence[int] = 64  # tokens decoded one by one
+    depth: Sequence[int] | None = None  # tokens before the decoded ones; None: the first prompt
+    fixed_prompt: bool = False
+    fixed_gen: bool = False
+
+    def cases(self, context: int) -> list[Case]:
+        """The tests for a context of so many tokens. Raises InputError for what must fit it and does not."""
+        prompts, gens = ([n] if isinstance(n, int) else n for n in (self.prompt, self.gen))
+        return cases(prompts, gens, self.depth, context, self.fixed_prompt, self.fixed_gen)
+
+
 def cases(
     prompts: Sequence[int],
     gens: Sequence[int],
@@ -44,7 +63,9 @@ def cases(
         most = max(depths)
         gens = [n if fixed_gen else min(n, max(1, context - most)) for n in gens]
         if most + max(gens) > context:
-            raise InputError(f"--depth {most} and --gen {max(gens)} do not fit a context of {context} tokens together")
+            raise FieldError(
+                "{depth} {} and {gen} {} do not fit a context of {} tokens together", most, max(gens), context
+            )
     else:
         first, most = fit(prompts[0], max(gens), context, fixed_prompt, fixed_gen)
         others = [fit(n, 0, context, fixed_prompt)[0] for n in prompts[1:]]
@@ -64,5 +85,5 @@ def fit(prompt: int, gen: int, context: int, fixed_prompt: bool = False, fixed_g
     if prompt + gen > context and not fixed_prompt:
         prompt = max(1, context - gen)
     if prompt + gen > context:
-        raise InputError(f"--prompt {prompt} and --gen {gen} do not fit a context of {context} tokens together")
+        raise FieldError("{prompt} {} and {gen} {} do not fit a context of {} tokens together", prompt, gen, context)
     return prompt, gen

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from benchmarks.quality.scorer import kind_of, onnx_size
 from benchmarks.speed.bandwidth import buffer_bytes
-from benchmarks.speed.cases import Case, cases
+from benchmarks.speed.cases import Case, Workload
 from benchmarks.speed.processes import Worker, WorkerFailed, worker
 from benchmarks.speed.results import Speed
 from runtime.manifest_file import read_manifest
@@ -47,6 +47,16 @@ class Target:
         return worker(self.name, self.python)
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """How often everything is measured."""
+
+    repetitions: int = 5  # rounds that count; one more goes before, as warm-up
+    loads: int = 1  # fresh processes whose load time is taken, the one that is measured included
+    cold: int = 0  # more of them, that load with the model's files dropped from the page cache
+    roof: bool = False  # after each round: how fast one thread, and as many as the first target uses, read memory
+
+
 def target(name: str, path: str | Path) -> Target:
     """A model to be timed; InputError when it is no ONNX folder."""
     if kind_of(path) != "onnx":
@@ -61,41 +71,31 @@ def target(name: str, path: str | Path) -> Target:
 
 def measure(
     targets: Sequence[Target],
-    prompt: int | Sequence[int] = 128,
-    gen: int | Sequence[int] = 64,
-    repetitions: int = 5,
+    workload: Workload | None = None,
+    schedule: Schedule | None = None,
     threads: int | None = None,
     device: str = "cpu",
+    *,
     text: Sequence[int] | None = None,
-    loads: int = 1,
-    fixed_prompt: bool = False,
-    fixed_gen: bool = False,
-    depth: Sequence[int] | None = None,
-    roof: bool = False,
-    cold: int = 0,
     failures: dict[str, str] | None = None,
 ) -> list[Speed]:
     """Time all targets in one interleaved schedule.
 
-    prompt, gen: tokens fed at once, tokens decoded one by one; several make several tests. depth: tokens before the
-    decoded ones; default: the first prompt. Prompt and gen shrink to the smallest context among the targets; what is
-    `fixed`, and depth, does not, and must fit it (InputError).
+    Raises InputError for a workload that does not fit the smallest context among them.
     threads: None lets each adapter choose (the runtime takes what this process may use).
     text: token ids to take the prompts from; default, and where it is too short: random ids.
-    loads: fresh processes whose load time is taken, the one that is measured included.
-    roof: also measure after each round how fast memory is read, on one thread and on as many as the first target uses.
-    cold: more fresh processes that load with the model's files dropped from the page cache.
     failures: filled with name -> reason of every target that failed; the others go on, and only they are returned.
     Without it WorkerFailed is raised, with the exit code of the failing process.
     """
+    workload, schedule = workload or Workload(), schedule or Schedule()
     crashed = Crashes(failures)
     cold_s: dict[str, list[float]] = {}
     load_s: dict[str, list[float]] = {}
     players: dict[str, tuple[Worker, dict[str, Any]]] = {}  # name -> its process, what it said of itself
     for t in targets:
         with crashed.noted(t.name):
-            cold_s[t.name] = [start_and_stop(t, threads, device, cold=True) for _ in range(cold)]
-            load_s[t.name] = [start_and_stop(t, threads, device) for _ in range(loads - 1)]
+            cold_s[t.name] = [start_and_stop(t, threads, device, cold=True) for _ in range(schedule.cold)]
+            load_s[t.name] = [start_and_stop(t, threads, device) for _ in range(schedule.loads - 1)]
     with ExitStack() as stack:
         for t in crashed.left(targets):
             with crashed.noted(t.name):
@@ -106,18 +106,18 @@ def measure(
             return []
         facts = [fact for _, fact in players.values()]
         context = min(fact["context"] for fact in facts)
-        tests = cases(_several(prompt), _several(gen), depth, context, fixed_prompt, fixed_gen)
+        tests = workload.cases(context)
         longest = max(max(case.tokens, case.depth) for case in tests)
         ids = prompt_ids(longest, min(fact["vocab_size"] for fact in facts), text)
-        memory = Roof(stack.enter_context(worker("memory")), sorted({1, facts[0]["threads"]})) if roof else None
-        rounds = play({name: w for name, (w, _) in players.items()}, tests, ids, repetitions, memory, crashed)
+        roof = Roof(stack.enter_context(worker("memory")), sorted({1, facts[0]["threads"]})) if schedule.roof else None
+        rounds = play({name: w for name, (w, _) in players.items()}, tests, ids, schedule.repetitions, roof, crashed)
         for name in [*rounds]:
             with crashed.noted(name):
                 players[name][1].update(players[name][0].ask(do="finish"))
     return [
         Speed.of(
             t.name, rounds[t.name], load_s[t.name], players[t.name][1], t.size_bytes, t.touched_bytes,
-            memory.seen if memory else {}, cold_s[t.name],
+            roof.seen if roof else {}, cold_s[t.name],
         )
         for t in crashed.left(targets)
     ]  # fmt: skip
@@ -140,10 +140,6 @@ class Crashes:
 
     def left(self, targets: Sequence[Target]) -> list[Target]:
         return [t for t in targets if t.name not in (self.failures or {})]
-
-
-def _several(counts: int | Sequence[int]) -> Sequence[int]:
-    return [counts] if isinstance(counts, int) else counts
 
 
 class Roof:

@@ -6,17 +6,15 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
-from dmpt_export.cli.extras import require
+from dmpt_export.requests.bench import GEN, PROMPT, Benched, BenchRequest
 
 if TYPE_CHECKING:
     from benchmarks.speed.results import Speed, Timings
-    from benchmarks.speed.timing import Target
 
 
 class Counts(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.4 on
@@ -43,8 +41,8 @@ class Counts(click.ParamType):  # type: ignore[type-arg]  # generic only from cl
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option("--threads", "-t", type=Counts(1),
               help="CPU threads; several are timed in turn. Default: all this process may use.")  # fmt: skip
-@click.option("--prompt", "-p", default="512", show_default=True, type=Counts(1), help="Tokens fed at once.")
-@click.option("--gen", "-n", default="128", show_default=True, type=Counts(1), help="Tokens decoded one by one.")
+@click.option("--prompt", "-p", type=Counts(1), help=f"Tokens fed at once. Default: {PROMPT}.")
+@click.option("--gen", "-n", type=Counts(1), help=f"Tokens decoded one by one. Default: {GEN}.")
 @click.option("--depth", "-d", type=Counts(1),
               help="Tokens before the decoded ones. Default: the (first) prompt.")  # fmt: skip
 @click.option("--repetitions", "-r", default=5, show_default=True, type=click.IntRange(min=1),
@@ -58,22 +56,7 @@ class Counts(click.ParamType):  # type: ignore[type-arg]  # generic only from cl
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--format", "form", type=click.Choice(["md", "csv", "json"]), default="md", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output; as --format json.")
-@click.pass_context
-def command(
-    context: click.Context,
-    models: tuple[str, ...],
-    threads: tuple[int, ...] | None,
-    prompt: tuple[int, ...],
-    gen: tuple[int, ...],
-    depth: tuple[int, ...] | None,
-    repetitions: int,
-    loads: int,
-    profile: bool,
-    report: str | None,
-    device: str,
-    form: str,
-    as_json: bool,
-) -> None:
+def command(form: str, as_json: bool, **fields: Any) -> None:
     """Time MODEL..., folders made by `dmpt-export onnx`; NAME=FOLDER gives one another name.
 
     Each model runs in a fresh process of its own; several take turns in one interleaved schedule with the same
@@ -93,72 +76,22 @@ def command(
     Next: speed beside perplexity, as a table and a picture:
       dmpt-export compare gpt2-device device --data wiki.test.raw --out report
     """
-    require(device)
+    request = BenchRequest(**fields)
+    request.run(request.check(), partial(show, form="json" if as_json else form))
+
+
+def show(result: Benched, form: str) -> None:
+    """Print what was measured."""
     from benchmarks import machine
-    from benchmarks.quality.open_scorer import context_of
-    from benchmarks.quality.scorer import named
-    from benchmarks.speed.cases import cases
-    from benchmarks.speed.profiling import profile as by_node
-    from benchmarks.speed.timing import measure, target
-    from training.checkpoints.atomic import check_inputs, check_place
-    from training.progress import say
 
-    targets = [target(name, path) for name, path in named(models)]
-    given = [context.get_parameter_source(name) != ParameterSource.DEFAULT for name in ("prompt", "gen")]
-    cases(prompt, gen, depth, min(context_of(t.path) for t in targets), *given)  # refused before anything is timed
-    if report is not None:
-        check_place(Path(report))
-        check_inputs(Path(report), *(t.path for t in targets))
-    say("loading each model in fresh processes")
-    rounds = [
-        measure(
-            targets, prompt, gen, repetitions, count, device, loads=loads, fixed_prompt=given[0], fixed_gen=given[1],
-            depth=depth, roof=device == "cpu", cold=1,
-        )
-        for count in threads or (None,)
-    ]  # fmt: skip
-    nodes = by_node(targets, rounds[0][0].first("tg").case, rounds[0][0].threads, device) if profile else {}
-    rows = [row for results in rounds for row in rows_of(targets, results, nodes)]
-    if form == "md" and not as_json:
-        click.echo("\n\n".join([*map(as_text, rounds), *([node_table(nodes)] if nodes else [])]))
-    elif form == "csv" and not as_json:
-        click.echo(as_csv(rounds), nl=False)
+    if form == "md":
+        nodes = [node_table(result.nodes)] if result.nodes else []
+        click.echo("\n\n".join([*map(as_text, result.rounds), *nodes]))
+    elif form == "csv":
+        click.echo(as_csv(result.rounds), nl=False)
     else:
-        where = {"machine": machine.machine(), "versions": machine.versions()}
+        where, rows = {"machine": machine.machine(), "versions": machine.versions()}, result.rows
         click.echo(json.dumps({**rows[0], **where} if len(rows) == 1 else {"models": rows, **where}))
-    if report is not None:
-        write_report(Path(report), rows, nodes)
-
-
-def rows_of(
-    targets: Sequence[Target], results: Sequence[Speed], nodes: dict[str, dict[str, float]]
-) -> list[dict[str, Any]]:
-    """One object for each model of a round: its figures, with what they may depend on."""
-    from benchmarks.comparison.contestants import onnx_shape
-    from benchmarks.quality.scorer import scheme_of
-    from runtime.manifest_file import read_manifest
-
-    base = results[0] if len(results) > 1 else None
-    return [
-        {
-            "model": t.path,
-            "name": t.name,
-            "scheme": scheme_of(read_manifest(Path(t.path)).raw),
-            "shape": onnx_shape(t.path),
-            "node_ms": nodes.get(t.name),
-            **found.to_json(base),
-        }
-        for t, found in zip(targets, results, strict=True)
-    ]
-
-
-def write_report(file: Path, rows: list[dict[str, Any]], nodes: dict[str, dict[str, float]]) -> None:
-    """The curves as one HTML file, in one step; where nothing was measured twice it says so."""
-    from benchmarks.report.bench import page
-    from training.checkpoints.atomic import atomic_file
-
-    with atomic_file(file) as partial:
-        partial.write_text(page(rows, nodes), encoding="utf-8")
 
 
 NODES = 14  # node types in the table; --json has all

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from dmpt_export.cli.checks import check_tokenizer
 from dmpt_export.cli.extras import require
+from dmpt_export.requests.sources import check_tokenizer
 
 
 @click.command("convert", short_help="Convert a .pt checkpoint of the original DMPT project, or nanoGPT's.")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from dmpt_export.cli.checks import check_model, check_tokenizer, is_exported, no_verify, usage
-from dmpt_export.cli.extras import require
+from dmpt_export.cli.checks import no_verify
+from dmpt_export.requests.eval import EvaluateRequest
 
 if TYPE_CHECKING:
     from benchmarks.quality.perplexity import Quality
@@ -50,23 +48,7 @@ PROTOCOLS = ("stride-concat", "non-overlapping", "sliding")  # benchmarks.qualit
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @no_verify
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
-def command(
-    model: str,
-    data: tuple[str, ...],
-    text_field: str,
-    protocol: str,
-    max_length: int | None,
-    stride: int | None,
-    mode: str,
-    fast_k: int | None,
-    base: str | None,
-    base_cache: str | None,
-    resume: str | None,
-    batch: int,
-    threads: int | None,
-    device: str,
-    as_json: bool,
-) -> None:
+def command(as_json: bool, **fields: Any) -> None:
     """Measure how well MODEL predicts a text: perplexity and accuracy of what is deployed.
 
     MODEL is an ONNX folder (no torch needed), a DMPT or quantized folder, or a GPT-2 folder or hub id.
@@ -90,74 +72,13 @@ def command(
     Next: several models side by side, with their speed:
       dmpt-export compare gpt2-device device --data wiki.test.raw --out report
     """
-    if base_cache and not base:
-        raise click.UsageError("--base-cache keeps the log-probs of --base: name one")
-    from training.progress import say
-
-    exported = [is_exported(source) for source in ([model, base] if base else [model])]
-    require(*(device if ready else "train" for ready in exported))
-    check_request(data, protocol, max_length, stride, [folder for folder in (base_cache, resume) if folder])
-    check_scored(model, max_length, stride, protocol, mode, fast_k)
-    if base is not None:
-        check_scored(base, max_length, stride, protocol)
-    if not all(exported):
-        say("loading PyTorch")
-    from benchmarks.quality.divergence import Base, check_base
-    from benchmarks.quality.open_scorer import open_scorer
-    from benchmarks.quality.perplexity import evaluate, read_text
-
-    with contextlib.ExitStack() as stack:
-        scorer = open_scorer(model, threads, device, mode, fast_k=fast_k)
-        stack.callback(scorer.close)
-        found = read_text(scorer, data, text_field, protocol)
-        other = None
-        if base is not None:
-            other = Base(open_scorer(base, threads, device), base_cache)
-            stack.callback(other.close)
-            check_base(scorer, other.scorer, found.ids, read_text(other.scorer, data, text_field, protocol).ids)
-        result = evaluate(scorer, found, max_length, stride, protocol, batch, other, resume)
+    request = EvaluateRequest(**fields)
+    request.check()
+    found = request.run()
     if as_json:
-        click.echo(json.dumps({"model": model, **result.to_json()}, allow_nan=False))
+        click.echo(json.dumps({"model": request.model, **found.quality.to_json()}, allow_nan=False))
     else:
-        click.echo(as_text(model, result, any(len(heads) > 1 for heads in scorer.head_allocation.values())))
-
-
-def check_request(
-    data: tuple[str, ...], protocol: str, max_length: int | None, stride: int | None, folders: list[str]
-) -> None:
-    """Raise UsageError for windows that no model can have, InputError for texts that are not there and for folders
-    that cannot be made."""
-    from benchmarks.quality.protocols import LONGEST_WINDOW, choose_windows
-    from training.checkpoints.atomic import check_place
-    from training.text.sources import check_source
-
-    with usage():
-        choose_windows(max(max_length or 0, LONGEST_WINDOW), max_length, stride, protocol)
-    for text in data:
-        check_source(text)
-    for folder in folders:
-        check_place(Path(folder))
-
-
-def check_scored(
-    source: str, max_length: int | None, stride: int | None, protocol: str, mode: str | None = None,
-    fast_k: int | None = None,
-) -> None:  # fmt: skip
-    """Refuse, before a large model or torch is loaded, what cannot be scored so."""
-    from benchmarks.quality.protocols import choose_windows
-    from runtime.manifest_file import read_manifest
-
-    if is_exported(source):
-        choose_windows(read_manifest(Path(source)).config.n_positions, max_length, stride, protocol)
-        return
-    shape = check_model(source)
-    choose_windows(shape.n_positions, max_length, stride, protocol)
-    if mode is not None:
-        shape.leaves_of_mode(mode)
-    if fast_k is not None:
-        shape.fast_k = fast_k or None
-        shape.check()
-    check_tokenizer(source, shape.vocab_size)
+        click.echo(as_text(request.model, found.quality, found.several_heads))
 
 
 def as_text(model: str, result: Quality, several_heads: bool = False) -> str:

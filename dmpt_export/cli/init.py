@@ -8,19 +8,13 @@ from typing import Any
 import click
 
 from dmpt_export.cli.checks import Finite, no_verify
-from dmpt_export.cli.extras import require
+from dmpt_export.requests.init import InitRequest
 
 
-def parse_splits(ctx: click.Context, option: click.Parameter, text: str) -> list[int] | None:
-    """`6,9` -> [6, 9]; `none` -> []; nothing -> None, which means half depth."""
-    if not text.strip():
-        return None
-    if text.strip().lower() == "none":
-        return []
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is no list of block indices such as 6 or 6,9, nor 'none'") from None
+def parse_splits(context: click.Context, parameter: click.Parameter, text: str) -> list[int] | None:
+    from training.cli.flags import parse_splits as parse
+
+    return parse(context, parameter, text)
 
 
 @click.command("init", short_help="Make a DMPT checkpoint from a GPT-2, without training.")
@@ -51,20 +45,7 @@ def parse_splits(ctx: click.Context, option: click.Parameter, text: str) -> list
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of noise and gates."
 )
 @no_verify
-def command(
-    source: str,
-    out: Path,
-    splits: list[int] | None,
-    heads: int | None,
-    head_allocation: Path | None,
-    fast_k: int | None,
-    head_topk: int | None,
-    noise: float,
-    gate_bias: float,
-    gate_hidden: int,
-    tie: bool | None,
-    seed: int,
-) -> None:
+def command(**fields: Any) -> None:
     """Turn the GPT-2 SOURCE (a folder or a hub id) into a DMPT checkpoint in the folder OUT.
 
     Above each split, both paths start as copies of GPT-2's blocks, and every vocabulary head as a copy of its
@@ -81,36 +62,14 @@ def command(
     Next:
       dmpt-export train OUT tuned --data text.txt
     """
-    if heads is not None and head_allocation is not None:
-        raise click.UsageError("--heads and --head-allocation exclude each other: the file already names every head")
-    require("train")
-    from training.checkpoints.atomic import check_inputs, check_replaceable
-    from training.checkpoints.folder import float_folder, read_head_allocation, read_shape
-    from training.model.shape import check_init
-    from training.progress import say
-
-    check_replaceable(out, "checkpoint")
-    check_inputs(out, source, head_allocation)
-    shape: dict[str, Any] = {
-        "splits": splits, "heads": heads, "fast_k": fast_k, "head_topk": head_topk, "gate_hidden": gate_hidden,
-        "tie": tie, "head_allocation": None if head_allocation is None else read_head_allocation(head_allocation),
-    }  # fmt: skip
-    folder = float_folder(source)
-    check_init(read_shape(folder), **shape).check_exportable()
-
-    say("loading PyTorch")
-    from training.checkpoints.checkpoint import load_model, save_model
-    from training.model.init import init_from_gpt2
-
-    model = init_from_gpt2(load_model(folder), **shape, noise=noise, gate_bias=gate_bias, seed=seed)
-    name = Path(source).name
-    save_model(model, out, tokenizer_from=folder, card=f"Initialised from `{name}` without training.")
-    if not (out / "tokenizer.json").is_file():
-        click.echo(f"{source} has no tokenizer, so {out} has none: training on text will need one", err=True)
-    config = model.config
-    leaves = ", ".join(f"{leaf} {config.head_allocation[leaf]}" for leaf in config.leaves)
+    request = InitRequest(**fields)
+    made = request.run(request.check())
+    out, shape = request.out, made.shape
+    if not made.has_tokenizer:
+        click.echo(f"{request.source} has no tokenizer, so {out} has none: training on text will need one", err=True)
+    leaves = ", ".join(f"{leaf} {shape.head_allocation[leaf]}" for leaf in shape.leaves)
     click.echo(
-        f"{out}: {model.num_parameters():,} parameters, splits {config.splits}, heads {leaves}; "
+        f"{out}: {made.parameters:,} parameters, splits {shape.splits}, heads {leaves}; "
         f"next: dmpt-export train {out} TUNED --data TEXT",
         err=True,
     )

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from dmpt_export.cli.checks import check_model, is_exported
 from dmpt_export.cli.extras import require
+from dmpt_export.requests.sources import check_model, is_exported
 
 
 @click.command("inspect", short_help="Show a model's tree, parts, sizes and bits.")

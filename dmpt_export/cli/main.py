@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 import click
 
@@ -50,6 +51,22 @@ class LazyGroup(click.Group):
         if args[0] not in VERBS and (near := difflib.get_close_matches(args[0], VERBS, 1)):
             ctx.fail(f"No such command '{args[0]}': did you mean {near[0]}?")
         return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Errors that name fields of a verb's request are told with the verb's flags."""
+        try:
+            return super().invoke(ctx)
+        except ValueError as error:
+            verb = ctx.invoked_subcommand
+            command = None if verb is None else self.get_command(ctx, verb)
+            if command is None or not hasattr(error, "with_flags"):  # else even `run` would need the training side
+                raise
+            from training.cli.flags import as_click_error
+            from training.errors import FieldError
+
+            if not isinstance(error, FieldError):
+                raise
+            raise as_click_error(error, click.Context(command, ctx, verb)) from error
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from dmpt_export.cli.checks import Finite, check_model, skip_verification
-from dmpt_export.cli.extras import require
-
-if TYPE_CHECKING:
-    import numpy as np
+from dmpt_export.cli.checks import Finite, skip_verification
+from dmpt_export.requests.onnx import ExportRequest
 
 
 @click.command("onnx", short_help="Export a checkpoint to ONNX and check the result.")
@@ -25,7 +21,7 @@ if TYPE_CHECKING:
 @click.option("--kv-cache", type=click.Choice(["float", "int8"]), default="float", show_default=True,
               help="How keys and values are kept while running: int8 takes a quarter of the memory and less time at "
               "long contexts, for a small loss (cpu only).")  # fmt: skip
-@click.option("--calibrate", metavar="FILE", help="Text like that which will be read, to scale an int8 KV cache by. "
+@click.option("--calib", metavar="FILE", help="Text like that which will be read, to scale an int8 KV cache by. "
               "Default: random tokens.")  # fmt: skip
 @click.option("--opset", type=click.IntRange(20, 24), default=21, show_default=True,
               help="Version of the standard operators.")  # fmt: skip
@@ -33,18 +29,7 @@ if TYPE_CHECKING:
               "torch's, with float kernels (cpu only). Default: the tolerance table's, 1e-4.")  # fmt: skip
 @click.option("--no-verify", is_flag=True, callback=skip_verification,
               help="Publish without running the model against torch or a GPT-2 against Transformers.")  # fmt: skip
-def command(
-    checkpoint: str,
-    out: str,
-    target: str,
-    fast_k: int | None,
-    head_topk: int | None,
-    kv_cache: str,
-    calibrate: str | None,
-    opset: int,
-    atol: float | None,
-    no_verify: bool,
-) -> None:
+def command(**fields: Any) -> None:
     """Export CHECKPOINT to the folder OUT: one graph for prefill, decoding and scoring.
 
     CHECKPOINT is a DMPT folder, a quantized folder, or a GPT-2 folder or hub id. Routing becomes one If per
@@ -61,50 +46,9 @@ def command(
     OUT holds model.onnx, its data file, the tokenizer and dmpt_manifest.json; it can be moved anywhere, and
     running it needs neither torch nor transformers.
     """
-    if calibrate is not None and kv_cache == "float":
-        raise click.UsageError("--calibrate is for --kv-cache int8")
-    if atol is not None and (no_verify or target == "cuda"):
-        raise click.UsageError("--atol is for the check of --target cpu: leave out --no-verify or --atol")
-    if target == "cuda" and kv_cache == "int8":
-        raise click.UsageError("an int8 KV cache is for --target cpu: leave --kv-cache out")
-    require("train", "cpu")
-    from dmpt_export.onnx.exportable import deployed
-    from training.checkpoints.atomic import check_inputs, check_replaceable
-    from training.progress import say
-
-    check_replaceable(Path(out), "onnx")
-    check_inputs(Path(out), checkpoint, calibrate)
-    deployed(check_model(checkpoint), fast_k, head_topk)
-    ids = calibration_ids(checkpoint, calibrate) if calibrate is not None else None
-
-    say("loading PyTorch and ONNX")
-    from dmpt_export.onnx.export import export_onnx
-
-    manifest = export_onnx(
-        checkpoint, out, target=target, fast_k=fast_k, head_topk=head_topk, verify=not no_verify, kv_cache=kv_cache,
-        calibration=ids, opset=opset, atol=atol, say=say,
-    )  # fmt: skip
-    click.echo(report(manifest, out), err=True)
-
-
-def calibration_ids(checkpoint: str, file: str) -> np.ndarray:
-    """The first tokens of a text file, as many as calibration reads."""
-    from dmpt_export.onnx.kv_cache import SEQUENCES
-    from training.checkpoints.files import resolve
-    from training.checkpoints.folder import read_shape
-    from training.errors import InputError
-    from training.text.sources import check_source
-    from training.text.tokenizer import load_tokenizer
-    from training.text.windows import check_vocabulary, end_of_text_id, first_tokens
-
-    check_source(file)  # before the tokenizer: that of a foreign folder takes Transformers, and seconds
-    folder = resolve(checkpoint)
-    shape, tokenizer = read_shape(folder), load_tokenizer(folder)
-    check_vocabulary(tokenizer, shape.vocab_size, folder)
-    ids = first_tokens(Path(file), tokenizer, end_of_text_id(tokenizer, shape), SEQUENCES * shape.n_positions)
-    if not len(ids):
-        raise InputError(f"{file} has no text to calibrate with")
-    return ids
+    request = ExportRequest(**fields)
+    manifest = request.run(request.check())
+    click.echo(report(manifest, request.out), err=True)
 
 
 def report(manifest: dict[str, Any], out: str) -> str:

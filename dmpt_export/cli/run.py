@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dmpt_export.cli.checks import usage
-from dmpt_export.cli.extras import require
+from dmpt_export.requests.run import RunRequest
 
 if TYPE_CHECKING:
     from runtime.generate import Generation, Generations
@@ -48,7 +47,7 @@ MOST_INPUT = 64 << 20  # bytes read from standard input; what fits the context i
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with the text and statistics instead.")
 @click.option("-v", "--verbose", is_flag=True, help="Say on stderr how fast it went and which paths were taken, "
               "also when stderr is no terminal.")  # fmt: skip
-def command(model: str, prompt: str | None, as_json: bool, verbose: bool, batch: bool, **options: Any) -> None:
+def command(as_json: bool, verbose: bool, **fields: Any) -> None:
     """Continue PROMPT (standard input when absent) with the exported folder MODEL.
 
     The new text goes to stdout as it is made, everything else to stderr. Needs neither torch nor transformers:
@@ -63,22 +62,16 @@ def command(model: str, prompt: str | None, as_json: bool, verbose: bool, batch:
 
     Next: `dmpt-export eval MODEL --data FILE` for its perplexity, `dmpt-export bench MODEL` for its speed.
     """
-    device, verify = options.pop("device"), not options.pop("no_check")
-    session = {name: options.pop(name) for name in ("threads", "deterministic")}
-    if batch and prompt is not None:
-        raise click.UsageError("--batch reads its prompts from standard input, one a line: leave PROMPT out")
-    if batch and (as_json or verbose):
+    request = RunRequest(**fields)
+    if request.batch and (as_json or verbose):
         raise click.UsageError("--batch prints a line of JSON for each prompt, no statistics: leave --json and -v out")
-    require(device)
-    check_values(options, **session)
-    import runtime
+    request.check()
     from runtime.generate import Generations
 
-    text = read_prompt() if prompt is None else as_utf8(prompt)
-    started = time.perf_counter()
-    with runtime.load(model, device=device, verify=verify, **session) as loaded:
-        clock = Clock(time.perf_counter() - started)
-        generation = loaded.stream(lines(text) if batch else text, **options)
+    text = read_prompt() if request.prompt is None else as_utf8(request.prompt)
+    with request.run() as loaded:
+        clock = Clock(loaded.seconds)
+        generation = request.stream(loaded, text)
         if isinstance(generation, Generations):
             show_batch(generation)
             return
@@ -87,26 +80,11 @@ def command(model: str, prompt: str | None, as_json: bool, verbose: bool, batch:
         finally:
             if not as_json:
                 click.echo()
-        statistics = {**clock.statistics(generation), "threads": loaded.threads, "device": device}
+        statistics = {**clock.statistics(generation), "threads": loaded.model.threads, "device": request.device}
     if as_json:
         click.echo(json.dumps({"text": generation.text, "ids": generation.ids, **statistics}))
     elif verbose or sys.stderr.isatty():
         click.echo(summary(statistics), err=True)
-
-
-def check_values(options: dict[str, Any], threads: int | None, deterministic: bool) -> None:
-    """Raise UsageError for a value that no model could take, before one is loaded."""
-    from runtime.sampling import Sampling
-    from runtime.threads import resolve_threads
-    from runtime.writing import Limits
-
-    limits = ("max_new_tokens", "stop", "on_full", "speculate")
-    with usage():
-        sampling = Sampling(**{name: value for name, value in options.items() if name not in limits})
-        Limits(**{name: options[name] for name in limits})
-        resolve_threads(threads, deterministic)
-    if options["speculate"] and sampling.heat > 0:
-        raise click.UsageError("--speculate needs the greedy choice: leave temperature, top-k, top-p and seed out")
 
 
 def as_utf8(argument: str) -> str:
@@ -131,10 +109,6 @@ def read_prompt() -> str:
         return data.decode().removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
         raise RequestError(f"the prompt on standard input is not UTF-8 (byte {error.start})") from error
-
-
-def lines(text: str) -> list[str]:
-    return [line.removesuffix("\r") for line in text.split("\n")]
 
 
 class Clock:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from dmpt_export.cli.extras import require
 
@@ -49,7 +48,7 @@ class TrainCommand(click.Command):
     short_help="Train a DMPT or a plain GPT-2 on text.",
 )
 @click.pass_context
-def command(context: click.Context, /, **values: Any) -> None:
+def command(context: click.Context, /, **_fields: Any) -> None:
     """Train MODEL (a DMPT or GPT-2 folder, or a hub id) on text; the result and the run go to the folder OUT.
 
     Plain GPT-2 goes through the very same trainer, so a comparison at equal tokens is fair. The paths of a
@@ -79,4 +78,4 @@ def command(context: click.Context, /, **values: Any) -> None:
     require("train")
     from training.cli.command import run
 
-    run(values, {name for name in values if context.get_parameter_source(name) is ParameterSource.COMMANDLINE})
+    run(context)

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.errors import InputError
+from training.errors import FieldError, InputError
 
 MIN_BYTES = 3_000_000  # what an ordinary Python 3.11+ exceeds
 HELD_OUT = 0.04  # share of the text kept for evaluation
@@ -68,10 +68,10 @@ def documentation_corpus(seed: int = 0, held_out: float = HELD_OUT) -> Corpus:
     documents = [*topic_documents(), *source_documents(), *builtin_documents()]
     corpus = split(documents, seed, held_out)
     if corpus.n_bytes < MIN_BYTES // 3:
-        raise InputError(
-            f"this Python ({sys.executable}) comes with only {corpus.n_bytes:,} bytes of documentation: "
-            "use another one, or give text with --data FILE"
-        )
+        raise FieldError(
+            "this Python ({}) comes with only {} bytes of documentation: use another one, or give text with {data}",
+            sys.executable, f"{corpus.n_bytes:,}",
+        )  # fmt: skip
     return corpus
 
 

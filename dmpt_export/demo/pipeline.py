@@ -23,7 +23,7 @@ import click
 from dmpt_export import __version__
 from dmpt_export.demo.corpus import Corpus, documentation_corpus, text_corpus
 from dmpt_export.demo.settings import Settings
-from training.errors import InputError
+from training.errors import FieldError
 from training.text.sources import read_text
 from training.text.tokenizer import load_tokenizer
 from training.text.windows import encode_lines, end_of_text_id, train_tokenizer
@@ -99,10 +99,11 @@ class Demo:
         eot = end_of_text_id(tokenizer)
         train, held_out = (encode_lines(text, tokenizer, eot) for text in (corpus.train, corpus.held_out))
         if min(len(train), len(held_out)) <= self.settings.context:
-            raise InputError(
-                f"the text makes {len(train):,} tokens to train on and {len(held_out):,} held out, more than "
-                f"{self.settings.context} are needed of each: give more with --data"
-            )
+            raise FieldError(
+                "the text makes {} tokens to train on and {} held out, more than {} are needed of each: give more with "
+                "{data}",
+                f"{len(train):,}", f"{len(held_out):,}", self.settings.context,
+            )  # fmt: skip
         clear(self.out)
         marker = {"version": __version__, "seed": self.seed, **asdict(self.settings)}
         write(self.out / MARKER, json.dumps(marker, indent=1) + "\n")
@@ -122,6 +123,7 @@ class Demo:
         """Base GPT-2, then it and the DMPT made from it on the same further tokens."""
         from training.checkpoints.checkpoint import load_model, save_model
         from training.model.init import init_from_gpt2
+        from training.model.shape import NewShape
 
         s = self.settings
         tune = s.training(s.tune_steps, s.tune_lr, self.seed + 1)
@@ -131,9 +133,11 @@ class Demo:
             self.fit(load_model(self.checkpoint(BASE)), TUNED, tune, texts)
         with self.heading(f"Fine-tune the DMPT: split at {s.n_layer // 2}, {s.heads} heads, on the same tokens"):
             dmpt = init_from_gpt2(
-                load_model(self.checkpoint(BASE)), heads=s.heads, fast_k=s.fast_k, noise=s.noise,
-                gate_hidden=s.gate_hidden, seed=self.seed,
-            )  # fmt: skip
+                load_model(self.checkpoint(BASE)),
+                NewShape(heads=s.heads, fast_k=s.fast_k, gate_hidden=s.gate_hidden),
+                noise=s.noise,
+                seed=self.seed,
+            )
             save_model(dmpt, self.checkpoint(INIT), tokenizer_from=self.out / "tokenizer")
             self.fit(dmpt, DMPT, tune, texts)
 
@@ -160,13 +164,12 @@ class Demo:
     def fit(self, model: DMPTForCausalLM, name: str, options: TrainOptions, texts: Texts) -> None:
         """Train into checkpoints/`name`, which then holds the model alone, without the optimizer's state."""
         from training.loop.interrupt import Interrupted
-        from training.loop.trainer import train
+        from training.loop.trainer import Extras, train
 
         folder = self.checkpoint(name)
         try:
-            result = train(
-                model, texts.train_tokens, options, folder, tokenizer_from=self.out / "tokenizer", title=name
-            )  # fmt: skip
+            extras = Extras(self.out / "tokenizer", title=name)
+            result = train(model, texts.train_tokens, options, folder, extras=extras)
         except Interrupted:  # its message tells how to resume `train`; the demo starts anew
             raise KeyboardInterrupt from None
         shutil.rmtree(folder / "last")
@@ -261,9 +264,9 @@ def check_out(out: Path) -> None:
 
     check_place(out)
     if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file: give a folder with --out")
+        raise FieldError("{} is a file: give a folder with {out}", out)
     if out.is_dir() and any(out.iterdir()) and not (out / MARKER).is_file():
-        raise InputError(f"{out} is not empty and was not made by `dmpt-export demo`: give another folder with --out")
+        raise FieldError("{} is not empty and was not made by `dmpt-export demo`: give another folder with {out}", out)
 
 
 def clear(out: Path) -> None:

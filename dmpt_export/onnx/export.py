@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +11,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from dmpt_export.graph.assemble import OPSET, OPSETS, build
+from dmpt_export.graph.assemble import OPSETS, build
 from dmpt_export.graph.versions import least_onnxruntime
-from dmpt_export.onnx.exportable import deployed
-from dmpt_export.onnx.kv_cache import INT8, KINDS, KV_FLOAT, calibrate
+from dmpt_export.onnx.exportable import ExportOptions, deployed
+from dmpt_export.onnx.kv_cache import INT8, KINDS, calibrate
 from dmpt_export.onnx.manifest import ACTIVATIONS, MODEL_FILE, describe, text_rules, write_manifest
 from quant.checkpoint import load_weights
 from quant.forms.weights import Weights, quantized
@@ -23,7 +22,7 @@ from runtime.manifest_file import MANIFEST_NAME, REPORT_NAME
 from training.checkpoints.atomic import atomic_folder, check_replaceable
 from training.checkpoints.checkpoint import copy_tokenizer, read_config
 from training.checkpoints.files import resolve
-from training.errors import InputError
+from training.errors import FieldError, InputError
 
 DATA_FILE = f"{MODEL_FILE}.data"
 EXTERNAL_THRESHOLD = 1024  # bytes; smaller tensors stay inside model.onnx
@@ -32,15 +31,10 @@ EXTERNAL_THRESHOLD = 1024  # bytes; smaller tensors stay inside model.onnx
 def export_onnx(
     source: str | Path,
     out: str | Path,
+    options: ExportOptions | None = None,
     *,
-    target: str = "cpu",
-    fast_k: int | None = None,
-    head_topk: int | None = None,
     verify: bool = True,
-    kv_cache: str = KV_FLOAT,
     calibration: np.ndarray | None = None,
-    opset: int = OPSET,
-    atol: float | None = None,
     say: Callable[[str], None] = lambda phase: None,
 ) -> dict[str, Any]:
     """Write the ONNX folder of a checkpoint and return its manifest.
@@ -48,27 +42,25 @@ def export_onnx(
     Args:
         source: DMPT folder, quantized folder, GPT-2 folder or hub id.
         out: folder to create; an earlier export there is replaced, anything else is refused.
-        target: "cpu" (fp32 activations) or "cuda" (fp16).
-        fast_k, head_topk: override the checkpoint's; 0 turns them off, None keeps them.
+        options: what it is made for; None: as ExportOptions has them.
         verify: run the result and compare it with torch before publishing.
-        kv_cache: "float" (the type of the activations), or "int8" (cpu): a quarter of the memory, and faster at
-            long contexts, for a small loss.
         calibration: token ids of typical text to scale an int8 cache by; random ids where there are none.
-        opset: version of the standard operators.
-        atol: largest difference of a log-prob from torch's with float kernels, instead of the tolerance table's.
         say: told what begins, for it takes a while.
 
     Raises InputError (3) for an unusable source or option, ValidationError (4) when the exported model differs
     from the checkpoint beyond `dmpt_export.check.tolerances`; nothing is left behind then.
     """
-    check_options(target, verify, kv_cache, calibration, opset, atol)
+    options = options or ExportOptions()
+    target, kv_cache, opset = options.target, options.kv_cache, options.opset
+    check_options(options)
+    options.check(verify, calibration is not None)
     check_replaceable(Path(out), "onnx")
     folder = resolve(source)
-    config = deployed(read_config(folder), fast_k, head_topk)
+    config = deployed(read_config(folder), options.fast_k, options.head_topk)
     scales = calibrate(folder, config, calibration) if kv_cache == INT8 else None  # before weights are in memory
     say("reading the weights and building the graph")
     config, weights = load_weights(folder)
-    config = deployed(config, fast_k, head_topk)
+    config = deployed(config, options.fast_k, options.head_topk)
     if target == "cuda":
         check_cuda(weights)
     model = build(config, weights, ACTIVATIONS[target], scales, opset)
@@ -88,7 +80,7 @@ def export_onnx(
             from dmpt_export.check.verify import check_export
 
             say("comparing it with torch")
-            manifest["parity"] = check_export(temporary, manifest, folder, config, atol)
+            manifest["parity"] = check_export(temporary, manifest, folder, config, options.atol)
             write_manifest(manifest, temporary)
     return manifest
 
@@ -97,29 +89,19 @@ def check_cuda(weights: Weights) -> None:
     """Raise InputError for weights that ONNX Runtime 1.32 has no CUDA kernel for."""
     for form in quantized(weights).values():
         if not form.has_cuda_kernel:
-            raise InputError(
-                f"{form.scheme} has no CUDA kernel in ONNX Runtime: quantize with --scheme int8 or int4 instead"
+            raise FieldError(
+                "{} has no CUDA kernel in ONNX Runtime: quantize with {scheme} int8 or int4 instead", form.scheme
             )
 
 
-def check_options(
-    target: str, verify: bool, kv_cache: str, calibration: np.ndarray | None, opset: int, atol: float | None
-) -> None:
-    """Raise InputError for options that are impossible for any model."""
-    if target not in ACTIVATIONS:
-        raise InputError(f"unknown target '{target}': choose one of {', '.join(ACTIVATIONS)}")
-    if kv_cache not in KINDS:
-        raise InputError(f"unknown kv_cache '{kv_cache}': choose one of {', '.join(KINDS)}")
-    if target == "cuda" and kv_cache == INT8:
-        raise InputError("an int8 KV cache is for --target cpu: leave --kv-cache out")
-    if calibration is not None and kv_cache != INT8:
-        raise InputError("calibration is for an int8 KV cache: leave it out, or give kv_cache 'int8'")
-    if opset not in OPSETS:
-        raise InputError(f"opset {opset} cannot be used: give {OPSETS[0]} to {OPSETS[-1]}")
-    if atol is not None and (target == "cuda" or not verify):
-        raise InputError("atol is for the check of fp32 activations: leave it out for cuda or without a check")
-    if atol is not None and not 0 < atol < math.inf:
-        raise InputError(f"atol {atol} must be a number above 0")
+def check_options(options: ExportOptions) -> None:
+    """Raise InputError for values that are none of those there are."""
+    if options.target not in ACTIVATIONS:
+        raise InputError(f"unknown target '{options.target}': choose one of {', '.join(ACTIVATIONS)}")
+    if options.kv_cache not in KINDS:
+        raise InputError(f"unknown kv_cache '{options.kv_cache}': choose one of {', '.join(KINDS)}")
+    if options.opset not in OPSETS:
+        raise InputError(f"opset {options.opset} cannot be used: give {OPSETS[0]} to {OPSETS[-1]}")
 
 
 def readme(manifest: dict[str, Any]) -> str:

@@ -1,13 +1,41 @@
-"""A model's configuration as it is deployed. Imports nothing heavy: what cannot be exported is said at once."""
+"""How a model is deployed. Imports nothing heavy: what cannot be exported is said at once."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
+
+from training.errors import OptionError
 
 if TYPE_CHECKING:
     from training.model.shape import Shape
 
 S = TypeVar("S", bound="Shape")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What an export is made for."""
+
+    target: str = "cpu"  # "cpu" (fp32 activations) or "cuda" (fp16)
+    fast_k: int | None = None  # instead of the checkpoint's, as head_topk; 0 turns it off, None keeps the checkpoint's
+    head_topk: int | None = None
+    kv_cache: str = "float"  # of the activations' type, or "int8" (cpu): a quarter of the memory, for a small loss
+    opset: int = 21  # version of the standard operators
+    atol: float | None = None  # largest difference of a log-prob, instead of the tolerance table's
+
+    def check(self, verified: bool, calibrated: bool) -> None:
+        """Raise OptionError for what does not go together, nor with whether the result is verified, or a text given to
+        calibrate the cache with."""
+        if self.target == "cuda" and self.kv_cache == "int8":
+            raise OptionError("an int8 KV cache is for {target} cpu: leave {kv_cache} out")
+        if calibrated and self.kv_cache != "int8":
+            raise OptionError("{calib} is for {kv_cache} int8")
+        if self.atol is not None and (self.target == "cuda" or not verified):
+            raise OptionError("{atol} is for the check of {target} cpu: leave out {no_verify} or {atol}")
+        if self.atol is not None and not 0 < self.atol < math.inf:
+            raise OptionError("{atol} {} must be a number above 0", self.atol)
 
 
 def deployed(config: S, fast_k: int | None, head_topk: int | None) -> S:

@@ -17,7 +17,7 @@ from quant.planning.knapsack import Frontier
 from quant.rules import FLOAT, LINEAR, ROWS, Rule, parse_rule
 from quant.schemes import SCHEMES
 from quant.schemes.low_rank import DELTAS
-from training.errors import InputError
+from training.errors import FieldError, InputError
 
 CANDIDATES = "int8,int4-gptq:16,int4-gptq:32,int4-gptq:64,int4-gptq:128"
 JOINT_TRIES = 8  # plans measured as a whole for a target of divergence
@@ -153,7 +153,7 @@ def candidates_of(group: Group, text: str) -> list[str]:
     rules = [parse_rule(f"{group.patterns[0]}={scheme.strip()}", calibrated=True) for scheme in text.split(",")]
     fit = list(dict.fromkeys(str(rule).partition("=")[2] for rule in rules if fits(rule)))
     if not fit:
-        raise InputError(f"none of --candidates {text} can store {group}: add int8 or int4 to them")
+        raise FieldError("none of {candidates} {} can store {}: add int8 or int4 to them", text, group)
     return fit
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from quant.rules import Rule, parse_rule
 from quant.schemes import SCHEMES
 from training.checkpoints.files import read_json
-from training.errors import InputError
+from training.errors import FieldError, InputError
 
 if TYPE_CHECKING:
     from quant.calibration import Calibration
@@ -32,7 +32,7 @@ class Replay:
     def check_text(self) -> None:
         """Raise InputError when no calibration text is given, but needed; said before any work is done."""
         if self.by_text and self.calibration:
-            raise InputError(f"{self.made()}, and {self.by_text} goes by it: give the same with --calib FILE")
+            raise FieldError("{}, and {} goes by it: give the same with {calib}", self.made(), self.by_text)
 
     def other_text(self, given: Calibration) -> str | None:
         """What to tell people when the text is needed and not that of the plan."""

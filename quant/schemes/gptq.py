@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from quant.forms.blockwise import BlockwiseTensor
 from quant.forms.packing import fit_block
 from quant.schemes.blockwise import Store, check_matrix, quantize, round_codes, safe, search
-from training.errors import InputError
+from training.errors import FieldError, InputError
 
 if TYPE_CHECKING:
     from quant.calibration import Inputs
@@ -84,9 +84,9 @@ def inverse_root(second_moment: NDArray[np.float64], damping: float = DAMPING) -
     try:
         upper = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        raise InputError(
+        raise FieldError(
             "its inputs on the calibration text are no finite numbers, or too large to square: give other text with "
-            "--calib, or another scheme for it"
+            "{calib}, or another scheme for it"
         ) from None
     return torch.linalg.solve_triangular(upper, torch.eye(len(h), dtype=h.dtype), upper=True).float().numpy()
 

@@ -20,7 +20,7 @@ import benchmarks.quality.divergence
 import benchmarks.quality.perplexity
 from benchmarks.quality.divergence import Base, check_base, kl_divergence, pack, unpack
 from benchmarks.quality.open_scorer import open_scorer
-from benchmarks.quality.perplexity import evaluate
+from benchmarks.quality.perplexity import Resume, evaluate
 from benchmarks.quality.scorer import Piece
 from dmpt_export.cli.eval import PROTOCOLS
 from dmpt_export.cli.main import main
@@ -259,15 +259,15 @@ def test_an_interrupt_keeps_what_was_found(tiny_dmpt: Path, tmp_path: Path, monk
     with monkeypatch.context() as patched:
         patched.setattr(type(scorer), "pieces", stopping)
         with pytest.raises(KeyboardInterrupt):
-            evaluate(scorer, IDS, 32, 16, resume=tmp_path)
+            evaluate(scorer, IDS, 32, 16, resume=Resume(tmp_path))
     (state,) = tmp_path.iterdir()
-    other = evaluate(open_scorer(tiny_dmpt, fast_k=3), IDS, 32, 16, resume=tmp_path)  # not its state
+    other = evaluate(open_scorer(tiny_dmpt, fast_k=3), IDS, 32, 16, resume=Resume(tmp_path))  # not its state
     assert other.sum_log_prob != whole.sum_log_prob and state.exists()
     kept = state.read_bytes()
-    assert np.array_equal(evaluate(scorer, IDS, 32, 16, resume=tmp_path).nll, whole.nll)
+    assert np.array_equal(evaluate(scorer, IDS, 32, 16, resume=Resume(tmp_path)).nll, whole.nll)
     state.write_bytes(kept[: len(kept) // 2])
     with pytest.raises(InputError, match=rf"{state.name} is damaged.*delete"):
-        evaluate(scorer, IDS, 32, 16, resume=tmp_path)
+        evaluate(scorer, IDS, 32, 16, resume=Resume(tmp_path))
 
 
 @pytest.mark.parametrize("mode", ["gate_hard", "gate_soft"])

@@ -145,7 +145,7 @@ def test_windows_that_cannot_be_are_refused(max_length: int | None, stride: int 
 
 @pytest.mark.parametrize("n", [2, 20, 32])
 def test_a_text_with_nothing_to_score_is_refused(n: int) -> None:
-    with pytest.raises(InputError, match=r"longer text.*max-length"):
+    with pytest.raises(InputError, match=r"longer text.*max_length"):
         evaluate(FakeScorer(uniform(50), 50), np.arange(n))
     assert evaluate(FakeScorer(uniform(50), 50), np.arange(33)).tokens_scored == 1
 

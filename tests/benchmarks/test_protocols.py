@@ -89,7 +89,7 @@ def test_sliding_scores_every_token_but_the_first_once(n: int, length: int, stri
 
 def test_non_overlapping_takes_no_other_stride() -> None:
     assert choose_windows(64, None, None, NON_OVERLAPPING) == (64, 64)
-    with pytest.raises(InputError, match="leave --stride out"):
+    with pytest.raises(InputError, match="leave stride out"):
         choose_windows(64, 64, 32, NON_OVERLAPPING)
 
 

@@ -13,10 +13,10 @@ import pytest
 
 from benchmarks.speed import processes
 from benchmarks.speed.bandwidth import LEAST, MOST, Reader, available_bytes, buffer_bytes
-from benchmarks.speed.cases import Case, cases, fit
+from benchmarks.speed.cases import Case, Workload, cases, fit
 from benchmarks.speed.processes import WorkerFailed, worker
 from benchmarks.speed.results import Speed, Timings, ratio
-from benchmarks.speed.timing import Target, measure, prompt_ids, target
+from benchmarks.speed.timing import Schedule, Target, measure, prompt_ids, target
 from dmpt_export.cli.bench import as_text
 from training.errors import InputError
 
@@ -30,7 +30,7 @@ def fake(name: str, **told: Any) -> Target:
 
 def test_turns_are_interleaved_and_alike(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    results = measure([fake(name, log=str(log)) for name in "ABC"], prompt=10, gen=4, repetitions=2)
+    results = measure([fake(name, log=str(log)) for name in "ABC"], Workload(10, 4), Schedule(2))
     turns = [json.loads(line) for line in log.read_text().splitlines()]
     assert [(name, what) for name, what, _ in turns] == [
         (name, what) for _ in range(3) for what in ("prefill", "decode") for name in "ABC"
@@ -43,7 +43,7 @@ def test_turns_are_interleaved_and_alike(tmp_path: Path) -> None:
 
 def test_medians_and_extremes_without_the_warm_up() -> None:
     # rounds: warm-up 100 s, then 1, 4, 2, 8, 16 s for 32 tokens
-    (found,) = measure([fake("A", decode=[100, 1, 4, 2, 8, 16])], prompt=10, gen=32, threads=3)
+    (found,) = measure([fake("A", decode=[100, 1, 4, 2, 8, 16])], Workload(10, 32), threads=3)
     numbers = found.to_json()
     assert numbers["decode_tokens_per_s"] == 8
     assert numbers["decode_tokens_per_s_min"] == 2
@@ -57,12 +57,12 @@ def test_medians_and_extremes_without_the_warm_up() -> None:
 
 
 def test_a_slower_model_ranks_below() -> None:
-    slow, fast = measure([fake("slow", decode=0.5), fake("fast", decode=0.4)], prompt=8, gen=8, repetitions=1)
+    slow, fast = measure([fake("slow", decode=0.5), fake("fast", decode=0.4)], Workload(8, 8), Schedule(1))
     assert slow.to_json()["decode_tokens_per_s"] < fast.to_json()["decode_tokens_per_s"]
 
 
 def test_loads_are_taken_in_fresh_processes() -> None:
-    (found,) = measure([fake("A")], prompt=2, gen=2, repetitions=1, loads=3)
+    (found,) = measure([fake("A")], Workload(2, 2), Schedule(1, loads=3))
     assert len(found.load_s) == 3
 
 
@@ -70,13 +70,13 @@ def test_peak_memory_is_the_workers_own() -> None:
     ours = bytearray(400_000_000)  # a child must not report its parent's peak
     ours[::4096] = b"x" * len(range(0, len(ours), 4096))
     del ours
-    small, large = measure([fake("small"), fake("large", bytes=200_000_000)], prompt=2, gen=2, repetitions=1)
+    small, large = measure([fake("small"), fake("large", bytes=200_000_000)], Workload(2, 2), Schedule(1))
     assert small.peak_rss_bytes < 150_000_000
     assert 180_000_000 < large.peak_rss_bytes - small.peak_rss_bytes < 240_000_000
 
 
 def test_a_worker_that_spins_while_others_run_is_seen() -> None:
-    quiet, busy = measure([fake("quiet", sleep=0.2), fake("busy", spin=True)], prompt=2, gen=2, repetitions=1)
+    quiet, busy = measure([fake("quiet", sleep=0.2), fake("busy", spin=True)], Workload(2, 2), Schedule(1))
     assert quiet.idle_cpu_s < 0.05
     assert busy.idle_cpu_s > 0.1
 
@@ -91,7 +91,7 @@ def test_a_worker_that_spins_while_others_run_is_seen() -> None:
 )
 def test_a_worker_that_fails_says_which_model_and_why(told: dict[str, Any], code: int, said: str) -> None:
     with pytest.raises(WorkerFailed, match=said) as failed:
-        measure([fake("A"), fake("B", **told)], prompt=2, gen=2, repetitions=1)
+        measure([fake("A"), fake("B", **told)], Workload(2, 2), Schedule(1))
     assert failed.value.exit_code == code
 
 
@@ -105,7 +105,7 @@ def test_workers_end_with_their_block() -> None:
 
 
 def test_prompt_and_generation_fit_the_smallest_context() -> None:
-    results = measure([fake("A"), fake("B", context=30)], prompt=128, gen=64, repetitions=1)
+    results = measure([fake("A"), fake("B", context=30)], Workload(128, 64), Schedule(1))
     assert {tuple(test.case for test in r.tests) for r in results} == {(Case("pp", 20), Case("tg", 10, 20))}
     assert fit(29, 1, 30) == (29, 1)
     for prompt, gen, fixed in ((30, 1, {"fixed_prompt": True}), (1, 30, {"fixed_gen": True}), (9, 9, {})):
@@ -142,16 +142,16 @@ def test_every_prompt_and_every_count_after_every_depth() -> None:
 
 @pytest.mark.parametrize("depths", [[64], [63]])
 def test_depths_must_fit(depths: list[int]) -> None:
-    with pytest.raises(InputError, match=f"--depth {depths[0]} and --gen"):
+    with pytest.raises(InputError, match=f"depth {depths[0]} and gen"):
         cases([8], [2], depths, 64, fixed_gen=True)
     assert cases([8], [2], [62], 64, fixed_gen=True)
-    with pytest.raises(InputError, match="--prompt 65"):
+    with pytest.raises(InputError, match="prompt 65"):
         cases([65], [2], [8], 64, fixed_prompt=True)
 
 
 def test_each_depth_is_fed_before_its_tokens(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    (found,) = measure([fake("A", log=str(log))], [8, 4], [3, 2], 1, depth=[5, 6])
+    (found,) = measure([fake("A", log=str(log))], Workload([8, 4], [3, 2], [5, 6]), Schedule(1))
     lines = [json.loads(line)[1:] for line in log.read_text().splitlines()]
     sizes = [len(detail) if what == "prefill" else detail for what, detail in lines[len(lines) // 2 :]]
     assert sizes == [8, 4, 3, 3, 2, 2]
@@ -185,7 +185,7 @@ def test_the_share_of_the_roof() -> None:
 
 def test_memory_is_read_once_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.speed.timing.buffer_bytes", lambda: 1 << 24)
-    (found,) = measure([fake("A")], prompt=2, gen=2, repetitions=3, threads=2, roof=True)
+    (found,) = measure([fake("A")], Workload(2, 2), Schedule(3, roof=True), threads=2)
     assert {threads: len(rates) for threads, rates in found.read_bytes_per_s.items()} == {1: 3, 2: 3}
     assert min(map(min, found.read_bytes_per_s.values())) > 1e8
 
@@ -198,7 +198,7 @@ def test_no_timed_turn_follows_a_read_of_memory(monkeypatch: pytest.MonkeyPatch,
             file.write('["memory", "read", 0]\n')
 
     monkeypatch.setattr("benchmarks.speed.timing.Roof.read", read)
-    measure([fake(name, log=str(log)) for name in "AB"], prompt=2, gen=2, repetitions=2, roof=True)
+    measure([fake(name, log=str(log)) for name in "AB"], Workload(2, 2), Schedule(2, roof=True))
     turns = [tuple(json.loads(line)[:2]) for line in log.read_text().splitlines()]
     one_round = [(name, what) for what in ("prefill", "decode") for name in "AB"]
     reading = ("memory", "read")
@@ -214,7 +214,7 @@ def test_without_memory_for_the_roof_the_rest_goes_on(
         raise MemoryError("too full")
 
     monkeypatch.setattr("benchmarks.speed.timing.buffer_bytes", too_full if size is None else lambda: size)
-    (found,) = measure([fake("A")], prompt=2, gen=2, repetitions=2, roof=True)
+    (found,) = measure([fake("A")], Workload(2, 2), Schedule(2, roof=True))
     assert found.read_bytes_per_s == {} and found.to_json()["tests"][1]["roof_share"] is None
     assert capsys.readouterr().err.count("the roof is not measured: ") == 1
     assert "memory is read" not in as_text([found]) and "2 threads" in as_text([found])
@@ -241,9 +241,9 @@ def test_the_buffer_outgrows_the_last_level_cache(tmp_path: Path) -> None:
 
 
 def test_python_s_share_is_what_the_adapter_did_not_spend_inside() -> None:
-    (found,) = measure([fake("A", decode=0.5, native=0.4)], prompt=2, gen=2, repetitions=2)
+    (found,) = measure([fake("A", decode=0.5, native=0.4)], Workload(2, 2), Schedule(2))
     assert found.first("tg").python_share == pytest.approx(0.2)
-    (silent,) = measure([fake("A")], prompt=2, gen=2, repetitions=1)
+    (silent,) = measure([fake("A")], Workload(2, 2), Schedule(1))
     assert silent.first("tg").python_share is None
 
 

@@ -24,6 +24,7 @@ from dmpt_export.check.tolerances import TOLERANCES
 from dmpt_export.graph.builder import OWN
 from dmpt_export.inspect.graph_summary import stored_names
 from dmpt_export.onnx.export import export_onnx
+from dmpt_export.onnx.exportable import ExportOptions
 from dmpt_export.onnx.sizes import touched_per_token
 from quant.checkpoint import dequantized_model, load_weights, save_quantized
 from quant.forms.blockwise import BlockwiseTensor
@@ -164,7 +165,7 @@ def test_mixed_schemes_are_held_to_the_loosest_of_their_lines(tmp_path: Path) ->
 def test_stored_zero_points_reach_the_graph(scheme: str, tmp_path: Path) -> None:
     """In multiplications and in looked-up rows; the check with float kernels sees a missing one."""
     source = saved_model(tmp_path / "source", **TREES["shared heads"])
-    save_quantized(source, tmp_path / "quantized", scheme, asymmetric=True)
+    save_quantized(source, tmp_path / "quantized", f"{scheme}:asymmetric")
     _, weights = load_weights(tmp_path / "quantized")
     assert all(w.zero_points is not None for w in weights.values() if isinstance(w, BlockwiseTensor))
     assert export_onnx(tmp_path / "quantized", tmp_path / "onnx")["parity"]["float_kernels"]["whole"]["routes_equal"]
@@ -206,8 +207,8 @@ def test_products_in_a_branch_find_their_scales_there(
     instructions, onnxruntime 1.28 and earlier crash on what lies outside."""
     source = saved_model(tmp_path / "source", **TREES[name])
     rules = [parse_rule("heads.*=delta-r16")] if name == "dual, all heads" and not asymmetric else []
-    save_quantized(source, tmp_path / "quantized", scheme, asymmetric=asymmetric, rules=rules)
-    export_onnx(tmp_path / "quantized", tmp_path / "onnx", verify=False, kv_cache=kv_cache)
+    save_quantized(source, tmp_path / "quantized", f"{scheme}:asymmetric" if asymmetric else scheme, rules)
+    export_onnx(tmp_path / "quantized", tmp_path / "onnx", ExportOptions(kv_cache=kv_cache), verify=False)
     main, *branches = graphs(read_graph(tmp_path / "onnx" / "model.onnx").graph)
     shared = {t.name for t in main.initializer}
     products = 0
@@ -301,7 +302,7 @@ def test_a_planted_fault_fails_verification_and_leaves_nothing(
 def test_impossible_options_are_refused(options: dict[str, int], message: str, tmp_path: Path) -> None:
     source = saved_model(tmp_path / "source", **TREES["dual, fast-k"])
     with pytest.raises(InputError, match=message):
-        export_onnx(source, tmp_path / "onnx", **options)
+        export_onnx(source, tmp_path / "onnx", ExportOptions(**options))
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
@@ -313,7 +314,7 @@ def test_heads_that_the_kernel_cannot_take_are_refused(tmp_path: Path) -> None:
 
 def test_overrides_are_what_is_deployed(tmp_path: Path) -> None:
     source = saved_model(tmp_path / "source", **TREES["dual, fast-k"])
-    manifest = export_onnx(source, tmp_path / "onnx", fast_k=0, head_topk=1)
+    manifest = export_onnx(source, tmp_path / "onnx", ExportOptions(fast_k=0, head_topk=1))
     assert manifest["config"]["fast_k"] is None and manifest["config"]["head_topk"] == 1
     assert manifest["parity"]["whole"]["routes_equal"]
 
@@ -332,5 +333,5 @@ def test_parameters_touched_per_token_by_hand() -> None:
 def test_what_has_no_cuda_kernel_is_refused_for_cuda(scheme: str, tmp_path: Path) -> None:
     save_quantized(saved_model(tmp_path / "source", [2], 4), tmp_path / "quantized", scheme)
     with pytest.raises(InputError, match=f"{scheme} has no CUDA kernel"):
-        export_onnx(tmp_path / "quantized", tmp_path / "onnx", target="cuda", verify=False)
+        export_onnx(tmp_path / "quantized", tmp_path / "onnx", ExportOptions(target="cuda"), verify=False)
     assert not (tmp_path / "onnx").exists()

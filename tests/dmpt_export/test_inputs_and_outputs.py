@@ -132,7 +132,7 @@ def test_other_verbs_keep_what_they_are_given(
     elif verb == "onnx":
         export_onnx(tiny_dmpt, out, verify=False)
         text.write_text(LINES)
-        arguments = [str(tiny_dmpt), str(out), "--kv-cache", "int8", "--calibrate", str(text)]
+        arguments = [str(tiny_dmpt), str(out), "--kv-cache", "int8", "--calib", str(text)]
     elif verb == "init":
         assert main(["init", str(tiny_gpt2), str(out), "--splits", "none", "--heads", "1"]) == 0
         arguments = [str(out), str(out), "--splits", "2"]

@@ -14,6 +14,7 @@ import pytest
 
 from dmpt_export.cli.main import main
 from dmpt_export.onnx.export import export_onnx
+from dmpt_export.onnx.exportable import ExportOptions
 from quant.checkpoint import save_quantized
 from tests.helpers.tolerances import TOLERANCE
 from training.model.shape import even_allocation
@@ -33,7 +34,7 @@ def folders(
     }  # fmt: skip
     for name, source in sources.items():
         export_onnx(source, out / name, verify=False)
-    export_onnx(tiny_dmpt, out / "onnx-cache", verify=False, kv_cache="int8")
+    export_onnx(tiny_dmpt, out / "onnx-cache", ExportOptions(kv_cache="int8"), verify=False)
     return {"checkpoint": str(tiny_dmpt), **{path.name: str(path) for path in out.iterdir()}}
 
 

@@ -19,9 +19,10 @@ import dmpt_export.onnx.export as export_module
 import runtime
 from dmpt_export.check.tolerances import KV_INT8, TOLERANCES
 from dmpt_export.cli.main import main
-from dmpt_export.cli.onnx import calibration_ids
 from dmpt_export.onnx.export import export_onnx
+from dmpt_export.onnx.exportable import ExportOptions
 from dmpt_export.onnx.kv_cache import ROOM, SEED, SEQUENCES, calibrate
+from dmpt_export.requests.onnx import calibration_ids
 from quant.checkpoint import dequantized_model, save_quantized
 from runtime import session
 from runtime.model import Model
@@ -45,7 +46,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("kv")
     for tree, fields in TREES.items():
         saved_model(root / tree, **fields)
-        export_onnx(root / tree, root / f"{tree} onnx", verify=False, kv_cache="int8")
+        export_onnx(root / tree, root / f"{tree} onnx", ExportOptions(kv_cache="int8"), verify=False)
     return {tree: root / f"{tree} onnx" for tree in TREES}
 
 
@@ -115,7 +116,7 @@ def test_exports_are_checked_exactly_but_for_the_cache(tree: str, scheme: str | 
     if scheme:
         save_quantized(source, tmp_path / "quantized", scheme=scheme)
         source = tmp_path / "quantized"
-    manifest = export_onnx(source, tmp_path / "onnx", kv_cache="int8")
+    manifest = export_onnx(source, tmp_path / "onnx", ExportOptions(kv_cache="int8"))
     parity = manifest["parity"]
     assert parity["float_kernels"]["whole"]["max_abs_diff"] < 1e-4 < parity["whole"]["max_abs_diff"]
     assert json.loads((tmp_path / "onnx" / "dmpt_manifest.json").read_text())["cache_dtype"] == "int8"
@@ -131,30 +132,30 @@ def test_wrong_scales_fail_the_check(part: str, tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(export_module, "calibrate", wrong)
     with pytest.raises(ValidationError, match="scored as a whole"):
-        export_onnx(source, tmp_path / "onnx", kv_cache="int8")
+        export_onnx(source, tmp_path / "onnx", ExportOptions(kv_cache="int8"))
     assert not (tmp_path / "onnx").exists()
 
 
 def test_impossible_options(tmp_path: Path) -> None:
     source = saved_model(tmp_path / "source", **TREES["dual"])
     with pytest.raises(InputError, match="int4"):
-        export_onnx(source, tmp_path / "onnx", kv_cache="int4")
-    with pytest.raises(InputError, match="calibration is for an int8 KV cache"):
+        export_onnx(source, tmp_path / "onnx", ExportOptions(kv_cache="int4"))
+    with pytest.raises(InputError, match="calib is for kv_cache int8"):
         export_onnx(source, tmp_path / "onnx", calibration=IDS)
-    with pytest.raises(InputError, match="--target cpu"):
-        export_onnx(source, tmp_path / "onnx", target="cuda", kv_cache="int8")
+    with pytest.raises(InputError, match="target cpu"):
+        export_onnx(source, tmp_path / "onnx", ExportOptions(target="cuda", kv_cache="int8"))
 
 
 def test_the_command_calibrates_on_a_text(tiny_dmpt: Path, sample_text: str, tmp_path: Path) -> None:
     (tmp_path / "text").write_text(sample_text)
     (tmp_path / "empty").write_text("\n")
     options = ["onnx", str(tiny_dmpt), str(tmp_path / "onnx"), "--kv-cache", "int8"]
-    assert main([*options, "--calibrate", str(tmp_path / "empty")]) == 3
-    assert main([*options, "--calibrate", ""]) == 3
-    assert main([*options[:3], "--calibrate", str(tmp_path / "text")]) == 2
+    assert main([*options, "--calib", str(tmp_path / "empty")]) == 3
+    assert main([*options, "--calib", ""]) == 3
+    assert main([*options[:3], "--calib", str(tmp_path / "text")]) == 2
     ids = first_tokens(tmp_path / "text", load_tokenizer(tiny_dmpt), 0, SEQUENCES * 64)
     assert (calibration_ids(str(tiny_dmpt), str(tmp_path / "text")) == ids).all() and len(ids) == SEQUENCES * 64
-    assert main([*options, "--calibrate", str(tmp_path / "text")]) == 0
+    assert main([*options, "--calib", str(tmp_path / "text")]) == 0
     with runtime.load(tmp_path / "onnx", threads=1) as model:
         assert isinstance(model, Model) and model.manifest.cache_dtype == "int8"
         assert len(model.generate(model.encode("The"), max_new_tokens=5)) == 5
@@ -177,11 +178,12 @@ def test_an_export_needs_less_than_two_float_models(scheme: str | None, tmp_path
     code = (
         "import torch, onnxruntime, runtime, dmpt_export.check.verify, quant.reference\n"
         "from dmpt_export.onnx.export import export_onnx\n"
+        "from dmpt_export.onnx.exportable import ExportOptions\n"
         "def peak():\n"
         "    lines = [line.split() for line in open('/proc/self/status')]\n"
         "    return next(int(line[1]) >> 10 for line in lines if line[0] == 'VmHWM:')\n"
         "before = peak()\n"
-        f"export_onnx({str(source)!r}, {str(tmp_path / 'onnx')!r}, kv_cache='int8', atol=1e-3)\n"
+        f"export_onnx({str(source)!r}, {str(tmp_path / 'onnx')!r}, ExportOptions(kv_cache='int8', atol=1e-3))\n"
         "print(peak() - before)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -19,10 +19,12 @@ from dmpt_export.cli.main import main
 from tests.helpers.models import random_model
 from training.errors import InputError
 from training.loop.options import TrainOptions
-from training.loop.trainer import train
+from training.loop.trainer import Extras, train
 
 HAVE_BNB, HAVE_BOARD = (importlib.util.find_spec(name) is not None for name in ("bitsandbytes", "tensorboard"))
 TOKENS = (np.arange(1500) * np.arange(1500) % 97).astype(np.int32)
+
+NO_BAR = Extras(title=None)
 
 
 def options(**changes: Any) -> TrainOptions:
@@ -81,7 +83,7 @@ def eight_bit() -> Any:
 @pytest.mark.usefixtures("eight_bit")
 def test_adamw8bit_trains_nearly_as_adamw_with_moments_of_one_byte(tmp_path: Path) -> None:
     for kind in ("adamw", "adamw8bit"):
-        train(random_model([2], 4), TOKENS, options(optimizer=kind), tmp_path / kind, progress=False)
+        train(random_model([2], 4), TOKENS, options(optimizer=kind), tmp_path / kind, extras=NO_BAR)
     full, small = losses(tmp_path / "adamw"), losses(tmp_path / "adamw8bit")
     assert full[0] == small[0] and full != small
     assert small == pytest.approx(full, rel=1e-2)
@@ -94,9 +96,9 @@ def test_adamw8bit_trains_nearly_as_adamw_with_moments_of_one_byte(tmp_path: Pat
 @pytest.mark.usefixtures("eight_bit")
 def test_a_resumed_run_with_adamw8bit_is_the_same_run(tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(random_model([2], 4), TOKENS, options(optimizer="adamw8bit"), whole, progress=False)
-    train(random_model([2], 4), TOKENS, options(optimizer="adamw8bit", max_steps=3), parts, progress=False)
-    train(random_model([2], 4), TOKENS, options(optimizer="adamw8bit"), parts, resume=True, progress=False)
+    train(random_model([2], 4), TOKENS, options(optimizer="adamw8bit"), whole, extras=NO_BAR)
+    train(random_model([2], 4), TOKENS, options(optimizer="adamw8bit", max_steps=3), parts, extras=NO_BAR)
+    train(random_model([2], 4), TOKENS, options(optimizer="adamw8bit"), parts, resume=True, extras=NO_BAR)
     assert losses(parts) == losses(whole)
     for name in ("model.safetensors", "trainer_state/optimizer.safetensors"):
         one, two = load_file(whole / "last" / name), load_file(parts / "last" / name)
@@ -136,7 +138,7 @@ def writers(monkeypatch: pytest.MonkeyPatch) -> list[FakeWriter]:
 
 def test_tensorboard_gets_every_number_of_the_metrics(writers: list[FakeWriter], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    train(random_model([2], 4), TOKENS, options(max_steps=2, tensorboard=True), out, TOKENS[:200], progress=False)
+    train(random_model([2], 4), TOKENS, options(max_steps=2, tensorboard=True), out, TOKENS[:200], extras=NO_BAR)
     (writer,) = writers
     assert writer.folder == str(out / "tensorboard") and writer.closed and writer.purge_step is None
     expected: dict[tuple[str, int], float] = {}
@@ -153,8 +155,8 @@ def test_tensorboard_gets_every_number_of_the_metrics(writers: list[FakeWriter],
 
 def test_a_resumed_run_hides_what_it_writes_again(writers: list[FakeWriter], tmp_path: Path) -> None:
     settings = {"tensorboard": True, "save_every": 2}
-    train(random_model([], 1), TOKENS, options(max_steps=2, **settings), tmp_path / "run", progress=False)
-    train(random_model([], 1), TOKENS, options(max_steps=3, **settings), tmp_path / "run", resume=True, progress=False)
+    train(random_model([], 1), TOKENS, options(max_steps=2, **settings), tmp_path / "run", extras=NO_BAR)
+    train(random_model([], 1), TOKENS, options(max_steps=3, **settings), tmp_path / "run", resume=True, extras=NO_BAR)
     assert [writer.purge_step for writer in writers] == [None, 3]
     assert {step for _, step in writers[1].values} == {3}
 
@@ -164,7 +166,7 @@ def test_a_resumed_run_hides_what_it_writes_again(writers: list[FakeWriter], tmp
 def test_tensorboard_can_read_what_was_written(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(random_model([2], 4), TOKENS, options(max_steps=2, tensorboard=True), tmp_path / "run", progress=False)
+    train(random_model([2], 4), TOKENS, options(max_steps=2, tensorboard=True), tmp_path / "run", extras=NO_BAR)
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     read = [(event.step, event.value) for event in events.Scalars("loss")]

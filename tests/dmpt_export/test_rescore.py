@@ -17,6 +17,7 @@ from dmpt_export.cli.onnx import command as onnx_command
 from dmpt_export.graph.assemble import OPSET, OPSETS
 from dmpt_export.graph.rescore import REST, TOP, groups
 from dmpt_export.onnx.export import export_onnx
+from dmpt_export.onnx.exportable import ExportOptions
 from quant.checkpoint import dequantized_model, save_quantized
 from quant.reference import low_memory_model
 from quant.schemes import SCHEMES
@@ -75,20 +76,20 @@ def test_the_lean_reference_is_the_dequantized_model(scheme: str, tied: bool, tm
 def test_every_opset_offered_works(opset: int, tmp_path: Path) -> None:
     source = saved_model(tmp_path / "source", [1, 2], 8, fast_k=16, head_topk=1)
     save_quantized(source, tmp_path / "quantized", scheme="int4")
-    assert export_onnx(tmp_path / "quantized", tmp_path / "onnx", opset=opset)["opset"] == opset
+    assert export_onnx(tmp_path / "quantized", tmp_path / "onnx", ExportOptions(opset=opset))["opset"] == opset
     assert load(tmp_path / "onnx" / "model.onnx", load_external_data=False).opset_import[0].version == opset
 
 
 def test_atol_replaces_the_tables_limit(tmp_path: Path) -> None:
     source = saved_model(tmp_path / "source", [2], 4, fast_k=9)
-    assert export_onnx(source, tmp_path / "onnx", atol=1e-3)["parity"]["tolerance"]["max_abs"] == 1e-3
+    assert export_onnx(source, tmp_path / "onnx", ExportOptions(atol=1e-3))["parity"]["tolerance"]["max_abs"] == 1e-3
     with pytest.raises(ValidationError, match="allowed 1e-12"):
-        export_onnx(source, tmp_path / "other", atol=1e-12)
+        export_onnx(source, tmp_path / "other", ExportOptions(atol=1e-12))
     for nothing in (float("nan"), float("inf"), 0.0, -1e-3):
         with pytest.raises(InputError, match=f"atol {nothing} must be"):
-            export_onnx(source, tmp_path / "other", atol=nothing)
+            export_onnx(source, tmp_path / "other", ExportOptions(atol=nothing))
     with pytest.raises(InputError, match="opset 19"):
-        export_onnx(source, tmp_path / "other", opset=19)
+        export_onnx(source, tmp_path / "other", ExportOptions(opset=19))
     assert not (tmp_path / "other").exists()
 
 

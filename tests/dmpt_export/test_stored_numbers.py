@@ -14,6 +14,7 @@ from dmpt_export.check.stored_numbers import check_stored
 from dmpt_export.cli.main import main
 from dmpt_export.inspect.graph_summary import stored_names
 from dmpt_export.onnx.export import export_onnx
+from dmpt_export.onnx.exportable import ExportOptions
 from quant.checkpoint import load_weights, save_quantized
 from quant.rules import parse_rule
 from tests.helpers.models import random_model
@@ -23,7 +24,7 @@ from training.errors import ValidationError
 SCHEMES: dict[str, dict[str, Any]] = {
     "float": {},
     "int8": {"scheme": "int8"},
-    "int4 with zero points": {"scheme": "int4", "asymmetric": True},
+    "int4 with zero points": {"scheme": "int4:asymmetric"},
     "int8-dynamic": {"scheme": "int8-dynamic"},
     "fp16": {"scheme": "fp16"},
     "deltas": {"scheme": "int8", "rules": [parse_rule("heads.*=delta-r16")]},
@@ -50,7 +51,7 @@ def test_all_tensors_are_compared(source: Path, scheme: str, target: str, tmp_pa
     if target == "cuda" and scheme == "int8-dynamic":
         pytest.skip("not for CUDA")
     folder = stored(source, tmp_path / "quantized", scheme)
-    export_onnx(folder, tmp_path / "onnx", target=target, verify=False)
+    export_onnx(folder, tmp_path / "onnx", ExportOptions(target=target), verify=False)
     graph = tmp_path / "onnx" / "model.onnx"
     assert check_stored(graph, folder) > 50_000
     _, weights = load_weights(folder)

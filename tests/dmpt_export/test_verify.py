@@ -17,6 +17,7 @@ from dmpt_export.check.tolerances import EXACT, TOLERANCES
 from dmpt_export.check.verify import ENOUGH, SEED, prompt_length, sent_to
 from dmpt_export.cli.main import main
 from dmpt_export.onnx.export import export_onnx
+from dmpt_export.onnx.exportable import ExportOptions
 from dmpt_export.onnx.kv_cache import calibrate
 from dmpt_export.onnx.manifest import write_manifest
 from quant.checkpoint import load_weights, save_quantized
@@ -180,7 +181,7 @@ def test_forcing_takes_every_token_to_the_node_and_changes_nothing_else(target: 
         for gate in model.gates.values():
             gate[2].weight *= 1e3
     save_model(model, tmp_path / "source")
-    manifest = export_onnx(tmp_path / "source", tmp_path / "onnx", target=target, verify=False)
+    manifest = export_onnx(tmp_path / "source", tmp_path / "onnx", ExportOptions(target=target), verify=False)
     path = tmp_path / "onnx" / "model.onnx"
     deployed, ids = path.read_bytes(), torch.from_numpy(checked_ids(model))[None]
     for node in [*model.config.tree][1:]:

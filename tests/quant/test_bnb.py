@@ -250,5 +250,5 @@ def test_rows_cannot_be_nf4(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="whose rows are looked up"):
         save_quantized(source, tmp_path / "out", "int8", rules=[parse_rule("heads.1=nf4")])
     with pytest.raises(InputError, match="not 16"):
-        save_quantized(source, tmp_path / "out", "nf4", block=16)
+        save_quantized(source, tmp_path / "out", "nf4:16")
     shutil.rmtree(source)

@@ -20,6 +20,7 @@ from dmpt_export.cli.main import main
 from dmpt_export.cli.onnx import report
 from dmpt_export.inspect.summary import summarise
 from dmpt_export.onnx.export import export_onnx
+from dmpt_export.onnx.exportable import ExportOptions
 from dmpt_export.onnx.manifest import describe
 from quant.checkpoint import dequantized_model, load_weights, save_quantized, write_quantized
 from quant.deltas import quantize_group
@@ -142,7 +143,7 @@ def test_heads_that_several_leaves_share(target: str, tmp_path: Path) -> None:
     allocation = {"left": [0, 1, 2, 4], "right": [0, 2, 3, 5]}
     rules = ("heads.5=int8", "heads.*=delta-r16")
     quantized = save_deltas(tmp_path, [2], 6, *rules, head_allocation=allocation, fast_k=16)
-    manifest = export_onnx(quantized, tmp_path / "onnx", target=target)
+    manifest = export_onnx(quantized, tmp_path / "onnx", ExportOptions(target=target))
     stored = {name: tensor["scheme"] for name, tensor in manifest["quantization"]["tensors"].items()}
     assert [stored[f"heads.{j}.weight"] for j in range(6)] == ["int8", *["delta-r16"] * 4, "int8"]
     names = [i.name for i in export_module.build(*load_weights(quantized)).graph.initializers.values()]
@@ -228,7 +229,7 @@ def test_a_planted_fault_fails_verification(
 
     monkeypatch.setattr(export_module, "load_weights", damaged)
     with pytest.raises(ValidationError, match=r"position \d+"):
-        export_onnx(quantized, tmp_path / "onnx", fast_k=fast_k)
+        export_onnx(quantized, tmp_path / "onnx", ExportOptions(fast_k=fast_k))
     assert not (tmp_path / "onnx").exists()
 
 

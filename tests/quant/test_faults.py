@@ -175,7 +175,7 @@ def test_a_replay_asks_for_the_text_of_its_plan(
     told = json.loads(plan.read_text())["calibration"]
     made = f"{plan} was made with 128 tokens of a text with sha256 {told['sha256'][:12]}..."
     code, err = quantize("missing", "--plan", plan)
-    assert (code, err) == (3, f"Error: {made}, and int4-gptq goes by it: give the same with --calib FILE\n")
+    assert (code, err) == (3, f"Error: {made}, and int4-gptq goes by it: give the same with --calib\n")
     other = tmp_path / "other.txt"
     other.write_text(text.read_text() + "!", encoding="utf-8")
     for different in (("--calib", other, "--calib-tokens", 128), ("--calib", text, "--calib-tokens", 192)):
@@ -216,9 +216,9 @@ def test_a_text_that_decides_nothing_is_said(
     options: tuple[str, ...], used: bool, quantize: Callable[..., tuple[int, str]], text: Path
 ) -> None:
     code, err = quantize("out", *options, "--calib", text, "--calib-tokens", 64)
-    lines = [line for line in err.splitlines() if "--calib changes no weight" in line]
+    lines = [line for line in err.splitlines() if "text changes no weight" in line]
     assert code == 0 and len(lines) == (0 if used else 1), err
-    assert "--calib changes" not in quantize("out", "--scheme", "int4")[1]
+    assert "text changes no weight" not in quantize("out", "--scheme", "int4")[1]
 
 
 # --- numbers that are none ------------------------------------------------------------------------------

@@ -121,12 +121,12 @@ def test_impossible_amounts_are_refused(alpha: float) -> None:
 def test_a_folder_is_smoothed_where_it_is_int8_dynamic(tmp_path: Path) -> None:
     source = saved_model(tmp_path / "source", [2], 2)
     calibration = Calibration(WINDOWS, "0" * 64, 50.0, 97)
-    save_quantized(source, tmp_path / "out", "int8-dynamic", calibration=calibration, alpha=0.5)
+    save_quantized(source, tmp_path / "out", "int8-dynamic", calibration=calibration, smooth=0.5)
     _, weights = load_weights(tmp_path / "out")
     _, arrays = load_state(source)
     assert not np.array_equal(weights["paths.left.h.2.ln_1.weight"], arrays["paths.left.h.2.ln_1.weight"])
     assert np.array_equal(weights["paths.left.ln_f.weight"], arrays["paths.left.ln_f.weight"])
     with pytest.raises(InputError, match="no tensor gets"):
-        save_quantized(source, tmp_path / "other", "int8", calibration=calibration, alpha=0.5)
-    with pytest.raises(InputError, match="--calib"):
-        save_quantized(source, tmp_path / "other", "int8-dynamic", alpha=0.5)
+        save_quantized(source, tmp_path / "other", "int8", calibration=calibration, smooth=0.5)
+    with pytest.raises(InputError, match="give some with calib"):
+        save_quantized(source, tmp_path / "other", "int8-dynamic", smooth=0.5)

@@ -11,6 +11,7 @@ import pytest
 
 import runtime
 from dmpt_export.onnx.export import export_onnx
+from dmpt_export.onnx.exportable import ExportOptions
 from quant.checkpoint import save_quantized
 from quant.rules import parse_rule
 from runtime import processor, session
@@ -32,7 +33,7 @@ def device(source: Path, out: Path, scheme: str, rules: Any = (), **options: Any
     if scheme != "float":
         save_quantized(source, out / "quantized", scheme, rules=list(rules))
         source = out / "quantized"
-    export_onnx(source, out / "device", verify=False, **options)
+    export_onnx(source, out / "device", ExportOptions(**options), verify=False)
     return out / "device"
 
 
@@ -139,7 +140,7 @@ def test_heads_that_are_only_gathered_do_not_crash(source: Path, tmp_path: Path)
     for name in ("int4", "delta"):
         for fast_k, crashes in ((16, False), (0, True)):
             out = tmp_path / f"{name}-{fast_k}"
-            export_onnx(tmp_path / name, out, verify=False, fast_k=fast_k)
+            export_onnx(tmp_path / name, out, ExportOptions(fast_k=fast_k), verify=False)
             assert read_manifest(aged(out)).has_outer_scales == crashes
 
 

@@ -19,7 +19,7 @@ from training.checkpoints.folder import read_head_allocation
 from training.errors import InputError
 from training.model.generation import DMPTForCausalLM
 from training.model.init import init_from_gpt2
-from training.model.shape import default_heads
+from training.model.shape import NewShape, default_heads
 
 LIMIT = TOLERANCE["float32", "torch"]
 IDS = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(5))
@@ -60,7 +60,7 @@ def gpt2_log_probs(tiny_gpt2: Path) -> Tensor:
 def test_without_noise_every_mode_says_what_gpt2_says(
     splits: list[int] | None, more: dict[str, Any], gpt2: DMPTForCausalLM, gpt2_log_probs: Tensor
 ) -> None:
-    model = init_from_gpt2(gpt2, splits, noise=0, **more)
+    model = init_from_gpt2(gpt2, NewShape(splits, **more), noise=0)
     assert model.config.splits == ([2] if splits is None else splits)
     for mode in modes(model):
         for fast_k in (None, 16, 300):
@@ -98,7 +98,7 @@ def test_same_seed_same_bits_other_seed_others(gpt2: DMPTForCausalLM) -> None:
 
 
 def test_gates_start_left_and_head_gates_near_uniform(gpt2: DMPTForCausalLM) -> None:
-    model = init_from_gpt2(gpt2, [1, 2], gate_bias=0.4, gate_hidden=24)
+    model = init_from_gpt2(gpt2, NewShape([1, 2], gate_hidden=24), gate_bias=0.4)
     for gate in model.gates.values():
         assert gate[2].bias.tolist() == pytest.approx([0.4, 0.0])  # (b, b) would favour neither side
         assert gate[0].weight.shape == (24, 32) and gate[2].weight.std().item() > 0
@@ -110,7 +110,7 @@ def test_gates_start_left_and_head_gates_near_uniform(gpt2: DMPTForCausalLM) -> 
 
 
 def test_paths_are_copies_that_share_no_memory(gpt2: DMPTForCausalLM) -> None:
-    model = init_from_gpt2(gpt2, tie=False)
+    model = init_from_gpt2(gpt2, NewShape(tie=False))
     pointers = [tensor.data_ptr() for tensor in model.state_dict().values()]
     assert len(set(pointers)) == len(pointers)
     assert {tensor.data_ptr() for tensor in gpt2.state_dict().values()}.isdisjoint(pointers)
@@ -119,14 +119,14 @@ def test_paths_are_copies_that_share_no_memory(gpt2: DMPTForCausalLM) -> None:
 def test_tie(gpt2: DMPTForCausalLM, make_gpt2: Callable[..., Any], tmp_path: Path) -> None:
     assert init_from_gpt2(gpt2).heads[0].weight.shape == (300, 32)
     assert init_from_gpt2(gpt2).config.tie_word_embeddings
-    assert not init_from_gpt2(gpt2, tie=False).config.tie_word_embeddings
+    assert not init_from_gpt2(gpt2, NewShape(tie=False)).config.tie_word_embeddings
     make_gpt2(tmp_path, tie_word_embeddings=False)
     untied = load_model(tmp_path)
     model = init_from_gpt2(untied, noise=0)
     assert torch.equal(model.heads[5].weight, untied.heads[0].weight)
     assert not torch.equal(model.heads[5].weight, untied.transformer.wte.weight)
     with pytest.raises(InputError, match="not tied"):
-        init_from_gpt2(untied, tie=True)
+        init_from_gpt2(untied, NewShape(tie=True))
 
 
 @pytest.mark.parametrize(
@@ -153,14 +153,15 @@ def test_tie(gpt2: DMPTForCausalLM, make_gpt2: Callable[..., Any], tmp_path: Pat
 )
 def test_impossible_wishes(arguments: dict[str, Any], match: str, gpt2: DMPTForCausalLM) -> None:
     with pytest.raises(InputError, match=match):
-        init_from_gpt2(gpt2, **arguments)
+        init_from_gpt2(gpt2, NewShape(**{name: value for name, value in arguments.items() if name != "noise"}),
+                       noise=arguments.get("noise", 0.0))  # fmt: skip
 
 
 def test_only_from_a_model_without_splits_and_with_one_head(tiny_dmpt: Path, gpt2: DMPTForCausalLM) -> None:
-    for model in (load_model(tiny_dmpt), init_from_gpt2(gpt2, [], heads=2)):
+    for model in (load_model(tiny_dmpt), init_from_gpt2(gpt2, NewShape([], heads=2))):
         with pytest.raises(InputError, match="already has splits"):
             init_from_gpt2(model)
-    single = init_from_gpt2(gpt2, [], heads=1)
+    single = init_from_gpt2(gpt2, NewShape([], heads=1))
     assert init_from_gpt2(single).config.splits == [2]
 
 

@@ -122,7 +122,7 @@ def test_undecidable_allocation_asks_for_the_file(tmp_path: Path) -> None:
     state = original_state(model, "dual")
     state["lm_head.perceptrons.5.weight"] = torch.zeros(300, 64)
     torch.save({"model_state_dict": state}, tmp_path / "file.pt")
-    with pytest.raises(InputError, match="--head-allocation"):
+    with pytest.raises(InputError, match="give head_allocation"):
         read_original(tmp_path / "file.pt")
     (tmp_path / "heads.json").write_text(json.dumps(DUAL["head_allocation"]))
     assert run("convert", tmp_path / "file.pt", tmp_path / "out", "--head-allocation", tmp_path / "heads.json") == 0
@@ -132,7 +132,7 @@ def test_undecidable_allocation_asks_for_the_file(tmp_path: Path) -> None:
 def test_unknown_width_asks_for_the_attention_heads(tmp_path: Path) -> None:
     model = random_dmpt(**DUAL, n_embd=48, n_head=3)
     torch.save({"model_state_dict": original_state(model, "dual")}, tmp_path / "file.pt")
-    with pytest.raises(InputError, match="--n-head"):
+    with pytest.raises(InputError, match="give n_head"):
         read_original(tmp_path / "file.pt")
     checkpoint, _ = read_original(tmp_path / "file.pt", n_head=3)
     assert checkpoint.config.n_head == 3

@@ -73,7 +73,7 @@ def test_every_kind_of_file_gives_the_same_lines(name: str, tmp_path: Path) -> N
 def test_another_field_can_be_named(name: str, tmp_path: Path) -> None:
     path = write(tmp_path / name, TEXTS, field="body")
     assert list(sources.read_lines(path, field="body")) == LINES
-    with pytest.raises(InputError, match=r"'text': choose one of id, body with --text-field"):
+    with pytest.raises(InputError, match=r"'text': choose one of id, body with text_field"):
         list(sources.read_lines(path))
 
 
@@ -305,7 +305,7 @@ def test_the_cache_knows_a_datasets_content(hub: FakeHub, tokenizer_folder: Path
         (FileNotFoundError("Dataset 'owner/name' doesn't exist"), r"does not provide .*doesn't exist"),
         (ValueError('Unknown split "test"'), "does not provide .*Unknown split"),
         (RuntimeError("Dataset scripts are no longer supported"), "does not provide .*scripts"),
-        (FakeDataset({"id": [1], "body": ["a"]}), "has no column 'text': choose one of id, body with --text-field"),
+        (FakeDataset({"id": [1], "body": ["a"]}), "has no column 'text': choose one of id, body with text_field"),
         (FakeDataset({"text": ["a", 5]}), "dataset owner/name, row 2: 'text' is int"),
     ],
 )

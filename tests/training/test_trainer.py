@@ -19,7 +19,7 @@ from training.checkpoints.checkpoint import load_model, read_config
 from training.errors import InputError
 from training.loop.evaluation import evaluate
 from training.loop.options import read_freeze_schedule
-from training.loop.trainer import TrainResult, train
+from training.loop.trainer import Extras, TrainResult, train
 from training.model.generation import DMPTForCausalLM
 from training.model.nonfinite import NonFiniteError
 from training.text.batches import TokenBatches
@@ -212,7 +212,7 @@ def test_the_bar_shows_the_run_and_changes_nothing(
     train(random_model(splits, 4), TOKENS, settings, tmp_path / "quiet")
     assert "step/s" not in capsys.readouterr().err  # no terminal, no bar
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    train(random_model(splits, 4), TOKENS, settings, tmp_path / "shown", title="dual")
+    train(random_model(splits, 4), TOKENS, settings, tmp_path / "shown", extras=Extras(title="dual"))
     err = capsys.readouterr().err
     assert "dual: 100%" in err and "ppl=" in err and "tok/s=" in err
     assert ("routes=left" in err) == (splits == [2] and mode == "gate_soft")

@@ -122,7 +122,7 @@ def test_no_file_of_a_run_is_a_pickle(tmp_path: Path) -> None:
 def test_a_run_is_not_overwritten_unless_asked_for(tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(random_model([], 1), TOKENS, options(max_steps=2), run)
-    with pytest.raises(InputError, match="--resume"):
+    with pytest.raises(InputError, match="continue it with resume"):
         train(random_model([], 1), TOKENS, options(max_steps=1), run)
     train(random_model([], 1), TOKENS, options(max_steps=1), run, overwrite=True)
     assert len(losses_of(run)) == 1
@@ -143,7 +143,7 @@ def test_a_kill_leaves_the_last_complete_checkpoint(tmp_path: Path) -> None:
         import torch, training.loop.state as state
         from tests.helpers.models import random_model
         from tests.helpers.training_runs import TOKENS, options
-        from training.loop.trainer import train
+        from training.loop.trainer import Extras, train
         torch.set_num_threads(1)
         real, saves, moment = state.write_tensors, 0, int(sys.argv[2])
         def deadly(*args, **kwargs):
@@ -153,7 +153,7 @@ def test_a_kill_leaves_the_last_complete_checkpoint(tmp_path: Path) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*args, **kwargs)
         state.write_tensors = deadly
-        train(random_model([2], 4), TOKENS, options(save_every=1), sys.argv[1], progress=False)
+        train(random_model([2], 4), TOKENS, options(save_every=1), sys.argv[1], extras=Extras(title=None))
         """)
     )
     moments = (4, 5)  # within the second checkpoint: before its optimizer state, before its random numbers

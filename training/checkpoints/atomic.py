@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from training.checkpoints.files import check_name, read_json
-from training.errors import InputError
+from training.errors import FieldError, InputError
 
 # Without POSIX file locks, leftovers of a killed run stay until they are removed by hand.
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
@@ -102,7 +102,7 @@ def check_run(out: Path, overwrite: bool) -> None:
     if names and not names & {*RUNS, "metrics.jsonl"}:
         raise InputError(f"{out} is not empty and holds no training run: give another folder")
     if names & {*RUNS} and not overwrite:
-        raise InputError(f"{out} holds a training run: continue it with --resume, or replace it with --overwrite")
+        raise FieldError("{} holds a training run: continue it with {resume}, or replace it with {overwrite}", out)
 
 
 def check_inputs(out: Path, *inputs: str | os.PathLike[str] | None) -> None:

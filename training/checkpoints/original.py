@@ -20,7 +20,7 @@ from training.checkpoints.checkpoint import TIED_HEAD, Checkpoint, check_tensors
 from training.checkpoints.files import EXPECTED, check_pt, first_line
 from training.checkpoints.nanogpt import from_nanogpt
 from training.checkpoints.tensors import as_float32
-from training.errors import InputError
+from training.errors import FieldError, InputError
 from training.model.config import DMPTConfig
 from training.model.shape import ROOT, leaf_names
 
@@ -262,9 +262,10 @@ def infer_allocation(
         for leaf in leaves
     }  # fmt: skip
     if sum(widths.values()) != n_heads:
-        raise InputError(
-            f"the file does not say which of its {n_heads} heads belong to which leaf: give --head-allocation, "
-            "the JSON file it was trained with"
+        raise FieldError(
+            "the file does not say which of its {} heads belong to which leaf: give {head_allocation}, the JSON file "
+            "it was trained with",
+            n_heads,
         )
     allocation, first = {}, 0
     for leaf, width in widths.items():
@@ -280,6 +281,6 @@ def infer_n_head(stored: Mapping[str, Any], n_embd: int, notes: list[str]) -> in
     if type(filed) is int and filed > 0:
         return filed
     if n_embd % 64:
-        raise InputError(f"the file does not say how many attention heads its width of {n_embd} has: give --n-head")
+        raise FieldError("the file does not say how many attention heads its width of {} has: give {n_head}", n_embd)
     notes.append(f"{n_embd // 64} attention heads of 64, as in every GPT-2: the file does not say")
     return n_embd // 64

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from training.checkpoints.folder import unverified
+from training.cli.flags import parse_splits
 from training.cli.recipes import names
 from training.loop.options import TrainOptions, flag
 
@@ -54,7 +55,8 @@ def parameters() -> list[click.Parameter]:
         option(["--no-verify"], is_flag=True, expose_value=False, callback=_no_verify,
                help="Do not compare a GPT-2 folder with Transformers when it is first read."),
         option(["--cache-dir"], type=path, help="Cache folder of tokenised text.  [~/.cache/dmpt-export]"),
-        option(["--splits", "--split-at-layer", "splits"], metavar="LIST", help="As in init: 6, or 6,9, or none."),
+        option(["--splits", "--split-at-layer", "splits"], metavar="LIST", callback=parse_splits,
+               help="As in init: 6, or 6,9, or none."),
         option(["--heads", "--n-lm-perceptrons", "heads"], **size, help="As in init: total vocabulary heads."),
         option(["--head-allocation"], type=path, metavar="FILE.json", help="As in init: the heads of each leaf."),
         option(["--use-head-mixture/--no-use-head-mixture"], default=None, help="no: a single head per leaf."),

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.errors import InputError, install
+from training.errors import FieldError, InputError, install
 from training.model.shape import GATE_HARD, GATE_SOFT, MAX_PROB, RANDOM, Shape
 
 if TYPE_CHECKING:
@@ -91,31 +91,31 @@ class TrainOptions:
         """Raise InputError naming the first invalid option, alone or combined with the others."""
         self.check_each()
         if self.max_steps < 1 and self.epochs < 1:
-            raise InputError("one of --max-steps and --epochs must be above 0")
+            raise FieldError("one of {max_steps} and {epochs} must be above 0")
 
     def check_each(self) -> None:
         """Raise InputError naming the first option that is invalid alone."""
         for name in ("batch_size", "grad_accum_steps", "log_every", "eval_every", "save_every", "max_length"):
             if getattr(self, name) < 1:
-                raise InputError(f"{flag(name)} {getattr(self, name)} must be at least 1")
+                raise FieldError(f"{{{name}}} {{}} must be at least 1", getattr(self, name))
         for name, value in asdict(self).items():
             if type(value) is float and not math.isfinite(value):
-                raise InputError(f"{flag(name)} {value} must be a number")
+                raise FieldError(f"{{{name}}} {{}} must be a number", value)
             if type(value) in (int, float) and value < 0:
-                raise InputError(f"{flag(name)} {value} must not be negative")
+                raise FieldError(f"{{{name}}} {{}} must not be negative", value)
         if self.dropout is not None and self.dropout >= 1:
-            raise InputError(f"--dropout {self.dropout} must be below 1")
+            raise FieldError("{dropout} {} must be below 1", self.dropout)
         choices = {"optimizer": ("adamw", "adamw8bit"), "lr_schedule": ("linear", "cosine", "constant")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                raise InputError(f"{flag(name)} '{getattr(self, name)}': choose one of {', '.join(known)}")
+                raise FieldError(f"{{{name}}} '{{}}': choose one of {{}}", getattr(self, name), ", ".join(known))
 
     def check_installed(self) -> None:
         """Raise InputError naming a package that an option needs and that is not installed."""
         if self.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
-            raise InputError(f"--optimizer adamw8bit needs bitsandbytes: {install('bnb')}")
+            raise FieldError("{optimizer} adamw8bit needs bitsandbytes: {}", install("bnb"))
         if self.tensorboard and find_spec("tensorboard") is None:
-            raise InputError("--tensorboard needs tensorboard: pip install tensorboard")
+            raise FieldError("{tensorboard} needs tensorboard: pip install tensorboard")
 
     def check_shape(self, shape: Shape) -> Shape:
         """A model's shape with the options applied. Raises InputError if it is invalid or cannot be trained."""
@@ -151,19 +151,19 @@ def trained_leaves(shape: Shape, options: TrainOptions) -> list[str] | None:
     mode = options.train_path_selection
     mixed = any(len(heads) > 1 for heads in shape.head_allocation.values())
     if options.fast_k_loss and mixed and not (options.fast_k or shape.fast_k):
-        raise InputError("--fast-k-loss needs --fast-k K, the number of candidates that will be deployed")
+        raise FieldError("{fast_k_loss} needs {fast_k} K, the number of candidates that will be deployed")
     if mode == GATE_EXPECTED:
         return None
     if mode == RANDOM:
-        raise InputError("--train-path-selection random: random routing is a control for evaluation only")
+        raise FieldError("{train_path_selection} random: random routing is a control for evaluation only")
     try:
         leaves = shape.leaves_of_mode(mode)
     except InputError:
         known = ", ".join([GATE_SOFT, GATE_EXPECTED, GATE_HARD, MAX_PROB, *(f"{leaf}_only" for leaf in shape.leaves)])
-        raise InputError(f"unknown --train-path-selection '{mode}': choose one of {known}") from None
+        raise FieldError("unknown {train_path_selection} '{}': choose one of {}", mode, known) from None
     if leaves and len(leaves) > 1:
         names = ", ".join(f"{leaf}_only" for leaf in leaves)
-        raise InputError(f"--train-path-selection {mode} has several leaves: {names}")
+        raise FieldError("{train_path_selection} {} has several leaves: {}", mode, names)
     return leaves
 
 
@@ -172,18 +172,19 @@ def eval_windows(options: TrainOptions, context: int, tokens: np.ndarray | None 
     length = options.eval_length or context
     stride = options.eval_stride or max(1, length // 2)
     if length > context:
-        raise InputError(f"--eval-length {length} must be at most the model's context of {context}")
+        raise FieldError("{eval_length} {} must be at most the model's context of {}", length, context)
     if stride > length:
-        raise InputError(f"--eval-stride {stride} must be at most the window's length of {length}")
+        raise FieldError("{eval_stride} {} must be at most the window's length of {}", stride, length)
     if tokens is None:
         return length, stride
     from training.text.windows import windows
 
     if not any(windows(len(tokens), length, stride)):
-        raise InputError(
-            f"the evaluation text has {len(tokens)} tokens, and windows of {length} advancing by {stride} score only "
-            f"those after the first {length - stride}: give more text or a smaller --eval-length"
-        )
+        raise FieldError(
+            "the evaluation text has {} tokens, and windows of {} advancing by {} score only those after the first {}: "
+            "give more text or a smaller {eval_length}",
+            len(tokens), length, stride, length - stride,
+        )  # fmt: skip
     return length, stride
 
 

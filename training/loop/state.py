@@ -26,7 +26,7 @@ from training.checkpoints.atomic import atomic_folder
 from training.checkpoints.checkpoint import write_model
 from training.checkpoints.files import read_json
 from training.checkpoints.tensors import write_tensors
-from training.errors import InputError
+from training.errors import FieldError, InputError
 from training.model.generation import DMPTForCausalLM
 
 STATE = "trainer_state"
@@ -104,7 +104,7 @@ def load_run(folder: Path) -> tuple[Progress, dict[str, Any], dict[str, dict[str
     """
     state = folder / STATE
     if not state.is_dir():
-        raise InputError(f"cannot resume: {folder} has no {STATE}; start without --resume, or give the run's folder")
+        raise FieldError("cannot resume: {} has no {}; start without {resume}, or give the run's folder", folder, STATE)
     values = read_json(state / "state.json")
     scalars = values.pop("optimizer", {})
     if values.get("format_version") != FORMAT:

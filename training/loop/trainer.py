@@ -20,7 +20,7 @@ from torch import Tensor
 
 from training.checkpoints.checkpoint import save_model
 from training.checkpoints.earlier import RUN, SAVED, settle
-from training.errors import InputError
+from training.errors import FieldError
 from training.loop import setup, state
 from training.loop.evaluation import Evaluation, evaluate
 from training.loop.freeze import Freezer
@@ -45,6 +45,15 @@ class TrainResult:
     seconds: float  # of this call
 
 
+@dataclass(frozen=True)
+class Extras:
+    """What goes along with a run and changes nothing in its course."""
+
+    tokenizer_from: str | os.PathLike[str] | None = None  # model folder whose tokenizer goes into the checkpoints
+    about: dict[str, Any] | None = None  # anything JSON can hold, stored with the trainer state
+    title: str | None = "training"  # of the bar on stderr, when that is a terminal; None: no bar
+
+
 def train(
     model: DMPTForCausalLM,
     tokens: np.ndarray,
@@ -52,31 +61,26 @@ def train(
     out: str | os.PathLike[str],
     eval_tokens: np.ndarray | None = None,
     *,
-    tokenizer_from: str | os.PathLike[str] | None = None,
     resume: bool | str | os.PathLike[str] = False,
     overwrite: bool = False,
-    about: dict[str, Any] | None = None,
-    progress: bool = True,
-    title: str = "training",
+    extras: Extras | None = None,
 ) -> TrainResult:
     """Train `model` in place on `tokens` [n]; leaves it in eval mode, with the weights of the last step.
 
     out: the run's folder, see training.loop.state; after training also a model folder itself.
     eval_tokens: held-out tokens; OUT/best keeps the model with the lowest loss on them.
-    tokenizer_from: model folder whose tokenizer is saved in the checkpoints.
     resume: True continues OUT/last, a path continues that run; its weights replace the model's.
     overwrite: replace an existing run, which is kept until the new one has saved its first checkpoint.
-    about: any JSON value, stored with the trainer state.
-    progress: show a bar on stderr if that is a terminal. title: the bar's name.
+    extras: see Extras.
 
     Raises InputError for options or data that cannot be used, NonFiniteError (naming step and tensor) when the
     loss is not finite, and Interrupted after Ctrl-C or SIGTERM, once the run is saved.
     """
-    started = time.monotonic()
+    started, extras = time.monotonic(), extras or Extras()
     try:
-        trainer = Trainer(model, tokens, options, Path(out), eval_tokens, tokenizer_from, resume, overwrite)
-        trainer.progress.about = about or trainer.progress.about
-        with contextlib.closing(trainer.watcher(title, progress)) as watcher, stop_on_signals() as stop:
+        trainer = Trainer(model, tokens, options, Path(out), eval_tokens, resume, overwrite, extras)
+        trainer.progress.about = extras.about or trainer.progress.about
+        with contextlib.closing(trainer.watcher(extras.title)) as watcher, stop_on_signals() as stop:
             return trainer.run(watcher, stop, started)
     finally:
         settle(Path(out), RUN, SAVED)  # restores an earlier run if this one has saved nothing
@@ -93,13 +97,13 @@ class Trainer:
         options: TrainOptions,
         out: Path,
         eval_tokens: np.ndarray | None,
-        tokenizer_from: str | os.PathLike[str] | None,
         resume: bool | str | os.PathLike[str],
         overwrite: bool,
+        extras: Extras,
     ) -> None:
         options.check()
         options.check_installed()
-        self.options, self.out, self.tokenizer_from = options, out, tokenizer_from
+        self.options, self.out, self.tokenizer_from = options, out, extras.tokenizer_from
         self.accelerator = Accelerator(gradient_accumulation_steps=options.grad_accum_steps, cpu=setup.on_cpu(options))
         torch.manual_seed(options.seed + self.accelerator.process_index)
         self.model = model
@@ -142,10 +146,11 @@ class Trainer:
         saved, scalars, files = state.load_run(folder)
         for name, value in self.progress.data.items():
             if saved.data.get(name) != value:
-                raise InputError(
-                    f"cannot resume {folder}: {name} of the training data was {saved.data.get(name)} and is now "
-                    f"{value}: give the same text, tokenizer, --max-length and --seed"
-                )
+                raise FieldError(
+                    "cannot resume {}: {} of the training data was {} and is now {}: give the same text, tokenizer, "
+                    "{max_length} and {seed}",
+                    folder, name, saved.data.get(name), value,
+                )  # fmt: skip
         for name, value in self.progress.options.items():
             if saved.options.get(name) != value:
                 self.notes.append(f"resuming with {flag(name)} {value} (before: {saved.options.get(name)})")
@@ -156,10 +161,10 @@ class Trainer:
         options, data = self.progress.options, self.progress.data
         self.progress = dataclasses.replace(saved, options=options, data=data, finished=saved.step >= self.total)
 
-    def watcher(self, title: str, show: bool) -> Watcher:
+    def watcher(self, title: str | None) -> Watcher:
         main, board = self.accelerator.is_main_process, self.options.tensorboard
         leaves = self.model.config.leaves
-        watcher = Watcher(self.out, leaves, self.total, self.progress.step, title, main, show, board)
+        watcher = Watcher(self.out, leaves, self.total, self.progress.step, title, main, board)
         for note in self.notes:
             watcher.say(note)
         if self.length < self.model.config.n_positions:

@@ -63,14 +63,14 @@ class Meter:
 
 
 class Watcher:
-    """Writes metrics and shows progress, in the main process only; `show` False hides the bar."""
+    """Writes metrics and shows progress, in the main process only; without a title there is no bar."""
 
     def __init__(
-        self, out: Path, leaves: list[str], total: int, start: int, title: str, main: bool, show: bool, board: bool
+        self, out: Path, leaves: list[str], total: int, start: int, title: str | None, main: bool, board: bool
     ) -> None:
         self.leaves, self.main, self.path = leaves, main, out / "metrics.jsonl"
         self.bar: tqdm[Any] = tqdm(
-            total=total, initial=start, desc=title, unit="step", disable=None if main and show else True, leave=True
+            total=total, initial=start, desc=title, unit="step", disable=None if main and title else True, leave=True
         )
         self.low = dict.fromkeys(leaves, 0)  # consecutive log lines with a nearly unused leaf
         self.tokens, self.since = 0, time.monotonic()

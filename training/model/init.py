@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from training.checkpoints.checkpoint import model_from_tensors
-from training.errors import InputError
+from training.errors import FieldError, InputError
 from training.model.config import DMPTConfig
 from training.model.fields import GPT2
 from training.model.generation import DMPTForCausalLM
-from training.model.shape import init_fields
+from training.model.shape import NewShape, init_fields
 
 NOISE = 1e-3  # times the embedding's standard deviation: about 0.02 on a logit of GPT-2 small
 GATE_BIAS = 0.25  # logits in favour of left, which starts as the unchanged GPT-2
@@ -24,29 +24,22 @@ HEAD_GATE_STD = 1e-3  # small, so that mixing starts near uniform
 
 def init_from_gpt2(
     model: DMPTForCausalLM,
-    splits: list[int] | None = None,
-    head_allocation: dict[str, list[int]] | None = None,
+    shape: NewShape | None = None,
     *,
-    heads: int | None = None,
-    fast_k: int | None = None,
-    head_topk: int | None = None,
     noise: float = NOISE,
     gate_bias: float = GATE_BIAS,
-    gate_hidden: int = 256,
-    tie: bool | None = None,
     seed: int = 0,
 ) -> DMPTForCausalLM:
     """Build a DMPT, in eval mode, from a model without splits and with one head (load_model() of a GPT-2).
 
-    splits: block indices of the forks; None: half depth; []: none (several heads on one path).
-    head_allocation: head ids of each leaf; or `heads` in all, divided evenly (default: 4 per leaf, at most 8).
+    shape: what it becomes; None: the defaults of NewShape.
     noise: standard deviation of the noise on each head that is not an anchor, as a fraction of the embedding's.
     gate_bias: initial bias of every gate in favour of left, in logits; head gates start near uniform.
-    tie: heads.0 is the embedding; None: as in `model`. Equal arguments and seed give equal tensors, bit by bit.
+    Equal arguments and seed give equal tensors, bit by bit.
     Raises InputError when the fields do not fit each other or `model`.
     """
     old = model.config
-    changed = init_fields(old, splits, head_allocation, heads, fast_k, head_topk, gate_hidden, tie)
+    changed = init_fields(old, shape or NewShape())
     config = DMPTConfig(**{name: getattr(old, name) for name in GPT2} | changed)
     if not noise >= 0 or noise == float("inf"):
         raise InputError(f"noise {noise} must be a number from 0 on")
@@ -69,8 +62,8 @@ def init_from_gpt2(
     tensors |= _heads(config, source["heads.0.weight"], noise, random)
     tensors |= _gates(config, gate_bias, random)
     if wild := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise InputError(
-            f"{wild[0]} would hold NaN or infinity: use a smaller --noise and --gate-bias, or repair SOURCE"
+        raise FieldError(
+            "{} would hold NaN or infinity: use a smaller {noise} and {gate_bias}, or repair {source}", wild[0]
         )
     return model_from_tensors(config, tensors)
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from training.errors import InputError
+from training.errors import FieldError, InputError
 
 ROOT = "root"  # the trunk's node name, and the only leaf's name when there are no splits
 EMBEDDING, POSITIONS = "transformer.wte.weight", "transformer.wpe.weight"
@@ -77,10 +77,11 @@ def even_allocation(leaves: list[str], n_heads: int) -> dict[str, list[int]]:
     {'left': [0, 1], 'right': [2, 3]}
     """
     if n_heads < 1 or n_heads % len(leaves):
-        raise InputError(
-            f"{n_heads} heads do not divide evenly among {len(leaves)} leaves ({', '.join(leaves)}): "
-            f"use a multiple of {len(leaves)}, or name the heads of each leaf with --head-allocation"
-        )
+        raise FieldError(
+            "{} heads do not divide evenly among {} leaves ({}): use a multiple of {}, or name the heads of each leaf "
+            "with {head_allocation}",
+            n_heads, len(leaves), ", ".join(leaves), len(leaves),
+        )  # fmt: skip
     each = n_heads // len(leaves)
     return {leaf: list(range(i * each, (i + 1) * each)) for i, leaf in enumerate(leaves)}
 
@@ -232,18 +233,23 @@ class Shape:
 # --- GPT-2 to DMPT ------------------------------------------------------------------------------------
 
 
-def init_fields(
-    old: Shape,
-    splits: list[int] | None = None,
-    head_allocation: dict[str, list[int]] | None = None,
-    heads: int | None = None,
-    fast_k: int | None = None,
-    head_topk: int | None = None,
-    gate_hidden: int = Shape.gate_hidden,
-    tie: bool | None = None,
-) -> dict[str, Any]:
-    """The fields that training.model.init.init_from_gpt2 changes, from the same arguments. Raises the same InputErrors,
-    and MemoryError for sizes that this machine cannot hold."""
+@dataclass(frozen=True)
+class NewShape:
+    """What a GPT-2 is to become."""
+
+    splits: list[int] | None = None  # block indices of the forks; None: half depth; []: none, several heads on one path
+    head_allocation: dict[str, list[int]] | None = None  # head ids of each leaf
+    heads: int | None = None  # or so many in all, shared out evenly; None: 4 a leaf, at most 8
+    fast_k: int | None = None
+    head_topk: int | None = None
+    gate_hidden: int = Shape.gate_hidden
+    tie: bool | None = None  # heads.0 is the embedding; None: as it was
+
+
+def init_fields(old: Shape, new: NewShape) -> dict[str, Any]:
+    """The fields that training.model.init.init_from_gpt2 changes. Raises InputError as it does, and MemoryError for
+    sizes that this machine cannot hold."""
+    splits, head_allocation, gate_hidden = new.splits, new.head_allocation, new.gate_hidden
     if old.splits or old.n_vocab_heads != 1:
         raise InputError(
             f"this model already has splits {old.splits} and {old.n_vocab_heads} head(s): "
@@ -251,30 +257,30 @@ def init_fields(
         )
     if splits is None:
         if old.n_layer < 2:
-            raise InputError("a model of one block cannot be split: use --splits none")
+            raise FieldError("a model of one block cannot be split: use {splits} none")
         splits = [old.n_layer // 2]
-    if tie and not old.tie_word_embeddings:
-        raise InputError("this model's head is not tied to its embedding: leave --tie out")
+    if new.tie and not old.tie_word_embeddings:
+        raise FieldError("this model's head is not tied to its embedding: leave {tie} out")
     if gate_hidden < 1:
         raise InputError(f"gate_hidden {gate_hidden} must be at least 1")
-    _check_memory("heads", 0 if heads is None else heads, old.vocab_size * old.n_embd)
+    _check_memory("heads", 0 if new.heads is None else new.heads, old.vocab_size * old.n_embd)
     _check_memory("gate_hidden", gate_hidden, old.n_embd)
     if head_allocation is None:
         leaves = leaf_names(splits, old.n_layer)
-        head_allocation = even_allocation(leaves, default_heads(len(leaves)) if heads is None else heads)
+        head_allocation = even_allocation(leaves, default_heads(len(leaves)) if new.heads is None else new.heads)
     return {
         "splits": splits,
         "head_allocation": head_allocation,
         "gate_hidden": gate_hidden,
-        "head_topk": head_topk,
-        "fast_k": fast_k,
-        "tie_word_embeddings": old.tie_word_embeddings if tie is None else tie,
+        "head_topk": new.head_topk,
+        "fast_k": new.fast_k,
+        "tie_word_embeddings": old.tie_word_embeddings if new.tie is None else new.tie,
     }
 
 
-def check_init(old: Shape, **arguments: Any) -> Shape:
+def check_init(old: Shape, new: NewShape) -> Shape:
     """The shape of the model that init_from_gpt2 would build. Raises as init_fields, and for fields that do not fit."""
-    return Shape.of(vars(old) | init_fields(old, **arguments))
+    return Shape.of(vars(old) | init_fields(old, new))
 
 
 def default_heads(n_leaves: int) -> int:

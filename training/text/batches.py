@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.errors import InputError
+from training.errors import FieldError
 
 
 class TokenBatches:
@@ -19,10 +19,10 @@ class TokenBatches:
 
     def __init__(self, tokens: np.ndarray, length: int, seed: int) -> None:
         if len(tokens) < length + 1:
-            raise InputError(
-                f"the training text has {len(tokens)} tokens, one sequence needs {length + 1}: "
-                "give more text or a smaller --max-length"
-            )
+            raise FieldError(
+                "the training text has {} tokens, one sequence needs {}: give more text or a smaller {max_length}",
+                len(tokens), length + 1,
+            )  # fmt: skip
         # A strided view: nothing is copied until a batch is taken, even from a memory-mapped file.
         self.rows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length]
         self.seed = seed

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from training.checkpoints.files import first_line
-from training.errors import InputError, install
+from training.errors import FieldError, InputError, install
 from training.text.zstd import DamagedError, ZstdReader
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ def _json_texts(path: Path, progress: tqdm[Any] | None, field: str) -> Iterator[
             kind = type(record).__name__
             raise InputError(f"{where} is not a JSON object but a {kind}: {example}")
         if field not in record:
-            raise InputError(f"{where} has no field '{field}': {_others(record)}")
+            raise _lacking(f"{where} has no field '{field}'", record)
         yield from _checked([record[field]], field, f"data file {path}, line", number)
 
 
@@ -231,7 +231,7 @@ def _parquet_texts(path: Path, progress: tqdm[Any] | None, field: str) -> Iterat
         with open(path, "rb") as raw, parquet.ParquetFile(raw) as file:
             names = file.schema_arrow.names
             if field not in names:
-                raise InputError(f"data file {path} has no column '{field}': {_others(names)}")
+                raise _lacking(f"data file {path} has no column '{field}'", names)
             rows, share = 0, path.stat().st_size / max(file.metadata.num_rows, 1)
             for batch in file.iter_batches(ROWS_AT_ONCE, columns=[field]):
                 yield from _checked(batch.column(0).to_pylist(), field, f"data file {path}, row", rows + 1)
@@ -248,7 +248,7 @@ def _dataset_texts(path: Path, progress: tqdm[Any] | None, field: str) -> Iterat
     """A column of a hub dataset, downloaded once and then read from disk."""
     dataset = _load_dataset(path)
     if field not in dataset.column_names:
-        raise InputError(f"dataset {path} has no column '{field}': {_others(dataset.column_names)}")
+        raise _lacking(f"dataset {path} has no column '{field}'", dataset.column_names)
     rows = 0
     for batch in dataset.select_columns([field]).iter(batch_size=ROWS_AT_ONCE):
         yield from _checked(batch[field], field, f"dataset {path}, row", rows + 1)
@@ -291,7 +291,9 @@ def _checked(values: Iterable[Any], field: str, where: str, first: int) -> Itera
             continue
         if not isinstance(value, str):
             kind = type(value).__name__
-            raise InputError(f"{where} {number}: '{field}' is {kind}, not text: choose another with --text-field")
+            raise FieldError(
+                "{} {}: '{}' is {}, not text: choose another with {text_field}", where, number, field, kind
+            )
         try:
             value.encode()
         except UnicodeEncodeError as error:
@@ -299,6 +301,9 @@ def _checked(values: Iterable[Any], field: str, where: str, first: int) -> Itera
         yield value
 
 
-def _others(names: Iterable[str]) -> str:
+def _lacking(what: str, names: Iterable[str]) -> InputError:
+    """What says that something lacks the field or column where text should be, and which it has instead."""
     listed = ", ".join(names)
-    return f"choose one of {listed} with --text-field" if listed else "it has none"
+    if not listed:
+        return InputError(f"{what}: it has none")
+    return FieldError("{}: choose one of {} with {text_field}", what, listed)

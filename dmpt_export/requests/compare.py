@@ -1,0 +1,162 @@
+"""Models side by side: size, quality, speed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dmpt_export.cli.extras import require
+from dmpt_export.requests.scoring import Windows, check_places, check_scored
+from dmpt_export.requests.sources import check_model, is_exported
+from training.errors import OptionError, usage
+from training.progress import say
+
+if TYPE_CHECKING:
+    from benchmarks.comparison.contestants import Entry, Settings
+    from benchmarks.comparison.result import Comparison
+
+
+@dataclass(frozen=True)
+class Found:
+    """What check() read on its way."""
+
+    entries: list[Entry]  # what the models name
+    pythons: dict[str, str]  # peer -> the interpreter that holds it
+    growth: list[dict[str, Any]]  # models of the files of `bench --json`
+
+
+@dataclass(frozen=True)
+class CompareRequest:
+    models: tuple[str, ...]  # folders, hub ids, PEER:SCHEME@GPT2, each also as NAME=MODEL
+    data: tuple[str, ...] = ()  # text files or hub datasets, scored as one text; none: no quality
+    text_field: str = "text"  # where the text is in JSONL, Parquet and datasets
+    protocol: str = "stride-concat"  # of benchmarks.quality.protocols
+    out: str | None = None  # folder
+    control: tuple[str, ...] = ()  # names of rows that are plain GPT-2 fine-tuned on the same tokens
+    peers: str | None = None  # GPT-2 folder or hub id that every installed peer runs
+    peer_python: tuple[str, ...] = ()  # PEER=PYTHON, the interpreter that holds a peer
+    growth: tuple[str, ...] = ()  # files of `bench --json`
+    resume: str | None = None  # folder for converted peers and scores
+    max_length: int | None = None  # tokens in a window; None: 1024, or the smallest context if that is less
+    stride: int | None = None  # predictions scored in each window; None: the protocol's
+    prompt: int = 128  # tokens fed at once
+    gen: int = 64  # tokens decoded after them
+    repetitions: int = 5  # rounds that count
+    threads: int | None = None  # of the CPU; None: all this process may use
+    device: str = "cpu"  # cpu or cuda
+
+    @property
+    def needs_torch(self) -> bool:
+        return not all(self.exported) or self.peers is not None or self.out is not None
+
+    @property
+    def exported(self) -> list[bool]:
+        return [is_exported(model.partition("=")[2] or model) for model in self.models]
+
+    def check(self) -> Found:
+        """Raise OptionError for names that stand for nothing, then InputError for what files cannot give."""
+        wanted = {
+            self.device: any(self.exported),
+            "train": self.needs_torch,
+            "bench": bool(self.out and self.data),
+        }
+        require(*(extra for extra, needed in wanted.items() if needed))
+        from training.checkpoints.atomic import check_inputs, check_replaceable
+
+        pythons, entries = self.interpreters(), self.entries()
+        windows = Windows(self.protocol, self.max_length, self.stride)
+        windows.check()
+        growth = [row for file in self.growth for row in bench_rows(file)]
+        if self.out is not None:
+            check_replaceable(Path(self.out), "comparison")
+            read = (*(entry.path for entry in entries), self.peers, *self.data, self.resume, *self.growth)
+            check_inputs(Path(self.out), *read)
+        check_places(self.data, [self.resume] if self.resume else [])
+        sources = list(dict.fromkeys([*(entry.path for entry in entries), *([self.peers] if self.peers else [])]))
+        for source in sources:  # before tokenizers: that of a foreign folder takes Transformers, and seconds
+            if not is_exported(source):
+                check_model(source)
+        for source in sources:
+            check_scored(source, windows)
+        return Found(entries, pythons, growth)
+
+    def run(self, found: Found, show: Callable[[Comparison], None]) -> Comparison:
+        """Compare what check() found. `show` gets the result before it is written, so that a full disk does not take
+        it away."""
+        if self.needs_torch:
+            say("loading PyTorch")
+        from benchmarks.comparison.comparison import compare
+
+        entries, absent = with_peers(found, self.peers)
+        settings = self.settings(found.pythons)
+        return compare(entries, self.data, self.out, settings, absent=absent, growth=found.growth, show=show)
+
+    def settings(self, pythons: dict[str, str]) -> Settings:
+        from benchmarks.comparison.contestants import Settings
+
+        return Settings(
+            self.threads, self.device, self.protocol, self.max_length, self.stride, self.text_field, self.prompt,
+            self.gen, self.repetitions, self.resume, pythons,
+        )  # fmt: skip
+
+    def entries(self) -> list[Entry]:
+        """What the models name. Raises OptionError for a control that is none of them."""
+        from benchmarks.comparison.contestants import Entry
+        from benchmarks.peers.registry import parse
+        from benchmarks.quality.scorer import named
+
+        entries = []
+        for name, path in named(self.models):
+            with usage():
+                peer = parse(path)
+            if peer:
+                kind, scheme, source = peer
+                called = f"{kind} {scheme}" if name in (path, Path(path).name) else name
+                entries.append(Entry(called, source, scheme=scheme, peer=kind))
+            else:
+                entries.append(Entry(name, path, control=name in self.control))
+        if unknown := set(self.control) - {entry.name for entry in entries if entry.peer is None}:
+            names = ", ".join(entry.name for entry in entries if entry.peer is None)
+            raise OptionError("{control} {} names no model here; these are: {}", ", ".join(sorted(unknown)), names)
+        return entries
+
+    def interpreters(self) -> dict[str, str]:
+        """PEER=PYTHON ... as a dict. Raises OptionError for what is no such pair."""
+        from benchmarks.peers.registry import PEERS
+
+        out = {}
+        for pair in self.peer_python:
+            name, equals, python = pair.partition("=")
+            if not (equals and python) or name not in PEERS:
+                raise OptionError("{peer_python} {}: give PEER=PYTHON with one of {}", pair, ", ".join(PEERS))
+            out[name] = python
+        return out
+
+
+def with_peers(named: Found, source: str | None) -> tuple[list[Entry], list[str]]:
+    """The entries, then all peers that are here on the GPT-2 `source`; and lines about those that are not."""
+    from benchmarks.comparison.contestants import peers_of
+
+    asked = {entry.peer for entry in named.entries if entry.peer}
+    found, absent = peers_of(source, named.pythons, asked)
+    if source or asked:
+        known = {(entry.peer, entry.scheme, entry.path) for entry in named.entries}
+        new = (entry for entry in found if (entry.peer, entry.scheme, entry.path) not in known)
+        return [*named.entries, *new], absent
+    here = "No other runtime was asked for: --peers GPT2 measures those that are installed."
+    return named.entries, [here, *absent]
+
+
+def bench_rows(file: str) -> list[dict[str, Any]]:
+    """The models of a file that `bench --json` wrote. Raises OptionError for another file."""
+    try:
+        found = json.loads(Path(file).read_text(encoding="utf-8"))
+        rows: list[dict[str, Any]] = found.get("models", [found])
+        if not all({"name", "threads", "scheme", "shape", "tests"} <= row.keys() for row in rows):
+            raise ValueError
+    except (OSError, ValueError, AttributeError) as error:
+        raise OptionError("{growth} {} is not what `dmpt-export bench --json` prints", file) from error
+    return rows

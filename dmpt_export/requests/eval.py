@@ -1,0 +1,79 @@
+"""Perplexity and accuracy of a model on a text, alone or beside another model."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dmpt_export.cli.extras import require
+from dmpt_export.requests.scoring import Windows, check_places, check_scored
+from dmpt_export.requests.sources import is_exported
+from training.errors import OptionError
+from training.progress import say
+
+if TYPE_CHECKING:
+    from benchmarks.quality.perplexity import Quality
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What was measured."""
+
+    quality: Quality
+    several_heads: bool  # whether a path of the model has heads to weigh
+
+
+@dataclass(frozen=True)
+class EvaluateRequest:
+    model: str  # ONNX folder, DMPT or quantized folder, or GPT-2 folder or hub id
+    data: tuple[str, ...]  # text files or hub datasets, scored as one text
+    text_field: str = "text"  # where the text is in JSONL, Parquet and datasets
+    protocol: str = "stride-concat"  # of benchmarks.quality.protocols
+    max_length: int | None = None  # tokens in a window; None: 1024, or the context if that is less
+    stride: int | None = None  # predictions scored in each window; None: the protocol's
+    mode: str = "gate_hard"  # path mode
+    fast_k: int | None = None  # candidates of the anchor head; 0: none, every head in full; None: the checkpoint's
+    base: str | None = None  # another model, to measure KL(base || model)
+    base_cache: str | None = None  # folder for the base's log-probs, 2 bytes each
+    resume: str | None = None  # folder for what was found so far
+    batch: int = 1  # windows that a checkpoint runs together
+    threads: int | None = None  # of the CPU; None: all this process may use
+    device: str = "cpu"  # cpu or cuda
+
+    @property
+    def models(self) -> list[str]:
+        return [self.model, *([self.base] if self.base else [])]
+
+    def check(self) -> None:
+        """Raise OptionError for fields that do not go together, then InputError for what files cannot give."""
+        if self.base_cache and not self.base:
+            raise OptionError("{base_cache} keeps the log-probs of {base}: name one")
+        require(*(self.device if is_exported(source) else "train" for source in self.models))
+        windows = Windows(self.protocol, self.max_length, self.stride)
+        windows.check()
+        check_places(self.data, [folder for folder in (self.base_cache, self.resume) if folder])
+        check_scored(self.model, windows, self.mode, self.fast_k)
+        if self.base is not None:
+            check_scored(self.base, windows)
+
+    def run(self) -> Evaluated:
+        if not all(is_exported(source) for source in self.models):
+            say("loading PyTorch")
+        from benchmarks.quality.divergence import Base, check_base
+        from benchmarks.quality.open_scorer import open_scorer
+        from benchmarks.quality.perplexity import Resume, evaluate, read_text
+
+        with contextlib.ExitStack() as stack:
+            scorer = open_scorer(self.model, self.threads, self.device, self.mode, fast_k=self.fast_k)
+            stack.callback(scorer.close)
+            text = read_text(scorer, self.data, self.text_field, self.protocol)
+            base = None
+            if self.base is not None:
+                base = Base(open_scorer(self.base, self.threads, self.device), self.base_cache)
+                stack.callback(base.close)
+                theirs = read_text(base.scorer, self.data, self.text_field, self.protocol)
+                check_base(scorer, base.scorer, text.ids, theirs.ids)
+            resume = Resume(self.resume) if self.resume else None
+            quality = evaluate(scorer, text, self.max_length, self.stride, self.protocol, self.batch, base, resume)
+        return Evaluated(quality, any(len(heads) > 1 for heads in scorer.head_allocation.values()))

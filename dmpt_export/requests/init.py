@@ -1,0 +1,77 @@
+"""GPT-2 -> DMPT checkpoint, without training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dmpt_export.cli.extras import require
+from training.errors import OptionError
+from training.progress import say
+
+if TYPE_CHECKING:
+    from training.model.shape import NewShape, Shape
+
+
+@dataclass(frozen=True)
+class Found:
+    """What check() read on its way."""
+
+    folder: Path  # of the GPT-2
+    shape: NewShape
+
+
+@dataclass(frozen=True)
+class Made:
+    """What came of it."""
+
+    parameters: int
+    shape: Shape
+    has_tokenizer: bool
+
+
+@dataclass(frozen=True)
+class InitRequest:
+    source: str  # GPT-2 folder or hub id
+    out: Path  # folder
+    splits: list[int] | None = None  # indices of blocks; []: none; None: half the depth
+    heads: int | None = None  # vocabulary heads in all; None: 4 a leaf, at most 8
+    head_allocation: Path | None = None  # JSON file of the heads of each leaf, instead of their number
+    fast_k: int | None = None  # candidates of the anchor head; None: the whole vocabulary
+    head_topk: int | None = None  # heads mixed per token; None: all of the leaf
+    noise: float = 1e-3  # standard deviations of the embedding
+    gate_bias: float = 0.25  # logits
+    gate_hidden: int = 256  # width of gates and head gates
+    tie: bool | None = None  # head 0 is the embedding; None: as in the source
+    seed: int = 0
+
+    def check(self) -> Found:
+        """Raise OptionError for fields that do not go together, then InputError for what files cannot give."""
+        if self.heads is not None and self.head_allocation is not None:
+            raise OptionError("{heads} and {head_allocation} exclude each other: the file already names every head")
+        require("train")
+        from training.checkpoints.atomic import check_inputs, check_replaceable
+        from training.checkpoints.folder import float_folder, read_head_allocation, read_shape
+        from training.model.shape import NewShape, check_init
+
+        check_replaceable(self.out, "checkpoint")
+        check_inputs(self.out, self.source, self.head_allocation)
+        allocation = None if self.head_allocation is None else read_head_allocation(self.head_allocation)
+        shape = NewShape(self.splits, allocation, self.heads, self.fast_k, self.head_topk, self.gate_hidden, self.tie)
+        folder = float_folder(self.source)
+        check_init(read_shape(folder), shape).check_exportable()
+        return Found(folder, shape)
+
+    def run(self, found: Found) -> Made:
+        """Write the checkpoint that check() found possible."""
+        say("loading PyTorch")
+        from training.checkpoints.checkpoint import load_model, save_model
+        from training.model.init import init_from_gpt2
+
+        model = init_from_gpt2(
+            load_model(found.folder), found.shape, noise=self.noise, gate_bias=self.gate_bias, seed=self.seed
+        )
+        card = f"Initialised from `{Path(self.source).name}` without training."
+        save_model(model, self.out, tokenizer_from=found.folder, card=card)
+        return Made(model.num_parameters(), model.config, (self.out / "tokenizer.json").is_file())

@@ -1,0 +1,224 @@
+"""Float checkpoint -> quantized checkpoint, by a scheme and rules, an earlier plan, or a plan for a target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dmpt_export.cli.extras import require
+from training.errors import OptionError, usage
+from training.progress import say, tell
+
+if TYPE_CHECKING:
+    from quant.calibration import Calibration
+    from quant.planning.plan import Plan, Target
+    from quant.planning.saved_plan import Replay
+    from quant.quantize import TensorReport
+    from quant.rules import Rule
+    from training.model.shape import Shape
+
+
+@dataclass(frozen=True)
+class Found:
+    """What check() read on its way."""
+
+    rules: list[Rule]  # those given, then those of the earlier plan
+    earlier: Replay | None
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What came of it."""
+
+    reports: Sequence[TensorReport]  # one for each tensor
+    plan: Plan | None  # where one was made
+
+
+@dataclass(frozen=True)
+class QuantizeRequest:
+    checkpoint: str  # DMPT folder, or GPT-2 folder or hub id
+    out: str | None = None  # folder; None with dry_run alone
+    scheme: str | None = None  # of quant.schemes
+    block: int | None = None  # weights that share a scale; None: the scheme's own
+    asymmetric: bool = False  # with a zero point for each block
+    rules: tuple[str, ...] = ()  # PATTERN=SCHEME[:BLOCK][:asymmetric], the first that matches wins
+    calib: str | None = None  # text file
+    calib_tokens: int = 8192  # tokens of it that are used
+    smooth: float | None = None  # 0 (weights as they are) to 1
+    target_size: int | None = None  # bytes of the weights' file
+    target_kl: float | None = None  # nats per token on the calibration text
+    target_bits: float | None = None  # per weight, all tensors counted
+    candidates: str | None = None  # schemes with commas between them; None: quant.planning.plan.CANDIDATES
+    plan: str | None = None  # plan.json of an earlier plan
+    dry_run: bool = False  # nothing is written
+    cache_dir: Path | None = None  # where damages are remembered; None: the user's cache
+
+    @property
+    def planned(self) -> bool:
+        return any(target is not None for target in (self.target_size, self.target_kl, self.target_bits))
+
+    @property
+    def storage(self) -> str | None:
+        """Scheme, block and zero points as a rule has them."""
+        if not self.scheme:
+            return None
+        options = (str(self.block or ""), "asymmetric" if self.asymmetric else "")
+        return ":".join([self.scheme, *filter(None, options)])
+
+    def check(self) -> Found:
+        """Raise OptionError for fields that do not go together; then, before torch is imported, InputError for what
+        files cannot give: the model, `out`, the texts, rules that do not fit."""
+        self.check_fields()
+        self.check_schemes()
+        require("train")
+        return self.check_files()
+
+    def check_fields(self) -> None:
+        if self.out is None and not self.dry_run:
+            raise OptionError("Missing argument '{out}': the folder to write.")
+        if sum(target is not None for target in (self.target_size, self.target_kl, self.target_bits)) > 1:
+            raise OptionError("give one of {target_size}, {target_kl} and {target_bits}")
+        chosen = {name: getattr(self, name) for name in ("scheme", "block", "asymmetric", "rules", "smooth", "plan")}
+        others = [name for name, value in chosen.items() if value is not None and value is not False and value != ()]
+        if self.planned and others:
+            raise OptionError(
+                f"a plan chooses by itself: leave out {{{others[0]}}}, or name what it may choose from with "
+                "{candidates}"
+            )
+        if self.planned and not self.calib:
+            raise OptionError("a plan measures damage on calibration text: give some with {calib}")
+        if not self.planned and self.candidates is not None:
+            raise OptionError("{candidates} are for a plan: give {target_size}, {target_kl} or {target_bits}")
+        if self.candidates is not None and not all(part.strip() for part in self.candidates.split(",")):
+            raise OptionError(
+                "{candidates} '{}' has an empty part: give schemes with a comma between them", self.candidates
+            )
+        if not self.planned and not self.scheme and not self.plan:
+            raise OptionError("give {scheme}, or a target for a plan such as {target_size} 200MB, or {plan} PLAN.json")
+
+    def check_schemes(self) -> None:
+        """Raise OptionError for schemes, blocks or rules that no model can have."""
+        from quant.planning.plan import check_candidates
+        from quant.rules import parse_rule
+
+        with usage():
+            self.usual_rules()
+            for rule in self.rules:
+                parse_rule(rule)
+            if self.candidates:
+                check_candidates(self.candidates)
+
+    def check_files(self) -> Found:
+        from quant.planning.plan import check_target
+        from quant.planning.saved_plan import read_plan
+        from quant.rules import anchors_of, parse_rule
+        from quant.schemes import check_installed
+        from quant.text import read_ids
+        from training.checkpoints.atomic import check_inputs, check_place, check_replaceable
+        from training.checkpoints.folder import float_folder, read_shape, tensor_shapes
+
+        calibrated = self.calib is not None
+        earlier = read_plan(self.plan) if self.plan else None
+        rules = [*(parse_rule(rule, calibrated) for rule in self.rules), *(earlier.rules if earlier else [])]
+        if earlier and not calibrated:
+            earlier.check_text()
+        chosen = [part.strip().partition(":")[0] for part in self.choice.split(",")] if self.planned else []
+        check_installed([*filter(None, [self.scheme]), *chosen, *(rule.scheme for rule in rules)])
+        if self.out is not None:
+            check_replaceable(Path(self.out), "quantized")
+            check_inputs(Path(self.out), self.checkpoint, self.calib, self.plan, self.cache_dir)
+        if self.planned:
+            check_place(self.cache())
+        folder = float_folder(self.checkpoint)
+        shape = read_shape(folder)
+        shape.check_exportable()
+        shapes = tensor_shapes(folder, shape)
+        if shapes and self.planned:
+            check_target(shapes, anchors_of(shape), self.choice, self.target())
+        elif shapes:
+            self.check_rules(shapes, shape, rules)
+        if self.calib is not None:  # last: the tokenizer of a foreign folder takes Transformers, and seconds
+            read_ids(self.calib, folder, shape, self.calib_tokens)
+        return Found(rules, earlier)
+
+    def check_rules(self, shapes: dict[str, tuple[int, ...]], shape: Shape, rules: list[Rule]) -> None:
+        """Raise InputError for rules that do not fit the tensors, OptionError where what they need was not given."""
+        from quant.rules import anchors_of, assign, check_text
+
+        chosen = assign(shapes, rules, self.usual_rules(), shape.tie_word_embeddings, anchors_of(shape))
+        with usage():
+            check_text(chosen, self.calib is not None, self.smooth)
+
+    def usual_rules(self) -> list[Rule]:
+        """What the scheme gives to tensors that no rule names."""
+        from quant.rules import default_rules
+
+        return default_rules(self.scheme, self.block, self.asymmetric) if self.scheme else []
+
+    @property
+    def choice(self) -> str:
+        """What a plan chooses from."""
+        from quant.planning.plan import CANDIDATES
+
+        return self.candidates or CANDIDATES
+
+    def target(self) -> Target:
+        from quant.planning.plan import Target
+
+        return Target(self.target_size, self.target_kl, self.target_bits)
+
+    def cache(self) -> Path:
+        """The folder where a plan remembers damages."""
+        from training.checkpoints.files import cache_folder
+
+        return self.cache_dir.expanduser() if self.cache_dir else cache_folder()
+
+    def run(self, found: Found) -> Quantized:
+        """Quantize by what check() found."""
+        say("loading PyTorch")
+        from benchmarks.report.quantization import report_files
+        from quant.calibration import read_calibration
+        from quant.checkpoint import save_quantized
+        from quant.planning.planned import save_planned
+
+        calibration = None
+        if self.calib is not None:
+            say(f"reading {self.calib}, and what the float model makes of it")
+            calibration = read_calibration(self.calib, self.checkpoint, self.calib_tokens)
+            self.judge(calibration, found)
+        out = None if self.dry_run else self.out
+        if self.planned:
+            assert calibration is not None
+            say("measuring what each group loses, by each way to store it")
+            plan, reports = save_planned(
+                self.checkpoint, out, self.target(), calibration, self.cache(), self.choice, report_files
+            )
+            return Quantized(reports, plan)
+        say("quantizing" if calibration is None else "quantizing, then measuring what each tensor loses")
+        reports = save_quantized(
+            self.checkpoint, out, self.storage, found.rules,
+            calibration=calibration, smooth=self.smooth, files=lambda reports: report_files(reports, None),
+        )  # fmt: skip
+        return Quantized(reports, None)
+
+    def judge(self, calibration: Calibration, found: Found) -> None:
+        """One line where the text is foreign to the model, is another than the earlier plan's, or decides nothing."""
+        from quant.schemes import SCHEMES
+
+        if calibration.foreign:
+            tell(
+                f"warning: on {self.calib} the model's perplexity is {calibration.perplexity:.0f}, worse than guessing "
+                f"among its {calibration.vocab_size} tokens: give text of the kind that it was trained on"
+            )
+        if self.planned:
+            return
+        schemes = [SCHEMES[name] for name in (self.scheme, *(rule.scheme for rule in found.rules)) if name in SCHEMES]
+        if self.smooth is None and not any(scheme.calibrated for scheme in schemes):
+            tell(
+                "note: the calibration text changes no weight here, it only measures what each tensor loses, for the "
+                "report; schemes that go by it end in -gptq"
+            )
+        if found.earlier and (told := found.earlier.other_text(calibration)):
+            tell(f"warning: {told}")

@@ -1,0 +1,87 @@
+"""Continue a prompt with an exported model. What stands here runs where the training side is not installed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dmpt_export.cli.extras import require
+
+if TYPE_CHECKING:
+    from runtime.generate import Generation, Generations
+    from runtime.model import Model
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready."""
+
+    model: Model
+    seconds: float  # that loading took
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    model: str  # ONNX folder
+    prompt: str | None = None  # None: it comes from elsewhere
+    max_new_tokens: int = 128  # tokens
+    temperature: float | None = None  # 0: the likeliest token; None: 1 with top_k, top_p or seed, else 0
+    top_k: int | None = None  # tokens to sample among
+    top_p: float | None = None  # probability of the tokens to sample among
+    repetition_penalty: float = 1.0  # above 1: tokens that occurred already become less likely
+    seed: int | None = None  # None: another one each time
+    stop: tuple[str, ...] = ()  # texts that end the output
+    on_full: str = "stop"  # stop or slide
+    speculate: int = 0  # tokens to guess at most
+    batch: bool = False  # the prompt has one prompt a line
+    threads: int | None = None  # of the CPU; None: what this process may use
+    deterministic: bool = False  # one thread and reproducible arithmetic
+    device: str = "cpu"  # cpu or cuda
+    no_check: bool = False  # the files' sha256 are not compared with the manifest
+
+    def check(self) -> None:
+        """Raise OptionError for a value that no model could take, before one is loaded."""
+        if self.batch and self.prompt is not None:
+            from training.errors import OptionError
+
+            raise OptionError("{batch} reads its prompts from standard input, one a line: leave {prompt} out")
+        require(self.device)
+        from runtime.errors import RequestError
+        from runtime.sampling import Sampling
+        from runtime.threads import resolve_threads
+        from runtime.writing import Limits
+
+        try:
+            sampling = Sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty, self.seed)
+            Limits(self.max_new_tokens, self.stop, self.on_full, self.speculate)
+            resolve_threads(self.threads, self.deterministic)
+            if self.speculate:
+                sampling.check_greedy()
+        except RequestError as error:
+            from training.errors import OptionError
+
+            raise OptionError("{}", error) from error
+
+    @contextmanager
+    def run(self) -> Iterator[Loaded]:
+        """Load the model, for as long as the block lasts."""
+        import runtime
+
+        started = time.perf_counter()
+        with runtime.load(
+            self.model, self.device, self.threads, verify=not self.no_check, deterministic=self.deterministic
+        ) as model:
+            yield Loaded(model, time.perf_counter() - started)
+
+    def stream(self, loaded: Loaded, text: str) -> Generation | Generations:
+        """What continues a text, or with `batch` each of its lines; made as one iterates over it."""
+        prompts = [line.removesuffix("\r") for line in text.split("\n")]
+        return loaded.model.stream(
+            prompts if self.batch else text, self.max_new_tokens,
+            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
+            repetition_penalty=self.repetition_penalty, seed=self.seed,
+            stop=self.stop, on_full=self.on_full, speculate=self.speculate,
+        )  # fmt: skip

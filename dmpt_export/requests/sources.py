@@ -1,0 +1,37 @@
+"""What several verbs look at in their first second, before torch or ONNX is imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from training.model.shape import Shape
+
+
+def is_exported(source: str) -> bool:
+    """Whether it is an ONNX folder, which needs no torch."""
+    return (Path(source) / "dmpt_manifest.json").is_file()
+
+
+def check_model(source: str) -> Shape:
+    """What a checkpoint, float or quantized, or a hub id is. Raises InputError where there is none."""
+    from training.checkpoints.files import resolve
+    from training.checkpoints.folder import read_shape, tensor_files
+
+    folder = resolve(source)
+    shape = read_shape(folder)
+    tensor_files(folder)
+    return shape
+
+
+def check_tokenizer(source: str, vocab_size: int | None = None) -> None:
+    """Raise InputError when a folder or hub id has no tokenizer, a damaged one, or one of another model."""
+    from training.checkpoints.files import TOKENIZER_FILES, resolve
+    from training.text.tokenizer import load_tokenizer
+    from training.text.windows import check_vocabulary
+
+    folder = resolve(source, TOKENIZER_FILES)
+    tokenizer = load_tokenizer(folder)
+    if vocab_size is not None:
+        check_vocabulary(tokenizer, vocab_size, folder)

@@ -1,0 +1,321 @@
+"""What `dmpt-export train` and `accelerate launch -m training` are asked. Heavy imports stay inside functions."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.checkpoints.atomic import check_inputs, check_run
+from training.checkpoints.earlier import RUN, SAVED, recover_earlier, replacing
+from training.checkpoints.files import cache_folder, read_json, resolve
+from training.checkpoints.folder import float_folder, read_head_allocation, read_shape
+from training.cli.recipes import Recipe, read_recipe
+from training.errors import FieldError, InputError, OptionError, usage
+from training.loop.freeze import expanded
+from training.loop.options import TrainOptions, read_freeze_schedule
+from training.model.shape import ROOT, NewShape, Shape, check_init
+from training.progress import say, tell
+from training.text.sources import FIELD, check_source, is_dataset
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from training.loop.trainer import Extras, TrainResult
+    from training.model.generation import DMPTForCausalLM
+
+PHASE = "phase-{}"  # folder of a recipe's phase, by its number from 1
+DEFAULT_TEXTS = {"data": ["wikitext-103"], "eval_data": ["wikitext-103:validation"]}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What check() read on its way."""
+
+    out: Path
+    resumed: Path | None  # the checkpoint of a run, or the run of a recipe's phases, that is continued
+    recipe: Recipe
+    phases: list[TrainOptions]  # of each phase
+    about: dict[str, Any]  # what is kept of the texts, as JSON
+    tokenizer: Path  # folder
+
+    @property
+    def first(self) -> Path | None:
+        """The checkpoint that the first phase continues."""
+        return None if len(self.phases) > 1 else self.resumed
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of it."""
+
+    result: TrainResult
+    main: bool  # whether this is the process that speaks, of several
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    model: str | None = None  # DMPT or GPT-2 folder, or hub id; None with resume or from_scratch
+    out: Path | None = None  # folder of the run; None: the one that resume names
+    data: tuple[Path, ...] = ()  # text files or hub datasets; none: wikitext-103, or those of the run
+    eval_data: tuple[Path, ...] = ()  # held-out text, likewise
+    text_field: str | None = None  # where the text is in JSONL, Parquet and datasets; None: text, or the run's
+    tokenizer: str | None = None  # folder or hub id; None: the model's
+    resume: str | None = None  # run to be continued; "": the one in out
+    overwrite: bool = False  # start anew where a run already lies
+    recipe: str | None = None  # name of training.cli.recipes, or JSON file
+    cache_dir: Path | None = None  # where tokenised text is kept; None: the user's cache
+    splits: list[int] | None = None  # indices of blocks where a GPT-2's paths fork; []: none; None: the recipe's
+    heads: int | None = None  # vocabulary heads in all, likewise
+    head_allocation: Path | None = None  # JSON file of the heads of each leaf, instead of their number
+    use_head_mixture: bool | None = None  # False: a single head for each leaf
+    gate_hidden: int = 256  # width of gates and head gates
+    from_scratch: bool = False  # a new GPT-2 with random weights, of these sizes:
+    n_layer: int = 12  # blocks
+    n_embd: int = 768  # width
+    n_head: int = 12  # attention heads of a block
+    n_positions: int = 1024  # tokens of context
+    options: TrainOptions = field(default_factory=TrainOptions)
+    given: frozenset[str] = frozenset()  # names of the options that win over a recipe's and a run's
+
+    # --- checking -------------------------------------------------------------------------------------
+
+    def check(self) -> Found:
+        """Raise, before torch is imported, OptionError for what the fields alone tell, InputError for what files do.
+
+        An earlier run that a kill left set aside comes back first.
+        """
+        out = self.place()
+        if is_first():
+            recover_earlier(out, RUN, SAVED)
+        recipe = read_recipe(self.recipe) if self.recipe else Recipe()
+        chosen = {name: getattr(self.options, name) for name in self.given}
+        with usage():  # a recipe or a saved run may hold what the options need beside them
+            alone = self.recipe is None and self.resume is None
+            (TrainOptions.check if alone else TrainOptions.check_each)(TrainOptions(**chosen))
+        resumed = None if self.resume is None else last_of(run_of(Path(self.resume or out)))
+        saved = {} if resumed is None or len(recipe.phases) > 1 else saved_state(resumed)
+        about = self.texts(saved.get("about", {"model": self.model}))
+        phases = [
+            TrainOptions.from_dict(saved.get("options", {}) | phase | chosen, "the run") for phase in recipe.phases
+        ]
+        if resumed is None:
+            check_run(out, self.overwrite)
+            check_inputs(out, *self.inputs(), *(one.freeze_schedule for one in phases))
+        first = None if len(phases) > 1 else resumed
+        tokenizer = self.tokenizer or (first and str(first)) or self.model
+        if first is None and self.model is None and not self.from_scratch:
+            raise OptionError("MODEL is missing: phases of a recipe go on with the same command and {resume}")
+        if tokenizer is None:
+            raise OptionError("{from_scratch} needs {tokenizer} FOLDER")
+        found = Found(out, resumed, recipe, phases, about, resolve(tokenizer))
+        self.check_shape(found)
+        return found
+
+    def place(self) -> Path:
+        """The run's folder. Raises OptionError where it or the model is missing."""
+        out = self.out
+        if out is None and self.resume:
+            out = run_of(Path(self.resume))
+        if out is None:
+            raise OptionError("OUT is missing: dmpt-export train MODEL OUT {data} FILE")
+        if self.model is None and not (self.from_scratch or self.resume is not None):
+            raise OptionError("MODEL is missing: a GPT-2 or DMPT folder or hub id, or {from_scratch}")
+        return out
+
+    def inputs(self) -> list[str | Path | None]:
+        """What a new run reads."""
+        places = (self.model, self.tokenizer, self.head_allocation, self.recipe, self.cache_dir)
+        return [*places, *self.data, *self.eval_data]
+
+    def texts(self, about: dict[str, Any]) -> dict[str, Any]:
+        """`about`, a run's or that of a new one, with the texts of this request, checked; the original project's where
+        there are none. Files by absolute path, so that a run finds them again from anywhere."""
+        for key, texts in (("data", self.data), ("eval_data", self.eval_data)):
+            if texts:
+                about = about | {key: [str(text) if is_dataset(text) else os.path.abspath(text) for text in texts]}
+        if self.text_field:
+            about = about | {"text_field": self.text_field}
+        if not about.get("data"):
+            about = about | DEFAULT_TEXTS
+            try:
+                check_source(about["data"][0])
+            except InputError as error:
+                raise FieldError("{data} FILE is missing, and the default is not at hand: {}", error) from error
+            if is_first():  # once, not from every process
+                tell("No text given: training on the hub dataset wikitext-103, as the original project")
+        for text in (*about["data"], *about.get("eval_data", ())):
+            check_source(text)
+        return about
+
+    def check_shape(self, found: Found) -> None:
+        """Raise InputError for what config.json and the list of files tell already."""
+        from training.text.tokenizer import load_tokenizer
+
+        if found.first is not None:
+            shape = read_shape(found.first)
+        elif self.from_scratch:
+            with usage():
+                Shape.of(self.sizes()).check_exportable()
+            load_tokenizer(found.tokenizer)
+            with usage():
+                shape = Shape.of(self.new_fields(found.tokenizer))
+        else:
+            assert self.model is not None
+            shape = read_shape(float_folder(self.model))
+        changes = None if found.first is not None else self.changes(shape, found.recipe)
+        if changes is not None:
+            shape = check_init(shape, changes)
+        shape.check_exportable()
+        for one in found.phases:
+            one.check()
+            one.check_installed()
+            shape = one.check_shape(shape)
+            expanded(read_freeze_schedule(one.freeze_schedule), shape)
+        load_tokenizer(found.tokenizer)  # last: a foreign one takes Transformers, and seconds
+
+    # --- the model to start with ------------------------------------------------------------------------
+
+    def start(self, found: Found) -> DMPTForCausalLM:
+        """Resumed, new, or loaded, and made a DMPT when the request says so."""
+        import torch
+
+        from training.checkpoints.checkpoint import load_model
+        from training.model.config import DMPTConfig
+        from training.model.generation import DMPTForCausalLM
+        from training.model.init import init_from_gpt2
+
+        if found.first is not None:
+            return load_model(found.first)
+        if self.from_scratch:
+            torch.manual_seed(self.options.seed)
+            model = DMPTForCausalLM(DMPTConfig(**self.new_fields(found.tokenizer)))
+        else:
+            assert self.model is not None
+            model = load_model(self.model)
+        changes = self.changes(model.config, found.recipe)
+        return model if changes is None else init_from_gpt2(model, changes)
+
+    def new_fields(self, tokenizer: Path) -> dict[str, Any]:
+        """The configuration of a new GPT-2 for a tokenizer."""
+        from training.text.tokenizer import load_tokenizer
+        from training.text.windows import end_of_text_id
+
+        words = load_tokenizer(tokenizer)
+        eot = end_of_text_id(words)
+        vocabulary = {"vocab_size": words.get_vocab_size(), "bos_token_id": eot, "eos_token_id": eot}
+        return {**vocabulary, **self.sizes(), "head_allocation": {ROOT: [0]}}
+
+    def sizes(self) -> dict[str, int]:
+        return {key: getattr(self, key) for key in ("n_layer", "n_embd", "n_head", "n_positions")}
+
+    def changes(self, start: Shape, recipe: Recipe) -> NewShape | None:
+        """What the model that training starts with becomes; None: it stays."""
+        mine = {"splits": self.splits, "heads": self.heads, "fast_k": self.options.fast_k}
+        shape = recipe.init | {key: value for key, value in mine.items() if value is not None}
+        allocation = read_head_allocation(self.head_allocation) if self.head_allocation else None
+        wanted = {"splits", "heads"} & set(shape) or allocation or self.use_head_mixture is not None
+        plain = not start.splits and start.n_vocab_heads == 1
+        if not wanted or not plain:  # a DMPT keeps the shape it has
+            return None
+        if self.use_head_mixture is False:
+            allocation, shape["heads"] = None, 2 ** len(shape.get("splits") or [0])
+        return NewShape(head_allocation=allocation, gate_hidden=self.gate_hidden, **shape)
+
+    # --- training -------------------------------------------------------------------------------------
+
+    def run(self, found: Found) -> Trained:
+        """Train what check() found."""
+        if is_first():
+            say("loading PyTorch")
+        from accelerate import PartialState
+
+        from training.loop.setup import on_cpu
+        from training.loop.trainer import Extras, train
+
+        model = self.start(found)
+        processes = PartialState(cpu=on_cpu(found.phases[0]))
+        with processes.main_process_first():  # it tokenises, the others find the result
+            tokens, eval_tokens = (self.tokens(found, key, model) for key in ("data", "eval_data"))
+        assert tokens is not None
+        extras, main = Extras(found.tokenizer, found.about), processes.is_main_process
+        if len(found.phases) > 1:
+            result = self.run_phases(found, model, (tokens, eval_tokens), extras, main)
+        else:
+            result = train(
+                model, tokens, found.phases[0], found.out, eval_tokens,
+                resume=found.resumed or False, overwrite=self.overwrite, extras=extras,
+            )  # fmt: skip
+        return Trained(result, main)
+
+    def tokens(self, found: Found, key: str, model: DMPTForCausalLM) -> np.ndarray | None:
+        """The tokens of the texts under `key`, tokenised once and kept."""
+        from training.text.tokenizer import load_tokenizer
+        from training.text.windows import end_of_text_id, token_cache
+
+        if not found.about.get(key):
+            return None
+        words = load_tokenizer(found.tokenizer)
+        eot, where = end_of_text_id(words, model.config), found.about.get("text_field", FIELD)
+        return token_cache(found.about[key], words, eot, self.cache_dir or cache_folder(), where)
+
+    def run_phases(
+        self,
+        found: Found,
+        model: DMPTForCausalLM,
+        texts: tuple[np.ndarray, np.ndarray | None],
+        extras: Extras,
+        main: bool,
+    ) -> TrainResult:
+        """Train a recipe's phases, each a run of its own in OUT/phase-N; OUT becomes the last one's model."""
+        from training.checkpoints.checkpoint import load_model
+        from training.loop import state
+        from training.loop.trainer import train
+
+        (tokens, eval_tokens), out, resume = texts, found.out, found.resumed is not None
+        if new_run := not resume and main:
+            out.mkdir(parents=True, exist_ok=True)
+        for number, options in enumerate(found.phases, start=1):
+            folder = out / PHASE.format(number)
+            started = resume and (folder / "last").is_dir()
+            titled = replace(extras, title=f"phase {number} of {len(found.phases)}")
+            new = number == 1 and new_run
+            with replacing(out, RUN, SAVED) if new else nullcontext():
+                result = train(
+                    model, tokens, options, folder, eval_tokens,
+                    resume=started, overwrite=self.overwrite, extras=titled,
+                )  # fmt: skip
+            model = load_model(folder)
+        state.publish(folder, out)
+        return replace(result, folder=out)
+
+
+def is_first() -> bool:
+    """Whether this is the first of the processes of this machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def run_of(given: Path) -> Path:
+    """The run that `resume` names. The original project named a file in it, RUN/checkpoint_epoch_0_step_8200.pt."""
+    if given.suffix != ".pt":
+        return given
+    if given.is_file():
+        raise InputError(
+            f"cannot resume {given}, a checkpoint of the original project: dmpt-export convert {given} MODEL, then "
+            "train MODEL"
+        )
+    return given.parent
+
+
+def last_of(run: Path) -> Path:
+    return run / "last" if (run / "last").is_dir() else run
+
+
+def saved_state(source: Path) -> dict[str, Any]:
+    """state.json of a run to be resumed: its options and data are the defaults."""
+    path = source / "trainer_state" / "state.json"
+    if not path.is_file():
+        raise FieldError("cannot resume: {} has no trainer_state; leave {resume} out, or give the run's folder", source)
+    return read_json(path)
