@@ -30,7 +30,6 @@ from training.model.config import DMPTConfig
 FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
 FORM = {"scheme": str, "bits": int, "block": int, "shape": list, "transposed": bool}  # of every record
-STORED_BITS = {name: FIELD.get(how.bits, how.bits) for name, how in SCHEMES.items()} | dict.fromkeys(DELTAS, BITS)
 AGAIN = "quantize the checkpoint again"
 
 
@@ -101,15 +100,23 @@ def read_records(quantization: Any, folder: Path) -> dict[str, dict[str, Any]]:
     return known
 
 
+def bits_of(scheme: str) -> int | None:
+    """Bits that a code takes in the file; None for an unknown scheme."""
+    if scheme in DELTAS:
+        return BITS
+    return FIELD.get(SCHEMES[scheme].bits, SCHEMES[scheme].bits) if scheme in SCHEMES else None
+
+
 def wrong_with(name: str, entry: Any) -> str | None:
     """What a tensor's record says that cannot be."""
     if not isinstance(entry, dict) or any(type(entry.get(key)) is not kind for key, kind in FORM.items()):
         return f"must give {', '.join(FORM)}"
     scheme, bits, shape, transposed = (entry[key] for key in ("scheme", "bits", "shape", "transposed"))
-    if scheme not in STORED_BITS:
+    stored_bits = bits_of(scheme)
+    if stored_bits is None:
         return f"names an unknown scheme '{scheme}'"
-    if bits != STORED_BITS[scheme]:
-        return f"says {bits} bits, where {scheme} is stored in {STORED_BITS[scheme]}"
+    if bits != stored_bits:
+        return f"says {bits} bits, where {scheme} is stored in {stored_bits}"
     if len(shape) != 2 or any(type(size) is not int or size < 1 for size in shape):
         return f"has shape {shape}, not two sizes above 0"
     if not is_quantizable(name):

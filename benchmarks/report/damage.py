@@ -14,6 +14,7 @@ from quant.schemes import SCHEMES
 
 ROW, TOP, LEFT, WIDTH, RIGHT = 18.0, 64.0, 250.0, 900.0, 30.0  # pixels
 DELTA = 0  # instead of bits: a delta of low rank
+OTHER = 7  # colour of a width that is not listed
 COLOURS = {2: 4, 3: 5, 4: 2, 8: 1, 16: 3, DELTA: 6}  # bits of a code -> number of a colour
 Dot = tuple[float, float, str, bool]  # (damage, bits per weight, scheme, whether it was chosen)
 
@@ -67,6 +68,6 @@ def legend() -> list[Markup]:
 def circle(x: float, y: float, dot: Dot, label: str) -> Markup:
     damage, bits, scheme, chosen = dot
     name = scheme.partition(":")[0]
-    shade = svg.colour(COLOURS[SCHEMES[name].bits if name in SCHEMES else DELTA])
+    shade = svg.colour(COLOURS.get(SCHEMES[name].bits, OTHER) if name in SCHEMES else COLOURS[DELTA])
     about = tag("title", f"{label}: {scheme}, {bits:.2f} bits per weight, {damage:.3g}")
     return tag("circle", about, cx=x, cy=y, r=5, fill=shade if chosen else "none", stroke=shade)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,31 @@ class Finite(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value} is no finite number.", param, ctx)
         return number
+
+
+class Entry(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.4 on
+    """A choice among the entries of a table, which is imported only when it is needed."""
+
+    def __init__(self, name: str, table: Callable[[], Iterable[str]], besides: Callable[[], Iterable[str]] = tuple):
+        """besides: values that are accepted, too, but not listed."""
+        self.name = name
+        self.table = table
+        self.besides = besides
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return f"[{'|'.join(self.table())}]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        known = list(self.table())
+        if value not in known and value not in self.besides():
+            self.fail(f"'{value}' is not one of {', '.join(known)}.", param, ctx)
+        return str(value)
+
+
+def protocols() -> Iterable[str]:
+    from benchmarks.quality.protocols import PROTOCOLS
+
+    return PROTOCOLS
 
 
 def skip_verification(context: click.Context, _parameter: click.Parameter, value: bool) -> bool:

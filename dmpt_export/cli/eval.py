@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dmpt_export.cli.checks import no_verify
+from dmpt_export.cli.checks import Entry, no_verify, protocols
 from dmpt_export.requests.eval import EvaluateRequest
 
 if TYPE_CHECKING:
     from benchmarks.quality.perplexity import Quality
-
-PROTOCOLS = ("stride-concat", "non-overlapping", "sliding")  # benchmarks.quality.protocols', which help must not import
 
 
 @click.command("eval", short_help="Measure perplexity and accuracy on a text.")
@@ -23,7 +21,7 @@ PROTOCOLS = ("stride-concat", "non-overlapping", "sliding")  # benchmarks.qualit
               "wikitext-103:test. Several are scored as one text.")  # fmt: skip
 @click.option("--text-field", default="text", show_default=True, metavar="NAME",
               help="Where the text is in JSONL, Parquet and datasets.")  # fmt: skip
-@click.option("--protocol", type=click.Choice(PROTOCOLS), default=PROTOCOLS[0], show_default=True,
+@click.option("--protocol", type=Entry("protocol", protocols), default="stride-concat", show_default=True,
               help="What is scored after what; see above.")  # fmt: skip
 @click.option("--max-length", type=click.IntRange(min=2), metavar="N",
               help="Tokens in a window. Default: 1024, or the model's context if that is less.")  # fmt: skip

@@ -4,34 +4,29 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from dmpt_export.cli.checks import Finite, no_verify
+from dmpt_export.cli.checks import Entry, Finite, no_verify
 from dmpt_export.requests.quantize import QuantizeRequest
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-class SchemeName(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.4 on
-    """A choice among the registered schemes, which are imported only when they are needed."""
+def schemes() -> Iterable[str]:
+    from quant.schemes import SCHEMES
 
-    name = "scheme"
+    return SCHEMES
 
-    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        from quant.schemes import SCHEMES
 
-        return f"[{'|'.join(SCHEMES)}]"
+def deltas() -> Iterable[str]:
+    """They are for rules alone, whose check says so."""
+    from quant.schemes.low_rank import DELTAS
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from quant.schemes import SCHEMES
-        from quant.schemes.low_rank import DELTAS
-
-        if value not in SCHEMES and value not in DELTAS:  # what deltas are for is told with the rules
-            self.fail(f"'{value}' is not one of {', '.join(SCHEMES)}.", param, ctx)
-        return str(value)
+    return DELTAS
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]
@@ -53,7 +48,7 @@ def number(_context: click.Context, _parameter: click.Parameter, value: str | No
 @click.command("quantize", short_help="Store a checkpoint's weights in fewer bits.")
 @click.argument("checkpoint")
 @click.argument("out", type=click.Path(), required=False)
-@click.option("--scheme", type=SchemeName(), help="How to store weights; see above.")
+@click.option("--scheme", type=Entry("scheme", schemes, deltas), help="How to store weights; see above.")
 @click.option("--block", type=click.Choice(["16", "32", "64", "128", "256"]), callback=number,
               help="Weights that share a scale: "
               "fewer are closer to the original, and larger. Default: 128 for int8, 64 for int2, nf4 and fp4, "

@@ -22,7 +22,6 @@ from benchmarks.quality.divergence import Base, check_base, kl_divergence, pack,
 from benchmarks.quality.open_scorer import open_scorer
 from benchmarks.quality.perplexity import Resume, evaluate
 from benchmarks.quality.scorer import Piece
-from dmpt_export.cli.eval import PROTOCOLS
 from dmpt_export.cli.main import main
 from tests.helpers.bench_fakes import FakeScorer, uniform
 from tests.helpers.tolerances import TOLERANCE
@@ -311,4 +310,3 @@ def test_what_people_read(tiny_dmpt: Path, tiny_gpt2: Path, text: str, capsys: p
     for words in ("(sliding, windows of 64, stride 32)", "per word", "bits (", "top five", "heads left", "KL", "99 %",
                   "same top", "ln ratio"):  # fmt: skip
         assert words in said
-    assert tuple(benchmarks.quality.perplexity.PROTOCOLS) == PROTOCOLS

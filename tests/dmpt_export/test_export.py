@@ -20,7 +20,7 @@ import runtime
 from benchmarks.report import layers
 from benchmarks.report.quantization import report_files
 from dmpt_export.check.float_kernels import graphs, initializers, read_graph
-from dmpt_export.check.tolerances import TOLERANCES
+from dmpt_export.check.tolerances import TOLERANCES, tolerance
 from dmpt_export.graph.builder import OWN
 from dmpt_export.inspect.graph_summary import stored_names
 from dmpt_export.onnx.export import export_onnx
@@ -158,7 +158,7 @@ def test_mixed_schemes_are_held_to_the_loosest_of_their_lines(tmp_path: Path) ->
     save_quantized(source, tmp_path / "quantized", scheme="int4", rules=[rule])
     manifest = export_onnx(tmp_path / "quantized", tmp_path / "onnx")
     assert re.fullmatch(r"mixed \d\.\d bits", manifest["quantization"]["scheme"])
-    assert manifest["parity"]["tolerance"] == vars(TOLERANCES["float32", "int8-dynamic"])
+    assert manifest["parity"]["tolerance"] == vars(tolerance("float32", "int8-dynamic"))
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4", "int3", "int2"])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dmpt_export.check.tolerances import TOLERANCES
+from dmpt_export.check.tolerances import TOLERANCES, tolerance
+from quant.schemes import SCHEMES
 
 # (dtype, scheme) -> largest absolute difference of a log-probability, in nats
 TOLERANCE: dict[tuple[str, str], float] = {
@@ -11,4 +12,5 @@ TOLERANCE: dict[tuple[str, str], float] = {
     ("float32", "loss"): 2e-5,  # a loss or gradient computed by another order of the same sums, logits around 10
 }
 # Exported against torch: the exporter's own limits. The integer kernels have none here, they are judged by KL.
-TOLERANCE |= {key: limit.max_abs for key, limit in TOLERANCES.items() if limit.max_abs is not None}
+LINES = TOLERANCES | {("float32", scheme): tolerance("float32", scheme) for scheme in SCHEMES}
+TOLERANCE |= {key: line.max_abs for key, line in LINES.items() if line.max_abs is not None}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import runtime
 from dmpt_export.check.float_kernels import read_graph, use_float_kernels
-from dmpt_export.check.tolerances import TOLERANCES
+from dmpt_export.check.tolerances import TOLERANCES, tolerance
 from dmpt_export.check.verify import torch_references
 from dmpt_export.onnx.export import export_onnx
 from dmpt_export.onnx.manifest import write_manifest
@@ -120,7 +120,7 @@ def test_rows_say_what_they_say_alone(kind: tuple[str, str], models: Any, data: 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_integer_kernels_say_nearly_the_same_of_a_row_in_a_batch(scheme: str, models: Any) -> None:
     """The tolerance table's row for the scheme, over as many rows as the exporter's check uses."""
-    model, tolerance = models["dual, fast-k", scheme + DEPLOYED], TOLERANCES["float32", scheme]
+    model, line = models["dual, fast-k", scheme + DEPLOYED], tolerance("float32", scheme)
     rng, kl = np.random.default_rng(8), []
     for _ in range(12):
         batch, alone = model.batch(8), Alone(model, 8)
@@ -129,9 +129,9 @@ def test_integer_kernels_say_nearly_the_same_of_a_row_in_a_batch(scheme: str, mo
         log_probs, routes = batch.step([ids[-1] for ids in alone.ids])
         want, alone_routes = alone.say()
         differs = routes != alone_routes
-        assert all(alone.margin(row) < tolerance.gate_margin for row in np.flatnonzero(differs))
+        assert all(alone.margin(row) < line.gate_margin for row in np.flatnonzero(differs))
         kl += (np.exp(want) * (want - log_probs)).sum(-1)[~differs].tolist()
-    assert len(kl) > 90 and np.mean(kl) < tolerance.kl_mean
+    assert len(kl) > 90 and np.mean(kl) < line.kl_mean
 
 
 def test_room_grows_and_the_context_ends(models: Any) -> None:
