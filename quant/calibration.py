@@ -62,10 +62,15 @@ class Calibration:
         return {"sha256": self.sha256, "tokens": self.windows.numel(), "perplexity": self.perplexity}
 
 
-def read_calibration(text: str | Path, source: Source, tokens: int = TOKENS) -> Calibration:
-    """The first `tokens` tokens of a text file, judged by the float model; raises as load_model and read_ids."""
+def read_calibration(
+    text: str | Path, source: Source, tokens: int = TOKENS, ids: NDArray[np.int64] | None = None
+) -> Calibration:
+    """The first `tokens` tokens of a text file, judged by the float model; raises as load_model and read_ids.
+
+    ids: what read_ids gave for this text and model, so that it is not tokenised again.
+    """
     folder = resolve(source)
-    windows = read_windows(text, folder, read_config(folder), tokens)
+    windows = read_windows(text, folder, read_config(folder), tokens) if ids is None else torch.from_numpy(ids)
     model = load_model(folder)
     with open(text, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()

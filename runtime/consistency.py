@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from runtime.manifest import HEAD_LOG_WEIGHTS, ROOT, Manifest, Node
+from runtime.graph_io import HEAD_LOG_WEIGHTS, graph_inputs, graph_outputs
+from runtime.manifest import ROOT, Manifest, Node
 from runtime.schema import unsafe_name
 
 MOST_BLOCKS = 10_000
@@ -54,6 +55,8 @@ def value_faults(manifest: Manifest) -> list[str]:
         problems.append(f"activation_dtype: '{manifest.activation_dtype}' is not one of {', '.join(FLOATS)}")
     if manifest.cache_dtype not in (manifest.activation_dtype, "int8"):
         problems.append(f"cache_dtype: '{manifest.cache_dtype}' is neither the activations' type nor int8")
+    if config.head_dim * config.n_head != config.n_embd:
+        problems.append(f"config.head_dim: {config.head_dim} times {config.n_head} heads is not n_embd {config.n_embd}")
     problems += [
         f"head_allocation: '{leaf}' is not a leaf or has no heads"
         for leaf in sorted({*manifest.leaves, *manifest.head_allocation})
@@ -72,70 +75,34 @@ def value_faults(manifest: Manifest) -> list[str]:
 
 
 def graph_faults(manifest: Manifest) -> list[str]:
-    """Check that the inputs and outputs, with their types, are those that the tree needs."""
-    problems, optional = [], {f"{HEAD_LOG_WEIGHTS}.{leaf}" for leaf in manifest.head_allocation}
-    for field_name, specs, wanted in (
-        ("inputs", manifest.inputs, expected_inputs(manifest)),
-        ("outputs", manifest.outputs, expected_outputs(manifest)),
-    ):
-        missing = sorted(wanted.keys() - specs.keys() - optional)
-        unknown = sorted(specs.keys() - wanted.keys())
+    """Whether the inputs and outputs are those that the tree requires, with their types and sizes."""
+    rows, cache = manifest.activation_dtype, manifest.cache_dtype
+    inputs = graph_inputs(manifest.tree, manifest.config, rows, cache)
+    outputs = graph_outputs(manifest.tree, manifest.config, rows, cache, manifest.leaves, manifest.head_allocation)
+    problems = []
+    for field_name, specs, wanted in (("inputs", manifest.inputs, inputs), ("outputs", manifest.outputs, outputs)):
+        names = {spec.name for spec in wanted}
+        optional = {name for name in names if name.startswith(HEAD_LOG_WEIGHTS)}
+        missing, unknown = sorted(names - specs.keys() - optional), sorted(specs.keys() - names)
         problems += [f"{field_name}: missing {', '.join(missing)}"] if missing else []
         problems += [f"{field_name}: unknown {', '.join(unknown)}"] if unknown else []
+        found = [(specs[spec.name], spec) for spec in wanted if spec.name in specs]
         problems += [
-            f"{field_name}: {name} is {specs[name].dtype}, expected {dtype}"
-            for name, dtype in wanted.items()
-            if name in specs and specs[name].dtype != dtype
+            f"{field_name}: {spec.name} is {own.dtype}, expected {spec.dtype}"
+            for own, spec in found
+            if own.dtype != spec.dtype
         ]
-        problems += [
-            f"{field_name}: {name} is {list(spec.shape)}, which does not fit config"
-            for name, spec in specs.items()
-            if not fits_config(name, spec.shape, manifest)
+        problems += [  # buffers are made by these sizes before the graph can object
+            f"{field_name}: {spec.name} is {list(own.shape)}, which does not fit config"
+            for own, spec in found
+            if fixed(own.shape) != fixed(spec.shape)
         ]
     return problems
 
 
-def fits_config(name: str, shape: tuple[int | str, ...], manifest: Manifest) -> bool:
-    """Whether a tensor has the sizes of `config`: buffers are allocated by them before the graph can fail."""
-    config = manifest.config
-    kind = name.partition(".")[0]
-    if kind in ("past", "present"):
-        return len(shape) == 4 and (shape[1], shape[3]) == (config.n_head, config.head_dim)
-    if kind == HEAD_LOG_WEIGHTS:
-        return len(shape) == 2 and shape[1] == len(manifest.head_allocation.get(name.partition(".")[2], ()))
-    width = {"log_probs": config.vocab_size, "pending": config.n_embd, "rows": config.n_embd}.get(kind)
-    return width is None or (len(shape) == 3 and shape[2] == width)
-
-
-def expected_inputs(manifest: Manifest) -> dict[str, str]:
-    """name -> dtype of every graph input."""
-    rows = manifest.activation_dtype
-    return {
-        "input_ids": "int64",
-        "position_ids": "int64",
-        "seqlens_k": "int32",
-        "total_length": "int32",
-        "last": "int64",
-        **({"every_node": "bool"} if len(manifest.tree) > 1 else {}),
-        **{f"pending.{node.name}": rows for node in manifest.tree if node.parent is not None},
-        **{f"past.{cache}": manifest.cache_dtype for node in manifest.tree for cache in node.caches},
-    }
-
-
-def expected_outputs(manifest: Manifest) -> dict[str, str]:
-    """name -> dtype of every graph output; exports made before HEAD_LOG_WEIGHTS existed lack those."""
-    rows = manifest.activation_dtype
-    return {
-        "log_probs": "float32",
-        "routes": "int64",
-        **{f"rows.{node.name}": rows for node in manifest.tree if node.children is not None},
-        **{f"present.{cache}": manifest.cache_dtype for node in manifest.tree for cache in node.caches},
-        **{
-            f"{HEAD_LOG_WEIGHTS}.{leaf}": "float32"
-            for leaf in manifest.leaves
-            if len(manifest.head_allocation.get(leaf, ())) > 1
-        },
-    }
+def fixed(shape: tuple[int | str, ...]) -> list[int | None]:
+    """The sizes that are fixed; None for the free dimensions, whatever they are called."""
+    return [size if isinstance(size, int) else None for size in shape]
 
 
 def file_faults(manifest: Manifest) -> list[str]:

@@ -41,3 +41,12 @@ def is_out_of_memory(error: Exception) -> bool:
         return True
     native = isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime")
     return native and any(text in str(error).lower() for text in MEMORY_MESSAGES)
+
+
+def install(extra: str) -> str:
+    """The command that adds an extra of this project.
+
+    >>> install("cpu")
+    "pip install '.[cpu]' in the checkout of dmpt-export"
+    """
+    return f"pip install '.[{extra}]' in the checkout of dmpt-export"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from runtime.graph_io import HEAD_LOG_WEIGHTS, TensorSpec, cache_names
+
 ROOT = "root"
-HEAD_LOG_WEIGHTS = "head_log_weights"  # outputs NAME.LEAF: log head weights of the rows routed to the leaf
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Node:
     @property
     def caches(self) -> list[str]:
         """Names of its attention caches: `<prefix>.h.<block>.key` and `.value`, in the order of the graph."""
-        return [f"{self.prefix}.h.{i}.{part}" for i in range(self.start, self.stop) for part in ("key", "value")]
+        return cache_names(self)
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,6 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_id: int | None
     splits: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    name: str
-    dtype: str  # numpy's name
-    shape: tuple[int | str, ...]  # a string is a free dimension
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from typing import Any
 
 from runtime.consistency import contradictions
 from runtime.errors import ModelError
-from runtime.manifest import FileSpec, Manifest, ModelConfig, Node, TensorSpec
+from runtime.graph_io import TensorSpec
+from runtime.manifest import FileSpec, Manifest, ModelConfig, Node
 from runtime.schema import (
     BOOL,
     COUNT,

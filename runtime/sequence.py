@@ -20,8 +20,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from runtime.cache import Caches, roomier
 from runtime.errors import ModelError
+from runtime.graph_io import HEAD_LOG_WEIGHTS
 from runtime.lookup import MOST_SPECULATED
-from runtime.manifest import HEAD_LOG_WEIGHTS, ROOT, Node
+from runtime.manifest import ROOT, Node
 from runtime.request import check_count, check_ids
 from runtime.session import Engine
 

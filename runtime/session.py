@@ -11,7 +11,7 @@ from threading import Lock
 from typing import Any
 from weakref import WeakSet
 
-from runtime.errors import ModelError, OutOfMemory, RequestError, SetupError
+from runtime.errors import ModelError, OutOfMemory, RequestError, SetupError, install, is_out_of_memory
 from runtime.manifest import Manifest
 from runtime.pages import large_pages
 from runtime.processor import check_batches, check_runtime
@@ -24,7 +24,6 @@ NO_FALLBACK = "fallback to CPU EP has been explicitly disabled"
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 UNTILED = "ORT_GQA_DISABLE_FLASH_ATTENTION"  # ONNX Runtime reads it when a session is created
 ENVIRONMENT = Lock()  # the environment belongs to the process: one session at a time changes it
-MEMORY_MESSAGES = ("failed to allocate memory", "bad allocation", "bad_alloc", "out of memory")
 TYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -129,9 +128,8 @@ def import_onnxruntime(device: str) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        extra = "cuda" if device == "cuda" else "cpu"
-        install = f"pip install '.[{extra}]' in the checkout of dmpt-export"
-        raise SetupError(f"onnxruntime cannot be imported ({error}): {install}") from error
+        hint = install("cuda" if device == "cuda" else "cpu")
+        raise SetupError(f"onnxruntime cannot be imported ({error}): {hint}") from error
     return onnxruntime
 
 
@@ -149,7 +147,7 @@ def explained(error: Exception, what: str) -> Exception:
             f"{what} on the GPU alone: a CUDA library is missing (see onnxruntime's message above), "
             "or the model contains an operator without a CUDA kernel"
         )
-    if any(message in text.lower() for message in MEMORY_MESSAGES):
+    if is_out_of_memory(error):
         return OutOfMemory(f"{what}: not enough memory ({text})")
     return ModelError(f"{what}: {text}")
 
@@ -190,8 +188,7 @@ def check_cuda(ort: Any, manifest: Manifest, folder: Path) -> None:
         raise ModelError(f"{folder} was exported for {manifest.target}: use `dmpt-export onnx --target cuda`")
     if PROVIDERS["cuda"] not in ort.get_available_providers():
         raise SetupError(
-            f"this onnxruntime {ort.__version__} has no CUDA: "
-            "pip uninstall onnxruntime, then pip install '.[cuda]' in the checkout of dmpt-export"
+            f"this onnxruntime {ort.__version__} has no CUDA: pip uninstall onnxruntime, then {install('cuda')}"
         )
     if hasattr(ort, "preload_dlls"):  # finds the CUDA libraries that pip installed
         ort.preload_dlls()

@@ -103,4 +103,5 @@ def test_the_program_in_design_drives_the_graph(splits: list[int], heads: int, t
         np.testing.assert_allclose(log_probs, want[at : at + size], rtol=0, atol=1e-4)
         assert leaves == routes[at : at + size]
         at += size
-    assert at == len(ids) and (not splits or len(set(routes)) > 1)
+    assert at == len(ids)
+    assert not splits or len(set(routes)) > 1

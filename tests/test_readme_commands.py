@@ -87,7 +87,8 @@ def test_every_flag_of_the_original_is_taken_in_both_spellings(flag: str, spelli
     word = f"--{flag.replace('_', '-') if spelling == 'dashes' else flag}"
     value = FLAGS[flag]
     if value is True:
-        assert parse(word)[name] is True and parse()[name] in (False, None)
+        assert parse(word)[name] is True
+        assert parse()[name] in (False, None)
         return
     given = "somewhere" if value is Path else str(value)
     assert str(parse(word, given)[name]) == (f"[{given}]" if name == "splits" else given)
@@ -174,8 +175,10 @@ def test_without_data_and_without_a_hub_one_line_says_so(
     monkeypatch.setattr("training.text.sources.find_spec", lambda name: None)
     assert main(["train", str(tiny_gpt2), "out"]) == 3
     err = capsys.readouterr().err
-    assert err.startswith("Error: --data FILE is missing") and err.endswith(f"{install('data')}\n")
-    assert err.count("\n") == 1 and not Path("out").exists()
+    assert err.startswith("Error: --data FILE is missing")
+    assert err.endswith(f"{install('data')}\n")
+    assert err.count("\n") == 1
+    assert not Path("out").exists()
 
 
 # --- recipes ------------------------------------------------------------------------------------------
@@ -200,7 +203,8 @@ def test_recipes_train_all_their_phases(recipe: str, workplace: Path, capsys: py
     capsys.readouterr()
     assert main(["eval", str(out), "--data", "text.txt", "--max-length", "32", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["perplexity"] > 1 and len(result["route_shares"]) == 2 ** len(config.splits)
+    assert result["perplexity"] > 1
+    assert len(result["route_shares"]) == 2 ** len(config.splits)
 
 
 def test_the_last_phase_of_the_dual_recipe_polishes_the_right_path_alone(workplace: Path) -> None:
@@ -210,7 +214,8 @@ def test_the_last_phase_of_the_dual_recipe_polishes_the_right_path_alone(workpla
     assert main([*line, "--warmup_steps", "0", "--max_steps", "1", "--dropout", "0"]) == 0
     before, after = (load_model(out / f"phase-{n}").state_dict() for n in (3, 4))
     changed = {name for name in after if not torch.equal(before[name], after[name])}
-    assert changed and not {n for n in changed if n.startswith(("paths.left", "gates", "head_gates", "heads.0"))}
+    assert changed
+    assert not {n for n in changed if n.startswith(("paths.left", "gates", "head_gates", "heads.0"))}
     assert any(name.startswith("paths.right") for name in changed)
 
 

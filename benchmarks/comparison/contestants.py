@@ -76,7 +76,8 @@ class Opener:
         from training.checkpoints.files import resolve
 
         target = self.target(entry)
-        assert target and entry.scheme
+        assert target
+        assert entry.scheme
         source, threads = resolve(entry.path), self.settings.threads
         return PeerScorer(target, entry.scheme, source, self.gpt2(entry), threads)
 

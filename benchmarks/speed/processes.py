@@ -60,7 +60,8 @@ class Worker:
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """Send a request and wait for its reply; WorkerFailed when it says error, or died."""
-        assert self.process.stdin and self.process.stdout
+        assert self.process.stdin
+        assert self.process.stdout
         try:
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
@@ -89,7 +90,8 @@ class Worker:
         return WorkerFailed(f"the process of {self.name} {end}: see what it said above", 1)
 
     def close(self) -> None:
-        assert self.process.stdin and self.process.stdout
+        assert self.process.stdin
+        assert self.process.stdout
         try:
             self.process.stdin.close()
             self.process.wait(timeout=10)

@@ -32,7 +32,7 @@ def require(*extras: str) -> None:
     missing = {extra: [m for m in MODULES[extra] if find_spec(m) is None] for extra in extras}
     lacking = [extra for extra, modules in missing.items() if modules]
     if lacking:
+        from training.errors import install
+
         names = ", ".join(dict.fromkeys(m for modules in missing.values() for m in modules))
-        raise MissingExtra(
-            f"this command needs {names}: pip install '.[{','.join(lacking)}]' in the checkout of dmpt-export"
-        )
+        raise MissingExtra(f"this command needs {names}: {install(*lacking)}")

@@ -10,47 +10,28 @@ import onnx_ir as ir
 from dmpt_export.graph.blocks import Past, Stream, Timeline, block_prefixes, embed, norm_stream, segment
 from dmpt_export.graph.builder import MSFT, Builder, Spec
 from dmpt_export.graph.heads import leaf_log_probs
-from dmpt_export.graph.routing import Router, Tail, cache_specs, head_specs
+from dmpt_export.graph.routing import Router, Tail
 from quant.forms.weights import Weights
+from runtime.graph_io import graph_inputs, graph_outputs
 from training.model.config import DMPTConfig
 from training.model.shape import ROOT
 
 OPSETS = range(20, 25)  # ReduceMax of bool and Gelu came with 20; tested up to 24
 OPSET = 21
-INT64, INT32, INT8 = ir.DataType.INT64, ir.DataType.INT32, ir.DataType.INT8
-BOOL, FLOAT = ir.DataType.BOOL, ir.DataType.FLOAT
+INT8, FLOAT = ir.DataType.INT8, ir.DataType.FLOAT
 
 
 def input_specs(config: DMPTConfig, dtype: ir.DataType, cache: ir.DataType) -> list[Spec]:
-    """Graph inputs in order; `pending` and caches (of type `cache`) as in docs/design.md, Inputs and outputs."""
-    nodes = list(config.tree.values())
-    return [
-        Spec("input_ids", INT64, ("batch", "tokens")),
-        Spec("position_ids", INT64, ("batch", "tokens")),
-        Spec("seqlens_k", INT32, ("batch",)),
-        Spec("total_length", INT32, ()),
-        Spec("last", INT64, ()),
-        *([Spec("every_node", BOOL, ())] if len(nodes) > 1 else []),
-        *(Spec(f"pending.{n.name}", dtype, ("batch", f"pending_{n.name}", config.n_embd)) for n in nodes[1:]),
-        *cache_specs(config, cache, [p for n in nodes for p in block_prefixes(n)], "past"),
-    ]
+    """Graph inputs in order."""
+    rows, kept = dtype.numpy().name, cache.numpy().name
+    return [Spec.of(spec) for spec in graph_inputs([*config.tree.values()], config, rows, kept)]
 
 
 def output_specs(config: DMPTConfig, dtype: ir.DataType, cache: ir.DataType) -> list[Spec]:
     """Graph outputs in order."""
-    nodes = list(config.tree.values())
-    rows = [
-        Spec(f"rows.{n.name}", dtype, ("batch", "tokens" if n.parent is None else f"rows_{n.name}", config.n_embd))
-        for n in nodes
-        if n.children
-    ]
-    return [
-        Spec("log_probs", FLOAT, ("batch", "last", config.vocab_size)),
-        Spec("routes", INT64, ("batch", "last")),
-        *rows,
-        *cache_specs(config, cache, [p for n in nodes for p in block_prefixes(n)], "present"),
-        *head_specs(config, config.leaves),
-    ]
+    rows, kept, nodes = dtype.numpy().name, cache.numpy().name, [*config.tree.values()]
+    specs = graph_outputs(nodes, config, rows, kept, config.leaves, config.head_allocation)
+    return [Spec.of(spec) for spec in specs]
 
 
 def build(
@@ -127,7 +108,7 @@ def _single_leaf(
         )
     batch = b.op("Shape", router.time.position_ids, name="routes.batch", start=0, end=1)
     shape = b.op("Concat", batch, router.tail.count, name="routes.shape", axis=0)
-    return log_probs, b.op("ConstantOfShape", shape, name="routes.zero", value=ir.tensor([0], dtype=INT64))
+    return log_probs, b.op("ConstantOfShape", shape, name="routes.zero", value=ir.tensor([0], dtype=ir.DataType.INT64))
 
 
 def _named(b: Builder, value: ir.Value, spec: Spec) -> ir.Value:

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from runtime.graph_io import TensorSpec
+
 MSFT = "com.microsoft"
 OWN = ".branch"  # ends the names of a branch's own initializers
 
@@ -28,6 +30,10 @@ class Spec:
     name: str
     dtype: ir.DataType
     shape: tuple[int | str, ...]
+
+    @classmethod
+    def of(cls, spec: TensorSpec) -> Spec:
+        return cls(spec.name, ir.DataType.from_numpy(np.dtype(spec.dtype)), spec.shape)
 
     def value(self, name: str | None = None) -> ir.Value:
         return ir.val(name or self.name, self.dtype, list(self.shape))

@@ -23,6 +23,7 @@ from dmpt_export.graph.blocks import Past, Stream, Timeline, block_prefixes, nor
 from dmpt_export.graph.builder import Builder, Spec
 from dmpt_export.graph.heads import gate_mlp, leaf_log_probs
 from quant.forms.weights import Weights
+from runtime.graph_io import cache_specs, head_specs
 from training.model.config import DMPTConfig
 from training.model.shape import Node
 
@@ -88,7 +89,7 @@ class Router:
         needed = b.op("Or", taken, self.every_node, name=f"routes.{node.name}.needed")
         specs = [
             *self._result_specs(b, node),
-            *cache_specs(self.config, self.past[prefixes[0]].dtype, prefixes, "present"),
+            *map(Spec.of, cache_specs(node, self.config, self.past[prefixes[0]].dtype.numpy().name, "present")),
         ]
 
         def then(inner: Builder) -> list[ir.Value]:
@@ -135,7 +136,7 @@ class Router:
             shape = (1, f"routed_{node.name}", self.config.vocab_size)
             return [
                 Spec(f"log_probs.{node.name}", ir.DataType.FLOAT, shape),
-                *head_specs(self.config, [node.name]),
+                *map(Spec.of, head_specs(node.name, self.config.head_allocation)),
             ]
         return [
             Spec(f"rows.{node.name}", b.dtype, ("batch", f"rows_{node.name}", self.config.n_embd)),
@@ -214,17 +215,3 @@ def positions_of(b: Builder, mask: ir.Value, name: str) -> ir.Value:
 def empty(b: Builder, shape: tuple[int, ...], dtype: ir.DataType, name: str) -> ir.Value:
     zero = ir.tensor(np.zeros(1, dtype.numpy()))
     return b.op("ConstantOfShape", b.ints(*shape), name=f"{name}.skipped", value=zero)
-
-
-def head_specs(config: DMPTConfig, leaves: list[str]) -> list[Spec]:
-    """log pi of the leaves that have several heads, each for the rows routed to it, in their order."""
-    heads = {leaf: len(config.head_allocation[leaf]) for leaf in leaves}
-    return [
-        Spec(f"head_log_weights.{leaf}", ir.DataType.FLOAT, (f"routed_{leaf}", n)) for leaf, n in heads.items() if n > 1
-    ]
-
-
-def cache_specs(config: DMPTConfig, dtype: ir.DataType, prefixes: list[str], label: str) -> list[Spec]:
-    """Graph inputs (`past`) or outputs (`present`) of the blocks' caches, key then value."""
-    shape = ("batch", config.n_head, "capacity", config.n_embd // config.n_head)
-    return [Spec(f"{label}.{prefix}.{part}", dtype, shape) for prefix in prefixes for part in ("key", "value")]

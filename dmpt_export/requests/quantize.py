@@ -12,6 +12,9 @@ from training.errors import OptionError, usage
 from training.progress import say, tell
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from quant.calibration import Calibration
     from quant.planning.plan import Plan, Target
     from quant.planning.saved_plan import Replay
@@ -26,6 +29,7 @@ class Found:
 
     rules: list[Rule]  # those given, then those of the earlier plan
     earlier: Replay | None
+    ids: NDArray[np.int64] | None = None  # [n, S], windows of the calibration text
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ class QuantizeRequest:
         elif shapes:
             self.check_rules(shapes, shape, rules)
         if self.calib is not None:  # last: the tokenizer of a foreign folder takes Transformers, and seconds
-            read_ids(self.calib, folder, shape, self.calib_tokens)
+            return Found(rules, earlier, read_ids(self.calib, folder, shape, self.calib_tokens))
         return Found(rules, earlier)
 
     def check_rules(self, shapes: dict[str, tuple[int, ...]], shape: Shape, rules: list[Rule]) -> None:
@@ -186,7 +190,7 @@ class QuantizeRequest:
         calibration = None
         if self.calib is not None:
             say(f"reading {self.calib}, and what the float model makes of it")
-            calibration = read_calibration(self.calib, self.checkpoint, self.calib_tokens)
+            calibration = read_calibration(self.calib, self.checkpoint, self.calib_tokens, found.ids)
             self.judge(calibration, found)
         out = None if self.dry_run else self.out
         if self.planned:

@@ -45,8 +45,7 @@ class Damage:
             total, row = 0.0, 0
             for got in self._log_probs(hidden):
                 want = self.want[row : row + len(got)]
-                # As benchmarks.quality.divergence.kl_divergence, which this package must not import; in torch, where
-                # the rows are.
+                # benchmarks.quality.divergence.kl_divergence in torch: the rows are tensors, and are many
                 total += float((want.exp() * (want - got)).sum(dtype=torch.float64))
                 row += len(got)
         return max(total / row, 0.0)  # rounding alone makes it less

@@ -42,7 +42,8 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> s
     if code:
         assert out == ""
     if code == 3:
-        assert err.startswith("Error: ") and err.count("\n") == 1
+        assert err.startswith("Error: ")
+        assert err.count("\n") == 1
         return err
     return err if code else out
 
@@ -75,7 +76,8 @@ def test_an_exported_model_scores_as_its_checkpoint(
         assert onnx[key] == torch[key]
     assert 0 < onnx["route_shares"]["left"] < 1
     for leaf, shares in torch["head_shares"].items():
-        assert len(shares) > 1 and onnx["head_shares"][leaf] == pytest.approx(shares, abs=TOLERANCE["float32", "float"])
+        assert len(shares) > 1
+        assert onnx["head_shares"][leaf] == pytest.approx(shares, abs=TOLERANCE["float32", "float"])
 
 
 def test_eval_of_an_exported_model_imports_no_torch(exported: dict[str, str], text: str) -> None:
@@ -88,7 +90,8 @@ def test_eval_of_an_exported_model_imports_no_torch(exported: dict[str, str], te
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "perplexity" in done.stdout and "routes" in done.stdout
+    assert "perplexity" in done.stdout
+    assert "routes" in done.stdout
 
 
 def test_bench_of_one_model(exported: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,7 +116,11 @@ def test_bench_of_several_models(exported: dict[str, str], capsys: pytest.Captur
     assert found["models"][0]["tests"][0]["ratio"] == 1
     assert found["models"][1]["tests"][1]["ratio"] > 0
     table = run(capsys, "bench", models[0], *options)
-    assert "load cold" in table and "pp16" in table and "tg4 @ d16" in table and "±" in table and "GB/s on 1" in table
+    assert "load cold" in table
+    assert "pp16" in table
+    assert "tg4 @ d16" in table
+    assert "±" in table
+    assert "GB/s on 1" in table
     assert "ratio" not in table
 
 
@@ -127,11 +134,14 @@ def test_bench_of_several_threads_with_profile_and_curves(
     rows = json.loads(said)["models"]
     assert [(r["name"], r["threads"]) for r in rows] == [("gpt2", 1), ("dmpt", 1), ("gpt2", 2), ("dmpt", 2)]
     assert all(row["cold_load_s"] > 0 and row["touched_bytes"] > 0 for row in rows)
-    assert rows[0]["shape"] == {"paths": 1, "heads": 1, "fast_k": 0} and rows[1]["shape"]["paths"] == 2
-    assert rows[1]["node_ms"]["If"] > 0 and "If" not in rows[0]["node_ms"]
+    assert rows[0]["shape"] == {"paths": 1, "heads": 1, "fast_k": 0}
+    assert rows[1]["shape"]["paths"] == 2
+    assert rows[1]["node_ms"]["If"] > 0
+    assert "If" not in rows[0]["node_ms"]
     assert rows[0]["node_ms"]["GroupQueryAttention"] > 0
     text = report.read_text()
-    assert "Decode time against tokens of context" in text and "Decode time against threads" in text
+    assert "Decode time against tokens of context" in text
+    assert "Decode time against threads" in text
     stored.write_text(said)
     out = tmp_path / "out"
     quick = ("--repetitions", "1", "--prompt", "8", "--gen", "4", "--threads", "1")
@@ -147,9 +157,11 @@ def test_bench_of_several_sizes_as_csv(exported: dict[str, str], capsys: pytest.
     assert [(row["name"], row["test"]) for row in rows] == [(n, t) for n in ("gpt2", "dmpt") for t in tests]
     for row in rows:
         assert 0 < float(row["tokens_per_s_min"]) <= float(row["tokens_per_s"]) <= float(row["tokens_per_s_max"])
-        assert float(row["ratio"]) > 0 and int(row["rss_bytes"]) > 0
+        assert float(row["ratio"]) > 0
+        assert int(row["rss_bytes"]) > 0
         if row["test"].startswith("tg"):
-            assert 0 < float(row["python_share"]) < 1 and float(row["roof_share"]) > 0
+            assert 0 < float(row["python_share"]) < 1
+            assert float(row["roof_share"]) > 0
 
 
 def test_the_greedy_tokens_that_are_timed_are_the_models_own(exported: dict[str, str]) -> None:
@@ -178,7 +190,8 @@ def test_compare_with_control(
     assert checkpoint["perplexity"] == pytest.approx(ours["perplexity"], rel=TOLERANCE["float32", "float"])
     assert checkpoint["parameters"] == ours["parameters"]
     assert checkpoint["parameters_touched_per_token"] == ours["parameters_touched_per_token"]
-    assert tuned["control"] and tuned["decode_tokens_per_s"] > 0
+    assert tuned["control"]
+    assert tuned["decode_tokens_per_s"] > 0
     assert "decode_tokens_per_s" not in checkpoint
     assert (tmp_path / "out" / "comparison.svg").read_text().count("<circle") >= 3
     assert "control is missing" in run(capsys, "compare", *models, *options)

@@ -80,14 +80,18 @@ def test_dmpt_is_read_against_its_control_of_the_same_scheme() -> None:
     said = reading([BASE, *TUNED, *DMPT])
     assert "\n" not in said
     fp32, int8, int4 = said.split("scheme: ")[1].split(" (± two")[0].split("; ")
-    assert "perplexity 4.00 % ± 0." in fp32 and "lower, 3.00x the size, 0.80x the decode speed" in fp32
-    assert "perplexity 5.88 % ± 0." in int8 and "higher, 2.50x the size, 0.75x" in int8
-    assert "perplexity no different (+0.02 % ±" in int4 and "1.10x the decode speed" in int4
+    assert "perplexity 4.00 % ± 0." in fp32
+    assert "lower, 3.00x the size, 0.80x the decode speed" in fp32
+    assert "perplexity 5.88 % ± 0." in int8
+    assert "higher, 2.50x the size, 0.75x" in int8
+    assert "perplexity no different (+0.02 % ±" in int4
+    assert "1.10x the decode speed" in int4
 
 
 def test_the_margin_is_two_paired_standard_errors() -> None:
     said = reading([TUNED[0], DMPT[0]])
-    assert TUNED[0].quality and DMPT[0].quality
+    assert TUNED[0].quality
+    assert DMPT[0].quality
     difference = DMPT[0].quality.nll - TUNED[0].quality.nll
     margin = 100 * 2 * difference.std(ddof=1) / math.sqrt(4000) * 48 / 50
     assert f"± {margin:.2f} %" in said
@@ -96,7 +100,9 @@ def test_the_margin_is_two_paired_standard_errors() -> None:
 
 def test_no_claim_without_a_control() -> None:
     said = reading([BASE, *DMPT])
-    assert "control is missing" in said and "%" not in said and "x the" not in said
+    assert "control is missing" in said
+    assert "%" not in said
+    assert "x the" not in said
     assert "no such GPT-2 row" in reading([TUNED[0], *DMPT[:2]])
     assert "No DMPT" in reading([BASE, *TUNED])
 
@@ -111,15 +117,19 @@ def test_other_tokenizers_are_ranked_by_bytes() -> None:
     coarse = replace(TUNED[0], name="coarse", quality=quality(200, text="another", n_bytes=32_000))
     rows = [TUNED[0], DMPT[0], coarse]  # perplexities 50, 48, 200
     assert rankings(rows)["bits per byte"] == ["coarse", "DMPT fp32", "GPT-2 fine-tuned fp32"]
-    assert "perplexity" not in rankings(rows) and rankings(rows[:2])["perplexity"][0] == "DMPT fp32"
+    assert "perplexity" not in rankings(rows)
+    assert rankings(rows[:2])["perplexity"][0] == "DMPT fp32"
     result = Comparison(rows, ["text"], [])
     header, _, line = result.table().splitlines()[:3]
-    assert "| word perplexity | bits per byte |" in header and "accuracy" not in header
+    assert "| word perplexity | bits per byte |" in header
+    assert "accuracy" not in header
     assert line.split("|")[5:7] == [f"{math.exp(math.log(50) * 4 / 3):16.2f} ", f"{math.log2(50) / 4:14.4f} "]
     text = result.as_markdown()
-    assert "perplexities per token do not compare" in text and "Best first by bits per byte: coarse" in text
+    assert "perplexities per token do not compare" in text
+    assert "Best first by bits per byte: coarse" in text
     assert "in bits per byte, decode time" in text
-    assert "Size, bits per byte and speed" in (drawn := page(result)) and "Size, perplexity" not in drawn
+    assert "Size, bits per byte and speed" in (drawn := page(result))
+    assert "Size, perplexity" not in drawn
     assert "coarse: 20 MB, bits per byte 0.9555" in drawn
     assert "They scored 16,000 to 32,000 bytes" in text  # which the fine print of stride-concat is about
 
@@ -147,9 +157,11 @@ def test_files_of_a_comparison(tmp_path: Path) -> None:
     assert [r["name"] for r in stored["rows"]] == [r.name for r in result.rows]
     assert stored["rows"][1]["perplexity"] == pytest.approx(50)
     assert stored["rows"][1]["decode_tokens_per_s"] == 100
-    assert "perplexity" not in stored["rows"][-1] and "decode_tokens_per_s" not in stored["rows"][-1]
+    assert "perplexity" not in stored["rows"][-1]
+    assert "decode_tokens_per_s" not in stored["rows"][-1]
     assert stored["seeds"] == {"training": 7}
-    assert {"cpu", "cores"} <= stored["machine"].keys() and "python" in stored["versions"]
+    assert {"cpu", "cores"} <= stored["machine"].keys()
+    assert "python" in stored["versions"]
     assert stored["reading"] == result.reading
     text = (tmp_path / "out" / "comparison.md").read_text()
     for part in (result.table(), result.reading, result.conditions(), "comparison.svg"):
@@ -206,7 +218,9 @@ def test_checkpoints_are_scored_on_the_same_windows(
     ]
     result = compare(entries, [text], tmp_path / "out", Settings(max_length=40, stride=10), seeds={"training": 3})
     base, tuned, ours = result.rows
-    assert base.quality and tuned.quality and ours.quality
+    assert base.quality
+    assert tuned.quality
+    assert ours.quality
     assert base.quality.perplexity == tuned.quality.perplexity != ours.quality.perplexity
     assert {r.quality.tokens_sha256 for r in result.rows if r.quality} == {base.quality.tokens_sha256}
     assert (base.family, tuned.family, ours.family) == ("GPT-2", "GPT-2 fine-tuned", "DMPT")
@@ -223,11 +237,14 @@ def test_a_comparison_follows_the_protocol(tiny_gpt2: Path, sample_text: str, tm
     (row,) = compare([Entry("base", str(tiny_gpt2))], [tmp_path / "text.jsonl"], settings=settings).rows
     scorer = open_scorer(tiny_gpt2)
     text = read_text(scorer, [tmp_path / "text.jsonl"], "body", "sliding")
-    assert row.quality and row.quality.to_json() == evaluate(scorer, text, 32, 8, "sliding").to_json()
+    assert row.quality
+    assert row.quality.to_json() == evaluate(scorer, text, 32, 8, "sliding").to_json()
     stored = Comparison([row], [], []).as_csv().splitlines()
     found = dict(zip(stored[0].split(","), stored[1].split(","), strict=True))
-    assert found["protocol"] == "sliding" and float(found["bits_per_byte"]) == row.quality.bits_per_byte
-    assert float(found["word_perplexity"]) == row.quality.word_perplexity and float(found["top5_accuracy"]) > 0
+    assert found["protocol"] == "sliding"
+    assert float(found["bits_per_byte"]) == row.quality.bits_per_byte
+    assert float(found["word_perplexity"]) == row.quality.word_perplexity
+    assert float(found["top5_accuracy"]) > 0
     (tmp_path / "short").write_text("a")
     with pytest.raises(InputError, match="longer text"):  # everybody's mistake: no row
         compare([Entry("base", str(tiny_gpt2))], [tmp_path / "short"])

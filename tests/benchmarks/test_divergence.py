@@ -76,7 +76,9 @@ def test_kl_is_that_of_the_slow_loop(tiny_gpt2: Path, tiny_dmpt: Path, tmp_path:
         assert kept["log_ratio"] == found["log_ratio"]
         base.score = base.pieces = None  # type: ignore[method-assign, assignment]  # no longer asked
     itself = evaluate(model, IDS, 32, 16, base=Base(open_scorer(tiny_dmpt))).base
-    assert itself is not None and itself["kl_max"] < 1e-6 and itself["top1_agreement"] == 1
+    assert itself is not None
+    assert itself["kl_max"] < 1e-6
+    assert itself["top1_agreement"] == 1
 
 
 @given(seed=st.integers(0, 99), scale=st.sampled_from([0.1, 1.0, 10.0]))
@@ -183,7 +185,8 @@ def test_a_full_disk(
     with monkeypatch.context() as patched:
         patched.setattr(benchmarks.quality.divergence, "SPARE", 1 << 60)
         assert main(arguments) == 5
-        assert "MB are free" in capsys.readouterr().err and not cache.exists()
+        assert "MB are free" in capsys.readouterr().err
+        assert not cache.exists()
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -193,7 +196,8 @@ def test_a_full_disk(
         for command_line in (arguments, [*arguments[:4], "--resume", str(tmp_path / "state")]):
             assert main(command_line) == 5
             assert "No space left" in capsys.readouterr().err
-    assert not list(cache.glob("*/*")) and not list(tmp_path.glob("state/*"))
+    assert not list(cache.glob("*/*"))
+    assert not list(tmp_path.glob("state/*"))
     assert main(arguments) == 0
 
 
@@ -261,7 +265,8 @@ def test_an_interrupt_keeps_what_was_found(tiny_dmpt: Path, tmp_path: Path, monk
             evaluate(scorer, IDS, 32, 16, resume=Resume(tmp_path))
     (state,) = tmp_path.iterdir()
     other = evaluate(open_scorer(tiny_dmpt, fast_k=3), IDS, 32, 16, resume=Resume(tmp_path))  # not its state
-    assert other.sum_log_prob != whole.sum_log_prob and state.exists()
+    assert other.sum_log_prob != whole.sum_log_prob
+    assert state.exists()
     kept = state.read_bytes()
     assert np.array_equal(evaluate(scorer, IDS, 32, 16, resume=Resume(tmp_path)).nll, whole.nll)
     state.write_bytes(kept[: len(kept) // 2])

@@ -33,15 +33,18 @@ def test_figures_by_hand() -> None:
     base = Base(scorer([0.5, 0.5], [0.25, 0.75]))
     got = figures(evaluate(scorer([0.25, 0.75], [0.25, 0.75]), np.array([1, 0, 1]), 3, 3, "sliding", base=base))
     kl = 0.5 * np.log(2) + 0.5 * np.log(2 / 3)
-    assert got["tokens"] == 2 and got["same_top"] == 0.5  # a tie is the first token's, which the other finds unlikely
-    assert got["mean_kl"] == pytest.approx(kl / 2, rel=1e-5) and got["kl_p99"] == pytest.approx(0.99 * kl, rel=1e-5)
+    assert got["tokens"] == 2
+    assert got["same_top"] == 0.5
+    assert got["mean_kl"] == pytest.approx(kl / 2, rel=1e-5)
+    assert got["kl_p99"] == pytest.approx(0.99 * kl, rel=1e-5)
     assert got["perplexity"] == pytest.approx((0.25 * 0.75) ** -0.5, rel=1e-6)
     assert got["reference_perplexity"] == pytest.approx((0.5 * 0.75) ** -0.5, rel=1e-6)
 
 
 def test_every_scheme_and_size_has_its_options() -> None:
     found = quantization.variants(Path("c.txt"), ["1MB"], ["smooth=--scheme int8-dynamic --smooth 0.5 --calib CALIB"])
-    assert found["float32"] == [] and set(SCHEMES) == set(quantization.SCHEMES) < set(found)
+    assert found["float32"] == []
+    assert set(SCHEMES) == set(quantization.SCHEMES) < set(found)
     assert found["planned 1MB"] == ["--target-size", "1MB", "--calib", "c.txt"]
     assert found["smooth"] == ["--scheme", "int8-dynamic", "--smooth", "0.5", "--calib", "c.txt"]
     assert all(("--calib" in found[name]) == scheme.calibrated for name, scheme in SCHEMES.items())
@@ -57,7 +60,9 @@ def test_the_table_is_by_size_and_peers_come_last() -> None:
     ]
     text = table(lines, ["x is not measured"])
     assert [row.split("|")[1].strip() for row in text.splitlines()[4:7]] == ["large", "small", "peer"]
-    assert "+10.00 %" in text and "-0.0" not in text and text.endswith("\n\nx is not measured\n")
+    assert "+10.00 %" in text
+    assert "-0.0" not in text
+    assert text.endswith("\n\nx is not measured\n")
 
 
 def test_the_whole_command_is_not_done_twice(
@@ -80,12 +85,16 @@ def test_the_whole_command_is_not_done_twice(
     lines = [json.loads(line) for line in (tmp_path / "work" / "results.jsonl").read_text().splitlines()]
     assert [line["name"] for line in lines] == ["float32", "int8", "fake w4"]
     float_line, int8, fake = lines
-    assert abs(float_line["mean_kl"]) < 1e-6 < int8["mean_kl"] < fake["mean_kl"] and float_line["tokens"] == 118
+    assert abs(float_line["mean_kl"]) < 1e-6 < int8["mean_kl"] < fake["mean_kl"]
+    assert float_line["tokens"] == 118
     assert float_line["perplexity"] == pytest.approx(float_line["reference_perplexity"], rel=1e-4)
-    assert int8["weights_bytes"] < float_line["weights_bytes"] and fake["onnx_bytes"] == 11
+    assert int8["weights_bytes"] < float_line["weights_bytes"]
+    assert fake["onnx_bytes"] == 11
     said = capsys.readouterr().out
-    assert "gpt2 bad is not measured" in said and "absent is not measured: it lacks no-such-package" in said
-    assert "fake broken is not measured" in said and (tmp_path / "work" / "quantization.md").read_text() in said
+    assert "gpt2 bad is not measured" in said
+    assert "absent is not measured: it lacks no-such-package" in said
+    assert "fake broken is not measured" in said
+    assert (tmp_path / "work" / "quantization.md").read_text() in said
     monkeypatch.setattr(quantization, "evaluate", None)  # nothing is measured again
     quantization.main([*arguments[:-4], "--variants", "float32,int8"])
     assert len((tmp_path / "work" / "results.jsonl").read_text().splitlines()) == 3
@@ -110,15 +119,18 @@ def test_another_model_text_or_calibration_is_measured_anew(
         return [json.loads(line) for line in results.read_text().splitlines()]
 
     first = lines(tiny_gpt2)
-    assert len(first) == 1 and lines(tiny_gpt2) == first
+    assert len(first) == 1
+    assert lines(tiny_gpt2) == first
     capsys.readouterr()
     both = lines(tiny_dmpt)
-    assert len(both) == 2 and both[0]["perplexity"] != both[1]["perplexity"]
+    assert len(both) == 2
+    assert both[0]["perplexity"] != both[1]["perplexity"]
     assert f"{both[1]['perplexity']:.3f}" in (said := capsys.readouterr().out)
     assert f"{both[0]['perplexity']:.3f}" not in said  # it is another model's
     assert len(lines(tiny_dmpt, 140)) == 3
     (tmp_path / "calib.txt").write_text(sample_text * 2)
-    assert len(lines(tiny_dmpt, 140)) == 4 and lines(tiny_gpt2) == lines(tiny_dmpt, 140)
+    assert len(lines(tiny_dmpt, 140)) == 4
+    assert lines(tiny_gpt2) == lines(tiny_dmpt, 140)
 
 
 def test_the_table_shows_what_was_asked_for_last(
@@ -137,7 +149,8 @@ def test_the_table_shows_what_was_asked_for_last(
         return capsys.readouterr().out.partition("m: ")[2]
 
     first, second = shown("int8"), shown("int4")
-    assert "| other" in first != second and shown("int8") == first
+    assert "| other" in first != second
+    assert shown("int8") == first
 
 
 def test_wrong_options_are_usage_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,7 +66,8 @@ def test_the_whole_command_on_small_models(
     speed.main(options, TINY)
     said = capsys.readouterr().out
     said = said[said.index("## 1 thread") :]
-    assert "| DMPT int8: decode time over GPT-2 int8" in said and "openvino is not measured" in said
+    assert "| DMPT int8: decode time over GPT-2 int8" in said
+    assert "openvino is not measured" in said
     assert "optimum broken is not measured: optimum broken: cannot be converted" in said
     assert (tmp_path / "speed.md").read_text() == said
     stored = json.loads((tmp_path / "speed-1.json").read_text())
@@ -100,7 +101,9 @@ def test_what_fails_is_one_line(
     with pytest.raises(SystemExit) as stopped:
         speed.main(["--work", str(tmp_path)])
     out, err = capsys.readouterr()
-    assert stopped.value.code == code and said in err and out == ""
+    assert stopped.value.code == code
+    assert said in err
+    assert out == ""
 
 
 def test_a_half_made_checkpoint_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +154,8 @@ def test_a_peer_is_converted_once_and_whole(tmp_path: Path, monkeypatch: pytest.
         7,
     )
     facts = registry.read_facts(tmp_path / "out")
-    assert facts["versions"]["numpy"] == np.__version__ and facts["scheme"] == "q8"
+    assert facts["versions"]["numpy"] == np.__version__
+    assert facts["scheme"] == "q8"
     assert prepare("fake", "other", tmp_path / "gpt2", tmp_path / "out").size_bytes == 11  # not converted again
     with pytest.raises(WorkerFailed, match="fake broken: cannot be converted"):
         prepare("fake", "broken", tmp_path / "gpt2", tmp_path / "half")
@@ -216,7 +220,8 @@ def test_a_peer_says_what_transformers_says(name: str, scheme: str, tiny_gpt2: P
     with torch.no_grad():
         expected = GPT2LMHeadModel.from_pretrained(tiny_gpt2)(torch.tensor([ids])).logits[0, -20:].log_softmax(-1)
     assert divergence(expected.numpy(), scores)["mean_kl"] < (1e-6 if scheme == "fp32" else 0.5)
-    assert len(reply["ids"]) == 10 and reply["seconds"] > 0
+    assert len(reply["ids"]) == 10
+    assert reply["seconds"] > 0
     assert reply["ids"][0] == int(scores[-1].argmax())
 
 
@@ -264,7 +269,8 @@ def test_the_report_says_what_was_missed_and_what_is_absent() -> None:
     switched = [Timings(Case("pp", 8), [1.0]), Timings(Case("tg", 64, 128), [1.0], switches=3)]
     odd = Speed("DMPT never int8", switched, [1.0], 1, 1, 1, 1)
     said = report([timed("GPT-2 int8", 60), timed("DMPT int8", 50)], {}, ["llama.cpp is not measured"])
-    assert "Missed: DMPT int8: decode time over GPT-2 int8;" in said and "llama.cpp is not measured" in said
+    assert "Missed: DMPT int8: decode time over GPT-2 int8;" in said
+    assert "llama.cpp is not measured" in said
     assert "switched" not in said
     assert "DMPT never int8 switched 3 times" in report([odd], {}, [])
 

@@ -39,7 +39,9 @@ def test_equal_tokens_or_equal_operations() -> None:
             assert steps * flops[name] == pytest.approx(CPU.tune_steps * flops[variant.flops_of], rel=0.005)
         else:
             assert steps == (CPU.tune_steps if variant.tuned else 0)
-    assert VARIANTS["base"].plain and VARIANTS["gpt2"].plain and not VARIANTS["multi-head"].plain
+    assert VARIANTS["base"].plain
+    assert VARIANTS["gpt2"].plain
+    assert not VARIANTS["multi-head"].plain
 
 
 def test_every_variant_is_given_the_same_settings_but_for_what_it_adds() -> None:
@@ -49,9 +51,11 @@ def test_every_variant_is_given_the_same_settings_but_for_what_it_adds() -> None
         return {name.replace("-", "_"): value[0] if value else "True" for name, *value in pairs}
 
     gpt2, dual = options("gpt2"), options("dual-heads")
-    assert gpt2.items() - dual.items() == {("head_lr", "0.001")} and dual["head_lr"] == "0.003"
+    assert gpt2.items() - dual.items() == {("head_lr", "0.001")}
+    assert dual["head_lr"] == "0.003"
     assert dual.keys() - gpt2.keys() == {*plan.DMPT, *plan.PATHS, "fast_k", "fast_k_loss"}
-    assert "fast_k_loss" not in options("dual") and "fast_k_loss" not in options("multi-head-full")
+    assert "fast_k_loss" not in options("dual")
+    assert "fast_k_loss" not in options("multi-head-full")
     assert dual.keys() <= TrainOptions.__dataclass_fields__.keys()
 
 
@@ -74,7 +78,8 @@ def test_slices_are_consecutive_and_do_not_overlap(tmp_path: Path) -> None:
 
 def test_the_tokenizer_knows_every_byte() -> None:
     tokenizer = train_tokenizer(["the cat and the hat and the bat"] * 5, 270)
-    assert tokenizer.get_vocab_size() <= 270 and tokenizer.token_to_id("<|endoftext|>") == 0
+    assert tokenizer.get_vocab_size() <= 270
+    assert tokenizer.token_to_id("<|endoftext|>") == 0
     text = "the naïve cat 猫"
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
@@ -156,10 +161,13 @@ def test_one_command_trains_measures_and_skips_what_is_done(texts: Path, tmp_pat
 
     lines = run("base,dual")
     assert [(x["variant"], x["mode"]) for x in lines][:2] == [("base", "gate_hard"), ("dual", "gate_hard")]
-    assert len(lines) == 6 and all(1 < x["perplexity"] < 500 for x in lines)
+    assert len(lines) == 6
+    assert all(1 < x["perplexity"] < 500 for x in lines)
     base, dual = lines[:2]
-    assert base["tokens_tuned"] == 0 and dual["tokens_tuned"] == 6 * 4 * 32
+    assert base["tokens_tuned"] == 0
+    assert dual["tokens_tuned"] == 6 * 4 * 32
     assert dual["parameters"] > dual["touched_per_token"] > base["touched_per_token"]
     assert run("base,dual") == lines
     more = run("gpt2 lr x2", "--trials", "2")
-    assert more[:-1] == lines and more[-1]["mode"] == "trial"
+    assert more[:-1] == lines
+    assert more[-1]["mode"] == "trial"

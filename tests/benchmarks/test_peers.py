@@ -51,18 +51,24 @@ def run(entries: list[Entry], text: Path, out: Path | None = None, **more: Any) 
 def test_a_peer_is_scored_on_the_same_tokens_and_timed(tiny_gpt2: Path, text: Path, tmp_path: Path) -> None:
     base, peer = run([Entry("base", str(tiny_gpt2)), Entry("here good", str(tiny_gpt2), scheme=GOOD, peer="here")],
                      text, out=tmp_path / "out").rows  # fmt: skip
-    assert base.quality and peer.quality and peer.speed
+    assert base.quality
+    assert peer.quality
+    assert peer.speed
     assert peer.quality.tokens_sha256 == base.quality.tokens_sha256
     assert peer.quality.tokens_scored == base.quality.tokens_scored
     # The fake is sure that each token follows itself, which is almost never so: a bad model, ranked below.
     assert peer.quality.perplexity > base.quality.perplexity
-    assert peer.parameters == base.parameters and peer.parameters_touched_per_token == base.parameters_touched_per_token
-    assert peer.kind == "peer" and peer.versions["numpy"] == np.__version__ and peer.size_bytes == 11
+    assert peer.parameters == base.parameters
+    assert peer.parameters_touched_per_token == base.parameters_touched_per_token
+    assert peer.kind == "peer"
+    assert peer.versions["numpy"] == np.__version__
+    assert peer.size_bytes == 11
     stored = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert stored["rankings"]["perplexity"] == ["base", "here good"]
     assert "here good" in (tmp_path / "out" / "report.html").read_text()
     rows = list(csv.DictReader((tmp_path / "out" / "comparison.csv").read_text().splitlines()))
-    assert [row["name"] for row in rows] == ["base", "here good"] and rows[0]["decode_tokens_per_s"] == ""
+    assert [row["name"] for row in rows] == ["base", "here good"]
+    assert rows[0]["decode_tokens_per_s"] == ""
     assert float(rows[1]["decode_tokens_per_s"]) == 16
 
 
@@ -81,11 +87,18 @@ def test_a_peer_that_fails_is_a_row_that_says_why(tiny_gpt2: Path, text: Path) -
     rows = {row.name: row for row in result.rows}
     for (scheme, said), line in zip(FAULTS.items(), result.table().splitlines()[2:], strict=False):
         failure = rows[scheme].failure
-        assert failure and said in failure and said in line
+        assert failure
+        assert said in failure
+        assert said in line
         assert any(note.startswith(f"{scheme} failed: ") and said in note for note in result.notes())
-    assert rows[GOOD].quality and rows[GOOD].speed and not rows[GOOD].failure and rows["base"].quality
-    assert rows[SILENT].speed and not rows[SILENT].quality  # what it can do is still measured
-    assert rows[DIES].quality and not rows[DIES].speed
+    assert rows[GOOD].quality
+    assert rows[GOOD].speed
+    assert not rows[GOOD].failure
+    assert rows["base"].quality
+    assert rows[SILENT].speed
+    assert not rows[SILENT].quality
+    assert rows[DIES].quality
+    assert not rows[DIES].speed
 
 
 def test_absent_peers_are_listed_with_how_to_get_them(tiny_gpt2: Path) -> None:
@@ -93,14 +106,16 @@ def test_absent_peers_are_listed_with_how_to_get_them(tiny_gpt2: Path) -> None:
     assert [entry.name for entry in found] == [f"here {GOOD}", f"here {DIES}"]
     assert absent == ["gone is not measured: it lacks no-such-package; pip install gone"]
     assert absent[0] in Comparison([], [], [], absent=absent).as_markdown()
-    assert peers_of(None, {}) == ([], absent) and peers_of(None, {}, asked={"gone"}) == ([], [])
+    assert peers_of(None, {}) == ([], absent)
+    assert peers_of(None, {}, asked={"gone"}) == ([], [])
     with pytest.raises(InputError, match="cannot be started"):
         peers_of(str(tiny_gpt2), {"here": "/no/python"})
 
 
 def test_an_absent_peer_that_was_asked_for_says_how_to_get_it(tiny_gpt2: Path, text: Path) -> None:
     base, gone = run([Entry("base", str(tiny_gpt2)), Entry("q", str(tiny_gpt2), scheme="q4", peer="gone")], text).rows
-    assert base.quality and gone.failure == "it lacks no-such-package; pip install gone"
+    assert base.quality
+    assert gone.failure == "it lacks no-such-package; pip install gone"
 
 
 def test_peers_run_plain_gpt2_alone(tiny_gpt2: Path, tiny_dmpt: Path, tmp_path: Path) -> None:
@@ -159,7 +174,8 @@ def test_what_the_trainer_writes_of_gpt2_is_gpt2_again(tiny_gpt2: Path, tmp_path
 def test_the_notation_of_peers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(registry, "PEERS", PEERS)
     assert parse("llama.cpp:q4_0@a/b@c") == ("llama.cpp", "q4_0", "a/b@c")
-    assert parse("folder@2") is None and parse("here:int8@") is None
+    assert parse("folder@2") is None
+    assert parse("here:int8@") is None
     with pytest.raises(InputError, match="int8 or int4, not 'int3'"):
         parse("openvino:int3@x")
     with pytest.raises(InputError, match=r"no peer is called 'ovino'.*llama\.cpp:q8_0"):
@@ -206,9 +222,15 @@ def test_a_model_that_fails_is_a_row_that_says_why(
     assert main(["compare", str(bad), str(cut), f"good={tiny_gpt2}", "--data", str(text)]) == 4
     out, err = capsys.readouterr()
     lines = out.splitlines()
-    assert "bad (failed" in lines[2] and "cut (failed" in lines[3] and "good " in lines[4] and "Traceback" not in err
-    assert lines[2].count(" - ") >= 4 and "%" in lines[4]
-    assert "bad failed: " in out and "NaN" in out and err.splitlines()[-1].startswith("Error: bad, cut could")
+    assert "bad (failed" in lines[2]
+    assert "cut (failed" in lines[3]
+    assert "good " in lines[4]
+    assert "Traceback" not in err
+    assert lines[2].count(" - ") >= 4
+    assert "%" in lines[4]
+    assert "bad failed: " in out
+    assert "NaN" in out
+    assert err.splitlines()[-1].startswith("Error: bad, cut could")
 
 
 def qualities(result: Comparison) -> list[dict[str, Any]]:
@@ -239,13 +261,17 @@ def test_a_killed_comparison_goes_on(
     deadly.clear()
     asked.clear()
     again = run(entries, text, resume=state)
-    assert set(asked) == {"a", "b"} and qualities(again) == whole and again.rows[0].speed
+    assert set(asked) == {"a", "b"}
+    assert qualities(again) == whole
+    assert again.rows[0].speed
     asked.clear()
-    assert qualities(run(entries, text, resume=state)) == whole and not asked
+    assert qualities(run(entries, text, resume=state)) == whole
+    assert not asked
     nudge(mine)
     changed = qualities(run(entries, text, resume=state))
     assert set(asked) == {"peer", "a"}  # those whose weights changed
-    assert changed[2] == whole[2] and changed[1]["perplexity"] > whole[1]["perplexity"]
+    assert changed[2] == whole[2]
+    assert changed[1]["perplexity"] > whole[1]["perplexity"]
 
 
 def test_a_moved_or_copied_source_is_read_where_it_is(tiny_gpt2: Path, text: Path, tmp_path: Path) -> None:
@@ -261,7 +287,8 @@ def test_a_moved_or_copied_source_is_read_where_it_is(tiny_gpt2: Path, text: Pat
     assert facts["source"] == str(second)
     next((state / "here-reads").iterdir()).joinpath(FACTS).write_text("")  # by a full disk, say
     (row,) = run([Entry("p", str(second), scheme="reads", peer="here")], text, resume=state).rows
-    assert row.quality and not row.failure
+    assert row.quality
+    assert not row.failure
 
 
 def test_a_damaged_conversion_is_made_again(tiny_gpt2: Path, text: Path, tmp_path: Path) -> None:
@@ -271,7 +298,8 @@ def test_a_damaged_conversion_is_made_again(tiny_gpt2: Path, text: Path, tmp_pat
     assert (folder / "weights").read_text() == "good"
     (folder / "weights").write_text("bad!")
     run(entries, text, resume=tmp_path)
-    assert (folder / "weights").read_text() == "good" and [p.name for p in folder.parent.iterdir()] == [folder.name]
+    assert (folder / "weights").read_text() == "good"
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
 
 
 def test_an_interpreter_that_says_something_else_is_a_failure(tiny_gpt2: Path, text: Path, tmp_path: Path) -> None:
@@ -281,7 +309,8 @@ def test_an_interpreter_that_says_something_else_is_a_failure(tiny_gpt2: Path, t
     python.chmod(0o755)
     entries = [Entry("p", str(tiny_gpt2), scheme=GOOD, peer="here"), Entry("base", str(tiny_gpt2))]
     peer, base = run(entries, text, pythons={"here": str(python)}).rows
-    assert "answers with 'activating the environment'" in str(peer.failure) and base.quality
+    assert "answers with 'activating the environment'" in str(peer.failure)
+    assert base.quality
 
 
 def test_scores_that_cannot_be_kept_are_still_told(
@@ -293,7 +322,8 @@ def test_scores_that_cannot_be_kept_are_still_told(
 
     monkeypatch.setattr(Findings, "save", full)
     (row,) = run([Entry("base", str(tiny_gpt2))], text, resume=tmp_path).rows
-    assert row.quality and not row.failure
+    assert row.quality
+    assert not row.failure
 
 
 def test_a_dmpt_is_no_control(tiny_dmpt: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -320,7 +350,8 @@ def test_memory_that_runs_out_is_a_row(
         lambda s, w: real(s, w) if s.name != "b" else (_ for _ in ()).throw(pieces[0]),
     )
     rows = run(entries, text).rows
-    assert [bool(row.quality) for row in rows] == [True, False, True] and "can't allocate" in str(rows[1].failure)
+    assert [bool(row.quality) for row in rows] == [True, False, True]
+    assert "can't allocate" in str(rows[1].failure)
     pieces[0] = RuntimeError("shapes do not fit")
     with pytest.raises(RuntimeError, match="shapes"):
         run(entries, text)
@@ -346,7 +377,9 @@ def test_a_full_disk_does_not_take_the_result_away(
     monkeypatch.setattr(output, "write", full)
     assert main(["compare", str(tiny_gpt2), "--data", str(text), "--out", str(tmp_path / "out")]) == 5
     out, err = capsys.readouterr()
-    assert "perplexity" in out and "No space left on device" in err and "Traceback" not in err
+    assert "perplexity" in out
+    assert "No space left on device" in err
+    assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
 
 

@@ -53,7 +53,8 @@ def test_counts_that_do_not_agree_are_refused(counts: np.ndarray, message: str, 
     findings.end_of_windows(2)
     findings.save()
     again = state(file)
-    assert (again.windows, again.done) == (2, 4) and again["nll"][:4].tolist() == [0, 1, 2, 3]
+    assert (again.windows, again.done) == (2, 4)
+    assert again["nll"][:4].tolist() == [0, 1, 2, 3]
     change(file, counts=lambda _: counts)
     with pytest.raises(InputError, match=rf"state\.npz {message}.*: delete it, and the evaluation starts again"):
         state(file)

@@ -84,7 +84,10 @@ def unnamed(text: str) -> list[str]:
 def test_the_page_says_everything_and_escapes_it(result: Comparison) -> None:
     text = page(result)
     assert unnamed(text) == []
-    assert "<script" not in text and "&lt;script&gt;" in text and "&lt;b&gt;tide" in text and "&lt;kernel&gt;" in text
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+    assert "&lt;b&gt;tide" in text
+    assert "&lt;kernel&gt;" in text
     for part in ("Size, perplexity and speed", "Growth of decode time", "Bits and damage by layer", "Routes of a",
                  "pip install nobody", "no quantization_report.json", "path right, head 2 weighs 75 %"):  # fmt: skip
         assert part in text, part
@@ -95,10 +98,12 @@ def test_the_page_says_everything_and_escapes_it(result: Comparison) -> None:
 
 def test_a_missing_control_is_said_in_place_of_a_claim() -> None:
     text = page(Comparison([BASE, *DMPT], ["text"], []))
-    assert "The control is missing" in text and "(no control)" in text
+    assert "The control is missing" in text
+    assert "(no control)" in text
     assert '<td class="left">missing</td>' in text
     with_control = page(Comparison([BASE, *TUNED, *DMPT], ["text"], []))
-    assert "The control is missing" not in with_control and "(no control)" not in with_control
+    assert "The control is missing" not in with_control
+    assert "(no control)" not in with_control
     assert with_control.count('<td class="left">control</td>') == 3
 
 

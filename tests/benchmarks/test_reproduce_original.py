@@ -49,7 +49,8 @@ def check(workplace: Path) -> dict[str, dict[str, Any]]:
     for name in ("control", "dmpt"):
         states = sorted((workplace / "out" / name).glob("phase-*/last/trainer_state/state.json"))
         spent.append([(s["position"], s["data"]) for s in map(json.loads, map(Path.read_text, states))])
-    assert spent[0] == spent[1] and len(spent[0]) == 4  # the same tokens in the same order
+    assert spent[0] == spent[1]
+    assert len(spent[0]) == 4
     return rows
 
 

@@ -36,7 +36,8 @@ def test_turns_are_interleaved_and_alike(tmp_path: Path) -> None:
         (name, what) for _ in range(3) for what in ("prefill", "decode") for name in "ABC"
     ]
     prompts = {tuple(detail) for _, what, detail in turns if what == "prefill"}
-    assert len(prompts) == 1 and len(*prompts) == 10
+    assert len(prompts) == 1
+    assert len(*prompts) == 10
     assert {detail for _, what, detail in turns if what == "decode"} == {4}
     assert [r.name for r in results] == ["A", "B", "C"]
 
@@ -117,7 +118,9 @@ def test_prompts_are_the_text_or_always_the_same_random_ids() -> None:
     assert prompt_ids(3, 50, [4, 5, 6, 7]) == [4, 5, 6]
     ids = prompt_ids(200, 50, [4, 5])
     assert ids == prompt_ids(200, 50, None)
-    assert len(ids) == 200 and set(ids) <= set(range(50)) and len(set(ids)) > 40
+    assert len(ids) == 200
+    assert set(ids) <= set(range(50))
+    assert len(set(ids)) > 40
 
 
 def test_only_onnx_folders_have_a_speed(tiny_gpt2: Path, tmp_path: Path) -> None:
@@ -156,7 +159,8 @@ def test_each_depth_is_fed_before_its_tokens(tmp_path: Path) -> None:
     sizes = [len(detail) if what == "prefill" else detail for what, detail in lines[len(lines) // 2 :]]
     assert sizes == [8, 4, 3, 3, 2, 2]
     assert [test.case.depth for test in found.tests] == [0, 0, 5, 6, 5, 6]
-    assert found.to_json()["prompt_tokens"] == 8 and found.to_json()["generated_tokens"] == 3
+    assert found.to_json()["prompt_tokens"] == 8
+    assert found.to_json()["generated_tokens"] == 3
 
 
 def speed(decode: list[float], **fields: Any) -> Speed:
@@ -179,7 +183,8 @@ def test_the_share_of_the_roof() -> None:
     assert found.roof_share(found.first("pp")) is None
     assert speed([2, 4, 3]).roof_share(found.first("tg")) is None
     above = speed([2, 4, 3], touched_bytes=400, read_bytes_per_s={2: [1000, 1000, 1000]})
-    assert "120.0 %" in as_text([above]) and "caches" in as_text([found, above])
+    assert "120.0 %" in as_text([above])
+    assert "caches" in as_text([found, above])
     assert "caches" not in as_text([found])
 
 
@@ -215,9 +220,11 @@ def test_without_memory_for_the_roof_the_rest_goes_on(
 
     monkeypatch.setattr("benchmarks.speed.timing.buffer_bytes", too_full if size is None else lambda: size)
     (found,) = measure([fake("A")], Workload(2, 2), Schedule(2, roof=True))
-    assert found.read_bytes_per_s == {} and found.to_json()["tests"][1]["roof_share"] is None
+    assert found.read_bytes_per_s == {}
+    assert found.to_json()["tests"][1]["roof_share"] is None
     assert capsys.readouterr().err.count("the roof is not measured: ") == 1
-    assert "memory is read" not in as_text([found]) and "2 threads" in as_text([found])
+    assert "memory is read" not in as_text([found])
+    assert "2 threads" in as_text([found])
 
 
 def test_the_buffer_outgrows_the_last_level_cache(tmp_path: Path) -> None:
@@ -254,8 +261,10 @@ def test_a_worker_scores_into_a_file_and_says_versions(tmp_path: Path) -> None:
         w.ask(do="score", ids=[3, 4, 5], last=2, out=str(tmp_path / "scores.npy"))
         found = w.ask(do="versions", packages=["numpy", "no-such-package"])
     scores = np.load(tmp_path / "scores.npy", allow_pickle=False)
-    assert scores.dtype == np.float32 and scores.argmax(1).tolist() == [4, 5]
-    assert found["numpy"] == np.__version__ and found["no-such-package"] is None
+    assert scores.dtype == np.float32
+    assert scores.argmax(1).tolist() == [4, 5]
+    assert found["numpy"] == np.__version__
+    assert found["no-such-package"] is None
 
 
 def test_another_interpreter_needs_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:

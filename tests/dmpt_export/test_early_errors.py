@@ -183,9 +183,11 @@ def test_a_mistake_is_told_before_anything_heavy_is_imported(
 ) -> None:
     found = told[line]
     assert (found["code"], found["heavy"]) == (code, []), found["err"]
-    assert message in found["err"] and "Traceback" not in found["err"]
+    assert message in found["err"]
+    assert "Traceback" not in found["err"]
     assert code == 2 or found["err"].count("\n") == 1
-    assert not Path(places["out"]).exists() and os.listdir(places["full"]) == ["file"]
+    assert not Path(places["out"]).exists()
+    assert os.listdir(places["full"]) == ["file"]
 
 
 def test_an_export_tells_the_size_that_compare_tells(places: dict[str, str]) -> None:
@@ -214,7 +216,8 @@ def test_the_help_of_train_says_what_recipes_hold(capsys: pytest.CaptureFixture[
     said = " ".join(capsys.readouterr().out.split())
     assert "_steps" not in said
     for name, steps in (("deployed", "as long as --epochs or --max-steps say"), ("quad", "2 phases, 42,000 steps")):
-        assert f"{name} " in said.partition("Recipes:")[2] and f"[{steps}]" in said
+        assert f"{name} " in said.partition("Recipes:")[2]
+        assert f"[{steps}]" in said
 
 
 def test_phases_are_named_on_a_terminal_alone(
@@ -231,7 +234,8 @@ def test_phases_are_named_on_a_terminal_alone(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert main(line) == 0
     said = capsys.readouterr().err.splitlines()
-    assert said[0] == "loading PyTorch ..." and said[1].endswith("what the float model makes of it ...")
+    assert said[0] == "loading PyTorch ..."
+    assert said[1].endswith("what the float model makes of it ...")
 
 
 def test_a_gpu_that_is_not_there_is_one_line(

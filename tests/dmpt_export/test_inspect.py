@@ -76,8 +76,10 @@ def test_operators_are_counted_in_the_main_graph_and_its_branches(
     folders: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = inspect(capsys, folders["onnx-int8"])["operators"]
-    assert found["main"]["GroupQueryAttention"] == 2 and found["branches"]["GroupQueryAttention"] == 4
-    assert found["main"]["If"] == 2 + 1 and "If" not in found["branches"]
+    assert found["main"]["GroupQueryAttention"] == 2
+    assert found["branches"]["GroupQueryAttention"] == 4
+    assert found["main"]["If"] == 2 + 1
+    assert "If" not in found["branches"]
     assert found["branches"]["MatMulNBits"] == 2 * (2 * 4 + 1)  # two paths of two blocks and an anchor
     assert inspect(capsys, folders["onnx-quad"])["operators"]["main"]["If"] == 6 + 1  # paths, and the order of rows
 
@@ -89,9 +91,11 @@ def test_route_shares_are_those_of_the_model(
     assert 0.02 < onnx["route_shares"]["left"] < 0.98
     assert sum(onnx["route_shares"].values()) == pytest.approx(1)
     heads, exported = checkpoint.pop("head_shares"), onnx.pop("head_shares")
-    assert checkpoint == onnx and exported.keys() == heads.keys()
+    assert checkpoint == onnx
+    assert exported.keys() == heads.keys()
     assert all(exported[leaf] == pytest.approx(heads[leaf], abs=TOLERANCE["float32", "float"]) for leaf in heads)
-    assert set(heads) == {"left", "right"} and set(heads["left"]) == {"0", "1"}
+    assert set(heads) == {"left", "right"}
+    assert set(heads["left"]) == {"0", "1"}
     assert all(sum(shares.values()) == pytest.approx(1, abs=1e-5) for shares in heads.values())
 
 
@@ -146,7 +150,8 @@ def test_without_onnx_and_torch_the_rest_is_shown(folders: dict[str, str], text:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "pip install onnx" in done.stdout and "% of tokens" in done.stdout
+    assert "pip install onnx" in done.stdout
+    assert "% of tokens" in done.stdout
 
 
 def test_bad_input_is_one_line_and_code_3(
@@ -165,4 +170,6 @@ def test_bad_input_is_one_line_and_code_3(
     ):
         assert main(["inspect", *arguments]) == 3
         out, err = capsys.readouterr()
-        assert out == "" and said in err and err.count("\n") == 1
+        assert out == ""
+        assert said in err
+        assert err.count("\n") == 1

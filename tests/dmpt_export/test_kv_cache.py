@@ -66,17 +66,20 @@ def test_scales_are_each_channels_largest_value(tmp_path: Path) -> None:
                 want = qkv[:, part].abs().amax(0).numpy() * ROOM / 127
                 np.testing.assert_allclose(scales[f"transformer.h.{index}.attn.{name}"], want, rtol=1e-5)
             x = block(x, None, None)
-    assert len(scales) == 2 * (2 + 2 * 2) and {s.shape for s in scales.values()} == {(32,)}
+    assert len(scales) == 2 * (2 + 2 * 2)
+    assert {s.shape for s in scales.values()} == {(32,)}
 
 
 def test_given_text_sets_the_scales(tmp_path: Path) -> None:
     source, config = saved_model(tmp_path / "source", **TREES["none"]), random_model(**TREES["none"]).config
     name = "transformer.h.0.attn.k_scale"
     once, longer = (calibrate(source, config, IDS[:n])[name] for n in (5, 60))
-    assert (once <= longer).all() and (once < longer).any()
+    assert (once <= longer).all()
+    assert (once < longer).any()
     read = np.resize(IDS, SEQUENCES * 64)
     want, got = (calibrate(source, config, ids) for ids in (read, np.append(read, [97, -1])))  # illegal, and not read
-    assert want.keys() == got.keys() and all((got[key] == want[key]).all() for key in want)
+    assert want.keys() == got.keys()
+    assert all((got[key] == want[key]).all() for key in want)
     for wrong, message in (([], "no text"), ([1, 97], "vocabulary of 97"), ([-1, 1], "vocabulary of 97")):
         with pytest.raises(InputError, match=message):
             calibrate(source, config, np.array(wrong))
@@ -154,10 +157,12 @@ def test_the_command_calibrates_on_a_text(tiny_dmpt: Path, sample_text: str, tmp
     assert main([*options, "--calib", ""]) == 3
     assert main([*options[:3], "--calib", str(tmp_path / "text")]) == 2
     ids = first_tokens(tmp_path / "text", load_tokenizer(tiny_dmpt), 0, SEQUENCES * 64)
-    assert (calibration_ids(str(tiny_dmpt), str(tmp_path / "text")) == ids).all() and len(ids) == SEQUENCES * 64
+    assert (calibration_ids(str(tiny_dmpt), str(tmp_path / "text")) == ids).all()
+    assert len(ids) == SEQUENCES * 64
     assert main([*options, "--calib", str(tmp_path / "text")]) == 0
     with runtime.load(tmp_path / "onnx", threads=1) as model:
-        assert isinstance(model, Model) and model.manifest.cache_dtype == "int8"
+        assert isinstance(model, Model)
+        assert model.manifest.cache_dtype == "int8"
         assert len(model.generate(model.encode("The"), max_new_tokens=5)) == 5
 
 
@@ -187,7 +192,8 @@ def test_an_export_needs_less_than_two_float_models(scheme: str | None, tmp_path
         "print(peak() - before)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert size > 90 and int(done.stdout) < 2 * size
+    assert size > 90
+    assert int(done.stdout) < 2 * size
 
 
 @pytest.mark.parametrize(

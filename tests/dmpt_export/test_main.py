@@ -134,7 +134,8 @@ def test_a_closed_stdout_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_reader_that_leaves_is_no_error() -> None:
     command = [sys.executable, "-m", "dmpt_export", "--help"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(60) == 141

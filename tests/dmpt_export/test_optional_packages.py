@@ -85,7 +85,8 @@ def test_adamw8bit_trains_nearly_as_adamw_with_moments_of_one_byte(tmp_path: Pat
     for kind in ("adamw", "adamw8bit"):
         train(random_model([2], 4), TOKENS, options(optimizer=kind), tmp_path / kind, extras=NO_BAR)
     full, small = losses(tmp_path / "adamw"), losses(tmp_path / "adamw8bit")
-    assert full[0] == small[0] and full != small
+    assert full[0] == small[0]
+    assert full != small
     assert small == pytest.approx(full, rel=1e-2)
     state = load_file(tmp_path / "adamw8bit" / "last" / "trainer_state" / "optimizer.safetensors")
     for moment in ("state1", "state2"):
@@ -102,7 +103,8 @@ def test_a_resumed_run_with_adamw8bit_is_the_same_run(tmp_path: Path) -> None:
     assert losses(parts) == losses(whole)
     for name in ("model.safetensors", "trainer_state/optimizer.safetensors"):
         one, two = load_file(whole / "last" / name), load_file(parts / "last" / name)
-        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one), name
+        assert one.keys() == two.keys(), name
+        assert all(torch.equal(one[key], two[key]) for key in one), name
 
 
 # --- TensorBoard ------------------------------------------------------------------------------------
@@ -140,7 +142,9 @@ def test_tensorboard_gets_every_number_of_the_metrics(writers: list[FakeWriter],
     out = tmp_path / "run"
     train(random_model([2], 4), TOKENS, options(max_steps=2, tensorboard=True), out, TOKENS[:200], extras=NO_BAR)
     (writer,) = writers
-    assert writer.folder == str(out / "tensorboard") and writer.closed and writer.purge_step is None
+    assert writer.folder == str(out / "tensorboard")
+    assert writer.closed
+    assert writer.purge_step is None
     expected: dict[tuple[str, int], float] = {}
     for record in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()):
         step = record.pop("step")

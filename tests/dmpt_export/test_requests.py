@@ -129,14 +129,17 @@ def test_braces_of_users_do_no_harm() -> None:
     assert str(error) == "candidates '{calib}{0}{}' is no calib"
     assert error.with_flags({"calib": "--calib"}) == "candidates '{calib}{0}{}' is no --calib"
     assert str(error.after("{x}: ")) == "{x}: candidates '{calib}{0}{}' is no calib"
-    assert type(error.after("")) is OptionError and FieldError.exit_code == 3 and OptionError.exit_code == 2
+    assert type(error.after("")) is OptionError
+    assert FieldError.exit_code == 3
+    assert OptionError.exit_code == 2
 
 
 def test_the_command_line_has_its_own_names(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["quantize", "in"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("Usage: dmpt-export quantize [OPTIONS] CHECKPOINT [OUT]\n")
-    assert "Try 'dmpt-export quantize -" in err and "Error: Missing argument 'OUT': the folder" in err
+    assert "Try 'dmpt-export quantize -" in err
+    assert "Error: Missing argument 'OUT': the folder" in err
     assert main(["quantize", "in", "out", "--target-kl", "1", "--rule", "*=int8"]) == 2
     assert "leave out --rule, or name what it may choose from with --candidates" in capsys.readouterr().err
     (tmp_path / "run" / "last").mkdir(parents=True)

@@ -75,7 +75,8 @@ def test_a_batch_is_one_line_of_json_for_each_line(
         assert [line["ids"] for line in got] == loaded.generate(
             [loaded.encode(prompt) for prompt in prompts], max_new_tokens=20, seed=3
         )
-    assert {line["stop_reason"] for line in got} <= {"max_new_tokens", "end_of_text"} and err == ""
+    assert {line["stop_reason"] for line in got} <= {"max_new_tokens", "end_of_text"}
+    assert err == ""
 
 
 def test_a_full_context_and_guesses(model: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -91,7 +92,8 @@ def test_a_full_context_and_guesses(model: str, capfd: pytest.CaptureFixture[str
 def test_deterministic_is_one_thread_whatever_is_there(model: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["run", model, PROMPT, "-n", "30", "--seed", "1", "--deterministic", "--json"]) == 0
     got = json.loads(capfd.readouterr().out)
-    assert got["threads"] == 1 and got["text"] == expected(model, max_new_tokens=30, seed=1)
+    assert got["threads"] == 1
+    assert got["text"] == expected(model, max_new_tokens=30, seed=1)
 
 
 @pytest.mark.parametrize("ending", ["", "\n", "\r\n"])
@@ -114,12 +116,17 @@ def test_verbose_says_speed_and_paths_on_stderr(model: str, capfd: pytest.Captur
 def test_json_is_one_object(model: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["run", model, PROMPT, "-n", "20", "--seed", "1", "--threads", "1", "--json"]) == 0
     out, err = capfd.readouterr()
-    assert out.count("\n") == 1 and err == ""
+    assert out.count("\n") == 1
+    assert err == ""
     got = json.loads(out)
     assert got["text"] == expected(model, max_new_tokens=20, seed=1)
-    assert len(got["ids"]) == got["new_tokens"] == 20 and got["stop_reason"] == "max_new_tokens"
-    assert sum(got["path_shares"].values()) == pytest.approx(1) and set(got["path_shares"]) == {"left", "right"}
-    assert got["decode_tokens_per_s"] > 0 and got["prefill_tokens_per_s"] > 0 and got["threads"] == 1
+    assert len(got["ids"]) == got["new_tokens"] == 20
+    assert got["stop_reason"] == "max_new_tokens"
+    assert sum(got["path_shares"].values()) == pytest.approx(1)
+    assert set(got["path_shares"]) == {"left", "right"}
+    assert got["decode_tokens_per_s"] > 0
+    assert got["prefill_tokens_per_s"] > 0
+    assert got["threads"] == 1
 
 
 @pytest.mark.parametrize(
@@ -152,8 +159,10 @@ def test_json_is_one_object(model: str, capfd: pytest.CaptureFixture[str]) -> No
 def test_bad_input(args: list[str], code: int, message: str, model: str, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["run", *(arg.format(model=model) for arg in args)]) == code
     out, err = capfd.readouterr()
-    assert message in err and "Traceback" not in err
-    assert out == "" and (code == 2 or err.count("\n") == 1)
+    assert message in err
+    assert "Traceback" not in err
+    assert out == ""
+    assert code == 2 or err.count("\n") == 1
 
 
 @pytest.mark.parametrize(("data", "message"), [(b"a\xffb", "not UTF-8 (byte 1)"), (b"", "prompt is empty")])
@@ -205,7 +214,8 @@ def cli(model: str, args: list[str], head: bool = False) -> subprocess.Completed
     if not head:
         return subprocess.run(command, capture_output=True, text=True, check=False)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
         process.stdout.close()  # a reader that is gone before the first word
         return subprocess.CompletedProcess(command, process.wait(), "", process.stderr.read())
 
@@ -218,4 +228,5 @@ def test_it_runs_without_torch(model: str) -> None:
 
 def test_a_reader_that_left_is_no_error_message(model: str) -> None:
     done = cli(model, [PROMPT, "-n", "12"], head=True)
-    assert done.returncode == 141 and done.stderr == ""
+    assert done.returncode == 141
+    assert done.stderr == ""

@@ -55,7 +55,8 @@ def both(pair: tuple[Any, Any], *arguments: Any, **options: Any) -> tuple[torch.
 
 def test_logits_are_those_of_the_torch_model(pair: tuple[Any, Any]) -> None:
     expected, found = (model(IDS).logits for model in pair)
-    assert found.shape == (3, 9, 97) and found.dtype == torch.float32
+    assert found.shape == (3, 9, 97)
+    assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, atol=ATOL, rtol=0)
     torch.testing.assert_close(pair[1](IDS, logits_to_keep=2).logits, expected[:, -2:], atol=ATOL, rtol=0)
 

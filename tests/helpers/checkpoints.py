@@ -32,6 +32,7 @@ def one_line(match: str, *names: str) -> Iterator[None]:
     with pytest.raises(InputError, match=match) as caught:
         yield
     message = str(caught.value)
-    assert caught.value.exit_code == 3 and "\n" not in message
+    assert caught.value.exit_code == 3
+    assert "\n" not in message
     for name in names:
         assert name in message

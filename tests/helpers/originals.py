@@ -90,7 +90,8 @@ def same_model(model: DMPTForCausalLM, out: Path) -> None:
     assert set(wanted) == set(state)
     for name, tensor in wanted.items():
         assert tensor.numpy().tobytes() == state[name].tobytes(), name
-    assert config.splits == model.config.splits and config.head_allocation == model.config.head_allocation
+    assert config.splits == model.config.splits
+    assert config.head_allocation == model.config.head_allocation
     again = load_model(out)
     with torch.no_grad():
         for mode in modes(model):

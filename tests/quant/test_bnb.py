@@ -53,7 +53,8 @@ def test_nf4_by_hand() -> None:
     want[1, 10] = 10
     np.testing.assert_allclose(tensor.rows(slice(None)), want, rtol=1e-6)
     np.testing.assert_array_equal(tensor.rows(np.array([2, 1])), tensor.rows(slice(None))[[2, 1]])
-    assert tensor.nbytes == 33 + 12 and tensor.dequantize().shape == (3, 22)
+    assert tensor.nbytes == 33 + 12
+    assert tensor.dequantize().shape == (3, 22)
 
 
 def test_fp4_by_hand() -> None:
@@ -68,7 +69,9 @@ def test_bnb_int8_by_hand() -> None:
     array = np.zeros((2, 300), np.float32)
     array[0, :3] = 254, -254, 3.2
     tensor = SCHEMES["bnb-int8"](array)
-    assert isinstance(tensor, BlockwiseTensor) and tensor.block == 32 and tensor.zero_points is None
+    assert isinstance(tensor, BlockwiseTensor)
+    assert tensor.block == 32
+    assert tensor.zero_points is None
     assert tensor.packed[0, 0, :4].tolist() == [255, 1, 130, 128]
     assert set(tensor.packed[1].reshape(-1).tolist()) == {128}
     np.testing.assert_array_equal(tensor.scales, [[2.0] * 10, [0.0] * 10])
@@ -78,7 +81,8 @@ def test_bnb_int8_by_hand() -> None:
 def test_fp16_is_the_nearest_half_and_refuses_what_has_none() -> None:
     array = np.array([[1 + 2**-12, 70000 - 5000, 1e-9]], np.float32)
     tensor = SCHEMES["fp16"](array)
-    assert isinstance(tensor, HalfTensor) and tensor.nbytes == 6
+    assert isinstance(tensor, HalfTensor)
+    assert tensor.nbytes == 6
     np.testing.assert_array_equal(tensor.dequantize(), [[1, 64992, 0]])
     with pytest.raises(InputError, match="70000 is beyond float16"):
         SCHEMES["fp16"](np.full((2, 2), -70000, np.float32))
@@ -144,7 +148,8 @@ def test_a_folder_loads_and_exports_without_bitsandbytes(tmp_path: Path) -> None
     model = onnx.load(tmp_path / "onnx" / "model.onnx")
     held = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
     names = [name for name in stored if ".h." in name and name.endswith((".packed", ".scales"))]
-    assert names and all(np.array_equal(held[name], stored[name]) for name in names)
+    assert names
+    assert all(np.array_equal(held[name], stored[name]) for name in names)
 
 
 @pytest.mark.parametrize("scheme", NEW)
@@ -198,7 +203,8 @@ def test_with_float_rows_nothing_is_rounded(scheme: str, tmp_path: Path) -> None
     source = saved_model(tmp_path / "source", **TREES["dual, fast-k"])
     save_quantized(source, tmp_path / "quantized", scheme, rules=rules)
     parity = export_onnx(tmp_path / "quantized", tmp_path / "onnx")["parity"]
-    assert parity["tolerance"]["max_abs"] == 1e-4 and "float_kernels" not in parity
+    assert parity["tolerance"]["max_abs"] == 1e-4
+    assert "float_kernels" not in parity
 
 
 def test_half_weights_are_stored_once_as_halves(tmp_path: Path) -> None:
@@ -206,7 +212,8 @@ def test_half_weights_are_stored_once_as_halves(tmp_path: Path) -> None:
     export_onnx(tmp_path / "quantized", tmp_path / "onnx")
     model = onnx.load(tmp_path / "onnx" / "model.onnx")
     halves = [t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT16]
-    assert "heads.2.weight" in halves and len(set(halves)) == len(halves)
+    assert "heads.2.weight" in halves
+    assert len(set(halves)) == len(halves)
     assert not any(t.name.startswith("heads.2.weight.") for t in model.graph.initializer)
     ops = {node.op_type for graph in graphs(model.graph) for node in graph.node}
     assert "Cast" in ops
@@ -241,7 +248,8 @@ def test_without_bitsandbytes_one_line_says_how_to_get_it(
     monkeypatch.setattr("quant.schemes.find_spec", lambda name: None)
     assert main(["quantize", str(source), str(tmp_path / "out"), *arguments]) == 3
     captured = capsys.readouterr()
-    assert "pip install '.[bnb]' in the checkout of dmpt-export" in captured.err and captured.err.count("\n") == 1
+    assert "pip install '.[bnb]' in the checkout of dmpt-export" in captured.err
+    assert captured.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 

@@ -115,7 +115,8 @@ def test_a_float_checkpoint_is_read_as_it_is(tiny_dmpt: Path) -> None:
     config, weights = load_weights(tiny_dmpt)
     expected, arrays = load_state(tiny_dmpt)
     assert config.to_dict() == expected.to_dict()
-    assert weights.keys() == arrays.keys() and all(same(weights[name], arrays[name]) for name in arrays)
+    assert weights.keys() == arrays.keys()
+    assert all(same(weights[name], arrays[name]) for name in arrays)
     ids = torch.arange(8)[None]
     with torch.inference_mode():
         assert torch.equal(dequantized_model(tiny_dmpt).log_probs(ids), load_model(tiny_dmpt).log_probs(ids))
@@ -125,7 +126,8 @@ def test_the_folder_records_what_was_done(small: Path) -> None:
     assert {path.name for path in small.iterdir()} >= FILES
     fields = json.loads((small / "config.json").read_text())
     record = fields["quantization"]
-    assert fields["model_type"] == "dmpt" and fields["fast_k"] == 16
+    assert fields["model_type"] == "dmpt"
+    assert fields["fast_k"] == 16
     assert (record["scheme"], record["format_version"]) == ("int4", 1)
     assert record["rules"][0] == {"pattern": "heads.1", "scheme": "int8", "block": 16, "asymmetric": False}
     entry = {"scheme": "int8", "bits": 8, "block": 16, "shape": [300, 32], "transposed": False}
@@ -133,7 +135,8 @@ def test_the_folder_records_what_was_done(small: Path) -> None:
     entry = {"scheme": "int4", "bits": 4, "block": 32, "shape": [96, 32], "transposed": True}
     assert record["tensors"]["paths.left.h.2.attn.c_attn.weight"] == entry
     stored = load_file(small / "model.safetensors")
-    assert "heads.1.weight" not in stored and stored["heads.1.weight.packed"].shape == (300, 2, 16)
+    assert "heads.1.weight" not in stored
+    assert stored["heads.1.weight.packed"].shape == (300, 2, 16)
     assert "--scheme int4" in (small / "README.md").read_text()
 
 
@@ -293,20 +296,21 @@ def test_the_command_prints_one_table(tiny_dmpt: Path, tmp_path: Path, capsys: p
     head, *rows = captured.out.splitlines()
     assert head.split("  ")[0] == "stored as"
     labels = [row.split("  ")[0] for row in rows]
-    assert (
-        sorted(labels[:-1]) == ["float32", "int4 block 32", "int8 block 16", "int8-dynamic"] and labels[-1] == "total"
-    )
+    assert sorted(labels[:-1]) == ["float32", "int4 block 32", "int8 block 16", "int8-dynamic"]
+    assert labels[-1] == "total"
     assert "heads.3.weight" in next(row for row in rows if row.startswith("int4"))
     _, weights = load_weights(out)
     total = sum(w.nbytes for w in weights.values())
-    assert f"{total / 1e6:.2f}" in rows[-1] and str(len(weights)) in rows[-1].split()
+    assert f"{total / 1e6:.2f}" in rows[-1]
+    assert str(len(weights)) in rows[-1].split()
     assert "dmpt-export onnx" in captured.err
 
 
 def test_a_gpt2_folder_is_taken_as_it_is(tiny_gpt2: Path, tmp_path: Path) -> None:
     assert main(["quantize", str(tiny_gpt2), str(tmp_path / "out"), "--scheme", "int4"]) == 0
     config, weights = load_weights(tmp_path / "out")
-    assert isinstance(config, DMPTConfig) and config.splits == []
+    assert isinstance(config, DMPTConfig)
+    assert config.splits == []
     assert sum(isinstance(weight, BlockwiseTensor) for weight in weights.values()) == 4 * 4 + 1
 
 
@@ -341,7 +345,8 @@ def test_the_command_refuses_in_one_line(
     places = {"model": tiny_dmpt, "small": small, "out": tmp_path / "out"}
     assert main(["quantize", *(argument.format(**places) for argument in arguments)]) == code
     captured = capsys.readouterr()
-    assert message in captured.err and not captured.out
+    assert message in captured.err
+    assert not captured.out
     if code == 3:
         assert captured.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
@@ -350,4 +355,6 @@ def test_the_command_refuses_in_one_line(
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quantize", "--help"]) == 0
     text = capsys.readouterr().out
-    assert all(scheme in text for scheme in SCHEMES) and "Example" in text and "dmpt-export onnx" in text
+    assert all(scheme in text for scheme in SCHEMES)
+    assert "Example" in text
+    assert "dmpt-export onnx" in text

@@ -171,7 +171,8 @@ def test_reports_and_inspect_tell_sizes_and_errors(tmp_path: Path) -> None:
     config, weights = load_weights(tmp_path / "quantized")
     for name in ("heads.1.weight", "heads.5.weight"):
         weight, said, head = weights[name], reports[name], arrays[name]
-        assert isinstance(weight, DeltaTensor) and isinstance(weight.anchor, BlockwiseTensor)
+        assert isinstance(weight, DeltaTensor)
+        assert isinstance(weight.anchor, BlockwiseTensor)
         lost = np.linalg.norm(weight.dequantize() - head)
         assert said.relative_error == pytest.approx(lost / np.linalg.norm(head), rel=1e-4)
         assert said.delta_error == pytest.approx(lost / np.linalg.norm(weight.anchor.dequantize() - head), rel=1e-4)

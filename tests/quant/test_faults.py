@@ -129,13 +129,16 @@ def test_damage_is_never_below_nothing(tiny_dmpt: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "0", "-1", "much"])
 def test_a_target_is_a_number_above_0(option: str, value: str, quantize: Callable[..., tuple[int, str]]) -> None:
     code, err = quantize("out", option, value, "--calib", "absent.txt")
-    assert code == 2 and f"Invalid value for '{option}'" in err and value.lstrip("-") in err
+    assert code == 2
+    assert f"Invalid value for '{option}'" in err
+    assert value.lstrip("-") in err
 
 
 @pytest.mark.parametrize("value", ["int8,", ",int8", "int8,,int4", " ", ""])
 def test_an_empty_candidate_is_wrong_usage(value: str, quantize: Callable[..., tuple[int, str]]) -> None:
     code, err = quantize("out", "--target-bits", "7", "--calib", "absent.txt", "--candidates", value)
-    assert code == 2 and f"--candidates '{value}' has an empty part" in err
+    assert code == 2
+    assert f"--candidates '{value}' has an empty part" in err
 
 
 def test_candidates_in_bits_are_the_schemes_that_rules_in_bits_are(
@@ -156,8 +159,10 @@ def test_a_plan_of_another_model_is_refused(quantize: Callable[..., tuple[int, s
     """A GPT-2's plan matches the trunk of a DMPT, and says nothing of its paths."""
     (tmp_path / "plan.json").write_text(json.dumps({"rules": ["transformer.h.*=int8", "transformer.wte=int4"]}))
     code, err = quantize("out", "--plan", tmp_path / "plan.json")
-    assert code == 3 and err.count("\n") == 1
-    assert "the plan says nothing of heads.1.weight, " in err and "paths.left.h.2.attn.c_proj.weight and more" in err
+    assert code == 3
+    assert err.count("\n") == 1
+    assert "the plan says nothing of heads.1.weight, " in err
+    assert "paths.left.h.2.attn.c_proj.weight and more" in err
     assert not (tmp_path / "out").exists()
     assert quantize("out", "--plan", tmp_path / "plan.json", "--scheme", "int8")[0] == 0
     # but what is named float32 is meant to stay so
@@ -180,14 +185,17 @@ def test_a_replay_asks_for_the_text_of_its_plan(
     other.write_text(text.read_text() + "!", encoding="utf-8")
     for different in (("--calib", other, "--calib-tokens", 128), ("--calib", text, "--calib-tokens", 192)):
         code, err = quantize("other", "--plan", plan, *different)
-        assert code == 0 and f"warning: {made}, these are {different[-1]} of " in err
+        assert code == 0
+        assert f"warning: {made}, these are {different[-1]} of " in err
     code, err = quantize("same", "--plan", plan, *calib)
-    assert code == 0 and "made with" not in err
+    assert code == 0
+    assert "made with" not in err
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("planned", "same", "other")]
     assert files[0] == files[1] != files[2]
     plan.write_text(json.dumps({**json.loads(plan.read_text()), "calibration": {"sha256": 5}}))
     code, err = quantize("broken", "--plan", plan, *calib)
-    assert code == 3 and "calibration must give sha256 and tokens" in err
+    assert code == 3
+    assert "calibration must give sha256 and tokens" in err
 
 
 def test_a_plan_that_goes_by_no_text_needs_none(
@@ -196,7 +204,8 @@ def test_a_plan_that_goes_by_no_text_needs_none(
     calib = ("--calib", text, "--calib-tokens", 128)
     assert quantize("planned", "--target-bits", "7", "--candidates", "int8,int4", *calib)[0] == 0
     code, err = quantize("replayed", "--plan", tmp_path / "planned" / "plan.json")
-    assert code == 0 and "made with" not in err
+    assert code == 0
+    assert "made with" not in err
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("planned", "replayed")]
     assert files[0] == files[1]
 
@@ -217,7 +226,8 @@ def test_a_text_that_decides_nothing_is_said(
 ) -> None:
     code, err = quantize("out", *options, "--calib", text, "--calib-tokens", 64)
     lines = [line for line in err.splitlines() if "text changes no weight" in line]
-    assert code == 0 and len(lines) == (0 if used else 1), err
+    assert code == 0, err
+    assert len(lines) == (0 if used else 1), err
     assert "text changes no weight" not in quantize("out", "--scheme", "int4")[1]
 
 

@@ -84,7 +84,8 @@ def test_deltas_that_do_not_agree_are_refused_in_one_line(
     file.write_text(json.dumps(config))
     assert main(["inspect", str(tmp_path / "edited")]) == 3
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and re.search(message, err), err
+    assert err.count("\n") == 1, err
+    assert re.search(message, err), err
 
 
 def test_null_says_that_nothing_is_quantized(tiny_dmpt: Path, tmp_path: Path) -> None:
@@ -92,10 +93,12 @@ def test_null_says_that_nothing_is_quantized(tiny_dmpt: Path, tmp_path: Path) ->
     shutil.copytree(tiny_dmpt, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization": None}))
-    assert kind_of(folder) == "float" and open_scorer(folder).scheme == "fp32"
+    assert kind_of(folder) == "float"
+    assert open_scorer(folder).scheme == "fp32"
     loaded, weights = load_weights(folder)
     expected, arrays = load_state(tiny_dmpt)
-    assert loaded.to_dict() == expected.to_dict() and fingerprint(loaded, weights) == fingerprint(expected, arrays)
+    assert loaded.to_dict() == expected.to_dict()
+    assert fingerprint(loaded, weights) == fingerprint(expected, arrays)
     save_quantized(folder, tmp_path / "quantized", "int8")
     load_weights(tmp_path / "quantized")
     save_model(load_model(folder), folder)  # a checkpoint may be replaced by a checkpoint

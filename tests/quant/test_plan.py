@@ -78,12 +78,14 @@ def test_frontier_is_the_best_of_all_choices(options: list[list[tuple[int, float
     assert (chosen is None) == (not within)
     if chosen is not None:
         got = cost(options, chosen)
-        assert got[0] <= size and got[1] == min(pair[1] for pair in within)
+        assert got[0] <= size
+        assert got[1] == min(pair[1] for pair in within)
     good = [pair for pair in brute(options) if pair[1] <= damage]
     least = frontier.smallest(damage)
     assert (least is None) == (not good)
     if least is not None:
-        assert cost(options, least)[0] == min(pair[0] for pair in good) and cost(options, least)[1] <= damage
+        assert cost(options, least)[0] == min(pair[0] for pair in good)
+        assert cost(options, least)[1] <= damage
 
 
 def test_rounding_never_takes_more_than_it_is_given() -> None:
@@ -96,7 +98,8 @@ def test_rounding_never_takes_more_than_it_is_given() -> None:
     assert size <= limit
     finer = Frontier([[(size // 50, damage) for size, damage in pairs] for pairs in options], limit // 50)
     best = finer.within((limit - 20 * (limit // BUCKETS + 1)) // 50)
-    assert best is not None and damage <= cost(options, best)[1]
+    assert best is not None
+    assert damage <= cost(options, best)[1]
 
 
 def test_a_target_of_divergence_holds_when_damages_do_not_add_up() -> None:
@@ -105,7 +108,9 @@ def test_a_target_of_divergence_holds_when_damages_do_not_add_up() -> None:
     options = [[Option("int8", 100, 0.001), Option("int4", 50, 0.01)] for _ in groups]
     parts = {0: 0.001, 1: 0.01}
     plan = make_plan(groups, options, Target(kl=0.07), (10, 410, 0), lambda chosen: 3 * sum(parts[i] for i in chosen))
-    assert plan.measured_kl <= 0.07 and sum(plan.chosen) == 2 and plan.bytes == 10 + 300
+    assert plan.measured_kl <= 0.07
+    assert sum(plan.chosen) == 2
+    assert plan.bytes == 10 + 300
     with pytest.raises(InputError, match=r"the least is 0\.012"):
         make_plan(groups, options, Target(kl=0.01), (10, 410, 0), lambda chosen: 3 * sum(parts[i] for i in chosen))
 
@@ -187,7 +192,8 @@ def test_a_calibrated_plan_replays_too(quantize: Callable[..., Any], tmp_path: P
     plan = json.loads((tmp_path / "planned/plan.json").read_text())
     assert plan["measured_kl"] <= 0.2
     heads = {group["patterns"][0]: group for group in plan["groups"] if group["anchor"]}
-    assert heads["heads.1"]["anchor"] == "transformer.wte.weight" and heads["heads.3"]["anchor"] == "heads.2.weight"
+    assert heads["heads.1"]["anchor"] == "transformer.wte.weight"
+    assert heads["heads.3"]["anchor"] == "heads.2.weight"
     assert all("delta-r16" in [option["scheme"] for option in group["options"]] for group in heads.values())
 
 
@@ -227,7 +233,8 @@ def test_damages_are_remembered_for_this_model_and_text_alone(tiny_dmpt: Path, t
 
 def test_dry_run_writes_no_model(quantize: Callable[..., Any], tmp_path: Path) -> None:
     code, out, _ = quantize(None, "--target-bits", "7", "--dry-run", "--candidates", "int8,int4")
-    assert code == 0 and "bits per weight" in out
+    assert code == 0
+    assert "bits per weight" in out
     assert quantize(None, "--scheme", "int4", "--dry-run")[0] == 0
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
@@ -236,13 +243,16 @@ def test_report_names_every_tensor_and_its_damage(quantize: Callable[..., Any], 
     code, out, _ = quantize("int4", "--scheme", "int4", "--tensors")
     report = json.loads((tmp_path / "int4/quantization_report.json").read_text())
     _, weights = load_weights(tmp_path / "int4")
-    assert code == 0 and {tensor["name"] for tensor in report["tensors"]} == set(weights)
+    assert code == 0
+    assert {tensor["name"] for tensor in report["tensors"]} == set(weights)
     worst = max(report["tensors"], key=lambda tensor: tensor["kl"] or 0)
-    assert "worst KL alone" in out and f"{worst['kl']:.5f} {worst['name']}\n" in out
+    assert "worst KL alone" in out
+    assert f"{worst['kl']:.5f} {worst['name']}\n" in out
     for tensor in report["tensors"]:
         weight = weights[tensor["name"]]
         quantized = isinstance(weight, BlockwiseTensor)
-        assert (tensor["kl"] is not None) == quantized and (tensor["name"] in out) == quantized
+        assert (tensor["kl"] is not None) == quantized
+        assert (tensor["name"] in out) == quantized
         assert tensor["bytes_after"] == weight.nbytes
     assert report["total"]["bytes_after"] == sum(weight.nbytes for weight in weights.values())
 

@@ -211,4 +211,5 @@ def test_sizes_count_every_stored_byte() -> None:
     array = np.ones((4, 64), np.float32)
     tensor = quantize(array, 4, 32, symmetric=False)  # 32 bytes of codes, 8 of scales, 1 of zero points a row
     assert tensor.nbytes == 4 * (32 + 8 + 1)
-    assert isinstance(tensor, BlockwiseTensor) and tensor.parts().keys() == {"packed", "scales", "zero_points"}
+    assert isinstance(tensor, BlockwiseTensor)
+    assert tensor.parts().keys() == {"packed", "scales", "zero_points"}

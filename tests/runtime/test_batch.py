@@ -131,7 +131,8 @@ def test_integer_kernels_say_nearly_the_same_of_a_row_in_a_batch(scheme: str, mo
         differs = routes != alone_routes
         assert all(alone.margin(row) < line.gate_margin for row in np.flatnonzero(differs))
         kl += (np.exp(want) * (want - log_probs)).sum(-1)[~differs].tolist()
-    assert len(kl) > 90 and np.mean(kl) < line.kl_mean
+    assert len(kl) > 90
+    assert np.mean(kl) < line.kl_mean
 
 
 def test_room_grows_and_the_context_ends(models: Any) -> None:
@@ -161,7 +162,8 @@ def test_rows_that_stay_are_not_copied(models: Any) -> None:
     batch.reorder([0, 2, 2])
     batch.reorder([0, 2])
     assert {name: buffer.address for name, buffer in batch.caches.buffers.items()} == before
-    assert len(batch) == 2 and batch.lengths.tolist() == [1, 1]
+    assert len(batch) == 2
+    assert batch.lengths.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,8 @@ def test_text_for_text_and_ids_for_ids(model: Model) -> None:
     ids = model.encode(PROMPT)
     new = model.generate(ids, max_new_tokens=20)
     text = model.generate(PROMPT, max_new_tokens=20)
-    assert isinstance(new, list) and all(type(token) is int for token in new)
+    assert isinstance(new, list)
+    assert all(type(token) is int for token in new)
     assert text == model.decode(new)
 
 
@@ -94,7 +95,8 @@ def test_end_of_text_stops_and_is_reported_without_text(model: Model) -> None:
     tokens = list(generation)
     assert generation.stop_reason == "end_of_text"
     assert tokens[-1].id == model.end_of_text == generation.ids[-1]
-    assert generation.ids.count(0) == 1 and generation.text == model.decode(generation.ids[:-1])
+    assert generation.ids.count(0) == 1
+    assert generation.text == model.decode(generation.ids[:-1])
 
 
 def test_the_number_of_tokens_is_kept(model: Model) -> None:

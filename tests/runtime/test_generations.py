@@ -98,7 +98,8 @@ def test_prompts_that_wait_follow_as_others_end(models: dict[str, Model], monkey
     prompts = [rng.integers(1, VOCAB, size).tolist() for size in rng.integers(1, 60, 10)]
     got = models["quad"].generate(prompts, max_new_tokens=30, seed=3)
     want = [models["quad"].generate(prompt, max_new_tokens=30, seed=3 + row) for row, prompt in enumerate(prompts)]
-    assert got == want and sizes == [3]
+    assert got == want
+    assert sizes == [3]
     assert len({len(ids) for ids in want}) > 3  # they end at different times
 
 
@@ -111,7 +112,9 @@ def test_texts_and_stop_strings_in_a_list(text_model: Model) -> None:
     assert got == [str(text).partition(stop)[0] for text in alone]
     ids = text_model.encode(prompts[0])
     mixed = text_model.generate([ids, prompts[1]], max_new_tokens=30, seed=4)
-    assert isinstance(mixed[0], list) and mixed[1] == alone[1] and text_model.decode(mixed[0]) == alone[0]
+    assert isinstance(mixed[0], list)
+    assert mixed[1] == alone[1]
+    assert text_model.decode(mixed[0]) == alone[0]
 
 
 @pytest.mark.parametrize(
@@ -211,7 +214,8 @@ def test_guessing_does_not_change_the_text(tree: str, models: dict[str, Model], 
     }
     model, n = models[tree], data.draw(st.integers(1, 8))
     plain, fast = model.stream(prompt, **options), model.stream(prompt, **options, speculate=n)
-    assert isinstance(plain, Generation) and isinstance(fast, Generation)
+    assert isinstance(plain, Generation)
+    assert isinstance(fast, Generation)
     assert [(t.id, t.path) for t in plain] == [(t.id, t.path) for t in fast]
     assert plain.stop_reason == fast.stop_reason
 
@@ -227,7 +231,8 @@ def test_guesses_are_used(tree: str, models: dict[str, Model], monkeypatch: pyte
         ids = models[tree].generate([first], max_new_tokens=60, speculate=4)
         runs, wrong = runs + len(sizes), wrong + sum(sizes) - len(ids)
         sizes.clear()
-    assert runs < 29 * 60 - 20 and wrong > 20
+    assert runs < 29 * 60 - 20
+    assert wrong > 20
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
@@ -241,7 +246,8 @@ def test_where_activations_are_rounded_only_ties_may_go_another_way(scheme: str,
         same = 0
         for first in range(1, 25):
             plain, fast = model.generate([first], 50), model.generate([first], 50, speculate=4)
-            assert isinstance(plain, list) and isinstance(fast, list)
+            assert isinstance(plain, list)
+            assert isinstance(fast, list)
             at = next((i for i, (a, b) in enumerate(zip(plain, fast, strict=True)) if a != b), None)
             same += at is None
             if at is not None:

@@ -111,12 +111,15 @@ def damaged(*path: Any, value: Any = None, drop: bool = False) -> dict[str, Any]
 def test_a_sound_manifest_is_read(folder: Path) -> None:
     manifest = read_manifest(folder)
     check_files(folder, manifest)
-    assert manifest.config.n_positions == 16 and manifest.config.splits == (1,)
-    assert manifest.way("right") == ("root", "right") and manifest.nodes["right"].parent == "root"
+    assert manifest.config.n_positions == 16
+    assert manifest.config.splits == (1,)
+    assert manifest.way("right") == ("root", "right")
+    assert manifest.nodes["right"].parent == "root"
     assert manifest.nodes["left"].caches == ["paths.left.h.1.key", "paths.left.h.1.value"]
     assert manifest.inputs["pending.left"].shape == ("batch", "p", 8)
     assert manifest.head_allocation == {"left": (0, 1), "right": (2,)}
-    assert manifest.raw == sound() and manifest.schemes == set()
+    assert manifest.raw == sound()
+    assert manifest.schemes == set()
 
 
 def test_how_tensors_are_stored_is_checked() -> None:
@@ -195,7 +198,7 @@ def test_all_faults_are_named_at_once() -> None:
         (damaged("outputs", 2, "dtype", value="float16"), "rows.root is float16, expected float32"),
         (damaged("config", "vocab_size", value=10**9), "log_probs is ['batch', 'last', 11]"),
         (damaged("config", "n_embd", value=10**9), "rows.root is ['batch', 'tokens', 8]"),
-        (damaged("config", "head_dim", value=8), "past.transformer.h.0.key is ['batch', 2, 'capacity', 4]"),
+        (damaged("config", "head_dim", value=8), "config.head_dim: 8 times 2 heads is not n_embd 8"),
         (damaged("outputs", 0, "shape", value=["batch", "last"]), "log_probs is ['batch', 'last']"),
         (damaged("files", "model.onnx", drop=True), "does not list the model"),
         (damaged("files", "model.onnx", "sha256", value="A" * 64), "64 hexadecimal digits"),
@@ -249,7 +252,8 @@ def test_missing_and_short_files_are_named_together(folder: Path) -> None:
     (folder / "model.onnx").unlink()
     (folder / "model.onnx.data").write_bytes(b"weight")
     message = check(folder)
-    assert "model.onnx is missing" in message and "model.onnx.data has 6 bytes, expected 7" in message
+    assert "model.onnx is missing" in message
+    assert "model.onnx.data has 6 bytes, expected 7" in message
 
 
 def test_one_changed_bit_is_found_unless_told_not_to_look(folder: Path) -> None:

@@ -41,7 +41,8 @@ def folder(exported: Path, tmp_path: Path) -> Path:
 def refusal(folder: Path, **options: Any) -> str:
     with pytest.raises(ModelError) as caught:
         runtime.load(folder, **options)
-    assert caught.value.exit_code == 3 and "\n" not in str(caught.value)
+    assert caught.value.exit_code == 3
+    assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
@@ -74,7 +75,8 @@ def point_data(folder: Path, **entries: str) -> None:
 def test_a_folder_from_a_text_path_loads_and_reports(exported: Path) -> None:
     with runtime.load(str(exported), threads=1) as model:
         assert (model.context, model.vocab_size, model.threads, model.device) == (64, 300, 1, "cpu")
-        assert model.manifest.raw["format"] == "dmpt-onnx" and model.manifest.leaves == ("left", "right")
+        assert model.manifest.raw["format"] == "dmpt-onnx"
+        assert model.manifest.leaves == ("left", "right")
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "tokenizer.json"])
@@ -125,15 +127,16 @@ def test_a_graph_that_is_not_the_manifests_is_refused(folder: Path) -> None:
     past.type.tensor_type.shape.dim[1].dim_value = 299
     publish(folder, model)
     message = refusal(folder)
-    assert "extra is not in the manifest" in message and f"{past.name} is float32" in message
+    assert "extra is not in the manifest" in message
+    assert f"{past.name} is float32" in message
 
 
 def test_sizes_in_the_manifest_must_be_the_graphs(folder: Path) -> None:
     def eight_heads(raw: dict[str, Any]) -> None:
-        raw["config"]["n_head"] = 8
+        raw["config"] |= {"n_head": 8, "head_dim": raw["config"]["n_embd"] // 8}
         for spec in [*raw["inputs"], *raw["outputs"]]:
             if spec["name"].startswith(("past", "present")):
-                spec["shape"][1] = 8
+                spec["shape"][1::2] = [8, raw["config"]["head_dim"]]
 
     edit_manifest(folder, eight_heads)
     assert "past.transformer.h.0.key is float32" in refusal(folder)
@@ -208,7 +211,9 @@ def test_failures_inside_a_run_are_model_errors(exported: Path) -> None:
 
 def test_memory_that_runs_out_has_its_own_error() -> None:
     error = session.explained(RuntimeError("BFCArena: Failed to allocate memory for requested buffer"), "a run")
-    assert isinstance(error, OutOfMemory) and isinstance(error, MemoryError) and error.exit_code == 5
+    assert isinstance(error, OutOfMemory)
+    assert isinstance(error, MemoryError)
+    assert error.exit_code == 5
 
 
 def test_closing_frees_the_weights_at_once(tmp_path: Path, make_gpt2: Callable[..., Any]) -> None:
@@ -263,7 +268,8 @@ def test_released_models_do_not_pile_up(exported: Path) -> None:
     sequence = model.sequence()
     sequence.feed([1])
     model.close()
-    assert model.engine._session is None and sequence.length == 1
+    assert model.engine._session is None
+    assert sequence.length == 1
 
 
 BLOCKED = (

@@ -161,4 +161,5 @@ def test_nan_is_an_error(options: dict[str, Any]) -> None:
 def test_bad_values_are_named(name: str, value: Any) -> None:
     with pytest.raises(RequestError, match=name) as caught:
         Sampling(**{name: value})
-    assert caught.value.exit_code == 3 and repr(value) in str(caught.value)
+    assert caught.value.exit_code == 3
+    assert repr(value) in str(caught.value)

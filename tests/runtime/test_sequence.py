@@ -78,7 +78,8 @@ def test_whole_equals_torch(
     if gates:
         assert routes.tolist() == reference.routes(gates)[0].tolist()
         assert len(set(routes.tolist())) == len(models[name].manifest.leaves)
-    assert log_probs.dtype == np.float32 and log_probs.shape == want.shape
+    assert log_probs.dtype == np.float32
+    assert log_probs.shape == want.shape
     np.testing.assert_allclose(log_probs, want, rtol=0, atol=FLOAT)
 
 
@@ -92,7 +93,8 @@ def test_score_routes_and_log_probs_agree_with_one_run(
     assert model.routes(ids) == [model.manifest.leaves[leaf] for leaf in routes]
     for last in (1, 3, SCORED_AT_ONCE, len(ids) - 1, len(ids)):
         got, taken = model.score(ids, last=last)
-        assert got.shape == (last, 300) and taken.tolist() == routes[-last:].tolist()
+        assert got.shape == (last, 300)
+        assert taken.tolist() == routes[-last:].tolist()
         np.testing.assert_allclose(got, want[-last:], rtol=0, atol=FLOAT)
         parts = [(rows.copy(), leaves) for rows, leaves, _ in model.score_pieces(ids, last)]
         assert all(0 < len(rows) <= SCORED_AT_ONCE for rows, _ in parts)
@@ -106,9 +108,11 @@ def test_heads_weigh_as_in_torch(name: str, models: dict[str, Model], sources: d
     model = models[name]
     ids = IDS[:60]
     (piece,) = TorchScorer(load_model(sources[name]), sources[name], 1, "cpu", "gate_hard", name).pieces([(ids, 60)])
-    assert piece.head_weights is not None and piece.head_weights.sum(1) == pytest.approx(np.ones(60))
+    assert piece.head_weights is not None
+    assert piece.head_weights.sum(1) == pytest.approx(np.ones(60))
     ((_, _, whole),) = model.score_pieces(ids)
-    assert whole is not None and model.manifest.tells_head_weights
+    assert whole is not None
+    assert model.manifest.tells_head_weights
     np.testing.assert_allclose(whole, piece.head_weights, rtol=0, atol=FLOAT)
     assert ((whole == 0) == (piece.head_weights == 0)).all()
     sequence, steps = model.sequence(), []
@@ -166,7 +170,8 @@ def test_nodes_that_are_not_taken_wait_and_then_catch_up(models: dict[str, Model
         expected |= dict.fromkeys(model.manifest.way(model.manifest.leaves[routes[at - 1]]), at)
         assert sequence.done == expected
         lags.add(expected["left"] - expected["left_left"])
-    assert sequence.length == CONTEXT and max(lags) > 1
+    assert sequence.length == CONTEXT
+    assert max(lags) > 1
 
 
 @pytest.mark.parametrize("name", ["gpt2", "dual", "quad"])
@@ -188,7 +193,8 @@ def test_capacity_doubles_up_to_the_context(models: dict[str, Model]) -> None:
     for start in range(0, CONTEXT, 50):
         sequence.feed(IDS[start : start + 50])
         seen.append(sequence.capacity)
-    assert FIRST_CAPACITY == 128 and seen == [128, 128, 256, 256, 256, 300]
+    assert FIRST_CAPACITY == 128
+    assert seen == [128, 128, 256, 256, 256, 300]
     assert models["dual"].sequence(capacity=200).capacity == 256
 
 
@@ -196,11 +202,14 @@ def test_caches_are_written_in_place(models: dict[str, Model]) -> None:
     sequence = models["dual"].sequence()
     sequence.feed(IDS[:1])
     cache = sequence.caches.buffers["transformer.h.0.key"].array
-    assert cache is not None and cache[:, :, :1].any(axis=-1).all() and not cache[:, :, 1:].any()
+    assert cache is not None
+    assert cache[:, :, :1].any(axis=-1).all()
+    assert not cache[:, :, 1:].any()
     before = cache[:, :, :1].copy()
     sequence.feed(IDS[1:9])
     assert sequence.caches.buffers["transformer.h.0.key"].array is cache
-    assert cache[:, :, :9].any(axis=-1).all() and not cache[:, :, 9:].any()
+    assert cache[:, :, :9].any(axis=-1).all()
+    assert not cache[:, :, 9:].any()
     np.testing.assert_array_equal(cache[:, :, :1], before)
 
 

@@ -116,7 +116,8 @@ def test_stop_strings_cut_where_the_first_one_begins(parts: list[str], stops: li
         found = [whole.find(stop) for stop in stops if stop in whole]
         if found:
             # the first complete stop string decides; of several, the one that begins first
-            assert filtered.found and "".join(shown) == whole[: min(found)]
+            assert filtered.found
+            assert "".join(shown) == whole[: min(found)]
             return
         assert not filtered.found
         held = whole[len("".join(shown)) :]

@@ -84,7 +84,8 @@ def test_failure_while_writing_leaves_everything_as_it_was(error: type[BaseExcep
     for out in (fresh, old):
         with pytest.raises(error, match="planted"):
             write_and_fail(out, error)
-    assert os.listdir(tmp_path) == ["old"] and version_of(old) == "one"
+    assert os.listdir(tmp_path) == ["old"]
+    assert version_of(old) == "one"
 
 
 @pytest.mark.parametrize("step", ["rename", "replace", "fsync"])
@@ -104,11 +105,13 @@ def test_failure_while_publishing_keeps_the_old(
     monkeypatch.setattr(os, step, fail)
     if swap == "exchange" and step != "fsync":
         write(out, "two")  # neither call is needed
-        assert not calls and version_of(out) == "two"
+        assert not calls
+        assert version_of(out) == "two"
         return
     with pytest.raises(OSError, match="planted"):
         write(out, "two")
-    assert version_of(out) == "one" and os.listdir(tmp_path) == ["out"]
+    assert version_of(out) == "one"
+    assert os.listdir(tmp_path) == ["out"]
 
 
 KILLED = (
@@ -148,7 +151,8 @@ def test_kill_at_every_step(swap: str, tmp_path: Path) -> None:
             assert version_of(out) in (existing, "two")
             assert set(os.listdir(out.parent)) <= {"out"}
             write(out, "three")
-            assert version_of(out) == "three" and os.listdir(out.parent) == ["out"]
+            assert version_of(out) == "three"
+            assert os.listdir(out.parent) == ["out"]
             if done.returncode == 0:
                 break
             assert done.returncode == -signal.SIGKILL
@@ -162,8 +166,10 @@ def test_running_writer_is_not_disturbed(tmp_path: Path) -> None:
     with atomic_folder(out, "checkpoint") as first:
         product(first, "first")
         write(out, "second")  # cleans up after killed runs: not after this one
-        assert first.is_dir() and version_of(out) == "second"
-    assert version_of(out) == "first" and os.listdir(tmp_path) == ["out"]
+        assert first.is_dir()
+        assert version_of(out) == "second"
+    assert version_of(out) == "first"
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_other_names_are_left_alone(tmp_path: Path) -> None:
@@ -179,7 +185,8 @@ def test_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
     write(tmp_path / "real", "one")
     (tmp_path / "link").symlink_to("real")
     write(tmp_path / "link", "two")
-    assert (tmp_path / "link").is_symlink() and version_of(tmp_path / "real") == "two"
+    assert (tmp_path / "link").is_symlink()
+    assert version_of(tmp_path / "real") == "two"
 
 
 # --- what may be replaced ---------------------------------------------------------------------------

@@ -43,7 +43,9 @@ def ours(folder: Path) -> torch.Tensor:
 
 def test_gpt2_equals_hugging_face(tiny_gpt2: Path) -> None:
     model = load_model(tiny_gpt2)
-    assert not model.training and model.config.splits == [] and model.config.head_allocation == {"root": [0]}
+    assert not model.training
+    assert model.config.splits == []
+    assert model.config.head_allocation == {"root": [0]}
     assert model.heads[0].weight is model.transformer.wte.weight
     torch.testing.assert_close(ours(tiny_gpt2), reference(tiny_gpt2), atol=LIMIT, rtol=0)
 
@@ -51,7 +53,8 @@ def test_gpt2_equals_hugging_face(tiny_gpt2: Path) -> None:
 def test_gpt2_with_its_own_settings_equals_hugging_face(make_gpt2: Callable[..., Any], tmp_path: Path) -> None:
     make_gpt2(tmp_path, n_inner=48, tie_word_embeddings=False, layer_norm_epsilon=1e-2, n_layer=2)
     model = load_model(tmp_path)
-    assert model.config.n_inner == 48 and not model.config.tie_word_embeddings
+    assert model.config.n_inner == 48
+    assert not model.config.tie_word_embeddings
     torch.testing.assert_close(ours(tmp_path), reference(tmp_path), atol=LIMIT, rtol=0)
     assert "heads.0.weight" in load_state(tmp_path)[1]
 
@@ -74,7 +77,8 @@ def test_shards_read_the_same(tiny_gpt2: Path, gpt2_copy: Path) -> None:
 
     (gpt2_copy / "model.safetensors").unlink()
     GPT2LMHeadModel.from_pretrained(tiny_gpt2).save_pretrained(gpt2_copy, max_shard_size="60KB")
-    assert len(list(gpt2_copy.glob("model-*.safetensors"))) > 1 and not (gpt2_copy / "model.safetensors").exists()
+    assert len(list(gpt2_copy.glob("model-*.safetensors"))) > 1
+    assert not (gpt2_copy / "model.safetensors").exists()
     assert torch.equal(ours(gpt2_copy), ours(tiny_gpt2))
 
 
@@ -101,7 +105,8 @@ def test_saving_and_loading_changes_no_bit(fixture: str, request: pytest.Fixture
     config, before = load_state(source)
     save_model(load_model(source), tmp_path / "copy", tokenizer_from=source)
     again, after = load_state(tmp_path / "copy")
-    assert list(before) and set(before) == set(after) == set(expected_shapes(config))
+    assert list(before)
+    assert set(before) == set(after) == set(expected_shapes(config))
     for name, array in before.items():
         assert array.tobytes() == after[name].tobytes(), name
     for field in FIELDS:
@@ -113,7 +118,9 @@ def test_checkpoint_folder_is_complete(tiny_dmpt: Path) -> None:
     names = {path.name for path in tiny_dmpt.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "README.md"} <= names
     fields = json.loads((tiny_dmpt / "config.json").read_text())
-    assert fields["model_type"] == "dmpt" and fields["splits"] == [2] and fields["fast_k"] == 16
+    assert fields["model_type"] == "dmpt"
+    assert fields["splits"] == [2]
+    assert fields["fast_k"] == 16
     assert {"gate_hidden", "gate_temp", "head_gate_temp", "head_topk", "head_allocation"} <= set(fields)
     assert "heads.0.weight" not in load_file(tiny_dmpt / "model.safetensors")  # tied: stored once
     assert "splits [2]" in (tiny_dmpt / "README.md").read_text()
@@ -175,5 +182,6 @@ def test_full_disk_is_exit_code_5_and_leaves_nothing(verb: list[str], tiny_gpt2:
     command = [sys.executable, "-c", FULL_DISK, *verb, str(tiny_gpt2), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 5, done.stderr
-    assert "File too large" in done.stderr and "Traceback" not in done.stderr
+    assert "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []

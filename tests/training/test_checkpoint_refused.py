@@ -49,10 +49,13 @@ def test_hub_id_is_looked_up_after_folders(tiny_gpt2: Path, monkeypatch: pytest.
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
-    assert resolve("gpt2") == tiny_gpt2 and asked[0][0] == "gpt2"
-    assert "model*.safetensors" in asked[0][1] and not any(".bin" in pattern for pattern in asked[0][1])
+    assert resolve("gpt2") == tiny_gpt2
+    assert asked[0][0] == "gpt2"
+    assert "model*.safetensors" in asked[0][1]
+    assert not any(".bin" in pattern for pattern in asked[0][1])
     Path("gpt2").mkdir()
-    assert resolve("gpt2") == Path("gpt2") and len(asked) == 1
+    assert resolve("gpt2") == Path("gpt2")
+    assert len(asked) == 1
 
 
 def test_refused_hub_id_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:

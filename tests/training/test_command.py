@@ -50,7 +50,8 @@ def test_a_dmpt_is_trained_into_a_checkpoint(tiny_dmpt: Path, text: str, tmp_pat
     assert main(["train", str(tiny_dmpt), str(out), "--data", text, "--eval-data", text, *SMALL]) == 0
     config = read_config(out)
     assert (config.splits, config.fast_k) == ([2], 16)
-    assert (out / "tokenizer.json").is_file() and (out / "best" / "tokenizer.json").is_file()
+    assert (out / "tokenizer.json").is_file()
+    assert (out / "best" / "tokenizer.json").is_file()
     assert load_model(out).num_parameters() == load_model(tiny_dmpt).num_parameters()
     assert [set(record) & {"loss", "eval_loss"} for record in metrics(out)] == [{"loss"}, {"loss"}, {"eval_loss"}]
 
@@ -81,7 +82,8 @@ def test_a_new_gpt2_can_be_started_from_nothing(tokenizer_folder: Path, text: st
     assert main(line) == 0
     config = read_config(out)
     assert (config.n_layer, config.n_embd, config.n_positions, config.vocab_size) == (2, 16, 32, 300)
-    assert config.splits == [] and config.tie_word_embeddings
+    assert config.splits == []
+    assert config.tie_word_embeddings
 
 
 def test_a_recipe_trains_its_phases_and_the_command_line_wins(tiny_gpt2: Path, text: str, tmp_path: Path) -> None:
@@ -101,7 +103,9 @@ def test_a_recipe_trains_its_phases_and_the_command_line_wins(tiny_gpt2: Path, t
 @pytest.mark.parametrize("name", names())
 def test_the_recipes_can_be_read(name: str) -> None:
     recipe = read_recipe(name)
-    assert recipe.about and recipe.phases and "splits" in recipe.init
+    assert recipe.about
+    assert recipe.phases
+    assert "splits" in recipe.init
 
 
 # --- bad input ------------------------------------------------------------------------------------------
@@ -174,7 +178,8 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(tiny_dmpt: Path, text: str
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     stopped = re.search(r"Error: stopped by SIGINT after step (\d+) of 100000; saved in .*--resume", err)
-    assert stopped and "Traceback" not in err
+    assert stopped
+    assert "Traceback" not in err
     steps = int(stopped[1])
     assert main(["train", "--out", str(out), "--resume", "--max-steps", str(steps + 1)]) == 0
     assert [record["step"] for record in metrics(out) if "loss" in record] == list(range(1, steps + 2))

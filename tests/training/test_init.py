@@ -101,7 +101,8 @@ def test_gates_start_left_and_head_gates_near_uniform(gpt2: DMPTForCausalLM) -> 
     model = init_from_gpt2(gpt2, NewShape([1, 2], gate_hidden=24), gate_bias=0.4)
     for gate in model.gates.values():
         assert gate[2].bias.tolist() == pytest.approx([0.4, 0.0])  # (b, b) would favour neither side
-        assert gate[0].weight.shape == (24, 32) and gate[2].weight.std().item() > 0
+        assert gate[0].weight.shape == (24, 32)
+        assert gate[2].weight.std().item() > 0
     with torch.no_grad():
         hidden = model.hidden(IDS)
         for leaf, h in hidden.leaves.items():
@@ -179,7 +180,8 @@ def test_init_command(
     assert run("init", tiny_gpt2, out, "--splits", "1,2", "--heads", 8, "--fast-k", 20, "--head-topk", 1,
                "--noise", 0, "--seed", 9, "--gate-hidden", 8, "--gate-bias", 1.5) == 0  # fmt: skip
     shown = capsys.readouterr()
-    assert shown.out == "" and "dmpt-export train" in shown.err
+    assert shown.out == ""
+    assert "dmpt-export train" in shown.err
     model = load_model(out)
     config = model.config
     assert (config.splits, config.fast_k, config.head_topk, config.gate_hidden) == ([1, 2], 20, 1, 8)
@@ -238,7 +240,9 @@ def test_bad_options(
 ) -> None:
     assert run("init", tiny_gpt2, tmp_path / "deep" / "out", *options) == code
     shown = capsys.readouterr()
-    assert text in shown.err and "Traceback" not in shown.err and shown.out == ""
+    assert text in shown.err
+    assert "Traceback" not in shown.err
+    assert shown.out == ""
     assert code == 2 or len(shown.err.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 

@@ -82,7 +82,8 @@ def test_gold_aux_teaches_the_gates_and_not_the_leaves() -> None:
     log_w, gold = F.log_softmax(drawn(2, B, S), 0).requires_grad_(), (-drawn(2, B, S).abs()).requires_grad_()
     losses.gold_aux(log_w, gold).backward()
     assert gold.grad is None
-    assert log_w.grad is not None and log_w.grad.abs().sum() > 0
+    assert log_w.grad is not None
+    assert log_w.grad.abs().sum() > 0
 
 
 @masks
@@ -125,7 +126,9 @@ def test_head_terms_survive_heads_that_are_left_out() -> None:
     even = torch.tensor([0.5, 0.0, 0.5, 0.0], dtype=torch.float64).log().expand(B, S, 4)
     assert losses.head_entropy(even, 2).item() == pytest.approx(0, **CLOSE)
     assert total.isfinite()
-    assert logits.grad is not None and logits.grad.isfinite().all() and logits.grad.abs().sum() > 0
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+    assert logits.grad.abs().sum() > 0
 
 
 # --- padding, length and processes ----------------------------------------------------------------------
@@ -333,7 +336,8 @@ def test_the_tether_holds_to_head_0_as_it_was_at_the_start() -> None:
     with torch.no_grad():
         model.heads[0].weight.add_(0.5 * torch.randn_like(before))
     assert objective(ids).terms["tether.root"].item() > 0.01
-    assert torch.equal(objective.reference, before) and not objective.reference.requires_grad
+    assert torch.equal(objective.reference, before)
+    assert not objective.reference.requires_grad
 
 
 def test_the_routing_gate_learns_from_the_main_loss_alone() -> None:

@@ -199,7 +199,8 @@ def test_bad_data_is_one_line_that_says_where(
     for read in (list_lines, sources.read_text):
         with pytest.raises(InputError, match=message) as caught:
             read(path)
-        assert name in str(caught.value) and "\n" not in str(caught.value)
+        assert name in str(caught.value)
+        assert "\n" not in str(caught.value)
     assert main(["eval", str(tiny_gpt2), "--data", str(path)]) == 3
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -230,7 +231,8 @@ def test_a_missing_library_is_said_at_once(
     line = {"train": ["train", "no-model", "out"], "eval": ["eval", "no-model"], "compare": ["compare", "no-model"]}
     assert main([*line[verb], "--data", name]) == 3  # before the model is looked for
     err = capsys.readouterr().err
-    assert err.endswith(f"needs {library}: {sources.INSTALL}\n") and err.count("\n") == 1
+    assert err.endswith(f"needs {library}: {sources.INSTALL}\n")
+    assert err.count("\n") == 1
 
 
 # --- hub datasets -------------------------------------------------------------------------------------
@@ -367,4 +369,5 @@ def test_train_and_eval_read_them_and_resume_finds_them_again(
         more = [] if text == plain else ["--text-field", "body"]
         assert main(["eval", str(tiny_gpt2), "--data", str(text), "--max-length", "32", "--json", *more]) == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert found[0] == found[1] == found[2] and found[0]["tokens"] > 100
+    assert found[0] == found[1] == found[2]
+    assert found[0]["tokens"] > 100

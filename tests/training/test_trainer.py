@@ -34,7 +34,8 @@ def test_every_kind_of_model_learns_and_ends_as_a_checkpoint(tmp_path: Path, spl
         model, TOKENS, options(max_steps=25, tether_coef=0.0, dropout=0.0), tmp_path / "run", some_tokens(300, 1)
     )
     losses = losses_of(tmp_path / "run")
-    assert result.steps == 25 and len(losses) == 25
+    assert result.steps == 25
+    assert len(losses) == 25
     assert losses[-1] < losses[0] - 0.3
     assert result.tokens == 25 * 2 * 2 * LENGTH
     for folder in (result.folder, tmp_path / "run" / "last", tmp_path / "run" / "best"):
@@ -60,10 +61,12 @@ def test_the_end_of_max_steps_is_saved_and_evaluated(tmp_path: Path) -> None:
     """The original skipped the final save when max_steps was reached."""
     train(random_model([2], 4), TOKENS, options(max_steps=3, log_every=100), tmp_path / "run", some_tokens(200, 1))
     saved = json.loads((tmp_path / "run" / "last" / "trainer_state" / "state.json").read_text())
-    assert saved["step"] == 3 and saved["finished"]
+    assert saved["step"] == 3
+    assert saved["finished"]
     records = metrics(tmp_path / "run")
     assert [record["step"] for record in records] == [3, 3]
-    assert "loss" in records[0] and "eval_loss" in records[1]
+    assert "loss" in records[0]
+    assert "eval_loss" in records[1]
 
 
 def test_epochs_count_passes_over_the_data(tmp_path: Path) -> None:
@@ -199,7 +202,8 @@ def test_a_path_that_is_hardly_used_is_warned_about(tmp_path: Path, capsys: pyte
         model.gates["root"][2].bias.copy_(torch.tensor([1000.0, 0.0]))
     train(model, TOKENS, options(max_steps=5), tmp_path / "run")
     warnings = [record for record in metrics(tmp_path / "run") if "warning" in record]
-    assert len(warnings) == 1 and warnings[0]["step"] == 3
+    assert len(warnings) == 1
+    assert warnings[0]["step"] == 3
     assert "path 'right' gets 0.0%" in warnings[0]["warning"]
     assert "path 'right' gets 0.0%" in capsys.readouterr().err
 
@@ -214,7 +218,9 @@ def test_the_bar_shows_the_run_and_changes_nothing(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     train(random_model(splits, 4), TOKENS, settings, tmp_path / "shown", extras=Extras(title="dual"))
     err = capsys.readouterr().err
-    assert "dual: 100%" in err and "ppl=" in err and "tok/s=" in err
+    assert "dual: 100%" in err
+    assert "ppl=" in err
+    assert "tok/s=" in err
     assert ("routes=left" in err) == (splits == [2] and mode == "gate_soft")
     assert [set(record) for record in metrics(tmp_path / "shown")] == [set(r) for r in metrics(tmp_path / "quiet")]
     assert losses_of(tmp_path / "shown") == losses_of(tmp_path / "quiet")
@@ -223,7 +229,8 @@ def test_the_bar_shows_the_run_and_changes_nothing(
 def test_routes_and_head_usage_are_logged(tmp_path: Path) -> None:
     train(random_model([2], 4), TOKENS, options(max_steps=2), tmp_path / "run")
     record = metrics(tmp_path / "run")[0]
-    assert set(record["routes"]) == {"left", "right"} and sum(record["routes"].values()) == pytest.approx(1)
+    assert set(record["routes"]) == {"left", "right"}
+    assert sum(record["routes"].values()) == pytest.approx(1)
     assert [sum(usage) for usage in record["heads"].values()] == pytest.approx([1, 1])
 
 

@@ -76,7 +76,8 @@ def test_damaged_tokenizer_is_one_clear_error(files: dict[str, str], message: st
         (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=message) as caught:
         load_tokenizer(tmp_path)
-    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_end_of_text_is_the_models_else_the_token_of_that_name(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -156,7 +157,8 @@ def test_bad_data_file_is_one_clear_error(name: str, content: bytes | str | None
     for read in (read_text, lambda p: list(read_lines(p))):
         with pytest.raises(InputError, match=message) as caught:
             read(path)
-        assert name in str(caught.value) and "\n" not in str(caught.value)
+        assert name in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 def test_not_utf8_names_the_line_and_byte(tmp_path: Path) -> None:
@@ -191,7 +193,9 @@ def test_first_tokens_are_those_of_the_whole_text_and_the_rest_is_not_read(
     got = windows.first_tokens(tmp_path / "text", tokenizer, 0, n)
     assert sum(read) <= 2 or n > 20  # lines
     want = windows.encode_lines(tmp_path / "text", tokenizer, 0)
-    assert got.dtype == np.int32 and got.tolist() == want[:n].tolist() and 20 < len(want) < 10_000
+    assert got.dtype == np.int32
+    assert got.tolist() == want[:n].tolist()
+    assert 20 < len(want) < 10_000
 
 
 def test_a_tokenizer_that_knows_more_than_the_model_is_refused(tokenizer: Tokenizer) -> None:
@@ -228,7 +232,8 @@ def test_token_cache_is_made_once_and_keyed_by_content(
     b.write_text("another text\n")
     first = windows.token_cache([a, b], tokenizer, 0, cache)
     np.testing.assert_array_equal(first, windows.encode_lines([a, b], tokenizer, 0))
-    assert isinstance(first, np.memmap) and not first.flags.writeable
+    assert isinstance(first, np.memmap)
+    assert not first.flags.writeable
 
     made = []
     real = windows.token_chunks
@@ -280,7 +285,9 @@ def test_every_later_token_is_scored_once_with_all_its_context(n: int, length: i
         return
     scored: list[int] = []
     for i, (start, stop, count) in enumerate(windows.windows(n, length, stride)):
-        assert start == i * stride and 0 < stop - start <= length and stop <= n
+        assert start == i * stride
+        assert 0 < stop - start <= length
+        assert stop <= n
         assert 1 <= count <= stop - start - 1  # a prediction needs a token before it
         scored += range(stop - count, stop)
     unscored = {t for t in range(0, n, stride)} if stride == length else set()  # noqa: C416

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
 import tempfile
 import zipfile
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +115,17 @@ def first_line(error: BaseException) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises InputError when it is missing, damaged or not an object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parsed(path.read_bytes())
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not readable JSON ({first_line(error)}): restore or replace it") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value
+    return copy.deepcopy(value)
+
+
+@lru_cache(maxsize=8)
+def parsed(data: bytes) -> Any:
+    """JSON in UTF-8, parsed once for all readers of a file: not to be changed. Raises ValueError, RecursionError."""
+    return json.loads(data.decode("utf-8"))
