@@ -34,7 +34,7 @@ from quant.rules import (
 from quant.schemes import SCHEMES, check_installed
 from quant.smooth import Arrays
 from quant.smooth import smooth as smoothed
-from training.checkpoints.atomic import atomic_folder, check_replaceable
+from training.checkpoints.atomic import atomic_folder
 from training.checkpoints.checkpoint import (
     config_fields,
     copy_tokenizer,
@@ -46,6 +46,7 @@ from training.checkpoints.checkpoint import (
 )
 from training.checkpoints.files import resolve
 from training.checkpoints.folder import Source
+from training.checkpoints.places import check_replaceable
 from training.checkpoints.tensors import write_tensors
 from training.errors import FieldError, InputError
 from training.model.config import DMPTConfig

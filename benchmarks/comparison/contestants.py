@@ -202,7 +202,7 @@ def check(entries: list[Entry], out: str | Path | None) -> int:
             raise InputError(f"{entry.name} is a DMPT: a control is plain GPT-2 that was trained on the same tokens")
         check_tokenizer(entry.path)
     if out is not None:
-        from training.checkpoints.atomic import check_replaceable
+        from training.checkpoints.places import check_replaceable
 
         check_replaceable(Path(out), "comparison")
     return min(context_of(entry.path) for entry in entries)

@@ -38,9 +38,9 @@ def command(file: Path, out: Path, tokenizer: str | None, head_allocation: Path 
       dmpt-export quantize OUT small --scheme int8
     """
     require("train")
-    from training.checkpoints.atomic import check_inputs, check_replaceable
     from training.checkpoints.files import check_pt
     from training.checkpoints.folder import read_head_allocation
+    from training.checkpoints.places import check_inputs, check_replaceable
     from training.progress import say
 
     check_replaceable(out, "checkpoint")

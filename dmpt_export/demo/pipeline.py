@@ -260,7 +260,7 @@ def opening(text: str) -> str:
 
 def check_out(out: Path) -> None:
     """Raise InputError unless `out` is absent, empty, or an earlier demo's folder."""
-    from training.checkpoints.atomic import check_place
+    from training.checkpoints.places import check_place
 
     check_place(out)
     if out.exists() and not out.is_dir():

@@ -19,9 +19,10 @@ from dmpt_export.onnx.manifest import ACTIVATIONS, MODEL_FILE, describe, text_ru
 from quant.checkpoint import load_weights
 from quant.forms.weights import Weights, quantized
 from runtime.manifest_file import MANIFEST_NAME, REPORT_NAME
-from training.checkpoints.atomic import atomic_folder, check_replaceable
+from training.checkpoints.atomic import atomic_folder
 from training.checkpoints.checkpoint import copy_tokenizer, read_config
 from training.checkpoints.files import resolve
+from training.checkpoints.places import check_replaceable
 from training.errors import FieldError, InputError
 
 DATA_FILE = f"{MODEL_FILE}.data"

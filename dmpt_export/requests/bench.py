@@ -56,7 +56,7 @@ class BenchRequest:
         from benchmarks.quality.open_scorer import context_of
         from benchmarks.quality.scorer import named
         from benchmarks.speed.timing import target
-        from training.checkpoints.atomic import check_inputs, check_place
+        from training.checkpoints.places import check_inputs, check_place
 
         targets = [target(name, path) for name, path in named(self.models)]
         self.workload().cases(min(context_of(t.path) for t in targets))

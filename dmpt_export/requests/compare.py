@@ -64,7 +64,7 @@ class CompareRequest:
             "bench": bool(self.out and self.data),
         }
         require(*(extra for extra, needed in wanted.items() if needed))
-        from training.checkpoints.atomic import check_inputs, check_replaceable
+        from training.checkpoints.places import check_inputs, check_replaceable
 
         pythons, entries = self.interpreters(), self.entries()
         windows = Windows(self.protocol, self.max_length, self.stride)

@@ -51,8 +51,8 @@ class InitRequest:
         if self.heads is not None and self.head_allocation is not None:
             raise OptionError("{heads} and {head_allocation} exclude each other: the file already names every head")
         require("train")
-        from training.checkpoints.atomic import check_inputs, check_replaceable
         from training.checkpoints.folder import float_folder, read_head_allocation, read_shape
+        from training.checkpoints.places import check_inputs, check_replaceable
         from training.model.shape import NewShape, check_init
 
         check_replaceable(self.out, "checkpoint")

@@ -39,7 +39,7 @@ class ExportRequest:
         """
         self.options.check(verified=not self.no_verify, calibrated=self.calib is not None)
         require("train", "cpu")
-        from training.checkpoints.atomic import check_inputs, check_replaceable
+        from training.checkpoints.places import check_inputs, check_replaceable
 
         check_replaceable(Path(self.out), "onnx")
         check_inputs(Path(self.out), self.checkpoint, self.calib)

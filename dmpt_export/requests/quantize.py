@@ -120,8 +120,8 @@ class QuantizeRequest:
         from quant.rules import anchors_of, parse_rule
         from quant.schemes import check_installed
         from quant.text import read_ids
-        from training.checkpoints.atomic import check_inputs, check_place, check_replaceable
         from training.checkpoints.folder import float_folder, read_shape, tensor_shapes
+        from training.checkpoints.places import check_inputs, check_place, check_replaceable
 
         calibrated = self.calib is not None
         earlier = read_plan(self.plan) if self.plan else None

@@ -34,7 +34,7 @@ class Windows:
 
 def check_places(data: Sequence[str], folders: Sequence[str]) -> None:
     """Raise InputError for texts that are not there and for folders that cannot be made."""
-    from training.checkpoints.atomic import check_place
+    from training.checkpoints.places import check_place
     from training.text.sources import check_source
 
     for text in data:

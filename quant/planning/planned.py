@@ -13,9 +13,9 @@ from quant.planning.damage_table import Measurements
 from quant.planning.plan import CANDIDATES, Plan, Target, candidates_of, check_candidates, groups_of, make_plan
 from quant.quantize import TensorReport, float_report
 from quant.rules import anchors_of
-from training.checkpoints.atomic import check_replaceable
 from training.checkpoints.checkpoint import load_state
 from training.checkpoints.folder import Source
+from training.checkpoints.places import check_replaceable
 from training.errors import InputError
 
 MOST_PARTS = 4  # stored for one tensor: the two factors of a delta, each with scales

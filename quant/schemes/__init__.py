@@ -58,7 +58,14 @@ class Scheme:
         return self.quantize(array, **options)
 
 
-BNB_BLOCKS = (32, MAX_BLOCK)
+TABLE_OF_16: dict[str, Any] = {
+    "form": CodebookTensor,
+    "rounding": Rounding.NONE,
+    "rows": False,
+    "zero_points": False,
+    "block_range": (32, MAX_BLOCK),
+    "package": "bitsandbytes",
+}
 TWO_BITS = (32, 128)  # ONNX Runtime 1.32 takes 16 and 256, too, but some hundred times slower
 
 SCHEMES: dict[str, Scheme] = {
@@ -71,26 +78,8 @@ SCHEMES: dict[str, Scheme] = {
     "int3-gptq": Scheme(int3_gptq, 3, calibrated=True),
     "int2": Scheme(int2, 2, block_range=TWO_BITS),
     "int2-gptq": Scheme(int2_gptq, 2, calibrated=True, block_range=TWO_BITS),
-    "nf4": Scheme(
-        bnb.nf4,
-        4,
-        CodebookTensor,
-        Rounding.NONE,
-        rows=False,
-        zero_points=False,
-        block_range=BNB_BLOCKS,
-        package="bitsandbytes",
-    ),
-    "fp4": Scheme(
-        bnb.fp4,
-        4,
-        CodebookTensor,
-        Rounding.NONE,
-        rows=False,
-        zero_points=False,
-        block_range=BNB_BLOCKS,
-        package="bitsandbytes",
-    ),
+    "nf4": Scheme(bnb.nf4, 4, **TABLE_OF_16),
+    "fp4": Scheme(bnb.fp4, 4, **TABLE_OF_16),
     "bnb-int8": Scheme(bnb.int8, 8, blocks=False, zero_points=False, package="bitsandbytes"),
     "fp16": Scheme(fp16, 16, HalfTensor, Rounding.NONE, blocks=False, zero_points=False),
 }

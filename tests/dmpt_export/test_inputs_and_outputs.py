@@ -17,8 +17,8 @@ from dmpt_export.cli.main import main
 from dmpt_export.onnx.export import export_onnx
 from quant.checkpoint import save_quantized
 from tests.helpers.paths import REPOSITORY
-from training.checkpoints.atomic import check_inputs, check_place
 from training.checkpoints.files import cache_folder
+from training.checkpoints.places import check_inputs, check_place
 from training.errors import InputError
 
 LINES = "The tide mill waits for the tide .\n" * 40

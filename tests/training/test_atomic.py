@@ -13,7 +13,8 @@ import pytest
 
 from tests.helpers.kills import STEPS
 from training.checkpoints import atomic
-from training.checkpoints.atomic import atomic_file, atomic_folder, check_place, check_replaceable, recover
+from training.checkpoints.atomic import atomic_file, atomic_folder, recover
+from training.checkpoints.places import check_place, check_replaceable
 from training.errors import InputError
 
 

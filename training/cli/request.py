@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.checkpoints.atomic import check_inputs, check_run
 from training.checkpoints.earlier import RUN, SAVED, recover_earlier, replacing
-from training.checkpoints.files import cache_folder, read_json, resolve
+from training.checkpoints.files import cache_folder, resolve
 from training.checkpoints.folder import float_folder, read_head_allocation, read_shape
+from training.checkpoints.places import check_inputs, check_run
 from training.cli.recipes import Recipe, read_recipe
+from training.cli.run_folder import last_of, run_of, saved_state
 from training.errors import FieldError, InputError, OptionError, usage
 from training.loop.freeze import expanded
 from training.loop.options import TrainOptions, read_freeze_schedule
@@ -295,27 +296,3 @@ class TrainRequest:
 def is_first() -> bool:
     """Whether this is the first of the processes of this machine."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-def run_of(given: Path) -> Path:
-    """The run that `resume` names. The original project named a file in it, RUN/checkpoint_epoch_0_step_8200.pt."""
-    if given.suffix != ".pt":
-        return given
-    if given.is_file():
-        raise InputError(
-            f"cannot resume {given}, a checkpoint of the original project: dmpt-export convert {given} MODEL, then "
-            "train MODEL"
-        )
-    return given.parent
-
-
-def last_of(run: Path) -> Path:
-    return run / "last" if (run / "last").is_dir() else run
-
-
-def saved_state(source: Path) -> dict[str, Any]:
-    """state.json of a run to be resumed: its options and data are the defaults."""
-    path = source / "trainer_state" / "state.json"
-    if not path.is_file():
-        raise FieldError("cannot resume: {} has no trainer_state; leave {resume} out, or give the run's folder", source)
-    return read_json(path)

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from training.checkpoints.atomic import check_run, recover
+from training.checkpoints.atomic import recover
 from training.checkpoints.checkpoint import load_model
 from training.checkpoints.earlier import RUN, SAVED, recover_earlier, set_aside
+from training.checkpoints.places import check_run
 from training.errors import InputError
 from training.loop.options import TrainOptions
 from training.model.dmpt import Attention
