@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def test_fields_are_parameters(verb: str) -> None:
 def test_defaults_are_the_same(verb: str) -> None:
     context = context_of(verb)
     if verb == "train":
-        assert request_of(context) == LEAST[verb][1]
+        assert request_of(context) == replace(LEAST[verb][1], given=frozenset())
         return
     values = {name: value for name, value in context.params.items() if name not in SHOWN}
     assert type(LEAST[verb][1])(**values) == LEAST[verb][1]
@@ -144,9 +144,15 @@ def test_the_command_line_has_its_own_names(capsys: pytest.CaptureFixture[str], 
     assert "leave out --rule, or name what it may choose from with --candidates" in capsys.readouterr().err
     (tmp_path / "run" / "last").mkdir(parents=True)
     assert main(["train", "in", str(tmp_path / "run"), "--data", __file__]) == 3
-    assert "continue it with --resume, or start anew with --overwrite\n" in capsys.readouterr().err
+    assert "continue it with --resume, or replace it with --overwrite\n" in capsys.readouterr().err
     with pytest.raises(OptionError, match="leave out smooth, or name what it may choose from with candidates"):
         QuantizeRequest("in", "out", smooth=0.0, target_bits=4, calib="text").check()
+
+
+def test_options_of_a_training_request_win() -> None:
+    assert TrainRequest("m", Path("o"), options=TrainOptions(lr=1.0)).chosen() == {"lr": 1.0}
+    assert TrainRequest("m", Path("o"), given=frozenset({"seed"})).chosen() == {"seed": TrainOptions.seed}
+    assert request_of(command_of("train").make_context("train", ["m", "o", "--seed", "42"])).chosen() == {"seed": 42}
 
 
 def test_every_request_is_tried() -> None:

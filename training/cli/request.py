@@ -79,7 +79,7 @@ class TrainRequest:
     n_head: int = 12  # attention heads of a block
     n_positions: int = 1024  # tokens of context
     options: TrainOptions = field(default_factory=TrainOptions)
-    given: frozenset[str] = frozenset()  # names of the options that win over a recipe's and a run's
+    given: frozenset[str] | None = None  # options that win over a recipe's and a run's; None: those changed
 
     # --- checking -------------------------------------------------------------------------------------
 
@@ -92,7 +92,7 @@ class TrainRequest:
         if is_first():
             recover_earlier(out, RUN, SAVED)
         recipe = read_recipe(self.recipe) if self.recipe else Recipe()
-        chosen = {name: getattr(self.options, name) for name in self.given}
+        chosen = self.chosen()
         with usage():  # a recipe or a saved run may hold what the options need beside them
             alone = self.recipe is None and self.resume is None
             (TrainOptions.check if alone else TrainOptions.check_each)(TrainOptions(**chosen))
@@ -114,6 +114,12 @@ class TrainRequest:
         found = Found(out, resumed, recipe, phases, about, resolve(tokenizer))
         self.check_shape(found)
         return found
+
+    def chosen(self) -> dict[str, Any]:
+        """The options that win over a recipe's and a run's."""
+        default = vars(TrainOptions())
+        given = {n for n, v in vars(self.options).items() if v != default[n]} if self.given is None else self.given
+        return {name: getattr(self.options, name) for name in given}
 
     def place(self) -> Path:
         """The run's folder. Raises OptionError where it or the model is missing."""
