@@ -15,7 +15,7 @@ def __getattr__(name: str) -> Any:
     """`DMPTOnnxForCausalLM`, when it is asked for. Raises MissingExtra where a package it needs is not installed."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from dmpt_export.cli.extras import require
+    from dmpt_export.extras import require
 
     require("train", "cpu")
     from dmpt_export import transformers_model

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import click
@@ -22,7 +21,7 @@ class Finite(click.FloatRange):
         return number
 
 
-class Entry(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.4 on
+class TableChoice(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.4 on
     """A choice among the entries of a table, which is imported only when it is needed."""
 
     def __init__(self, name: str, table: Callable[[], Iterable[str]], besides: Callable[[], Iterable[str]] = tuple):
@@ -57,18 +56,3 @@ def skip_verification(context: click.Context, _parameter: click.Parameter, value
 
 no_verify = click.option("--no-verify", is_flag=True, expose_value=False, callback=skip_verification,
                          help="Do not compare a GPT-2 folder with Transformers when it is first read.")  # fmt: skip
-
-
-@contextmanager
-def usage() -> Iterator[None]:
-    """Errors that are meant for people, raised inside, are about the command line alone: wrong usage."""
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        if not hasattr(error, "exit_code"):
-            raise
-        from training.errors import FieldError, OptionError
-
-        if isinstance(error, FieldError):
-            raise OptionError(error.message, *error.values) from error
-        raise click.UsageError(str(error)) from error

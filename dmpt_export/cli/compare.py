@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dmpt_export.cli.checks import Entry, protocols
+from dmpt_export.cli.checks import TableChoice, protocols
 from dmpt_export.requests.compare import CompareRequest
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
               help="Text to score, as in eval. Without it only sizes and speeds are compared.")  # fmt: skip
 @click.option("--text-field", default="text", show_default=True, metavar="NAME",
               help="Where the text is in JSONL, Parquet and datasets.")  # fmt: skip
-@click.option("--protocol", type=Entry("protocol", protocols), default="stride-concat", show_default=True,
+@click.option("--protocol", type=TableChoice("protocol", protocols), default="stride-concat", show_default=True,
               help="What is scored after what, as in eval.")  # fmt: skip
 @click.option("--out", type=click.Path(file_okay=False),
               help="Folder for report.html and comparison.json, .md, .csv and .png.")  # fmt: skip

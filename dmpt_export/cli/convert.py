@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from dmpt_export.cli.extras import require
+from dmpt_export.extras import require
 from dmpt_export.requests.sources import check_tokenizer
 
 

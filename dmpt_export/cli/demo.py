@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from dmpt_export.cli.checks import Finite
-from dmpt_export.cli.extras import require
+from dmpt_export.extras import require
 
 
 @click.command("demo", short_help="Train, quantize, export, run and compare small models.")

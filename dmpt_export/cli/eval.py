@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dmpt_export.cli.checks import Entry, no_verify, protocols
+from dmpt_export.cli.checks import TableChoice, no_verify, protocols
 from dmpt_export.requests.eval import EvaluateRequest
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
               "wikitext-103:test. Several are scored as one text.")  # fmt: skip
 @click.option("--text-field", default="text", show_default=True, metavar="NAME",
               help="Where the text is in JSONL, Parquet and datasets.")  # fmt: skip
-@click.option("--protocol", type=Entry("protocol", protocols), default="stride-concat", show_default=True,
+@click.option("--protocol", type=TableChoice("protocol", protocols), default="stride-concat", show_default=True,
               help="What is scored after what; see above.")  # fmt: skip
 @click.option("--max-length", type=click.IntRange(min=2), metavar="N",
               help="Tokens in a window. Default: 1024, or the model's context if that is less.")  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from dmpt_export.cli.extras import require
+from dmpt_export.extras import require
 from dmpt_export.requests.sources import check_model, is_exported
 
 

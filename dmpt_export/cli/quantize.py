@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from dmpt_export.cli.checks import Entry, Finite, no_verify
+from dmpt_export.cli.checks import Finite, TableChoice, no_verify
 from dmpt_export.requests.quantize import QuantizeRequest
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -48,7 +48,7 @@ def number(_context: click.Context, _parameter: click.Parameter, value: str | No
 @click.command("quantize", short_help="Store a checkpoint's weights in fewer bits.")
 @click.argument("checkpoint")
 @click.argument("out", type=click.Path(), required=False)
-@click.option("--scheme", type=Entry("scheme", schemes, deltas), help="How to store weights; see above.")
+@click.option("--scheme", type=TableChoice("scheme", schemes, deltas), help="How to store weights; see above.")
 @click.option("--block", type=click.Choice(["16", "32", "64", "128", "256"]), callback=number,
               help="Weights that share a scale: "
               "fewer are closer to the original, and larger. Default: 128 for int8, 64 for int2, nf4 and fp4, "

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from dmpt_export.cli.extras import require
+from dmpt_export.extras import require
 
 
 class TrainCommand(click.Command):

@@ -1,7 +1,7 @@
 """The ONNX graph of a DMPT, built node by node with onnx_ir; mirrors training/model/dmpt.py.
 
 builder.py   nodes, weights and If subgraphs
-linear.py    one weight, three uses (project, project a head, gather rows), per storage scheme
+linear.py    one weight, three uses (linear, project, gather_rows), whatever its storage form
 blocks.py    embedding, attention, MLP, segments
 rescore.py   rows of heads on candidates
 deltas.py    heads that are stored as a delta to their anchor

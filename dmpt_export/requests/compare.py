@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dmpt_export.cli.extras import require
+from dmpt_export.extras import require
 from dmpt_export.requests.scoring import Windows, check_places, check_scored
 from dmpt_export.requests.sources import check_model, is_exported
 from training.errors import OptionError, usage

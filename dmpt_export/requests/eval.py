@@ -6,7 +6,7 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dmpt_export.cli.extras import require
+from dmpt_export.extras import require
 from dmpt_export.requests.scoring import Windows, check_places, check_scored
 from dmpt_export.requests.sources import is_exported
 from training.errors import OptionError

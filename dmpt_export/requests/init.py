@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dmpt_export.cli.extras import require
+from dmpt_export.extras import require
 from training.errors import OptionError
 from training.progress import say
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dmpt_export.cli.extras import require
+from dmpt_export.extras import require
 from dmpt_export.onnx.exportable import ExportOptions, deployed
 from dmpt_export.requests.sources import check_model
 from training.progress import say

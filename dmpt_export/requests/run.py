@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dmpt_export.cli.extras import require
+from dmpt_export.extras import require
 
 if TYPE_CHECKING:
     from runtime.generate import Generation, Generations

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dmpt_export.cli import extras
+from dmpt_export import extras
 from tests.helpers.paths import REPOSITORY
 from training.errors import install
 

@@ -195,7 +195,7 @@ def test_importing_the_package_imports_nothing_heavy_and_a_missing_package_is_on
         "import importlib.util as util\n"
         "found = util.find_spec\n"
         "util.find_spec = lambda name, *rest: None if name == 'transformers' else found(name, *rest)\n"
-        "import dmpt_export.cli.extras as extras\n"
+        "import dmpt_export.extras as extras\n"
         "extras.find_spec = util.find_spec\n"
         "try:\n"
         "    dmpt_export.DMPTOnnxForCausalLM\n"
