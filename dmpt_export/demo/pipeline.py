@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 MARKER = "demo.json"  # its presence says that a folder is a demo's
 FOLDERS = ("corpus", "tokenizer", "checkpoints", "quantized", "onnx")
-RESULTS = ("comparison.json", "comparison.md", "comparison.csv", "comparison.png", "report.html")
+RESULTS = ("comparison.json", "comparison.md", "comparison.csv", "comparison.svg", "report.html")
 BASE, TUNED, INIT, DMPT = "gpt2-base", "gpt2-tuned", "dmpt-init", "dmpt"  # checkpoints, in the order they are made
 LABELS = {BASE: "GPT-2 base", TUNED: "GPT-2 fine-tuned", DMPT: "DMPT"}
 N_STAGES = 9

@@ -165,7 +165,7 @@ def test_a_quantized_folder_is_not_quantized_again(small: Path, tmp_path: Path) 
 
 def test_a_checkpoint_is_never_replaced(tiny_dmpt: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_dmpt, tmp_path / "model")
-    with pytest.raises(InputError, match="no quantized folder"):
+    with pytest.raises(InputError, match="is not a dmpt-export quantized folder"):
         save_quantized(tmp_path / "model", tmp_path / "model", "int8")
     load_model(tmp_path / "model")
 
@@ -330,7 +330,7 @@ def test_a_gpt2_folder_is_taken_as_it_is(tiny_gpt2: Path, tmp_path: Path) -> Non
         (["{small}", "{out}", "--scheme", "int4-gptq", "--calib", "x.txt"], 3, "already quantized"),
         (["{model}-absent", "{out}", "--scheme", "int4"], 3, "does not exist"),
         (["{small}", "{out}", "--scheme", "int4"], 3, "already quantized"),
-        (["{model}", "{model}", "--scheme", "int4"], 3, "no quantized folder"),
+        (["{model}", "{model}", "--scheme", "int4"], 3, "is not a dmpt-export quantized folder"),
     ],
 )
 def test_the_command_refuses_in_one_line(
