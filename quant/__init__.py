@@ -1,1 +1,1 @@
-"""Weights to quantized weights: pure functions, rules that assign them, and the folder they are kept in."""
+"""Quantization: pure functions on matrices, rules that assign schemes to tensors, and the quantized folder."""

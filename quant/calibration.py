@@ -1,7 +1,7 @@
-"""Calibration text, and what each layer sees of it in the float model.
+"""Calibration text and the inputs that each layer of the float model gets from it.
 
-Every path reads the whole context, so all tokens count for the layers of all paths; a head only sees the rows that
-are routed to a leaf that uses it.
+Every path reads the whole context, so all tokens count for the layers of all paths; a head only sees the rows
+routed to a leaf that uses it.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from training.model.config import DMPTConfig
 from training.model.dmpt import Conv1D
 from training.model.generation import DMPTForCausalLM
 
-JUDGED = 1024  # tokens by which a text is judged to be foreign to the model
-# A matrix that is both embedding and head: beside the error of logits, that of the rows themselves, as much as if
-# all inputs were independent and of the mean size. With 0 the whole model loses more than by plain rounding.
+JUDGED = 1024  # tokens scored to decide whether a text is foreign to the model
+# For a matrix that is both embedding and head: weight of the error of its rows beside that of the logits, as if all
+# inputs were independent and of mean size. With 0 the model loses more than with plain rounding.
 LOOKED_UP = 1.0
-Visit = Callable[[str, Tensor], None]  # (tensor's name, the rows [n, K] that it is multiplied with)
+Visit = Callable[[str, Tensor], None]  # (tensor name, input rows [n, K])
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """The rows x a matrix was multiplied with, summed up."""
+    """Statistics of a matrix's input rows x."""
 
     count: int
     second_moment: NDArray[np.float64]  # sum of x x^T, [K, K]
@@ -45,16 +45,16 @@ class Inputs:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """A text in windows, and what is recorded of it."""
+    """A text in windows, and what a quantized folder records about it."""
 
     windows: Tensor  # int64 [n, S]
     sha256: str  # of the file
-    perplexity: float  # of the float model on the beginning
+    perplexity: float  # of the float model on the first tokens
     vocab_size: int
 
     @property
     def foreign(self) -> bool:
-        """Whether the model does worse than guessing: such text says nothing about what its layers usually see."""
+        """Whether the model does worse than guessing: such text does not show its layers' usual inputs."""
         return self.perplexity > self.vocab_size
 
     def as_dict(self) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def read_windows(text: str | Path, source: Source, config: DMPTConfig, tokens: i
 
 @torch.inference_mode()
 def perplexity(model: DMPTForCausalLM, windows: Tensor) -> float:
-    """Of the model as it is deployed, on the first JUDGED tokens or so of windows [n, S], S above 1."""
+    """Perplexity of the deployed model on about the first JUDGED tokens of windows [n, S], S above 1."""
     judged = windows[: max(1, JUDGED // windows.shape[1])]
     losses = []
     for window in judged:
@@ -95,7 +95,7 @@ def perplexity(model: DMPTForCausalLM, windows: Tensor) -> float:
 
 @contextmanager
 def watching(module: nn.Module, prefix: str, visit: Visit) -> Iterator[None]:
-    """Call `visit` for every linear layer under `module`, filed under `prefix`, that runs inside the context."""
+    """Call `visit` for every linear layer under `module` that runs inside the context; names start with `prefix`."""
     with ExitStack() as stack:
         for name, layer in module.named_modules():
             if isinstance(layer, Conv1D):
@@ -108,12 +108,12 @@ def _hook(name: str, visit: Visit) -> Callable[[nn.Module, tuple[Any, ...]], Non
 
 
 def observe(model: DMPTForCausalLM, windows: Tensor, wanted: Collection[str]) -> Iterator[dict[str, Inputs]]:
-    """Inputs of the `wanted` matrices, those of a block at a time in the order they run, of the heads last.
+    """Yield the inputs of the `wanted` matrices: one block at a time in the order they run, then the heads.
 
-    One pass of the model over `windows` [n, S]. No more than a block's second moments are held at once; a head that
-    no token is routed to has counted 0 rows.
+    One pass of the model over `windows` [n, S]. At most one block's second moments are in memory at once; a head that
+    no token is routed to has count 0.
     """
-    ends: dict[str, Tensor] = {}  # raw output of nodes that fork, all windows
+    ends: dict[str, Tensor] = {}  # raw output of inner nodes, all windows
     gates: dict[str, Tensor] = {}
     leaves: dict[str, Tensor] = {}
     for node in model.tree.values():
@@ -136,7 +136,7 @@ def observe(model: DMPTForCausalLM, windows: Tensor, wanted: Collection[str]) ->
 
 
 class Sum:
-    """Rows [n, K] as they come -> Inputs."""
+    """Accumulates rows [n, K] into Inputs."""
 
     def __init__(self, width: int) -> None:
         self.count = 0
@@ -155,21 +155,21 @@ class Sum:
 
 @torch.inference_mode()
 def _run_block(block: nn.Module, prefix: str, x: Tensor, wanted: Collection[str]) -> tuple[dict[str, Inputs], Tensor]:
-    """What a block's layers see of rows [n, S, E], and its output."""
+    """Inputs of a block's layers for rows [n, S, E], and the block's output."""
     sums: dict[str, Sum] = {}
 
     def visit(name: str, rows: Tensor) -> None:
         if name in wanted:
             sums.setdefault(name, Sum(rows.shape[-1])).add(rows)
 
-    with watching(block, prefix, visit):  # a window at a time: the widest rows of all would fill the memory
+    with watching(block, prefix, visit):  # one window at a time: the widest rows of all windows would fill the memory
         out = torch.cat([block(window, None, None) for window in x.split(1)])
     return {name: total.inputs() for name, total in sums.items()}, out
 
 
 @torch.inference_mode()
 def _head_inputs(model: DMPTForCausalLM, name: str, gates: dict[str, Tensor], leaves: dict[str, Tensor]) -> Inputs:
-    """What a head sees: the rows of the leaves that use it, where they are the routed ones."""
+    """Inputs of a head: the rows routed to the leaves that use it."""
     config, total = model.config, Sum(model.config.n_embd)
     for i, (leaf, h) in enumerate(leaves.items()):
         if name in map(config.head_name, config.head_allocation[leaf]):

@@ -1,7 +1,7 @@
-"""The quantized checkpoint folder: reading and writing it, and quantizing a float checkpoint into one by rules.
+"""Read and write the quantized checkpoint folder, and quantize a float checkpoint into one by rules.
 
-config.json says how each tensor is stored, model.safetensors holds the bytes (see quant.folder). Exporting reads these
-bytes as they are.
+config.json records how each tensor is stored, model.safetensors holds the bytes (see quant.folder). The export copies
+these bytes unchanged.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ from training.errors import FieldError, InputError
 from training.model.config import DMPTConfig
 from training.model.generation import DMPTForCausalLM
 
-PLANNED = "planned"  # how a folder is called whose tensors follow a plan's rules
+PLANNED = "planned"  # scheme name of a folder whose tensors follow a plan's rules
 
 
 def load_weights(source: Source) -> tuple[DMPTConfig, dict[str, Weight]]:
-    """Configuration and weights by the contract's names, of a quantized or a float checkpoint.
+    """Configuration and weights by tensor name, of a quantized or a float checkpoint.
 
-    A tied heads.0 is absent. Raises InputError for what training.checkpoints.checkpoint.read_checkpoint raises it, and
-    for a quantized folder whose parts do not fit together.
+    A tied heads.0 is absent. Raises InputError as training.checkpoints.checkpoint.read_checkpoint does, and for a
+    quantized folder whose parts do not fit together.
     """
     folder = resolve(source)
     config = read_config(folder)
@@ -67,12 +67,12 @@ def load_weights(source: Source) -> tuple[DMPTConfig, dict[str, Weight]]:
         _, arrays = load_state(folder)
         return config, dict(arrays)
     weights = read_weights(folder, config)
-    del config.quantization  # each tensor carries its own record; the configuration is the model's again
+    del config.quantization  # each tensor carries its own record; the configuration is again the float model's
     return config, weights
 
 
 def dequantized_model(source: Source) -> DMPTForCausalLM:
-    """The torch reference: the model with dequantized float32 weights, in eval mode (float checkpoints as they are)."""
+    """The torch reference: the model with dequantized float32 weights, in eval mode (float checkpoints unchanged)."""
     config, weights = load_weights(source)
     tensors = {}
     for name, weight in weights.items():
@@ -92,14 +92,13 @@ def save_quantized(
 ) -> list[TensorReport]:
     """Quantize a DMPT or GPT-2 folder (or hub id) into the folder `out`, atomically; returns a report per tensor.
 
-    Without `out` nothing is written; without a `scheme` what no rule names stays float32.
+    Without `out` nothing is written; without a `scheme` tensors that no rule matches stay float32.
 
-    `scheme` is SCHEME[:BLOCK][:asymmetric] as in a rule: "int4:64" has another block than the scheme's default. `rules`
-    come before the scheme's own (quant.rules). `calibration` text is what calibrated schemes go by, and balancing
-    (`smooth`, see quant.smooth), and what the damage of each tensor is measured on. `files`: texts to be written beside
-    the weights, by file name.
+    `scheme` is SCHEME[:BLOCK][:asymmetric] as in a rule: "int4:64" sets the block. `rules` come before the scheme's own
+    (quant.rules). `calibration` text is used by calibrated schemes, by balancing (`smooth`, see quant.smooth), and to
+    measure the damage of each tensor. `files`: further text files to write beside the weights, by name.
     Raises InputError for an unusable or already quantized source, an impossible rule, a scheme that lacks its
-    calibration, or an `out` that is no quantized folder; nothing is left behind then.
+    calibration, or an `out` that is not a quantized folder; nothing is left behind then.
     """
     if out is not None:
         check_replaceable(Path(out), "quantized")
@@ -112,7 +111,7 @@ def save_quantized(
     plan = assign(shapes, rules, defaults, config.tie_word_embeddings, anchors)
     check_installed(rule.scheme for rule in plan.values())
     if not plan:
-        raise InputError(f"no tensor of {folder} would be quantized: drop the rules that keep all of them {FLOAT}")
+        raise InputError(f"no tensor of {folder} would be quantized: remove the rules that keep all of them {FLOAT}")
     if scheme is None:
         check_complete(shapes, plan, rules)
     check_text(plan, calibration is not None, smooth)
@@ -133,11 +132,12 @@ def save_quantized(
 
 
 def check_complete(shapes: Mapping[str, Sequence[int]], plan: Mapping[str, Rule], rules: Sequence[Rule]) -> None:
-    """Raise InputError for a plan's rules that say nothing of some matrix: the plan is of another model."""
+    """Raise InputError when a plan's rules miss a matrix: the plan was made for a different model."""
     left = [name for name in shapes if is_quantizable(name) and name not in plan]
     if left and not any(rule.scheme == FLOAT for rule in rules):
         raise FieldError(
-            "the plan says nothing of {}{}: it is of another model; give {scheme} for the rest, or plan anew",
+            "the plan has no rule for {}{}: it was made for a different model; give {scheme} for the rest, or make a "
+            "new plan",
             ", ".join(left[:5]), " and more" if len(left) > 5 else "",
         )  # fmt: skip
 
@@ -145,7 +145,7 @@ def check_complete(shapes: Mapping[str, Sequence[int]], plan: Mapping[str, Rule]
 def observed_inputs(
     config: DMPTConfig, arrays: Arrays, plan: Mapping[str, Rule], calibration: Calibration | None
 ) -> Iterator[dict[str, Inputs]]:
-    """What the tensors of calibrated schemes see, as quantize_tensors takes it."""
+    """Inputs of the tensors with calibrated schemes, for quantize_tensors."""
     wanted = {name for name, rule in plan.items() if rule.scheme in SCHEMES and SCHEMES[rule.scheme].calibrated}
     if not wanted or calibration is None:
         return iter(())
@@ -155,7 +155,7 @@ def observed_inputs(
 def balance(
     config: DMPTConfig, arrays: Arrays, plan: Mapping[str, Rule], calibration: Calibration, alpha: float
 ) -> Arrays:
-    """The tensors with those of int8-dynamic layers balanced."""
+    """The tensors, with those of int8-dynamic layers balanced."""
     chosen = {name for name, rule in plan.items() if rule.scheme == SMOOTHED}
     largest: dict[str, NDArray[np.float32]] = {}
     for inputs in observe(_model(config, arrays), calibration.windows, chosen):
@@ -164,7 +164,7 @@ def balance(
 
 
 def _model(config: DMPTConfig, arrays: Arrays) -> DMPTForCausalLM:
-    """The float model around the arrays, not copied."""
+    """The float model around the arrays, without copying them."""
     return model_from_tensors(config, {name: torch.from_numpy(array) for name, array in arrays.items()})
 
 
@@ -178,10 +178,10 @@ def write_quantized(
     note: str | None = None,
     files: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Write a quantized folder atomically; `load_weights` gives back the same bits.
+    """Write a quantized folder atomically; `load_weights` returns the same bits.
 
-    `scheme` and `recorded` (rules, calibration) say what was asked for; `note` goes into the model card. Raises
-    InputError when `out` holds something else than a quantized checkpoint.
+    `scheme` and `recorded` (rules, calibration) record the request; `note` goes into the model card. Raises InputError
+    when `out` holds anything but a quantized checkpoint.
     """
     quantization = {
         "scheme": scheme,
@@ -190,7 +190,7 @@ def write_quantized(
         "tensors": records(weights),
     }
     with atomic_folder(out, "quantized") as tmp:
-        # safetensors writes memory as it lies: a view with other strides would be stored scrambled
+        # safetensors writes raw memory: a strided view would be stored scrambled
         arrays = {name: np.ascontiguousarray(array) for name, array in stored_arrays(weights).items()}
         write_tensors(tmp / WEIGHTS, {name: torch.from_numpy(array) for name, array in arrays.items()})
         write_json(tmp / "config.json", config_fields(config) | {"quantization": quantization})
@@ -202,8 +202,8 @@ def write_quantized(
 
 
 def note_of(source: Source, how: str, reports: Sequence[TensorReport]) -> str:
-    """What the model card says about where the weights come from."""
-    name = Path(source).resolve().name if Path(source).is_dir() else str(source)  # a hub id as it was given
+    """The model card's line on where the weights come from."""
+    name = Path(source).resolve().name if Path(source).is_dir() else str(source)  # a hub id stays unchanged
     quantized = [report for report in reports if report.scheme != FLOAT]
     before, after = (sum(getattr(r, f"bytes_{when}") for r in reports) / 1e6 for when in ("before", "after"))
     return (
@@ -216,10 +216,10 @@ def check_unquantized(source: Source) -> Path:
     """The folder of a float checkpoint. Raises InputError for a quantized one."""
     folder = resolve(source)
     if is_quantized(read_config(folder)):
-        raise InputError(f"{folder} is already quantized: give the float checkpoint it was made from")
+        raise InputError(f"{folder} is already quantized: give its float checkpoint")
     return folder
 
 
 def is_quantized(config: DMPTConfig) -> bool:
-    """Whether a configuration read from disk is that of a quantized folder."""
+    """Whether a configuration read from disk belongs to a quantized folder."""
     return getattr(config, "quantization", None) is not None

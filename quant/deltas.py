@@ -1,4 +1,4 @@
-"""Head deltas of a whole model: which head is a delta to which anchor, quantizing them, and their files."""
+"""Head deltas of a whole model: which head is a delta to which anchor, how to quantize them, and their files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AGREED = ("anchor", "scheme", "block", "shape", "sharers")  # of heads with one 
 
 
 def groups(plan: Mapping[str, Rule], anchors: Mapping[str, set[str]]) -> Iterator[tuple[str, Rule, list[str]]]:
-    """(anchor, rule, heads that share a left factor): heads of the plan with one anchor, stored in one way."""
+    """Yield (anchor, rule, heads that share a left factor): heads of the plan with the same anchor and storage."""
     out: dict[tuple[str, str, int | None], list[str]] = {}
     for name, rule in plan.items():
         if rule.scheme in DELTAS:
@@ -55,10 +55,10 @@ def quantize_group(
 def assemble(
     stored: dict[str, NDArray[Any]], entries: Mapping[str, dict[str, Any]], weights: Mapping[str, Weight]
 ) -> dict[str, DeltaTensor]:
-    """Take the deltas' parts out of `stored` and put them together with their anchors among `weights`.
+    """Take the deltas' parts out of `stored` and join them with their anchors in `weights`.
 
-    Raises InputError for parts that are missing, do not fit or have no anchor, and for heads that do not agree about
-    the factor they share.
+    Raises InputError for parts that are missing, do not fit or have no anchor, and for heads that disagree about the
+    factor they share.
     """
     out: dict[str, DeltaTensor] = {}
     lefts: dict[str, BlockwiseTensor] = {}
@@ -66,7 +66,7 @@ def assemble(
         weight = weights.get(str(entry.get("anchor")))
         anchor = None if weight is None else form_of(weight)
         if anchor is None or anchor.adds_to_anchor:
-            raise InputError(f"{name} is a delta to '{entry.get('anchor')}', which is no stored matrix")
+            raise InputError(f"{name} is a delta to '{entry.get('anchor')}', which is not a stored matrix")
         check_sharers(name, entries)
         rank, (rows, width), sharers = DELTAS[entry["scheme"]], entry["shape"], entry["sharers"]
         owner, place = sharers[0], sharers.index(name)
@@ -83,7 +83,7 @@ def assemble(
 
 
 def check_sharers(name: str, entries: Mapping[str, dict[str, Any]]) -> None:
-    """Raise InputError unless all heads that a delta says it shares its factor with say the same of it."""
+    """Raise InputError unless all heads that a delta lists as sharers of its factor list the same sharers."""
     sharers = entries[name].get("sharers")
     if not isinstance(sharers, list) or name not in sharers or any(str(other) not in entries for other in sharers):
         raise InputError(f"{name} is not among its sharers {sharers}")

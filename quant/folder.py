@@ -1,8 +1,8 @@
-"""What lies in a quantized folder: a record of each tensor in config.json, its parts in model.safetensors.
+"""The files of a quantized folder: a record of each tensor in config.json, its parts in model.safetensors.
 
-`<name>.packed`, `<name>.scales` (but for fp16) and, where there are any, `<name>.zero_points` stand for a quantized
-tensor, and factors `<name>.left` and `<name>.right` of such parts for a head delta; every other tensor is float32
-under its own name. A folder is somebody's to copy, edit and damage: whatever does not fit together is refused.
+A quantized tensor has the parts `<name>.packed`, `<name>.scales` (except fp16) and optionally `<name>.zero_points`.
+A head delta has two factors with such parts, `<name>.left` and `<name>.right`. Every other tensor is float32 under its
+own name. Users copy, edit and damage folders: anything inconsistent is refused.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from training.model.config import DMPTConfig
 
 FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
-FORM = {"scheme": str, "bits": int, "block": int, "shape": list, "transposed": bool}  # of every record
+FORM = {"scheme": str, "bits": int, "block": int, "shape": list, "transposed": bool}  # fields of every record
 AGAIN = "quantize the checkpoint again"
 
 
@@ -37,12 +37,12 @@ AGAIN = "quantize the checkpoint again"
 
 
 def records(weights: Mapping[str, Weight]) -> dict[str, dict[str, Any]]:
-    """What config.json says of each quantized tensor."""
+    """The record of each quantized tensor for config.json."""
     return {name: form.record() for name, form in quantized(weights).items()}
 
 
 def stored_arrays(weights: Mapping[str, Weight]) -> dict[str, NDArray[Any]]:
-    """The arrays of the weights' file by their names in it."""
+    """The arrays of the weights file by their names in it."""
     arrays: dict[str, NDArray[Any]] = {}
     for name, weight in weights.items():
         arrays |= {f"{name}.{part}" if part else name: array for part, array in form_of(weight).parts().items()}
@@ -53,7 +53,7 @@ def stored_arrays(weights: Mapping[str, Weight]) -> dict[str, NDArray[Any]]:
 
 
 def read_weights(folder: Path, config: DMPTConfig) -> dict[str, Weight]:
-    """All tensors by the contract's names. Raises InputError for what is missing, damaged or does not fit together.
+    """All tensors by name. Raises InputError when one is missing, damaged or inconsistent.
 
     config: as read from the folder, with its `quantization`.
     """
@@ -72,7 +72,7 @@ def read_weights(folder: Path, config: DMPTConfig) -> dict[str, Weight]:
     twice = sorted(weights.keys() & stored.keys())
     if twice:
         raise InputError(f"{folder / WEIGHTS} holds {', '.join(twice)} both quantized and float: quantize it again")
-    weights |= stored  # what is left is float
+    weights |= stored  # the rest is float
     wrong = [name for name, array in stored.items() if array.dtype != np.float32]
     if wrong:
         raise InputError(f"{folder / WEIGHTS} holds {', '.join(wrong)}, neither float32 nor quantized in config.json")
@@ -81,7 +81,7 @@ def read_weights(folder: Path, config: DMPTConfig) -> dict[str, Weight]:
     for name, weight in weights.items():
         anchor = getattr(weight, "anchor_name", None)
         if anchor is not None and anchors.get(name) != {anchor}:
-            raise InputError(f"{folder}: {name} is a delta to {anchor}, which is not its leaf's first head")
+            raise InputError(f"{folder}: {name} is a delta to {anchor}, which is not the anchor of its leaf")
     return weights
 
 
@@ -92,7 +92,7 @@ def read_records(quantization: Any, folder: Path) -> dict[str, dict[str, Any]]:
         raise InputError(f"{where} has no table of tensors: {AGAIN}")
     version = quantization.get("format_version")
     if version != FORMAT_VERSION:
-        raise InputError(f"{where} is of format {version}, this program reads {FORMAT_VERSION}: update one of them")
+        raise InputError(f"{where} has format {version}, this program reads {FORMAT_VERSION}: update one of them")
     known: dict[str, dict[str, Any]] = quantization["tensors"]
     for name, entry in known.items():
         if problem := wrong_with(name, entry):
@@ -101,14 +101,14 @@ def read_records(quantization: Any, folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def bits_of(scheme: str) -> int | None:
-    """Bits that a code takes in the file; None for an unknown scheme."""
+    """Stored bits of a code; None for an unknown scheme."""
     if scheme in DELTAS:
         return BITS
     return FIELD.get(SCHEMES[scheme].bits, SCHEMES[scheme].bits) if scheme in SCHEMES else None
 
 
 def wrong_with(name: str, entry: Any) -> str | None:
-    """What a tensor's record says that cannot be."""
+    """What is wrong with a tensor's record; None if nothing."""
     if not isinstance(entry, dict) or any(type(entry.get(key)) is not kind for key, kind in FORM.items()):
         return f"must give {', '.join(FORM)}"
     scheme, bits, shape, transposed = (entry[key] for key in ("scheme", "bits", "shape", "transposed"))
@@ -116,13 +116,13 @@ def wrong_with(name: str, entry: Any) -> str | None:
     if stored_bits is None:
         return f"names an unknown scheme '{scheme}'"
     if bits != stored_bits:
-        return f"says {bits} bits, where {scheme} is stored in {stored_bits}"
+        return f"gives {bits} bits, but {scheme} is stored in {stored_bits}"
     if len(shape) != 2 or any(type(size) is not int or size < 1 for size in shape):
         return f"has shape {shape}, not two sizes above 0"
     if not is_quantizable(name):
-        return "is of a tensor that always stays float32"
+        return "belongs to a tensor that always stays float32"
     if transposed != is_transposed(name):
-        return f"says transposed {transposed}, where such a matrix always lies the other way"
+        return f"gives transposed {transposed}, but this matrix is always stored the other way"
     return None
 
 
@@ -138,7 +138,7 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     try:
         check_readable(path)
         with safe_open(path, framework="np") as file:
-            for name in file.keys():  # noqa: SIM118 (the file is no mapping)
+            for name in file.keys():  # noqa: SIM118 (the file is not a mapping)
                 arrays[name] = file.get_tensor(name)
                 if not np.isfinite(arrays[name]).all():
                     raise InputError(f"{path}: '{name}' holds NaN or infinite values: {AGAIN}")
@@ -152,7 +152,7 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def _put_together(stored: dict[str, NDArray[Any]], name: str, record: dict[str, Any]) -> Form:
-    """Take a tensor's parts out of `stored` and make it of them."""
+    """Take a tensor's parts out of `stored` and assemble it."""
     form = SCHEMES[record["scheme"]].form
     parts = {part: stored.pop(f"{name}.{part}") for part in form.PARTS if f"{name}.{part}" in stored}
     if missing := [f"{name}.{part}" for part in form.NEEDED if part not in parts]:

@@ -1,4 +1,4 @@
-"""Float tensors in, quantized tensors and an account of the damage out, one tensor at a time."""
+"""Quantize float tensors one at a time, and report the damage of each."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from quant.rules import FLOAT, Rule, is_transposed
 from quant.schemes import SCHEMES
 from training.errors import InputError
 
-ERROR_ROWS = 4096  # output rows compared at a time, so that a large embedding is never whole in float twice
+ERROR_ROWS = 4096  # output rows compared at a time, so that a large embedding is never in memory twice in float
 
 
 @dataclass(frozen=True)
 class TensorReport:
-    """What quantizing did to one tensor."""
+    """Size and error of one quantized tensor."""
 
     name: str
     scheme: str
@@ -36,11 +36,11 @@ class TensorReport:
     relative_error: float  # ||W - dequantized|| / ||W||, Frobenius; 0 for an all-zero tensor
     all_zero: bool = False
     kl: float | None = None  # nats per token on calibration text, with this tensor alone quantized; None: not measured
-    delta_error: float | None = None  # of a head delta: the same difference over ||W - anchor as stored||
+    delta_error: float | None = None  # for a head delta: the same error over ||W - anchor as stored||
 
     @property
     def bits(self) -> float:
-        """Per weight, scales and zero points included."""
+        """Bits per weight, including scales and zero points."""
         return 8 * self.bytes_after / self.weights
 
 
@@ -50,11 +50,11 @@ def quantize_tensors(
     observed: Iterable[Mapping[str, Inputs]] = (),
     anchors: Mapping[str, set[str]] = MappingProxyType({}),
 ) -> tuple[dict[str, Weight], list[TensorReport]]:
-    """Quantize what `plan` names and pass the rest through, with a progress bar on a terminal.
+    """Quantize the tensors in `plan` and pass the rest through, with a progress bar on a terminal.
 
-    `observed` gives the inputs of calibrated tensors, some at a time (quant.calibration.observe); `anchors`: see
-    quant.rules.anchors_of. Empties `arrays` as it goes, so that float and quantized weights are never both whole in
-    memory; heads that the plan makes deltas come last.
+    `observed` yields the inputs of calibrated tensors, a few at a time (quant.calibration.observe); `anchors`: see
+    quant.rules.anchors_of. Empties `arrays` on the way, so that float and quantized weights are never both complete in
+    memory. Heads that become deltas come last.
     """
     order = list(arrays)
     weights: dict[str, Weight] = {}
@@ -89,7 +89,7 @@ def quantize_tensors(
 
 
 def delta_report(name: str, head: NDArray[np.float32], tensor: DeltaTensor) -> TensorReport:
-    """Of a head stored as a delta."""
+    """Report of a head stored as a delta."""
     damage = relative_error(tensor, head)
     size = float(np.linalg.norm(head - tensor.anchor.dequantize()))
     lost = damage * float(np.linalg.norm(head)) / size if size else 0.0
@@ -100,7 +100,7 @@ def delta_report(name: str, head: NDArray[np.float32], tensor: DeltaTensor) -> T
 def quantize_tensor(
     name: str, array: NDArray[np.float32], rule: Rule, inputs: Inputs | None = None
 ) -> tuple[Form, TensorReport]:
-    """One tensor in the checkpoint's layout -> quantized, with its report. Raises InputError naming the tensor."""
+    """Quantize one tensor in the checkpoint's layout, with its report. Raises InputError naming the tensor."""
     transposed = is_transposed(name)
     matrix = np.ascontiguousarray(array.T if transposed else array)  # (N, K)
     scheme = SCHEMES[rule.scheme]
@@ -125,12 +125,12 @@ def quantize_tensor(
 
 
 def float_report(name: str, array: NDArray[np.float32]) -> TensorReport:
-    """Of a tensor that stays as it is."""
+    """Report of a tensor that stays unchanged."""
     return TensorReport(name, FLOAT, None, array.size, array.nbytes, array.nbytes, 0.0, all_zero=not array.any())
 
 
 def relative_error(tensor: Form, matrix: NDArray[np.float32]) -> float:
-    """||matrix - dequantized|| / ||matrix|| (Frobenius) for a matrix [N, K]; 0 for an all-zero one."""
+    """||matrix - dequantized|| / ||matrix|| (Frobenius) for a matrix [N, K]; 0 for an all-zero matrix."""
     damage = norm = 0.0
     for start in range(0, len(matrix), ERROR_ROWS):
         rows = slice(start, start + ERROR_ROWS)

@@ -1,7 +1,7 @@
-"""The torch reference of a quantized checkpoint that never holds more than one matrix in float.
+"""A low-memory torch reference of a quantized checkpoint: at most one matrix in float at a time.
 
-Weights stay as they are stored; a layer dequantizes its matrix when it runs, and an embedding or a head only the
-rows it is asked for. As slow as it is small: for checking a few tokens, not for evaluating texts.
+Weights stay quantized. A layer dequantizes its matrix when it runs; an embedding or a head only dequantizes the rows
+it needs. This is slow: use it to check a few tokens, not to evaluate texts.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from training.checkpoints.checkpoint import empty_model
 from training.checkpoints.folder import Source
 from training.model.generation import DMPTForCausalLM
 
-ROWS = 4096  # of a head, multiplied at a time
+ROWS = 4096  # rows of a head multiplied at a time
 
 
 class StoredLayer(nn.Module):
-    """A block's layer, x W + b, for a matrix that the checkpoint holds as [in, out]."""
+    """A block's layer, x W + b, with W [in, out] in the checkpoint."""
 
     def __init__(self, weight: Form, bias: Tensor) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class StoredRows(nn.Module):
 
 
 def low_memory_model(source: Source) -> DMPTForCausalLM:
-    """The model of quant.checkpoint.dequantized_model, to the bit of its weights; raises what that raises."""
+    """The model of quant.checkpoint.dequantized_model with bit-identical weights; raises the same errors."""
     config, weights = load_weights(source)
     model = empty_model(config)
     for name, weight in weights.items():
@@ -64,7 +64,7 @@ def low_memory_model(source: Source) -> DMPTForCausalLM:
         parent = model.get_submodule(parent_path)
         form = form_of(weight)
         if form.is_float:
-            if not isinstance(getattr(parent, child), StoredLayer):  # whose bias was taken along
+            if not isinstance(getattr(parent, child), StoredLayer):  # StoredLayer already has its bias
                 setattr(
                     getattr(parent, child), kind, nn.Parameter(torch.from_numpy(form.dequantize()), requires_grad=False)
                 )

@@ -1,9 +1,9 @@
-"""Which tensors are quantized, and how: an ordered list of rules, the first that matches a tensor wins.
+"""Which tensors are quantized, and how: an ordered list of rules; the first match wins.
 
 A rule is PATTERN=SCHEME[:BLOCK][:asymmetric], or the same with a number of bits for the scheme. The pattern (shell
-wildcards; `*` also crosses dots) is held against the checkpoint's tensor names with and without their `.weight`; a
-tied head answers to its own name and to transformer.wte.weight. Layer norms, biases, positions, gates and head gates
-always stay float32.
+wildcards; `*` also crosses dots) is matched against the checkpoint's tensor names with and without `.weight`; a tied
+head matches its own name and transformer.wte.weight. Layer norms, biases, positions, gates and head gates always stay
+float32.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from training.errors import FieldError, InputError
 if TYPE_CHECKING:
     from training.model.shape import Shape
 
-FLOAT = "float32"  # the scheme of a rule that keeps tensors as they are
-SMOOTHED = "int8-dynamic"  # whose layers can be balanced (quant.smooth)
+FLOAT = "float32"  # the scheme of a rule that leaves tensors unchanged
+SMOOTHED = "int8-dynamic"  # the scheme whose layers can be balanced (quant.smooth)
 LINEAR = re.compile(r"(transformer|paths\.\w+)\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
-ROWS = re.compile(r"transformer\.wte\.weight|heads\.\d+\.weight")  # looked up by row, too
+ROWS = re.compile(r"transformer\.wte\.weight|heads\.\d+\.weight")  # also looked up by row
 EMBEDDING, TIED_HEAD = "transformer.wte.weight", "heads.0.weight"
 MOST_NAMED = 5  # names in one error line
 ASYMMETRIC = "asymmetric"
-BITS = {"32": FLOAT, "16": "fp16", "8": "int8", "4": "int4", "3": "int3", "2": "int2"}  # a width's usual scheme
+BITS = {"32": FLOAT, "16": "fp16", "8": "int8", "4": "int4", "3": "int3", "2": "int2"}  # default scheme of a width
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Rule:
     pattern: str
     scheme: str
     block: int | None = None
-    asymmetric: bool = False  # with zero points, where that is a choice
+    asymmetric: bool = False  # with zero points, if the scheme offers the choice
 
     def __str__(self) -> str:
         options = [self.scheme, *([str(self.block)] if self.block else []), *([ASYMMETRIC] if self.asymmetric else [])]
@@ -51,9 +51,9 @@ class Rule:
 
 
 def parse_rule(text: str, calibrated: bool = False) -> Rule:
-    """'heads.*=int4:64' -> Rule. Raises InputError naming what is wrong with it.
+    """'heads.*=int4:64' -> Rule. Raises InputError naming the mistake.
 
-    A number of bits stands for the scheme of that width; `calibrated`: for its GPTQ form where there is one.
+    A number of bits means the scheme of that width; with `calibrated`, its GPTQ variant if there is one.
 
     >>> parse_rule("heads.*=int4:64")
     Rule(pattern='heads.*', scheme='int4', block=64, asymmetric=False)
@@ -66,7 +66,7 @@ def parse_rule(text: str, calibrated: bool = False) -> Rule:
     except InputError:
         pattern = ""
     if not pattern:
-        raise InputError(f"rule '{text}' has not the form PATTERN=SCHEME, PATTERN=SCHEME:BLOCK or ...:{ASYMMETRIC}")
+        raise InputError(f"rule '{text}' is not of the form PATTERN=SCHEME, PATTERN=SCHEME:BLOCK or ...:{ASYMMETRIC}")
     if scheme.isdecimal() and scheme not in BITS:
         raise InputError(f"rule '{text}': no scheme has {scheme} bits, choose one of {', '.join(BITS)}")
     scheme = BITS.get(scheme, scheme)
@@ -82,7 +82,7 @@ def parse_rule(text: str, calibrated: bool = False) -> Rule:
 
 
 def parse_scheme(text: str) -> tuple[str, int | None, bool]:
-    """Name, block and whether with zero points of SCHEME[:BLOCK][:asymmetric]. Raises InputError for another form.
+    """Parse SCHEME[:BLOCK][:asymmetric] into (name, block, asymmetric). Raises InputError for any other form.
 
     >>> parse_scheme("int4:64:asymmetric"), parse_scheme("int8")
     (('int4', 64, True), ('int8', None, False))
@@ -91,17 +91,17 @@ def parse_scheme(text: str) -> tuple[str, int | None, bool]:
     asymmetric = options[-1:] == [ASYMMETRIC]
     numbers = options[:-1] if asymmetric else options
     if not scheme or len(numbers) > 1 or not all(number.isdecimal() for number in numbers):
-        raise InputError(f"'{text}' has not the form SCHEME, SCHEME:BLOCK or ...:{ASYMMETRIC}")
+        raise InputError(f"'{text}' is not of the form SCHEME, SCHEME:BLOCK or ...:{ASYMMETRIC}")
     return scheme, int(numbers[0]) if numbers else None, asymmetric
 
 
 def check_options(scheme: str, block: int | None, asymmetric: bool) -> None:
-    """Raise InputError for a block or zero points that `scheme` (a registered one, or FLOAT) does not have."""
+    """Raise InputError for a block or zero points that `scheme` (a registered one, or FLOAT) does not support."""
     how = SCHEMES.get(scheme)
     if block is not None and scheme not in DELTAS and (how is None or not how.blocks):
         raise InputError(f"{scheme} has no blocks, leave out ':{block}'")
     if asymmetric and (how is None or not how.zero_points):
-        raise InputError(f"zero points are no choice with {scheme}, leave out '{ASYMMETRIC}'")
+        raise InputError(f"{scheme} has no choice of zero points, leave out '{ASYMMETRIC}'")
     if block is not None:
         fit_block(block, block)
         low, high = how.block_range if how else (block, block)
@@ -110,9 +110,9 @@ def check_options(scheme: str, block: int | None, asymmetric: bool) -> None:
 
 
 def default_rules(scheme: str, block: int | None = None, asymmetric: bool = False) -> list[Rule]:
-    """The rules of one scheme for the whole model: all block layers, the embedding and the heads.
+    """The rules for one scheme on the whole model: all block layers, the embedding and the heads.
 
-    A scheme whose rows cannot be looked up (int8-dynamic) leaves the embedding and the heads to int8.
+    With a scheme whose rows cannot be looked up (int8-dynamic), the embedding and the heads get int8.
     """
     if scheme in DELTAS:
         raise InputError(f"{scheme} is for heads: give a scheme for the rest and a rule 'heads.*={scheme}'")
@@ -129,18 +129,18 @@ def default_rules(scheme: str, block: int | None = None, asymmetric: bool = Fals
 
 
 def check_text(chosen: Mapping[str, Rule], calibrated: bool, smooth: float | None) -> None:
-    """Raise FieldError where what tensors get needs a calibration text that is not there, or smoothing finds nothing.
+    """Raise FieldError when a chosen scheme lacks its calibration text, or smoothing has nothing to apply to.
 
-    chosen: see assign(). smooth: how far activations are balanced against weights (quant.smooth), or None.
+    chosen: see assign(). smooth: how strongly activations are balanced against weights (quant.smooth), or None.
     """
     needing = [name for name, rule in chosen.items() if rule.scheme in SCHEMES and SCHEMES[rule.scheme].calibrated]
     if needing and not calibrated:
         scheme = chosen[needing[0]].scheme
-        raise FieldError("{} (of {}) goes by calibration text: give some with {calib}", scheme, needing[0])
+        raise FieldError("{} (for {}) needs calibration text: give some with {calib}", scheme, needing[0])
     if smooth is not None and all(rule.scheme != SMOOTHED for rule in chosen.values()):
         raise FieldError("smoothing is for {}, which no tensor gets: leave {smooth} out", SMOOTHED)
     if smooth is not None and not calibrated:
-        raise FieldError("smoothing goes by calibration text: give some with {calib}")
+        raise FieldError("smoothing needs calibration text: give some with {calib}")
 
 
 def is_quantizable(name: str) -> bool:
@@ -153,7 +153,7 @@ def is_transposed(name: str) -> bool:
 
 
 def anchors_of(config: Shape) -> dict[str, set[str]]:
-    """The anchors, by tensor name, of every head that is none: one, unless leaves with other anchors share it."""
+    """Anchors of each head that is not one, by tensor name: several if leaves with different anchors share the head."""
     anchors = {config.head_name(heads[0]) for heads in config.head_allocation.values()}
     out: dict[str, set[str]] = {}
     for heads in config.head_allocation.values():
@@ -173,9 +173,9 @@ def assign(
 ) -> dict[str, Rule]:
     """The rule of every tensor to be quantized, by name, in the order of `shapes`.
 
-    `rules` are the user's and come first; each must match something and must not ask for a matrix that stays
-    float32, else InputError. Wildcards may sweep over vectors (biases, norms), which are never quantized. `anchors`
-    (see anchors_of) says which heads can be deltas; a rule for deltas leaves anchors to the rules after it.
+    `rules` are the user's and come first; each must match something and must not match a matrix that stays float32,
+    else InputError. Wildcards may also match vectors (biases, norms), which are never quantized. `anchors` (see
+    anchors_of) tells which heads can be deltas; a rule for deltas leaves anchors to the rules after it.
     """
     taken: dict[str, Rule] = {}
     for rule in rules:
@@ -193,20 +193,20 @@ def assign(
 
 
 def _heads_besides_anchors(rule: Rule, won: list[str], anchors: Mapping[str, set[str]]) -> list[str]:
-    """What a rule for deltas is for. Raises InputError where it names nothing of the kind, or something else."""
+    """The heads that a rule for deltas applies to. Raises InputError if it matches none, or other tensors."""
     deltas = [name for name in won if name in anchors]
     other = [name for name in won if name not in anchors and not ROWS.fullmatch(name)]
     if other or not deltas:
         raise InputError(
-            f"rule '{rule}' names {_listed(other or won)}: only a head can be a delta, and not one that is an anchor "
-            "or the embedding"
+            f"rule '{rule}' matches {_listed(other or won)}: only a head can be a delta, and only one that is neither "
+            "an anchor nor the embedding"
         )
     for name in deltas:
         if len(anchors[name]) > 1:
             several = ", ".join(sorted(anchors[name]))
             raise InputError(
                 f"rule '{rule}': {name} is shared by leaves with different anchors ({several}), so it cannot be a "
-                "delta to one: give it another scheme by a rule before this one"
+                "delta to one of them: give it another scheme in an earlier rule"
             )
     return deltas
 
@@ -217,24 +217,24 @@ def _matches(pattern: str, name: str, tied: bool) -> bool:
 
 
 def _check_rule(rule: Rule, shapes: Mapping[str, Sequence[int]], matched: list[str], won: list[str]) -> None:
-    """Raise InputError when the rule cannot do what it says."""
+    """Raise InputError when the rule cannot be applied."""
     if not matched:
         raise InputError(f"rule '{rule}' matches no tensor{_near(rule.pattern, shapes)}")
     if not won:
-        raise InputError(f"rule '{rule}' does nothing, earlier rules take all it matches: put it first or drop it")
+        raise InputError(f"rule '{rule}' has no effect, earlier rules match all its tensors: put it first or drop it")
     if rule.scheme == FLOAT:
         return
     stay = [name for name in won if not is_quantizable(name)]
     matrices = [name for name in stay if len(shapes[name]) > 1]
     if matrices or len(stay) == len(won):
         raise InputError(
-            f"rule '{rule}' names {_listed(matrices or stay)}, which always stays float32: narrow the pattern, "
+            f"rule '{rule}' matches {_listed(matrices or stay)}, which always stays float32: narrow the pattern, "
             f"or put a rule PATTERN={FLOAT} for it first"
         )
     rows = [name for name in won if ROWS.fullmatch(name)]
     if rows and rule.scheme in SCHEMES and not SCHEMES[rule.scheme].rows:
         raise InputError(
-            f"rule '{rule}' names {_listed(rows)}, whose rows are looked up one by one, which {rule.scheme} "
+            f"rule '{rule}' matches {_listed(rows)}, whose rows are looked up one by one, which {rule.scheme} "
             f"cannot do: use {' or '.join(name for name, scheme in SCHEMES.items() if scheme.rows)} for it"
         )
 

@@ -1,8 +1,8 @@
-"""Balancing activations and weights before int8-dynamic, whose activations share one scale.
+"""SmoothQuant: balance activations and weights before int8-dynamic, whose activations share one scale.
 
-Input j of a layer is divided by s_j and its weights are multiplied by it; the division is folded into what makes the
-input: the norm before c_attn and c_fc, and for attn.c_proj the value part of c_attn (attention only averages values).
-The float model computes the same. mlp.c_proj follows a gelu, through which nothing can be moved.
+Input j of a layer is divided by s_j and its weights are multiplied by it. The division is folded into the layer that
+computes the input: the norm before c_attn and c_fc, and for attn.c_proj the value part of c_attn (attention only
+averages values). The float model computes the same. mlp.c_proj follows a gelu, which no scale can be moved through.
 
     s_j = max|x_j|^alpha / max|w_j|^(1 - alpha)
 
@@ -21,17 +21,17 @@ from training.errors import InputError
 ALPHA = 0.5
 Arrays = dict[str, NDArray[np.float32]]
 FOLDED = ("attn.c_attn", "mlp.c_fc", "attn.c_proj")  # layers whose inputs can be balanced
-LEAST, MOST = 1e-3, 1e3  # of a factor, over the layer's median: more would only cost precision
+LEAST, MOST = 1e-3, 1e3  # limits of a factor over the layer's median: beyond them only precision would be lost
 
 
 def smooth(arrays: Arrays, largest: Mapping[str, NDArray[np.float32]], alpha: float = ALPHA) -> Arrays:
-    """Balanced copies of the tensors that change, the others as they are: checkpoint names -> float32 arrays.
+    """Balanced copies of the tensors that change, the others unchanged: checkpoint names -> float32 arrays.
 
     `largest` maps the weights to be balanced (`...attn.c_attn.weight` and so on) to max |x| of each input [K]; other
-    names are left alone. Raises InputError for an alpha outside 0..1.
+    names are ignored. Raises InputError for an alpha outside 0..1.
     """
     if not 0 <= alpha <= 1:
-        raise InputError(f"smoothing {alpha} must be from 0 (weights as they are) to 1 (activations all alike)")
+        raise InputError(f"smoothing {alpha} must be from 0 (weights unchanged) to 1 (all activations of equal size)")
     out = dict(arrays)
     for name, peak in largest.items():
         layer, _, _ = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""The tokens of a calibration text. Needs no torch, so that an unfit text is refused at once."""
+"""The tokens of a calibration text. Needs no torch, so that an unsuitable text is refused at once."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def read_ids(text: str | Path, folder: Path, shape: Shape, tokens: int = TOKENS)
     """The first `tokens` tokens of a text file for the model in `folder`, in whole windows: int64 [n, S], S at most
     LONGEST and the context.
 
-    Raises InputError for a text of less than one window, of other tokens than the model's, or unreadable.
+    Raises InputError for an unreadable text, a text of less than one window, or a tokenizer that does not fit.
     """
     if tokens < 2:
         raise InputError(f"{tokens} calibration tokens are too few: give thousands")
     if not Path(text).is_file():
-        raise InputError(f"calibration text {text} is no file")
+        raise InputError(f"calibration text {text} is not a file")
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, shape.vocab_size, folder)
     ids = first_tokens(Path(text), tokenizer, end_of_text_id(tokenizer, shape), tokens)

@@ -1,5 +1,5 @@
-"""Storage forms: the ways to keep a matrix, one file each.
+"""Storage forms: the ways to store a matrix, one file each.
 
-A form says which arrays are stored (parts), what they stand for in float (rows), which graph operators read them
+A form defines which arrays are stored (parts), their values in float (rows), the graph operators that read them
 (product, logits, gather), and how a graph's initializers are compared with the checkpoint (graph_part).
 """

@@ -1,15 +1,15 @@
-"""Codes of n bits with a scale, and perhaps a zero point, per block of inputs.
+"""n-bit codes with a scale, and optionally a zero point, per block of inputs.
 
-Laid out exactly as ONNX Runtime's MatMulNBits wants its inputs (com.microsoft, B,
-scales and zero_points), so that exporting copies bytes and never quantizes again:
+The layout is that of ONNX Runtime's MatMulNBits (com.microsoft; inputs B, scales and
+zero_points), so the export copies bytes and never quantizes again:
 
     row n:   [ block 0          | block 1          | ... ]        one scale per block, one zero point per block
     block:   [ c0 c1 c2 c3 ... ]  `bits` each, the lower bits of a byte hold the earlier code
-    value:   (code - zero_point) * scale;  zero_point = 2**(bits-1) where none is stored
+    value:   (code - zero_point) * scale;  zero_point = 2**(bits-1) if none is stored
 
-The same bytes serve GatherBlockQuantized (bits, block_size, gather_axis=0, quantize_axis=2), which looks up rows
-[..., n_blocks, block]. It wants scales as [N, n_blocks, 1] and, only where zero points are stored, `offsets` as
-[N, n_blocks, 1] (one byte per block for any bits); without them it takes 2**(bits-1) for uint8 data, too.
+GatherBlockQuantized (bits, block_size, gather_axis=0, quantize_axis=2) reads the same bytes and looks up rows
+[..., n_blocks, block]. It needs scales as [N, n_blocks, 1] and, only if zero points are stored, `offsets` as
+[N, n_blocks, 1] (one byte per block for any bits); without them it also uses 2**(bits-1) for uint8 data.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from quant.forms.form import MSFT, Candidates, Form, Graph, Value, expect, two
 from quant.forms.packing import fit_block, unpack
 from training.errors import InputError
 
-# Level 4 lets the kernel quantize activations to int8 block by block: 0.4-0.9 % of the largest output in error,
+# Level 4 lets the kernel quantize activations to int8 by block: an error of 0.4-0.9 % of the largest output, and
 # a hundred times faster than level 0 for 8-bit weights.
 ACCURACY_LEVEL = 4
 
@@ -100,7 +100,7 @@ class BlockwiseTensor(Form):
         return self.bits, self.block, self.zero_points is None
 
     def product(self, b: Graph, name: str, weight_name: str, x: Value, bias: Value | None = None) -> Value:
-        """MatMulNBits. In a branch it owns its scales and zero points (Builder.own_weight)."""
+        """MatMulNBits. In an If branch, scales and zero points belong to the branch (Builder.own_weight)."""
         zero_points = None
         if self.zero_points is not None:
             zero_points = b.own_weight(f"{weight_name}.zero_points", self.zero_points)
@@ -120,7 +120,7 @@ class BlockwiseTensor(Form):
     def gather(self, b: Graph, name: str, weight_name: str, ids: Value) -> Value:
         rows = self.gather_blocks(b, name, weight_name, ids)
         width = self.n_blocks * self.block
-        # 0 copies a leading dimension of the ids [B, S]. No -1: there may be no rows.
+        # 0 copies a leading dimension of the ids [B, S]. Not -1: there may be no rows.
         flat = b.op("Reshape", rows, b.ints(0, 0, width), name=f"{name}.flat")
         if width == self.shape[1]:
             return flat
@@ -129,7 +129,7 @@ class BlockwiseTensor(Form):
     def gather_blocks(self, b: Graph, name: str, weight_name: str, ids: Value) -> Value:
         """Rows by block: ids [...] -> [..., blocks, block]."""
         zero_points = None
-        if self.zero_points is not None:  # the operator wants a byte for each block
+        if self.zero_points is not None:  # the operator needs one byte per block
             zero_points = b.weight(f"{weight_name}.zero_points.rows", self.offsets[..., None])
         scales = self.scales.astype(b.activations, copy=False)[..., None]
         inputs = (

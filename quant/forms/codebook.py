@@ -1,7 +1,7 @@
 """4-bit indices into a table of 16 values (NF4, FP4).
 
-The layout of indices is that of bitsandbytes, which is also what ONNX Runtime's MatMulBnb4 reads: the matrix [N, K]
-is one line of N * K values, cut into blocks whatever the rows are.
+Indices have the layout of bitsandbytes, which ONNX Runtime's MatMulBnb4 also reads: the matrix [N, K] is flattened
+to N * K values and cut into blocks regardless of row boundaries.
 
     byte i:  index of value 2i in the upper four bits, of value 2i + 1 in the lower four
     value:   CODEBOOKS[scheme][index] * the scale of its block, which is the block's largest magnitude
@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from quant.forms.form import MSFT, Form, Graph, Value, expect, two
 from training.errors import InputError
 
-# NF4: quantiles of a normal distribution (Dettmers et al. 2023, QLoRA, appendix E), 0 and both ends exact.
+# NF4: quantiles of a normal distribution (Dettmers et al. 2023, QLoRA, appendix E); 0 and both ends are exact.
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-# FP4: a sign, two bits of exponent and one of mantissa, over the largest value 12; bit patterns in order.
+# FP4: one sign bit, two exponent bits, one mantissa bit, divided by the largest value 12; in order of bit patterns.
 FP4 = tuple(sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 8, 12, 4, 6, 2, 3))
 CODEBOOKS: dict[str, NDArray[np.float32]] = {"nf4": np.array(NF4, np.float32), "fp4": np.array(FP4, np.float32)}
 BNB4_TYPES = {"fp4": 0, "nf4": 1}  # attribute quant_type of MatMulBnb4
@@ -34,7 +34,7 @@ BLOCKS = (32, 64, 128, 256)
 
 @dataclass(frozen=True, eq=False)
 class CodebookTensor(Form):
-    """A matrix of N output rows by K inputs in 4 bits and a scale per block."""
+    """A matrix of N output rows by K inputs in 4-bit codes with a scale per block."""
 
     packed: NDArray[np.uint8]  # [ceil(N * K / 2)]
     scales: NDArray[np.float32]  # [ceil(N * K / block)]
@@ -65,7 +65,7 @@ class CodebookTensor(Form):
 
     def rows(self, index: slice | NDArray[np.integer]) -> NDArray[np.float32]:
         n, k = self.shape
-        at = np.arange(n)[index][:, None] * k + np.arange(k)  # places in the line of values
+        at = np.arange(n)[index][:, None] * k + np.arange(k)  # positions in the flattened matrix
         codes = self.packed[at >> 1] >> (4 * (1 - (at & 1))).astype(np.uint8) & np.uint8(15)
         values: NDArray[np.float32] = CODEBOOKS[self.scheme][codes] * self.scales[at // self.block]
         return values

@@ -1,7 +1,7 @@
-"""A head as its anchor plus a product of two thin matrices.
+"""A head stored as its anchor plus a product of two thin matrices.
 
-What the graph computes is only what a head adds to its anchor's logits: h times the small right factor, then times the
-left factor, whole or on the candidates alone.
+The graph computes only what the head adds to its anchor's logits: h times the small right factor, then times the left
+factor, either in full or only on the candidates.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ LEFT, RIGHT = "left", "right"  # factors
 class DeltaTensor(Form):
     """A vocabulary head [V, E] as its anchor's matrix plus a product of two thin ones, left [V, r] @ right [r, E].
 
-    Heads of one leaf share `left`: what they learnt beyond their anchor lies in one space of r dimensions, and one
-    row of it serves all of them. `anchor` is the matrix as it is stored, rounded or not, so errors do not add up.
+    The heads of a leaf share `left`: their differences from the anchor lie in one space of r dimensions, and one row of
+    it serves all of them. `anchor` is the matrix as stored, rounded or not, so errors do not add up.
     """
 
     anchor: Form  # [V, E], not a delta itself
@@ -33,8 +33,8 @@ class DeltaTensor(Form):
     right: BlockwiseTensor  # [r, E]
     scheme: str  # its name in quant.schemes.low_rank.DELTAS
     anchor_name: str  # the anchor's tensor in the checkpoint
-    sharers: tuple[str, ...]  # the heads with this `left`, in their order; the first one's file name is its own
-    place: int  # of this head among them
+    sharers: tuple[str, ...]  # the heads with this `left`, in order; it is stored under the first one's name
+    place: int  # index of this head in `sharers`
     transposed: bool = field(default=False, init=False)
     adds_to_anchor: ClassVar[bool] = True
 
@@ -52,7 +52,7 @@ class DeltaTensor(Form):
 
     @property
     def bits(self) -> int:  # type: ignore[override]
-        """Of a code of `left`."""
+        """Bits of a code of `left`."""
         return self.left.bits
 
     @property
@@ -61,7 +61,7 @@ class DeltaTensor(Form):
 
     @property
     def nbytes(self) -> int:
-        """Bytes stored for this head: `right` and an equal share of `left`; the sum over heads is what is on disk."""
+        """Bytes stored for this head: `right` and an equal share of `left`; the sum over heads is the size on disk."""
         share, rest = divmod(self.left.nbytes, len(self.sharers))
         return self.right.nbytes + share + (self.place < rest)
 
@@ -70,7 +70,7 @@ class DeltaTensor(Form):
         return self.right.dequantize()
 
     def parts(self) -> dict[str, NDArray[Any]]:
-        """The stored arrays by the suffix they are filed under; `left` belongs to the first of its heads."""
+        """The stored arrays by name suffix; `left` belongs to the first of its heads."""
         factors = {"right": self.right} if self.place else {"left": self.left, "right": self.right}
         return {f"{side}.{part}": a for side, factor in factors.items() for part, a in factor.parts().items()}
 
@@ -83,7 +83,7 @@ class DeltaTensor(Form):
 
     @property
     def whole_bytes(self) -> int:
-        """Of `left` only the candidates' rows are read, `right` whole."""
+        """`right`: of `left` only the candidates' rows are read."""
         return self.right.nbytes
 
     # --- graph --------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What every storage form has: the interface between the quantized folder, the torch reference and the graph."""
+"""The interface of every storage form, used by the quantized folder, the torch reference and the graph."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Value = Any  # a value of the graph (onnx_ir.Value), which this package does not
 
 
 class Graph(Protocol):
-    """What forms use of dmpt_export.graph.builder.Builder."""
+    """The part of dmpt_export.graph.builder.Builder that forms use."""
 
     @property
     def activations(self) -> np.dtype[Any]:
@@ -30,7 +30,7 @@ class Graph(Protocol):
 
     def weight(self, name: str, array: NDArray[Any]) -> Value: ...  # an initializer of the main graph, shared by name
 
-    def own_weight(self, name: str, array: NDArray[Any]) -> Value: ...  # one that a branch holds for itself
+    def own_weight(self, name: str, array: NDArray[Any]) -> Value: ...  # one that belongs to the current branch
 
     def cast(self, value: Value, name: str) -> Value: ...  # float16 -> the type of hidden rows
 
@@ -38,7 +38,7 @@ class Graph(Protocol):
 
 
 class Candidates(Protocol):
-    """The ways in which dmpt_export.graph.rescore reads rows of heads on candidates; each gives their logits."""
+    """The ways in which dmpt_export.graph.rescore reads head rows of candidates; each returns their logits."""
 
     def from_floats(self, h: Value, candidates: Value) -> Value: ...
 
@@ -50,8 +50,8 @@ class Candidates(Protocol):
 class Form(ABC):
     """A matrix of N output rows by K inputs as it is stored.
 
-    `transposed` says that the checkpoint holds the matrix as [K, N] (GPT-2's block weights). All names of tensors are
-    the checkpoint's.
+    `transposed`: the checkpoint holds the matrix as [K, N] (GPT-2's block weights). All tensor names are the
+    checkpoint's.
     """
 
     scheme: str  # its name in quant.schemes.SCHEMES
@@ -60,24 +60,24 @@ class Form(ABC):
     shape: tuple[int, ...]  # (N, K)
     transposed: bool
     PARTS: ClassVar[tuple[str, ...]] = ()  # suffixes that parts() may have
-    NEEDED: ClassVar[tuple[str, ...]] = ()  # of these, those that are never absent
+    NEEDED: ClassVar[tuple[str, ...]] = ()  # suffixes that it always has
     has_cuda_kernel: ClassVar[bool] = True
-    adds_to_anchor: ClassVar[bool] = False  # whether logits() and candidates() give what is added to the anchor's
-    is_float: ClassVar[bool] = False  # kept unquantized: filed under the tensor's own name, without a record
+    adds_to_anchor: ClassVar[bool] = False  # whether logits() and candidates() return a difference to the anchor's
+    is_float: ClassVar[bool] = False  # not quantized: stored under the tensor's own name, without a record
 
     # --- storage ------------------------------------------------------------------------------------
 
     @abstractmethod
     def parts(self) -> dict[str, NDArray[Any]]:
-        """The stored arrays by the suffix they are filed under."""
+        """The stored arrays by name suffix."""
 
     @classmethod
     def assemble(cls, parts: Mapping[str, NDArray[Any]], record: Mapping[str, Any]) -> Form:
         """The inverse of parts() and record(). Raises InputError for parts that are missing or do not fit together."""
-        raise NotImplementedError(f"{cls.__name__} is not assembled from its own parts alone")
+        raise NotImplementedError(f"{cls.__name__} cannot be assembled from its own parts alone")
 
     def record(self) -> dict[str, Any]:
-        """What config.json says of the tensor."""
+        """The tensor's record for config.json."""
         return {
             "scheme": self.scheme,
             "bits": self.bits,
@@ -93,11 +93,11 @@ class Form(ABC):
 
     @property
     def whole_bytes(self) -> int:
-        """Of these, bytes that are read at every step, however few rows are looked up."""
+        """The part of `nbytes` that is read at every step, however few rows are looked up."""
         return 0
 
     def as_transposed(self, transposed: bool) -> Self:
-        """The same matrix, saying how the checkpoint holds it."""
+        """The same matrix with `transposed` set."""
         return replace(self, transposed=transposed)  # type: ignore[type-var]  # every form is a dataclass
 
     # --- values -------------------------------------------------------------------------------------
@@ -114,12 +114,12 @@ class Form(ABC):
 
     @property
     def layout(self) -> object:
-        """Heads with equal layouts can be stored side by side and read together."""
+        """Key of the storage layout: heads with equal keys can be stored side by side and read together."""
         return type(self)
 
     @abstractmethod
     def product(self, b: Graph, name: str, weight_name: str, x: Value, bias: Value | None = None) -> Value:
-        """x W^T + bias for hidden rows: [..., K] -> [..., N]. `name` is the node's."""
+        """x W^T + bias for hidden rows: [..., K] -> [..., N]. `name` names the node."""
 
     def logits(self, b: Graph, name: str, x: Value) -> Value:
         """Logits over the whole vocabulary for a matrix [V, E]: [..., E] -> [..., V]."""
@@ -130,21 +130,21 @@ class Form(ABC):
         raise TypeError(f"{weight_name} is stored as {self.scheme}, whose rows cannot be looked up")
 
     def candidates(self, reader: Candidates, h: Value, candidates: Value) -> Value:
-        """Logits of this head and those beside it on candidates, flat, in one of the reader's ways."""
+        """Logits of this head and those stored beside it on candidates, flat, by one method of `reader`."""
         raise TypeError(f"heads stored as {self.scheme} cannot be read row by row")
 
     def graph_part(self, ending: str) -> NDArray[Any]:
-        """What an initializer must hold whose name is the tensor's and `.ending`: one of parts(), or derived."""
+        """Expected content of the initializer named by the tensor and `.ending`: one of parts(), or derived."""
         return self.parts()[ending]
 
 
 def in_layout(values: NDArray[Any], transposed: bool) -> NDArray[Any]:
-    """A matrix [N, K] as the checkpoint holds it."""
+    """A matrix [N, K] in the checkpoint's layout."""
     return np.ascontiguousarray(values.T if transposed else values)
 
 
 def expect(part: str, array: NDArray[Any], dtype: type[np.generic], shape: Sequence[int]) -> None:
-    """Raise InputError unless a stored array has the type and the shape that its tensor needs."""
+    """Raise InputError unless a stored array has the expected dtype and shape."""
     if array.dtype != dtype or array.shape != tuple(shape):
         raise InputError(f"{part} is {array.dtype} {list(array.shape)} where {np.dtype(dtype)} {list(shape)} is needed")
 

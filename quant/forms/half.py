@@ -1,4 +1,4 @@
-"""Float16: half the disk; on a CPU the runtime multiplies in float32."""
+"""float16: half the size on disk; on a CPU the runtime multiplies in float32."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class HalfTensor(Form):
         return y if bias is None else b.op("Add", y, bias, name=f"{name}.bias_add")
 
     def logits(self, b: Graph, name: str, x: Value) -> Value:
-        # transB keeps the rows contiguous, so that the same initializer can be gathered from.
+        # transB keeps the rows contiguous, so that Gather can read the same initializer.
         return b.op("FusedMatMul", x, self._matrix(b, f"{name}.weight"), name=name, domain=MSFT, transB=1)
 
     def gather(self, b: Graph, name: str, weight_name: str, ids: Value) -> Value:
@@ -62,5 +62,5 @@ class HalfTensor(Form):
         return in_layout(self.packed, self.transposed)
 
     def _matrix(self, b: Graph, weight_name: str) -> Value:
-        """The whole matrix; ONNX Runtime casts it once, as it loads the model."""
+        """The whole matrix; ONNX Runtime casts it once, when it loads the model."""
         return b.cast(b.weight(weight_name, in_layout(self.packed, self.transposed)), weight_name)

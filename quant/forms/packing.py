@@ -1,4 +1,4 @@
-"""Codes of a few bits in bytes, and blocks of codes."""
+"""Pack codes of a few bits into bytes, and choose block sizes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from training.errors import InputError
 
-MIN_BLOCK, MAX_BLOCK = 16, 256  # what the kernels of ONNX Runtime take
+MIN_BLOCK, MAX_BLOCK = 16, 256  # supported by ONNX Runtime's kernels
 
 
 def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
@@ -40,7 +40,7 @@ def unpack(packed: NDArray[np.uint8], bits: int, length: int) -> NDArray[np.uint
 
 
 def fit_block(block: int, width: int) -> int:
-    """The block to use for rows of `width`: as asked, or the smallest power of two from 16 that covers a narrow row.
+    """The block size for rows of `width`: `block`, or the smallest power of two from 16 that covers a narrow row.
 
     Raises InputError unless `block` is a power of two from 16 to 256.
     """

@@ -1,4 +1,4 @@
-"""Signed codes with one scale per output row, for products that round activations as well (W8A8)."""
+"""Signed codes with one scale per output row, for products that also round activations (W8A8)."""
 
 from __future__ import annotations
 

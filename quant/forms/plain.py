@@ -1,4 +1,4 @@
-"""Float32 as the checkpoint holds it: matrices that are not quantized, and vectors."""
+"""float32 in the checkpoint's layout: matrices that are not quantized, and vectors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from quant.forms.form import MSFT, Candidates, Form, Graph, Value
 
 @dataclass(frozen=True, eq=False)
 class FloatTensor(Form):
-    """An array in the checkpoint's layout; for block layers that is [K, N]."""
+    """An array in the checkpoint's layout, which is [K, N] for block layers."""
 
     array: NDArray[np.float32]
     scheme: str = field(default="float32", init=False)
@@ -43,7 +43,7 @@ class FloatTensor(Form):
         return y if bias is None else b.op("Add", y, bias, name=f"{name}.bias_add")
 
     def logits(self, b: Graph, name: str, x: Value) -> Value:
-        # transB keeps the rows contiguous, so that the same initializer can be gathered from.
+        # transB keeps the rows contiguous, so that Gather can read the same initializer.
         return b.op("FusedMatMul", x, self.value(b, f"{name}.weight"), name=name, domain=MSFT, transB=1)
 
     def gather(self, b: Graph, name: str, weight_name: str, ids: Value) -> Value:

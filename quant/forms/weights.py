@@ -15,10 +15,10 @@ Weights = Mapping[str, Weight]
 
 
 def form_of(weight: Weight) -> Form:
-    """How a tensor is stored."""
+    """The storage form of a tensor."""
     return weight if isinstance(weight, Form) else FloatTensor(weight)
 
 
 def quantized(weights: Weights) -> dict[str, Form]:
-    """Those that are not float32."""
+    """The quantized tensors only."""
     return {name: weight for name, weight in weights.items() if isinstance(weight, Form)}

@@ -1,1 +1,1 @@
-"""Which way to store each group of tensors, by measured damage."""
+"""Choose how to store each group of tensors by measured damage."""

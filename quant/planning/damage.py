@@ -1,7 +1,7 @@
-"""How much a change of some weights changes what the model says: KL(float || changed) on calibration text.
+"""Damage of changed weights: KL(float || changed) of the model's predictions on calibration text.
 
-The distribution is the deployed one: hard routing, fast-k and head_topk of the configuration. What runs before the
-first changed block is computed once and kept, so a change near the heads costs little.
+The distribution is the deployed one: hard routing, fast-k and head_topk of the configuration. Everything before the
+first changed block is computed once and cached, so measuring a change near the heads is cheap.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ Arrays = Mapping[str, NDArray[np.float32]]  # tensors by name, in the checkpoint
 
 
 class Damage:
-    """The float model, its log-probs on `windows` [n, S], and the input of every block there.
+    """The float model, its log-probs on `windows` [n, S], and the input of every block.
 
-    Memory: 4 bytes times n * S * (vocabulary + blocks * width), beside the model.
+    Memory: 4 bytes times n * S * (vocabulary + blocks * width), in addition to the model.
     """
 
     @torch.inference_mode()
@@ -38,7 +38,7 @@ class Damage:
 
     @torch.inference_mode()
     def of(self, changed: Arrays) -> float:
-        """Mean KL in nats per token with the tensors `changed` in the place of the model's; they are put back."""
+        """Mean KL in nats per token with the model's tensors replaced by `changed`; the originals are restored."""
         with self._with(changed):
             start = self._first(changed)
             hidden = self.clean if start is HEADS else self._run(Hidden(dict(self.clean.leaves)), start)
@@ -48,7 +48,7 @@ class Damage:
                 # benchmarks.quality.divergence.kl_divergence in torch: the rows are tensors, and are many
                 total += float((want.exp() * (want - got)).sum(dtype=torch.float64))
                 row += len(got)
-        return max(total / row, 0.0)  # rounding alone makes it less
+        return max(total / row, 0.0)  # can be below 0 by rounding
 
     @contextmanager
     def _with(self, changed: Arrays) -> Iterator[None]:
@@ -63,9 +63,9 @@ class Damage:
                 parameters[name].data = value
 
     def _first(self, changed: Arrays) -> tuple[str, int] | None:
-        """The block all changes come from or after: (node, block); HEADS behind all blocks, None for the embedding.
+        """The first block that a change affects: (node, block); HEADS after all blocks, None for the embedding.
 
-        Changes in several nodes start at the trunk's end at the latest, for they share no other node.
+        Changes in several nodes start at the end of the trunk at the latest, the only node that they share.
         """
         places = {place_of(name) for name in changed}
         places.discard(HEADS)
@@ -81,7 +81,7 @@ class Damage:
         return min((place for place in known if place[0] == trunk.name), default=(trunk.name, trunk.stop - 1))
 
     def _run(self, out: Hidden, start: tuple[str, int] | None) -> Hidden:
-        """model.hidden() from block `start` on, into `out`; from the embedding on, with None."""
+        """model.hidden() from block `start`, into `out`; None starts at the embedding."""
         model, rows, first = self.model, dict[str, Tensor](), not self.block_inputs
         out.gates = {} if first else dict(self.clean.gates)
         for node in model.tree.values():
@@ -118,11 +118,11 @@ class Damage:
             yield model.pick(part, routes[:, rows], model.config.fast_k)[0]
 
 
-HEADS = ("heads", 0)  # no block, but what comes after all of them
+HEADS = ("heads", 0)  # not a block: the stage after all blocks
 
 
 def place_of(name: str) -> tuple[str, int] | None:
-    """Where a tensor acts first: (node, block), HEADS, or None for an embedding (which may be a head, too).
+    """Where a tensor is first used: (node, block), HEADS, or None for an embedding (which may also be a head).
 
     >>> place_of("paths.left.h.7.mlp.c_fc.weight"), place_of("transformer.h.0.attn.c_attn.weight")
     (('left', 7), ('root', 0))

@@ -1,7 +1,7 @@
-"""Damage of every group and candidate, measured once and remembered on disk, so that a killed run goes on.
+"""Damage of every group and candidate, measured once and cached on disk, so that a killed run can continue.
 
-The file is keyed by the model's weights, the calibration text and how much of it is used; another target with the
-same candidates measures nothing again.
+The file is keyed by the model's weights, the calibration text and the amount of it that is used; a new target with
+the same candidates needs no new measurements.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from training.checkpoints.checkpoint import model_from_tensors
 from training.model.config import DMPTConfig
 from training.model.generation import DMPTForCausalLM
 
-DAMAGE_TOKENS = 1024  # of the calibration text that damage is measured on
-LOGITS = 2**28  # log-probs kept at once at most (1 GB): fewer tokens for a larger vocabulary
-FORMAT = 1  # of the file
-# Fields that change what the same weights say.
+DAMAGE_TOKENS = 1024  # tokens of the calibration text that damage is measured on
+LOGITS = 2**28  # at most this many log-probs in memory (1 GB): fewer tokens for a larger vocabulary
+FORMAT = 1  # of the cache file
+# Fields that change the predictions of the same weights.
 DECIDING = ("fast_k", "head_topk", "head_allocation", "head_gate_temp", "n_head", "layer_norm_epsilon")
 Floats = dict[str, NDArray[np.float32]]
 
 
 class Measurements:
-    """Quantized tensors of a float model, and what each costs.
+    """Quantized tensors of a float model, and the damage of each.
 
-    arrays: the float checkpoint by name; read, not changed. cache: folder of remembered damages.
+    arrays: the float checkpoint by name; read, not changed. cache: folder for measured damages.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Measurements:
         self.stored: dict[tuple[str, str], tuple[Form, TensorReport]] = {}  # by tensor and scheme
 
     def options(self, groups: Sequence[Group], candidates: Sequence[Sequence[str]]) -> list[list[Option]]:
-        """Every candidate of every group, measured alone, with a progress bar and an estimate of the time left."""
+        """Measure every candidate of every group alone, with a progress bar and an estimate of the time left."""
         pairs = [(group, scheme) for group, schemes in zip(groups, candidates, strict=True) for scheme in schemes]
         wanted = [pair for pair in pairs if key(*pair) not in self.known]
         with tqdm(total=len(wanted), desc="measure damage", unit=" groups", leave=False, disable=None) as bar:
@@ -81,7 +81,7 @@ class Measurements:
         ]
 
     def quantized(self, groups: Sequence[Group], schemes: Sequence[str]) -> dict[str, tuple[Form, TensorReport]]:
-        """All tensors of the groups, each stored as its group's scheme says, with what that did."""
+        """All tensors of the groups in their group's scheme, with their reports."""
         pairs = list(zip(groups, schemes, strict=True))
         missing = [
             (group, scheme)
@@ -100,19 +100,19 @@ class Measurements:
         return out
 
     def joint(self, groups: Sequence[Group], schemes: Sequence[str]) -> float:
-        """KL of the whole plan."""
+        """KL with all groups quantized at once."""
         quantized = self.quantized(groups, schemes)
         return self.damage.of({name: tensor.dequantize() for name, (tensor, _) in quantized.items()})
 
     def _quantized(self, wanted: Sequence[tuple[Group, str]]) -> Iterator[tuple[Group, str]]:
-        """Quantize the wanted groups and yield each: calibrated ones as their block is observed, then the others.
+        """Quantize the wanted groups and yield each: calibrated ones when their block is observed, then the others.
 
-        Deltas are left for when their anchor is known.
+        Deltas are left out until their anchor is known.
         """
         calibrated = [pair for pair in wanted if not is_delta(pair[1]) and SCHEMES[parse(pair[1]).scheme].calibrated]
         names = {name for group, _ in calibrated for name in group.tensors}
         done = set()
-        heads: dict[str, Inputs] = {}  # several may be one group, and are observed one by one
+        heads: dict[str, Inputs] = {}  # several may form one group, but are observed one by one
         for seen in observe(self.model, self.calibration.windows, names) if names else ():
             heads |= {name: inputs for name, inputs in seen.items() if ROWS.fullmatch(name)}
             known = heads | dict(seen)
@@ -140,7 +140,7 @@ class Measurements:
         tensors = quantize_group(heads, group.anchor, anchors[group.anchor], parse(scheme))
         return {name: (tensor, delta_report(name, heads[name], tensor)) for name, tensor in tensors.items()}
 
-    # --- what is remembered -----------------------------------------------------------------------
+    # --- cache ------------------------------------------------------------------------------------
 
     def _key(self, config: DMPTConfig) -> str:
         fields = [getattr(config, name) for name in DECIDING]
@@ -153,7 +153,7 @@ class Measurements:
         return digest.hexdigest()[:32]
 
     def _remembered(self) -> dict[str, Any]:
-        """Damages by rule; {} where none are remembered, or the file is of no use."""
+        """Cached damages by rule; {} when the file is missing or unusable."""
         try:
             known = json.loads(self.path.read_text(encoding="utf-8"))
             options = {rule: Option(**option) for rule, option in known.items()}
@@ -168,7 +168,7 @@ class Measurements:
 
 
 def is_sound(rule: str, option: Option) -> bool:
-    """Whether a remembered option can be true: the file is the user's to edit, and to damage."""
+    """Whether a cached option is plausible: the user may have edited or damaged the file."""
     size, kl = option.bytes, option.kl
     return (
         type(size) is int
@@ -180,7 +180,7 @@ def is_sound(rule: str, option: Option) -> bool:
 
 
 def damage_on(model: DMPTForCausalLM, calibration: Calibration, tokens: int = DAMAGE_TOKENS) -> Damage:
-    """What measures damage on whole windows spread over a calibration text, about as many tokens as asked."""
+    """A Damage on whole windows spread over the calibration text, about `tokens` tokens in all."""
     windows = calibration.windows
     count = max(1, min(tokens, LOGITS // model.config.vocab_size) // windows.shape[1])
     spread = torch.linspace(0, len(windows) - 1, min(count, len(windows))).long()

@@ -1,4 +1,4 @@
-"""Choose one option for each group: the least damage within a size, for every size at once."""
+"""Choose one option per group: the least damage within a size, for every size at once."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-BUCKETS = 20_000  # sizes told apart; a plan may miss up to one bucket for each group
+BUCKETS = 20_000  # resolution of sizes; a plan may waste up to one bucket per group
 
 
 class Frontier:
     """The least damage for every size up to `limit` bytes, by dynamic programming (multiple-choice knapsack).
 
-    options: for each group its (bytes, damage) pairs, of which one is taken; damages add up. Sizes are rounded up to
-    limit / BUCKETS bytes, so a plan never takes more than it is given; with limit up to BUCKETS it is exact.
+    options: the (bytes, damage) pairs of each group, of which one is chosen; damages add up. Sizes are rounded up to
+    limit / BUCKETS bytes, so a plan never exceeds its size; with limit up to BUCKETS it is exact.
     Source: Kellerer, Pferschy, Pisinger, "Knapsack Problems" (2004), chapter 11.
     """
 
@@ -21,7 +21,7 @@ class Frontier:
         self.options = options
         self.bucket = max(1, -(-limit // BUCKETS))
         n = limit // self.bucket + 1
-        best = np.zeros(n)  # least damage of the groups so far, in at most so many buckets
+        best = np.zeros(n)  # least damage of the groups so far, by number of buckets
         self.choices = np.empty((len(options), n), np.int8)
         for g, pairs in enumerate(options):
             trials = np.full((len(pairs), n), np.inf)
@@ -37,7 +37,7 @@ class Frontier:
         return -(-size // self.bucket)
 
     def within(self, size: int) -> list[int] | None:
-        """The option of each group with the least damage in `size` bytes; None where nothing fits."""
+        """The option of each group with the least damage in `size` bytes; None if nothing fits."""
         left = min(size // self.bucket, len(self.damages) - 1)
         if size < 0 or not np.isfinite(self.damages[left]):
             return None
@@ -48,6 +48,6 @@ class Frontier:
         return chosen[::-1]
 
     def smallest(self, damage: float) -> list[int] | None:
-        """The options of the least size whose damage is at most `damage`; None where none is so good."""
+        """The smallest options whose damage is at most `damage`; None if there are none."""
         fits = self.damages <= damage
         return self.within(int(fits.argmax()) * self.bucket) if fits.any() else None

@@ -1,9 +1,9 @@
-"""Bits by measured damage: which way to store each group of tensors, under a size or a divergence.
+"""Plan bits by measured damage: how to store each group of tensors within a size or a divergence.
 
     groups -> damage of each candidate alone (KL on calibration text) -> knapsack -> the whole plan, measured jointly
 
-Damages of small changes add up roughly, not exactly: a plan for a size says what it was predicted and measured to
-cost; a plan for a divergence is made stricter until the measured one holds.
+Damages of small changes add up roughly, not exactly. A plan for a size reports its predicted and its measured damage;
+a plan for a divergence is made stricter until the measured one holds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from quant.schemes.low_rank import DELTAS
 from training.errors import FieldError, InputError
 
 CANDIDATES = "int8,int4-gptq:16,int4-gptq:32,int4-gptq:64,int4-gptq:128"
-JOINT_TRIES = 8  # plans measured as a whole for a target of divergence
+JOINT_TRIES = 8  # plans measured jointly for a target of divergence
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Option:
 
     scheme: str  # as in a rule: "int4:32"
     bytes: int
-    kl: float  # nats per token, all else float32
+    kl: float  # nats per token, everything else float32
 
     def bits(self, weights: int) -> float:
         return 8 * self.bytes / weights
@@ -39,10 +39,10 @@ class Option:
 class Group:
     """Tensors that are stored the same way."""
 
-    patterns: tuple[str, ...]  # of the rules that name them
+    patterns: tuple[str, ...]  # of the rules that match them
     tensors: tuple[str, ...]
     weights: int
-    anchor: str | None = None  # of heads that could be deltas to it
+    anchor: str | None = None  # for heads that could be stored as deltas to it
 
     def __str__(self) -> str:
         return " ".join(self.patterns)
@@ -50,7 +50,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Plan:
-    """What was chosen for each group, and what it costs. `options` are all that were measured, by group."""
+    """The option chosen for each group, with size and damage. `options`: all measured ones, by group."""
 
     groups: list[Group]
     options: list[list[Option]]
@@ -59,16 +59,16 @@ class Plan:
     total_weights: int
     predicted_kl: float
     measured_kl: float
-    calibration: dict[str, Any] | None = None  # what is recorded of the text that damage was measured on
+    calibration: dict[str, Any] | None = None  # record of the text that damage was measured on
 
     @property
     def bytes(self) -> int:
-        """Of all tensors as they are stored, without the file's header."""
+        """Stored bytes of all tensors, without the file's header."""
         return self.other_bytes + sum(o[i].bytes for o, i in zip(self.options, self.chosen, strict=True))
 
     @property
     def bits(self) -> float:
-        """Per weight of the whole model, float32 tensors included."""
+        """Bits per weight of the whole model, including float32 tensors."""
         return 8 * self.bytes / self.total_weights
 
     def rules(self) -> list[Rule]:
@@ -79,7 +79,7 @@ class Plan:
         ]
 
     def schemes(self) -> list[str]:
-        """What was chosen for each group, as in a rule."""
+        """The chosen scheme of each group, as in a rule."""
         return [options[i].scheme for options, i in zip(self.options, self.chosen, strict=True)]
 
     def to_json(self) -> dict[str, Any]:
@@ -99,9 +99,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Target:
-    """What a plan must hold: one of the three is given."""
+    """The limit of a plan: exactly one of the three is set."""
 
-    size: int | None = None  # bytes of the file of all tensors
+    size: int | None = None  # bytes of the file with all tensors
     kl: float | None = None  # nats per token on the calibration text
     bits: float | None = None  # per weight of the whole model
 
@@ -112,7 +112,7 @@ class Target:
 
 
 def groups_of(shapes: Mapping[str, Sequence[int]], anchors: Mapping[str, set[str]]) -> list[Group]:
-    """Attention and MLP of each block, the embedding (with a tied head), anchor heads, and the other heads of a leaf.
+    """Attention and MLP of each block, the embedding (with a tied head), each anchor, and a leaf's other heads.
 
     anchors: see quant.rules.anchors_of. Trunk first, then paths, then heads.
     """
@@ -138,10 +138,10 @@ def groups_of(shapes: Mapping[str, Sequence[int]], anchors: Mapping[str, set[str
 
 
 def candidates_of(group: Group, text: str) -> list[str]:
-    """Those of a comma-separated list of schemes that can store the group, each once and by its name: "8" is int8.
+    """The schemes of a comma-separated list that can store the group, each once and by name: "8" is int8.
 
-    A number of bits is GPTQ's scheme where there is one, as in rules beside calibration text. Raises InputError when
-    there are none.
+    A number of bits means GPTQ's scheme if there is one, as in rules with calibration text. Raises InputError when
+    no scheme fits.
     """
     looked_up = any(ROWS.fullmatch(name) for name in group.tensors)
 
@@ -153,27 +153,28 @@ def candidates_of(group: Group, text: str) -> list[str]:
     rules = [parse_rule(f"{group.patterns[0]}={scheme.strip()}", calibrated=True) for scheme in text.split(",")]
     fit = list(dict.fromkeys(str(rule).partition("=")[2] for rule in rules if fits(rule)))
     if not fit:
-        raise FieldError("none of {candidates} {} can store {}: add int8 or int4 to them", text, group)
+        raise FieldError("none of {candidates} {} can store {}: add int8 or int4", text, group)
     return fit
 
 
 def check_candidates(text: str) -> None:
-    """Raise InputError for a list of candidates that no group can choose from."""
+    """Raise InputError for a list of candidates that holds an unusable one."""
     for scheme in text.split(","):
         rule = parse_rule(f"*={scheme.strip()}")
         if rule.scheme == "int8-dynamic":
-            raise InputError("int8-dynamic rounds activations, and a plan measures what weights lose: use int8")
+            raise InputError("int8-dynamic rounds activations, but a plan only measures weights: use int8")
 
 
 def check_target(
     shapes: Mapping[str, Sequence[int]], anchors: Mapping[str, set[str]], candidates: str, target: Target
 ) -> None:
-    """Raise InputError for candidates that cannot store some group, and for a size below that of the codes alone:
-    said before anything is measured. What make_plan() refuses is finer."""
+    """Raise InputError for candidates that cannot store some group, and for a size below that of the codes alone.
+
+    Runs before any measurement. make_plan() checks the target exactly."""
     check_candidates(candidates)
     groups = groups_of(shapes, anchors)
     weights = sum(map(math.prod, shapes.values()))
-    least = 4 * (weights - sum(group.weights for group in groups))  # bytes of what stays float32
+    least = 4 * (weights - sum(group.weights for group in groups))  # bytes of the float32 tensors
     for group in groups:
         rules = [parse_rule(f"*={scheme}") for scheme in candidates_of(group, candidates)]
         bits = min(0 if rule.scheme in DELTAS else SCHEMES[rule.scheme].bits for rule in rules)
@@ -182,7 +183,7 @@ def check_target(
     if size is not None and size < least:
         raise InputError(
             f"no plan fits {target}: the least is {least / 1e6:.2f} MB ({8 * least / weights:.2f} bits per weight) and "
-            "the scales, with these candidates"
+            "scales with these candidates"
         )
 
 
@@ -190,10 +191,10 @@ def make_plan(
     groups: list[Group], options: list[list[Option]], target: Target, sizes: tuple[int, int, int],
     joint: Callable[[list[int]], float],
 ) -> Plan:  # fmt: skip
-    """Choose an option for each group. Raises InputError for an impossible target, with the least that is possible.
+    """Choose an option for each group. Raises InputError for an impossible target and names the least possible one.
 
-    sizes: bytes of the tensors that are in no group, weights of the whole model, and bytes of the file that are no
-    tensor's, which count for a target of size. joint: the measured KL of a whole choice.
+    sizes: bytes of the tensors outside all groups, weights of the whole model, and bytes of the file's header, which
+    count towards a target size. joint: the measured KL of a whole choice.
     """
     other, weights, header = sizes
     pairs = [[(option.bytes, option.kl) for option in group] for group in options]
@@ -225,7 +226,7 @@ def make_plan(
 def _within_kl(
     frontier: Frontier, pairs: list[list[tuple[int, float]]], most: float, joint: Callable[[list[int]], float]
 ) -> tuple[list[int], float]:
-    """The smallest choice whose measured KL is at most `most`: bisection over the predicted one."""
+    """The smallest choice whose measured KL is at most `most`, by bisection over the predicted KL."""
     best = [min(range(len(group)), key=lambda i: group[i][1]) for group in pairs]
     found, measured = best, joint(best)
     if measured > most:

@@ -18,7 +18,7 @@ from training.checkpoints.folder import Source
 from training.checkpoints.places import check_replaceable
 from training.errors import InputError
 
-MOST_PARTS = 4  # stored for one tensor: the two factors of a delta, each with scales
+MOST_PARTS = 4  # arrays stored for one tensor: the two factors of a delta, each with scales
 Files = Callable[[Sequence[TensorReport], Plan | None], Mapping[str, str]]  # further files of the folder, by name
 
 
@@ -31,10 +31,10 @@ def save_planned(
     candidates: str = CANDIDATES,
     files: Files = lambda reports, plan: {},
 ) -> tuple[Plan, list[TensorReport]]:
-    """Quantize `source` into the folder `out` by the plan that costs least under `target`; without `out`, only plan.
+    """Quantize `source` into the folder `out` by the plan with least damage under `target`; without `out`, only plan.
 
-    cache: folder where measured damages are remembered. Raises InputError for an unusable or already quantized source,
-    a target that no plan reaches (with the least that is possible), unknown candidates, or an unusable `out`.
+    cache: folder for measured damages. Raises InputError for an unusable or already quantized source, a target that
+    no plan reaches (with the least possible one), unknown candidates, or an unusable `out`.
     """
     if out is not None:
         check_replaceable(Path(out), "quantized")
@@ -62,7 +62,7 @@ def save_planned(
     }
     reports = [quantized[name][1] if name in quantized else float_report(name, array) for name, array in arrays.items()]
     if plan.bytes != sum(report.bytes_after for report in reports):
-        raise InputError(f"the damages remembered in {measured.path} are not of these tensors: delete that file")
+        raise InputError(f"the damages cached in {measured.path} belong to different tensors: delete that file")
     if out is not None:
         recorded = {"rules": [rule.as_dict() for rule in plan.rules()], "calibration": calibration.as_dict()}
         write_quantized(
@@ -73,7 +73,7 @@ def save_planned(
 
 
 def header_bytes(names: Iterable[str]) -> int:
-    """At most what a safetensors file of arrays with these names (without their part) holds besides the arrays.
+    """Upper bound on the header of a safetensors file whose arrays have these names plus a part suffix.
 
     Source: github.com/huggingface/safetensors, "Format".
     """

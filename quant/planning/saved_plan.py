@@ -1,4 +1,4 @@
-"""An earlier plan, to be used again; read without torch."""
+"""Reuse an earlier plan; it is read without torch."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Replay:
-    """The rules of an earlier plan, to be used again."""
+    """The rules of an earlier plan, to be reused."""
 
     path: Path
     rules: list[Rule]
-    calibration: dict[str, Any]  # sha256 and tokens of the text that it was made with; {} where that is not recorded
+    calibration: dict[str, Any]  # sha256 and tokens of the plan's text; {} if not recorded
 
     @property
     def by_text(self) -> str | None:
-        """A scheme of it that goes by calibration text."""
+        """A scheme in the plan that needs calibration text, if any."""
         schemes = (rule.scheme for rule in self.rules)
         return next((scheme for scheme in schemes if scheme in SCHEMES and SCHEMES[scheme].calibrated), None)
 
     def check_text(self) -> None:
-        """Raise InputError when no calibration text is given, but needed; said before any work is done."""
+        """Raise InputError when the plan needs calibration text; for requests without any, before other work."""
         if self.by_text and self.calibration:
-            raise FieldError("{}, and {} goes by it: give the same with {calib}", self.made(), self.by_text)
+            raise FieldError("{}, and {} needs it: give the same text with {calib}", self.made(), self.by_text)
 
     def other_text(self, given: Calibration) -> str | None:
-        """What to tell people when the text is needed and not that of the plan."""
+        """A warning when text is needed and differs from the plan's; else None."""
         text = (given.sha256, given.windows.numel())
         if not self.by_text or not self.calibration or text == (self.calibration["sha256"], self.calibration["tokens"]):
             return None
-        return f"{self.made()}, these are {text[1]} of {text[0][:12]}...: the weights will be others than planned"
+        return f"{self.made()}, not with these {text[1]} of {text[0][:12]}...: the weights will differ from the plan's"
 
     def made(self) -> str:
         tokens, sha256 = self.calibration["tokens"], self.calibration["sha256"]
@@ -47,11 +47,11 @@ class Replay:
 
 
 def read_plan(path: str | Path) -> Replay:
-    """A plan.json. Raises InputError when it is none."""
+    """Read a plan.json. Raises InputError for any other file."""
     fields = read_json(Path(path))
     rules, text = fields.get("rules"), fields.get("calibration") or {}
     if not isinstance(rules, list) or not rules or not all(isinstance(rule, str) for rule in rules):
-        raise InputError(f"{path} is no plan: give the plan.json of a planned quantized folder")
+        raise InputError(f"{path} is not a plan: give the plan.json of a planned quantized folder")
     if text and not (isinstance(text, dict) and type(text.get("sha256")) is str and type(text.get("tokens")) is int):
-        raise InputError(f"{path}: calibration must give sha256 and tokens: give the plan.json as it was written")
+        raise InputError(f"{path}: calibration must give sha256 and tokens: give the plan.json unchanged")
     return Replay(Path(path), [parse_rule(rule) for rule in rules], text)

@@ -1,8 +1,8 @@
-"""Every way to quantize a matrix, by name. A scheme is one pure function in one file and one line here.
+"""All quantization schemes by name. A scheme is one pure function in one file and one line here.
 
 Signature: ``scheme(array, **options) -> Form`` (quant.forms) with array float32 [N, K], K the reduction axis.
-Options: `block` where the scheme has blocks, `symmetric` where zero points are a choice, `inputs`
-(quant.calibration.Inputs of the layer) where it is calibrated.
+Options: `block` if the scheme has blocks, `symmetric` if zero points are a choice, `inputs`
+(quant.calibration.Inputs of the layer) if it is calibrated.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from training.errors import InputError
 
 
 class Rounding(Enum):
-    """How far kernels may be from float arithmetic; dmpt_export.check.tolerances has the numbers."""
+    """How far kernels may deviate from float arithmetic; the numbers are in dmpt_export.check.tolerances."""
 
     NONE = "float kernels"
     ACTIVATIONS = "activations rounded by block"
@@ -41,18 +41,18 @@ class Rounding(Enum):
 
 @dataclass(frozen=True)
 class Scheme:
-    """A way to store a matrix: its function and what the rest of the package must know about it."""
+    """A quantization scheme: its function and the properties that the rest of the package needs."""
 
     quantize: Callable[..., Form]
     bits: int  # of a code, without scales
     form: type[Form] = BlockwiseTensor  # what the function returns
-    rounding: Rounding = Rounding.ACTIVATIONS  # of the kernels on a CPU
-    blocks: bool = True  # a scale per `block` inputs; else one way only
-    rows: bool = True  # single rows can be looked up: fit for the embedding and the heads
-    calibrated: bool = False  # wants `inputs`, what the layer sees on calibration text
-    zero_points: bool = True  # can be had symmetric or with zero points; else one way only
-    block_range: tuple[int, int] = (MIN_BLOCK, MAX_BLOCK)  # that have a fast kernel
-    package: str | None = None  # that must be installed to quantize; loading and exporting never need it
+    rounding: Rounding = Rounding.ACTIVATIONS  # of the CPU kernels
+    blocks: bool = True  # has an option `block`: a scale per `block` inputs
+    rows: bool = True  # single rows can be looked up, as the embedding and the heads need
+    calibrated: bool = False  # needs `inputs`: the layer's inputs on calibration text
+    zero_points: bool = True  # has an option `symmetric`: with or without zero points
+    block_range: tuple[int, int] = (MIN_BLOCK, MAX_BLOCK)  # blocks with a fast kernel
+    package: str | None = None  # needed to quantize, but not to load or export
 
     def __call__(self, array: NDArray[np.float32], **options: Any) -> Form:
         return self.quantize(array, **options)
@@ -86,7 +86,7 @@ SCHEMES: dict[str, Scheme] = {
 
 
 def check_installed(schemes: Iterable[str]) -> None:
-    """Raise InputError naming the `pip install` when a scheme's package is missing; said before any work is done."""
+    """Raise InputError with the `pip install` command when a scheme's package is missing; runs before other work."""
     for scheme in schemes:
         package = SCHEMES[scheme].package if scheme in SCHEMES else None
         if package and find_spec(package) is None:

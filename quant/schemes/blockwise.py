@@ -1,9 +1,9 @@
 """Round-to-nearest int8, int4, int3 and int2 with one scale per block of inputs.
 
-The scale of a block is searched: a few trial scales around "the largest value just fits", each followed by
-the least-squares scale for the codes it gives; the trial with the smallest squared error stays. With
-codes c (zero point taken off) and values x, the best scale is <x,c>/<c,c> and it leaves
-||x||^2 - <x,c>^2/<c,c>, so a trial costs one rounding and two dot products.
+The scale of a block is found by search: a few trial scales around "the largest value just fits", each refined to
+the least-squares scale for its codes; the trial with the smallest squared error wins. With codes c (zero point
+subtracted) and values x, the best scale is <x,c>/<c,c> and its squared error ||x||^2 - <x,c>^2/<c,c>, so a trial
+costs one rounding and two dot products.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from quant.forms.blockwise import BlockwiseTensor
 from quant.forms.packing import fit_block, pack
 from training.errors import InputError
 
-CHUNK = 1 << 17  # values handled at a time: the temporaries stay in the processor's cache
+CHUNK = 1 << 17  # values processed at a time, so that temporaries fit the processor's cache
 Found = tuple[NDArray[np.float32], NDArray[np.float32]]  # scale and zero point of each block
 Find = Callable[[NDArray[np.float32]], Found]  # blocks [B, block] -> scale and zero point [B]
 TINY = np.finfo(np.float32).tiny  # smaller numbers lose bits
 
 # Trial ranges relative to "the largest value just fits". Symmetric codes reach one step further down than up
-# (-8..7), so the largest value is put on the long side; above 1 both signs fit on the short side.
+# (-8..7), so the largest value goes to the long side; above 1 both signs fit on the short side.
 RATIOS: dict[int, tuple[float, ...]] = {
-    8: (1.0,),  # clipping never pays: the rounding error is far below any value cut off
+    8: (1.0,),  # clipping never helps: the rounding error is far below any clipped value
     4: (0.70, 0.78, 0.85, 0.90, 0.95, 1.0, 1.05, 1.10, 1.15),
     3: (0.55, 0.63, 0.70, 0.78, 0.85, 0.92, 1.0, 1.10, 1.20, 1.30),
     2: (0.40, 0.50, 0.60, 0.70, 0.80, 0.90, 1.0, 1.15, 1.30, 1.50, 1.70, 2.0),
 }
-FIELD = {3: 4}  # bits that a code is stored in where they are more than its own: no kernel reads packed threes
+FIELD = {3: 4}  # stored bits of a code where they differ from its own: no kernel reads packed 3-bit codes
 
 
 def int8(array: NDArray[np.float32], block: int = 128, symmetric: bool = True) -> BlockwiseTensor:
@@ -46,7 +46,7 @@ def int4(array: NDArray[np.float32], block: int = 32, symmetric: bool = True) ->
 
 
 def int3(array: NDArray[np.float32], block: int = 32, symmetric: bool = True) -> BlockwiseTensor:
-    """3 bits in 4-bit fields, for the kernels' sake, with a scale per `block` inputs; see `quantize`."""
+    """3 bits in the 4-bit fields that kernels read, with a scale per `block` inputs; see `quantize`."""
     return quantize(array, 3, block, symmetric, scheme="int3")
 
 
@@ -100,8 +100,8 @@ class Store:
     def put(
         self, rows: slice, codes: NDArray[np.float32], scale: NDArray[np.float32], zero: NDArray[np.float32]
     ) -> None:
-        """Codes with the zero point taken off, in any shape of [rows, n_blocks, block]; a scale and zero a block."""
-        # The zero point that is implied by not storing one is the middle of the field.
+        """codes: zero point subtracted, any shape of [rows, n_blocks, block]; scale and zero: one per block."""
+        # Without a stored zero point, the middle of the field is implied.
         zero = np.full_like(zero, 2 ** (self.field - 1)) if self.symmetric else zero
         shape = (-1, self.n_blocks, self.block)
         fields = (codes.reshape(shape) + zero.reshape(*shape[:2], 1)).astype(np.uint8)
@@ -146,7 +146,7 @@ def _asymmetric(x: NDArray[np.float32], bits: int) -> Found:
 
 
 def _best(x: NDArray[np.float32], trials: list[Found], bits: int) -> Found:
-    """The trial that leaves the least squared error, its scale refined by least squares."""
+    """The trial with the least squared error, its scale refined by least squares."""
     gain = np.full(len(x), -1, np.float32)
     scale, zero = np.ones(len(x), np.float32), trials[0][1].copy()
     for trial, trial_zero in trials:
@@ -157,20 +157,20 @@ def _best(x: NDArray[np.float32], trials: list[Found], bits: int) -> Found:
         gain = np.where(better, xc * refined, gain)
         scale = np.where(better, refined, scale)
         zero = np.where(better, trial_zero, zero)
-    # An all-zero block gets scale 0, not 1: kernels subtract zero_point * scale * sum(x) from the sum of the
-    # codes, and with a scale far above its neighbours' the rounding of that difference would show.
+    # An all-zero block gets scale 0, not 1: kernels subtract zero_point * scale * sum(x) from the sum of the codes,
+    # and with a scale far above its neighbours' that difference would have a visible rounding error.
     return np.where(np.abs(scale) < TINY, np.float32(0), scale), zero
 
 
 def safe(scale: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A divisor: 1 where a scale is too small to divide by, so that codes fall on the zero point."""
+    """The scale as a divisor: 1 where it is too small to divide by, so that codes fall on the zero point."""
     return np.where(np.abs(scale) < TINY, np.float32(1), scale)
 
 
 def round_codes(
     x: NDArray[np.float32], scale: NDArray[np.float32], zero: NDArray[np.float32], bits: int
 ) -> NDArray[np.float32]:
-    """Codes with the zero point taken off, as floats, in the shape of x; scales must be safe() to divide by."""
+    """Codes with the zero point subtracted, as floats in the shape of x; scales must be safe() to divide by."""
     c = x / scale
     np.rint(c, out=c)
     return np.clip(c, -zero, np.float32(2**bits - 1) - zero, out=c)

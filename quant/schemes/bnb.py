@@ -1,9 +1,9 @@
-"""bitsandbytes' ways to quantize, called on the CPU and kept so that nothing needs bitsandbytes afterwards.
+"""bitsandbytes' quantizers, run on the CPU; the result is stored so that nothing needs bitsandbytes afterwards.
 
-NF4 and FP4 are for the blocks' layers: ONNX Runtime multiplies by them (MatMulBnb4) but cannot look up a row. int8 is
-the weights' side of LLM.int8 (Dettmers et al. 2022), one scale per output row, absmax / 127; it is kept in blocks that
-repeat the row's scale, as MatMulNBits wants them. Its other side, activations whose outliers stay in half precision,
-has no operator and is not exported.
+NF4 and FP4 are for block layers: ONNX Runtime multiplies by them (MatMulBnb4) but cannot look up a row. int8 is the
+weight part of LLM.int8 (Dettmers et al. 2022): one scale per output row, absmax / 127, stored in blocks that repeat
+the row's scale, as MatMulNBits needs. The activation part, with outliers in half precision, has no operator and is not
+exported.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from quant.forms.packing import fit_block
 from quant.schemes.blockwise import check_matrix
 from training.errors import InputError, install
 
-SMALLEST = np.float32(1e-36)  # largest magnitudes of a row: 127 over less is no float32
+SMALLEST = np.float32(1e-36)  # largest magnitudes of a row: 127 over less overflows float32
 MISSING = f"bitsandbytes is not installed: {install('bnb')}"
 
 
@@ -30,14 +30,15 @@ def nf4(array: NDArray[np.float32], block: int = 64) -> CodebookTensor:
 
 
 def fp4(array: NDArray[np.float32], block: int = 64) -> CodebookTensor:
-    """4 bits, a tiny floating-point number; see `four_bits`."""
+    """4-bit floating-point numbers; see `four_bits`."""
     return four_bits(array, block, "fp4")
 
 
 def four_bits(array: NDArray[np.float32], block: int, scheme: str) -> CodebookTensor:
     """bitsandbytes.functional.quantize_4bit: float32 [N, K] -> CodebookTensor.
 
-    Raises InputError for NaN, infinity, a block that bitsandbytes or the kernels lack, and without bitsandbytes.
+    Raises InputError for NaN, infinity, a block that bitsandbytes or the kernels do not support, and without
+    bitsandbytes.
     """
     check_matrix(array)
     if block not in BLOCKS:
@@ -56,7 +57,7 @@ def int8(array: NDArray[np.float32]) -> BlockwiseTensor:
     n, k = array.shape
     codes, largest, _ = _functional().int8_vectorwise_quant(_tensor(array))
     scales = largest.numpy().astype(np.float32) / np.float32(127)
-    empty = largest.numpy() < SMALLEST  # exact zeros, where bitsandbytes divides by nothing
+    empty = largest.numpy() < SMALLEST  # exact zeros, where bitsandbytes divides by zero
     block = next((size for size in (256, 128, 64, 32) if k % size == 0), fit_block(32, k))
     blocks = -(-k // block)
     packed = np.full((n, blocks * block), 128, np.uint8)

@@ -1,13 +1,13 @@
-"""GPTQ: rounding one input after another, the weights of the inputs to come making up for the error.
+"""GPTQ: round one input after another; the weights of later inputs compensate for the error.
 
-What counts is not the error of the weights but that of the products, tr(D H D^T) with D = W - Q and H = the sum of
-x x^T over calibration rows x. When the weights of input j are rounded, the best change of those not yet rounded is
--(error / R_jj) R_j, with H^-1 = R^T R and R upper triangular. A block's scale is searched when its turn comes, for
-the weights as they are then; the stored layout is that of plain rounding.
+It minimises the error of the products, not of the weights: tr(D H D^T) with D = W - Q and H = the sum of x x^T over
+calibration rows x. When the weights of input j are rounded, the best change of those not yet rounded is
+-(error / R_jj) R_j, with H^-1 = R^T R and R upper triangular. A block's scale is searched when the block is reached,
+for its weights after all changes so far; the stored layout is that of plain rounding.
 
-Source: Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ" (2022), arXiv 2210.17323. Inputs are taken in their order and
-seen as the float model has them: on the models at hand neither the order by size ("act-order", which must fix the
-scales beforehand) nor the inputs that already quantized layers make came out better.
+Source: Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ" (2022), arXiv 2210.17323. Inputs are processed in their stored
+order and come from the float model: on our models neither the order by size ("act-order", which must fix the scales
+beforehand) nor inputs from already quantized layers gave better results.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from training.errors import FieldError, InputError
 if TYPE_CHECKING:
     from quant.calibration import Inputs
 
-DAMPING = 0.01  # of H's mean diagonal, added to it: inputs that calibration hardly saw may not run away
-ROWS = 2048  # output rows at a time: a block of them stays in the processor's cache
+DAMPING = 0.01  # share of H's mean diagonal added to it: keeps inputs that calibration rarely saw from diverging
+ROWS = 2048  # output rows at a time, so that a block of them fits the processor's cache
 
 
 def int4_gptq(
@@ -39,7 +39,7 @@ def int4_gptq(
 def int3_gptq(
     array: NDArray[np.float32], block: int = 32, symmetric: bool = True, inputs: Inputs | None = None
 ) -> BlockwiseTensor:
-    """3 bits in 4-bit fields, for the kernels' sake, with a scale per `block` inputs; see `gptq`."""
+    """3 bits in the 4-bit fields that kernels read, with a scale per `block` inputs; see `gptq`."""
     return gptq(array, 3, block, symmetric, inputs, scheme="int3-gptq")
 
 
@@ -55,8 +55,8 @@ def gptq(
 ) -> BlockwiseTensor:
     """Quantize rows in blocks along K for the least error of products: float32 [N, K] -> BlockwiseTensor.
 
-    Without `inputs`, or with none seen, all inputs count the same and it is rounding to nearest. Raises InputError for
-    NaN, infinity, an impossible block, or inputs of another width.
+    Without `inputs`, or when they are all zero, this is rounding to nearest. Raises InputError for NaN, infinity, an
+    impossible block, or inputs of another width.
     """
     check_matrix(array)
     n, k = array.shape
@@ -75,7 +75,7 @@ def gptq(
 def inverse_root(second_moment: NDArray[np.float64], damping: float = DAMPING) -> NDArray[np.float32]:
     """R, upper triangular with R^T R = the inverse of the damped second moment [K, K].
 
-    Factored backwards H = U U^T with U upper triangular, so R = U^-1: the inverse itself is never made.
+    H is factored from the end, H = U U^T with U upper triangular, so R = U^-1: the inverse is never computed.
     """
     import torch
 
@@ -85,8 +85,8 @@ def inverse_root(second_moment: NDArray[np.float64], damping: float = DAMPING) -
         upper = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         raise FieldError(
-            "its inputs on the calibration text are no finite numbers, or too large to square: give other text with "
-            "{calib}, or another scheme for it"
+            "its inputs on the calibration text are not finite, or too large to square: give other text with {calib}, "
+            "or another scheme for it"
         ) from None
     return torch.linalg.solve_triangular(upper, torch.eye(len(h), dtype=h.dtype), upper=True).float().numpy()
 
@@ -96,7 +96,7 @@ def _round_rows(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
     """Codes [rows, K padded], scales and zero points [rows, blocks] of some rows [rows, K]."""
     rows, k = array.shape
-    x = np.zeros((out.n_blocks * out.block, rows), np.float32)  # an input's weights lie together
+    x = np.zeros((out.n_blocks * out.block, rows), np.float32)  # the weights of an input are contiguous
     x[:k] = array.T
     codes = np.zeros_like(x)
     scales, zeros = np.empty((2, out.n_blocks, rows), np.float32)

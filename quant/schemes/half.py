@@ -1,4 +1,4 @@
-"""float16: half the disk, and within 0.05 % of every weight. On a CPU the runtime multiplies in float32."""
+"""float16: half the size on disk, within 0.05 % of every weight. On a CPU the runtime multiplies in float32."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from training.errors import InputError
 
 
 def fp16(array: NDArray[np.float32]) -> HalfTensor:
-    """The nearest float16: float32 [N, K] -> HalfTensor. Raises InputError for NaN and what is beyond float16."""
+    """The nearest float16: float32 [N, K] -> HalfTensor. Raises InputError for NaN and values beyond float16."""
     check_matrix(array)
     with np.errstate(over="ignore"):
         half = array.astype(np.float16)

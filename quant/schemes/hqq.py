@@ -1,11 +1,11 @@
-"""HQQ: the scale and zero point that suit most weights, outliers left to lose more; no calibration.
+"""HQQ: scale and zero point that fit most weights, at the expense of outliers; no calibration.
 
 Minimises sum |x - q|^P over a block, P below 1, by half-quadratic splitting: an auxiliary error e takes the large
 errors out of the fit (the soft threshold that belongs to |.|^P), then scale and zero point are fitted to x - e by
 least squares. Source: Badri & Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023). They fit
-a float zero point to a fixed scale; kernels that look up rows want whole zero points, so the scale is fitted, too.
+a float zero point to a fixed scale; kernels that look up rows need integer zero points, so the scale is fitted too.
 
-On the models at hand a lower objective brings no lower KL than the squares that int4 with zero points minimises.
+On our models the lower objective does not lower the KL, compared with int4's least squares with zero points.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from quant.schemes.blockwise import Found, quantize, round_codes, safe, search
 
 P = 0.7
 ROUNDS = 10
-BETA, GROWTH = 2.0, 1.01  # how firmly e is held to the error, in units of a step
+BETA, GROWTH = 2.0, 1.01  # penalty that ties e to the error, in units of a step
 
 
 def int4_hqq(array: NDArray[np.float32], block: int = 32) -> BlockwiseTensor:
@@ -27,7 +27,7 @@ def int4_hqq(array: NDArray[np.float32], block: int = 32) -> BlockwiseTensor:
 
 
 def fit(x: NDArray[np.float32], bits: int = 4) -> Found:
-    """Scale and whole zero point of each block: (B, block) -> (B,), (B,); never worse than the plain search's."""
+    """Scale and integer zero point of each block: (B, block) -> (B,), (B,); never worse than the plain search."""
     scale, zero = search(x, bits, symmetric=False)
     step = safe(np.abs(scale))
     x, scale = x / step[:, None], scale / step
@@ -58,7 +58,7 @@ def _shrink(error: NDArray[np.float32], beta: float) -> NDArray[np.float32]:
 def _least_squares(
     target: NDArray[np.float32], codes: NDArray[np.float32], scale: NDArray[np.float32], bits: int
 ) -> Found:
-    """The line scale * (codes - zero) nearest to `target`, zero a whole code; `scale` stays where codes are all one."""
+    """Fit scale * (codes - zero) to `target` with an integer zero; `scale` stays where all codes are equal."""
     mean, level = codes.mean(axis=1), target.mean(axis=1)
     spread = np.square(codes - mean[:, None]).sum(axis=1)
     slope = ((codes - mean[:, None]) * target).sum(axis=1) / np.where(spread > 0, spread, 1)

@@ -1,11 +1,11 @@
-"""Heads as their anchor plus a delta of low rank, with one left factor for all heads of a leaf.
+"""Heads as their anchor plus a low-rank delta, with one left factor for all heads of a leaf.
 
-The heads of a leaf start as copies and stay near each other, so their deltas D_j = W_j - W_anchor lie side by side:
+The heads of a leaf start as copies and stay near each other, so their deltas D_j = W_j - W_anchor are factored jointly:
 
     [D_1 | D_2 | ...] ~ A [V, r] @ [B_1 | B_2 | ...]        A: 4 bits in blocks, B_j: 8 bits
 
 The best such product takes the leading right singular vectors (Eckart and Young, 1936), which come from the Gram
-matrix [n E, n E]; then A is rounded, and B is fitted to the rounded A. (Weighing the error by what the heads see on
+matrix [n E, n E]; then A is rounded, and B is fitted to the rounded A. (Weighting the error by the heads' inputs on
 calibration text, as SVD-LLM does, arXiv 2403.07378, was tried: no gain at rank 16, a tenth of the KL at rank 64.)
 """
 
@@ -21,19 +21,19 @@ from quant.forms.form import Form
 from quant.schemes.blockwise import check_matrix, int8, quantize
 from training.errors import InputError
 
-DELTAS = {f"delta-r{rank}": rank for rank in (16, 32, 64, 128, 256)}  # by the name a rule gives
+DELTAS = {f"delta-r{rank}": rank for rank in (16, 32, 64, 128, 256)}  # scheme name in a rule -> rank
 BITS = 4  # of the left factor: twice the rank at 4 bits costs less than 8 bits and keeps more
-BLOCK = 256  # its rows are one block: the columns are brought to one size first
-RIGHT_BITS, RIGHT_BLOCK = 8, 128  # of the right factors: those of int8
-ROWS = 4096  # of the vocabulary handled at a time
+BLOCK = 256  # a row is one block: the columns are first scaled to equal size
+RIGHT_BITS, RIGHT_BLOCK = 8, 128  # of the right factors, as in int8
+ROWS = 4096  # vocabulary rows processed at a time
 
 
 def low_rank(
     heads: Sequence[NDArray[np.float32]], anchor: Form, rank: int, block: int = BLOCK
 ) -> tuple[BlockwiseTensor, list[BlockwiseTensor]]:
-    """(left [V, rank], right [rank, E] of every head) for heads [V, E] and their anchor as it is stored.
+    """(left [V, rank], right [rank, E] of every head) for heads [V, E] and their stored anchor.
 
-    Raises InputError for NaN, infinity, deltas beyond 1e19, or a rank that they cannot have.
+    Raises InputError for NaN, infinity, deltas beyond 1e19, or a rank that is too high for them.
     """
     for head in heads:
         check_matrix(head)
@@ -57,7 +57,7 @@ def low_rank(
         raise InputError("the deltas are too large to square in float32")
     vectors = np.linalg.eigh(gram)[1][:, : -rank - 1 : -1]  # [heads * E, rank], the largest first
     scores = np.concatenate([deltas(rows) @ vectors.astype(np.float32) for rows in chunks])  # [V, rank]
-    # Columns of equal size: a block's scale then fits all of them. The sizes are in B, which is fitted below.
+    # Scale the columns to equal size, so that one block scale fits all of them. B, fitted below, absorbs the sizes.
     size = np.sqrt(np.square(scores, dtype=np.float64).mean(axis=0)).astype(np.float32)
     scores /= np.where(size, size, np.float32(1))
     left = quantize(scores, BITS, min(block, rank), scheme="int4")

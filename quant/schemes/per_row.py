@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from quant.forms.per_row import PerRowTensor
 from quant.schemes.blockwise import TINY, check_matrix
 
-# -128 is left out, so that every code has its negative. Processors without VNNI add two products of codes and
-# 8-bit activations in 16 bits and may saturate there; with VNNI (and on ARM) the sums are exact.
+# -128 is not used, so that every code has its negative. Processors without VNNI add two products of codes and 8-bit
+# activations in 16 bits, which may saturate; with VNNI (and on ARM) the sums are exact.
 TOP = 127
 
 

@@ -144,7 +144,7 @@ def test_foreign_text_is_told(tiny_dmpt: Path, tmp_path: Path) -> None:
         (LINES.encode(), "8192", "calibration needs"),
         (b"", "8192", "calibration needs|empty"),
         (b"\xff\xfe" * 50, "8192", "not UTF-8"),
-        (None, "8192", "is no file"),
+        (None, "8192", "is not a file"),
         (LINES.encode() * 99, "1", "--calib-tokens"),
     ],
 )

@@ -232,7 +232,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "bad shape": (change_config(lambda q: q["tensors"]["heads.1.weight"].update(shape=[300, 0])), "not two sizes"),
     "wrong bits": (
         change_config(lambda q: q["tensors"]["heads.1.weight"].update(bits=4)),
-        r"heads\.1\.weight says 4 bits, where int8 is stored in 8",
+        r"heads\.1\.weight gives 4 bits, but int8 is stored in 8",
     ),
     "unknown scheme": (
         change_config(lambda q: q["tensors"]["heads.1.weight"].update(scheme="int5")),
@@ -240,7 +240,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "wrong layout": (  # of a square matrix, whose shape says nothing
         change_config(lambda q: q["tensors"]["transformer.h.0.attn.c_proj.weight"].update(transposed=False)),
-        r"transformer\.h\.0\.attn\.c_proj\.weight says transposed False",
+        r"transformer\.h\.0\.attn\.c_proj\.weight gives transposed False",
     ),
     "wrong sizes": (
         change_config(lambda q: q["tensors"]["transformer.h.0.attn.c_attn.weight"].update(shape=[32, 96])),
@@ -248,7 +248,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "a vector's record": (
         change_config(lambda q: q["tensors"].update({"transformer.wpe.weight": q["tensors"]["heads.1.weight"]})),
-        r"transformer\.wpe\.weight is of a tensor that always stays float32",
+        r"transformer\.wpe\.weight belongs to a tensor that always stays float32",
     ),
     "not in the table": (change_config(lambda q: q["tensors"].pop("heads.1.weight")), "neither float32 nor quantized"),
     "no scales": (change_tensors(lambda t: t.pop("heads.1.weight.scales")), r"heads\.1\.weight\.scales is missing"),
@@ -321,8 +321,8 @@ def test_a_gpt2_folder_is_taken_as_it_is(tiny_gpt2: Path, tmp_path: Path) -> Non
         (["{model}", "{out}", "--scheme", "int5"], 2, "'int5' is not one of int8, int8-dynamic, int4"),
         (["{model}", "{out}", "--scheme", "int4", "--block", "24"], 2, "'24' is not one of"),
         (["{model}", "{out}", "--scheme", "int4", "--rule", "x=int4"], 3, "Error: rule 'x=int4' matches no tensor"),
-        (["{model}", "{out}", "--scheme", "int4", "--rule", "heads.1"], 2, "has not the form"),
-        (["{model}", "{out}", "--scheme", "int4-gptq"], 2, "int4-gptq (of heads.1.weight) goes by calibration text"),
+        (["{model}", "{out}", "--scheme", "int4", "--rule", "heads.1"], 2, "is not of the form"),
+        (["{model}", "{out}", "--scheme", "int4-gptq"], 2, "int4-gptq (for heads.1.weight) needs calibration text"),
         (["{model}", "{out}", "--scheme", "int8", "--layer-bits", "heads.1=5"], 2, "no scheme has 5 bits"),
         (["{model}", "{out}", "--scheme", "int2", "--block", "256"], 2, "blocks from 32 to 128 only"),
         (["{model}", "{out}", "--scheme", "int8", "--smooth", "0.5"], 2, "smoothing is for int8-dynamic"),

@@ -258,8 +258,8 @@ def test_a_rule_for_deltas_leaves_anchors_to_the_next() -> None:
 @pytest.mark.parametrize(
     ("rule", "heads", "message"),
     [
-        ("heads.0=delta-r16", None, "names heads.0.weight: only a head can be a delta, and not one that is an anchor"),
-        ("*=delta-r16", None, "names transformer"),
+        ("heads.0=delta-r16", None, "matches heads.0.weight: only a head can be a delta, and only one that is neither"),
+        ("*=delta-r16", None, "matches transformer"),
         ("*.c_fc=delta-r16", None, "only a head can be a delta"),
         ("heads.1=delta-r17", None, "unknown scheme 'delta-r17', choose one of .*delta-r16"),
         ("heads.*=delta-r16", {"left": [0, 3], "right": [1, 3, 2]},
@@ -316,10 +316,10 @@ def test_a_damaged_file_is_refused(
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"anchor": "heads.9.weight"}, "heads.1.weight is a delta to 'heads.9.weight', which is no stored matrix"),
-        ({"anchor": "heads.2.weight"}, "which is no stored matrix"),
-        ({"anchor": None}, "which is no stored matrix"),
-        ({"anchor": []}, "which is no stored matrix"),
+        ({"anchor": "heads.9.weight"}, "heads.1.weight is a delta to 'heads.9.weight', which is not a stored matrix"),
+        ({"anchor": "heads.2.weight"}, "which is not a stored matrix"),
+        ({"anchor": None}, "which is not a stored matrix"),
+        ({"anchor": []}, "which is not a stored matrix"),
         ({"anchor": "transformer.wpe.weight"}, "heads.2.weight share a factor but differ in anchor"),
         ({"sharers": ["heads.2.weight"]}, "not among its sharers"),
         ({"sharers": "heads.1.weight"}, "not among its sharers"),

@@ -1,4 +1,4 @@
-"""What people edit, damage or mix up: remembered damages, plans, targets, calibration texts; numbers that are none."""
+"""Edited, damaged or confused files: cached damages, plans, targets, calibration texts; numbers that are not finite."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_sizes_that_are_not_those_of_the_tensors_are_refused(
     shutil.copytree(cache, tmp_path / "cache")
     (file,) = (tmp_path / "cache").iterdir()
     edited(lambda known: [option.update(bytes=option["bytes"] - 1) for option in known.values()])(file)
-    with pytest.raises(InputError, match=rf"{file.name} are not of these tensors: delete"):
+    with pytest.raises(InputError, match=rf"{file.name} belong to different tensors: delete"):
         save_planned(tiny_dmpt, tmp_path / "out", Target(bits=7), calibration, tmp_path / "cache", "int8,int4")
     assert not (tmp_path / "out").exists()
 
@@ -156,13 +156,11 @@ def test_candidates_in_bits_are_the_schemes_that_rules_in_bits_are(
 
 
 def test_a_plan_of_another_model_is_refused(quantize: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
-    """A GPT-2's plan matches the trunk of a DMPT, and says nothing of its paths."""
+    """A GPT-2's plan matches the trunk of a DMPT, and has no rule for its paths."""
     (tmp_path / "plan.json").write_text(json.dumps({"rules": ["transformer.h.*=int8", "transformer.wte=int4"]}))
     code, err = quantize("out", "--plan", tmp_path / "plan.json")
-    assert code == 3
-    assert err.count("\n") == 1
-    assert "the plan says nothing of heads.1.weight, " in err
-    assert "paths.left.h.2.attn.c_proj.weight and more" in err
+    assert code == 3 and err.count("\n") == 1
+    assert "the plan has no rule for heads.1.weight, " in err and "paths.left.h.2.attn.c_proj.weight and more" in err
     assert not (tmp_path / "out").exists()
     assert quantize("out", "--plan", tmp_path / "plan.json", "--scheme", "int8")[0] == 0
     # but what is named float32 is meant to stay so
@@ -180,13 +178,12 @@ def test_a_replay_asks_for_the_text_of_its_plan(
     told = json.loads(plan.read_text())["calibration"]
     made = f"{plan} was made with 128 tokens of a text with sha256 {told['sha256'][:12]}..."
     code, err = quantize("missing", "--plan", plan)
-    assert (code, err) == (3, f"Error: {made}, and int4-gptq goes by it: give the same with --calib\n")
+    assert (code, err) == (3, f"Error: {made}, and int4-gptq needs it: give the same text with --calib\n")
     other = tmp_path / "other.txt"
     other.write_text(text.read_text() + "!", encoding="utf-8")
     for different in (("--calib", other, "--calib-tokens", 128), ("--calib", text, "--calib-tokens", 192)):
         code, err = quantize("other", "--plan", plan, *different)
-        assert code == 0
-        assert f"warning: {made}, these are {different[-1]} of " in err
+        assert code == 0 and f"warning: {made}, not with these {different[-1]} of " in err
     code, err = quantize("same", "--plan", plan, *calib)
     assert code == 0
     assert "made with" not in err
@@ -231,7 +228,7 @@ def test_a_text_that_decides_nothing_is_said(
     assert "text changes no weight" not in quantize("out", "--scheme", "int4")[1]
 
 
-# --- numbers that are none ------------------------------------------------------------------------------
+# --- numbers that are not finite ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -256,7 +253,7 @@ MOMENTS = {"not a number": np.full((32, 32), np.nan), "infinite": np.full((32, 3
 @pytest.mark.parametrize("kind", MOMENTS)
 def test_inputs_that_gptq_cannot_use_are_told(kind: str) -> None:
     inputs = Inputs(5, MOMENTS[kind], np.ones(32, np.float32))
-    with pytest.raises(InputError, match="its inputs on the calibration text are no finite numbers"):
+    with pytest.raises(InputError, match="its inputs on the calibration text are not finite"):
         gptq(np.ones((2, 32), np.float32), 4, 32, True, inputs)
 
 

@@ -59,13 +59,19 @@ def heads(*numbers: int) -> list[str]:
         ({2: {"shape": [96, 32]}}, r"heads.1.weight and heads.2.weight share a factor but differ in shape:"),
         ({2: {"sharers": heads(2, 1)}}, r"heads.1.weight and heads.2.weight share a factor but differ in sharers:"),
         ({1: {"sharers": heads(1, 1, 2)}}, r"heads.1.weight names heads.1.weight twice among its sharers"),
-        ({1: {"sharers": heads(1, 3)}}, r"heads.1.weight is not among its sharers"),  # an anchor is no sharer
+        ({1: {"sharers": heads(1, 3)}}, r"heads.1.weight is not among its sharers"),  # an anchor is not a sharer
         ({2: {"anchor": "heads.1.weight"}}, r"heads.1.weight and heads.2.weight share a factor but differ in anchor:"),
-        ({1: {"anchor": "heads.2.weight"}}, r"heads.1.weight is a delta to 'heads.2.weight', which is no stored matr"),
-        ({1: {"anchor": "heads.9.weight"}}, r"heads.1.weight is a delta to 'heads.9.weight', which is no stored matr"),
+        (
+            {1: {"anchor": "heads.2.weight"}},
+            r"heads.1.weight is a delta to 'heads.2.weight', which is not a stored mat",
+        ),
+        (
+            {1: {"anchor": "heads.9.weight"}},
+            r"heads.1.weight is a delta to 'heads.9.weight', which is not a stored mat",
+        ),
         (
             {4: {"anchor": "heads.0.weight"}, 5: {"anchor": "heads.0.weight"}},
-            r"heads.4.weight is a delta to heads.0.weight, which is not its leaf's first head",
+            r"heads.4.weight is a delta to heads.0.weight, which is not the anchor of its leaf",
         ),
     ],
 )

@@ -36,7 +36,7 @@ def loss(matrix: Matrix, tensor: BlockwiseTensor, inputs: Inputs) -> float:
 
 
 def slowly(matrix: Matrix, bits: int, block: int, symmetric: bool, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
-    """GPTQ as it is derived, in float64: the inverse, and one elimination step for each input.
+    """GPTQ as derived in the paper, in float64: the inverse, and one elimination step for each input.
 
     Returns (dequantized [N, K], scales [N, blocks]).
     """

@@ -1,4 +1,4 @@
-"""Codes in bytes: integers worked out by hand, and what a damaged tensor is told."""
+"""Codes in bytes: integers worked out by hand, and the errors for damaged tensors."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_int3_symmetric_in_four_bits_by_hand() -> None:
 
 
 def test_int3_asymmetric_in_four_bits_by_hand() -> None:
-    # From -2 to 5 in 7 steps of 1: zero is code 2; from 0 to 7: code 0. Stored as they are, 0..7.
+    # From -2 to 5 in 7 steps of 1: zero is code 2; from 0 to 7: code 0. Stored unchanged, 0..7.
     first, second = [-2, 5, 0, 1] + [0] * 12, [0, 7, 3, 1] + [0] * 12
     tensor = quantize(np.array([first + second], np.float32), 3, 16, symmetric=False)
     assert tensor.zero_points is not None

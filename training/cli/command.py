@@ -1,4 +1,4 @@
-"""From the parameters of `dmpt-export train` (training.cli.parameters) to its request, and what it says at the end."""
+"""Build the request of `dmpt-export train` from its parameters (training.cli.parameters), and print its result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def run(context: click.Context) -> None:
-    """Train what the parameters of `context` say."""
+    """Train by the parameters of `context`."""
     request = request_of(context)
     trained = request.run(request.check())
     if trained.main:
@@ -25,7 +25,7 @@ def run(context: click.Context) -> None:
 
 
 def request_of(context: click.Context) -> TrainRequest:
-    """The request. Raises UsageError where MODEL or OUT is given twice."""
+    """The request. Raises UsageError when MODEL or OUT is given twice."""
     values = dict(context.params)
     options = {field.name: values.pop(field.name) for field in fields(TrainOptions)}
     given = frozenset(n for n in options if context.get_parameter_source(n) is ParameterSource.COMMANDLINE)
@@ -36,15 +36,15 @@ def request_of(context: click.Context) -> TrainRequest:
     if values["out"] is None and places:
         values["out"] = Path(places.pop(0))
     if places:
-        raise click.UsageError(f"'{places[0]}' is too much: MODEL and OUT are already given by --model and --out")
+        raise click.UsageError(f"'{places[0]}' is too much: --model and --out already give MODEL and OUT")
     return TrainRequest(**values, options=TrainOptions(**options), given=given)
 
 
 def report(result: TrainResult) -> str:
-    """What came out, in two lines."""
+    """The result in two lines."""
     from training.loop.watch import perplexity
 
     lines = f"{result.folder}: {result.steps} steps, {result.tokens:,} tokens, {result.seconds:.0f} s"
     if result.best_loss is not None:
-        lines += f"; held-out perplexity {perplexity(result.best_loss):.2f} (the best model, which is the one in OUT)"
+        lines += f"; held-out perplexity {perplexity(result.best_loss):.2f} (of the best model, which is in OUT)"
     return f"{lines}\nnext: dmpt-export quantize {result.folder} SMALL --scheme int8"

@@ -1,4 +1,4 @@
-"""How the command line names the fields of a request."""
+"""Map the fields of a request to command-line flags."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from training.errors import FieldError, OptionError
 
 
 def flags_of(parameters: Iterable[click.Parameter]) -> dict[str, str]:
-    """What each field is called on the command line: its first long option, or an argument's metavar.
+    """The command-line name of each field: its first long option, or an argument's metavar.
 
     >>> flags_of([click.Option(["-n", "--most", "most_tokens"]), click.Argument(["models"], metavar="MODEL...")])
     {'most_tokens': '--most', 'models': 'MODEL'}
@@ -33,11 +33,11 @@ def parse_splits(context: click.Context, parameter: click.Parameter, text: str |
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise click.BadParameter(
-            f"{text!r} is no list of block indices such as 6 or 6,9, nor 'none'", context, parameter
+            f"{text!r} is neither a list of block indices such as 6 or 6,9 nor 'none'", context, parameter
         ) from None
 
 
 def as_click_error(error: FieldError, context: click.Context) -> click.ClickException:
-    """The error as the command of `context` tells it: with its flags, and its usage where that is wrong."""
+    """The error with the flags of `context`'s command, and with its usage if that was wrong."""
     message = error.with_flags(flags_of(context.command.get_params(context)))
     return click.UsageError(message, context) if isinstance(error, OptionError) else click.ClickException(message)

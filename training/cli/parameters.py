@@ -15,10 +15,10 @@ from training.cli.recipes import names
 from training.loop.options import TrainOptions, flag
 
 TYPES = {"int": int, "float": float, "str": str, "bool": bool}
-# The first option of each part of the help
+# First option of each section of the help
 SECTIONS = {
-    "model": "Model, data and result",
-    "splits": "Turning a GPT-2 into a DMPT first",
+    "model": "Model, data and output",
+    "splits": "Converting a GPT-2 to a DMPT first",
     "from_scratch": "Training from scratch",
     "epochs": "Training length",
     "lr": "Optimizer",
@@ -31,7 +31,7 @@ SECTIONS = {
 
 
 def parameters() -> list[click.Parameter]:
-    """Arguments and options. Underscores and dashes in option names mean the same."""
+    """Arguments and options. Underscores and dashes in option names are equivalent."""
     path = click.Path(path_type=Path)
     size: dict[str, Any] = {"type": click.IntRange(min=1), "metavar": "N"}
     option = click.Option
@@ -45,15 +45,15 @@ def parameters() -> list[click.Parameter]:
                help="Text to train on: plain, JSONL (both also .xz, .gz, .zst), Parquet, or a hub dataset such as "
                "wikitext-103 or OWNER/NAME:CONFIG:SPLIT; may be repeated.  [wikitext-103]"),
         option(["--eval-data"], multiple=True, type=path, metavar="FILE",
-               help="Held-out text, as --data; without it, no best model is kept."),
+               help="Held-out text, in the forms of --data; without it, no best model is kept."),
         option(["--text-field"], metavar="NAME", help="Text field of JSONL, Parquet and datasets.  [text]"),
         option(["--tokenizer"], metavar="FOLDER", help="Tokenizer for --from-scratch, or instead of MODEL's own."),
         option(["--resume"], is_flag=False, flag_value="", metavar="[RUN]", help="Continue OUT, or the given run."),
-        option(["--overwrite"], is_flag=True, help="Start again in a folder that holds a run, and delete that run."),
+        option(["--overwrite"], is_flag=True, help="Delete the run that OUT holds and start a new one."),
         option(["--recipe"], metavar="NAME",
-               help=f"Settings and phases: {', '.join(names())} (see below), or a JSON file; options override it."),
+               help=f"Settings and phases: {', '.join(names())} (see below), or a JSON file; options override them."),
         option(["--no-verify"], is_flag=True, expose_value=False, callback=_no_verify,
-               help="Do not compare a GPT-2 folder with Transformers when it is first read."),
+               help="Do not compare a GPT-2 folder with Transformers on first use."),
         option(["--cache-dir"], type=path, help="Cache folder of tokenised text.  [~/.cache/dmpt-export]"),
         option(["--splits", "--split-at-layer", "splits"], metavar="LIST", callback=parse_splits,
                help="As in init: 6, or 6,9, or none."),
@@ -61,7 +61,7 @@ def parameters() -> list[click.Parameter]:
         option(["--head-allocation"], type=path, metavar="FILE.json", help="As in init: the heads of each leaf."),
         option(["--use-head-mixture/--no-use-head-mixture"], default=None, help="no: a single head per leaf."),
         option(["--gate-hidden"], **size, default=256, show_default=True, help="As in init: width of the gates."),
-        option(["--from-scratch"], is_flag=True, help="A new GPT-2 with random weights, instead of MODEL."),
+        option(["--from-scratch"], is_flag=True, help="Start from a new GPT-2 with random weights instead of MODEL."),
         option(["--n-layer"], **size, default=12, show_default=True, help="Number of its blocks."),
         option(["--n-embd"], **size, default=768, show_default=True, help="Its width."),
         option(["--n-head"], **size, default=12, show_default=True, help="Number of its attention heads."),

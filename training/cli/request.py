@@ -1,4 +1,4 @@
-"""What `dmpt-export train` and `accelerate launch -m training` are asked. Heavy imports stay inside functions."""
+"""The request of `dmpt-export train` and `accelerate launch -m training`. Heavy imports stay inside functions."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ DEFAULT_TEXTS = {"data": ["wikitext-103"], "eval_data": ["wikitext-103:validatio
 
 @dataclass(frozen=True)
 class Found:
-    """What check() read on its way."""
+    """Everything that check() read."""
 
     out: Path
-    resumed: Path | None  # the checkpoint of a run, or the run of a recipe's phases, that is continued
+    resumed: Path | None  # what to continue: a run's checkpoint, or the run of a recipe's phases
     recipe: Recipe
     phases: list[TrainOptions]  # of each phase
-    about: dict[str, Any]  # what is kept of the texts, as JSON
+    about: dict[str, Any]  # record of the texts, as JSON
     tokenizer: Path  # folder
 
     @property
@@ -50,26 +50,26 @@ class Found:
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of it."""
+    """The outcome of training."""
 
     result: TrainResult
-    main: bool  # whether this is the process that speaks, of several
+    main: bool  # whether this is the process that prints
 
 
 @dataclass(frozen=True)
 class TrainRequest:
     model: str | None = None  # DMPT or GPT-2 folder, or hub id; None with resume or from_scratch
-    out: Path | None = None  # folder of the run; None: the one that resume names
+    out: Path | None = None  # folder of the run; None: the one in resume
     data: tuple[Path, ...] = ()  # text files or hub datasets; none: wikitext-103, or those of the run
     eval_data: tuple[Path, ...] = ()  # held-out text, likewise
-    text_field: str | None = None  # where the text is in JSONL, Parquet and datasets; None: text, or the run's
+    text_field: str | None = None  # text field of JSONL, Parquet and datasets; None: "text", or the run's
     tokenizer: str | None = None  # folder or hub id; None: the model's
-    resume: str | None = None  # run to be continued; "": the one in out
-    overwrite: bool = False  # start anew where a run already lies
+    resume: str | None = None  # run to continue; "": the one in out
+    overwrite: bool = False  # replace the run in out
     recipe: str | None = None  # name of training.cli.recipes, or JSON file
-    cache_dir: Path | None = None  # where tokenised text is kept; None: the user's cache
+    cache_dir: Path | None = None  # folder for tokenised text; None: the user's cache
     splits: list[int] | None = None  # indices of blocks where a GPT-2's paths fork; []: none; None: the recipe's
-    heads: int | None = None  # vocabulary heads in all, likewise
+    heads: int | None = None  # total vocabulary heads, likewise
     head_allocation: Path | None = None  # JSON file of the heads of each leaf, instead of their number
     use_head_mixture: bool | None = None  # False: a single head for each leaf
     gate_hidden: int = 256  # width of gates and head gates
@@ -84,9 +84,9 @@ class TrainRequest:
     # --- checking -------------------------------------------------------------------------------------
 
     def check(self) -> Found:
-        """Raise, before torch is imported, OptionError for what the fields alone tell, InputError for what files do.
+        """Before torch is imported, raise OptionError for wrong fields and InputError for wrong files.
 
-        An earlier run that a kill left set aside comes back first.
+        First restores an earlier run that a kill left set aside.
         """
         out = self.place()
         if is_first():
@@ -108,7 +108,7 @@ class TrainRequest:
         first = None if len(phases) > 1 else resumed
         tokenizer = self.tokenizer or (first and str(first)) or self.model
         if first is None and self.model is None and not self.from_scratch:
-            raise OptionError("MODEL is missing: phases of a recipe go on with the same command and {resume}")
+            raise OptionError("MODEL is missing: to continue a recipe's phases, repeat the command with {resume}")
         if tokenizer is None:
             raise OptionError("{from_scratch} needs {tokenizer} FOLDER")
         found = Found(out, resumed, recipe, phases, about, resolve(tokenizer))
@@ -122,7 +122,7 @@ class TrainRequest:
         return {name: getattr(self.options, name) for name in given}
 
     def place(self) -> Path:
-        """The run's folder. Raises OptionError where it or the model is missing."""
+        """The run's folder. Raises OptionError when it or the model is missing."""
         out = self.out
         if out is None and self.resume:
             out = run_of(Path(self.resume))
@@ -133,13 +133,13 @@ class TrainRequest:
         return out
 
     def inputs(self) -> list[str | Path | None]:
-        """What a new run reads."""
+        """The inputs of a new run."""
         places = (self.model, self.tokenizer, self.head_allocation, self.recipe, self.cache_dir)
         return [*places, *self.data, *self.eval_data]
 
     def texts(self, about: dict[str, Any]) -> dict[str, Any]:
-        """`about`, a run's or that of a new one, with the texts of this request, checked; the original project's where
-        there are none. Files by absolute path, so that a run finds them again from anywhere."""
+        """`about`, of an earlier run or a new one, with this request's texts, checked; by default the original
+        project's. Files get absolute paths, so that a resumed run finds them from any folder."""
         for key, texts in (("data", self.data), ("eval_data", self.eval_data)):
             if texts:
                 about = about | {key: [str(text) if is_dataset(text) else os.path.abspath(text) for text in texts]}
@@ -150,15 +150,15 @@ class TrainRequest:
             try:
                 check_source(about["data"][0])
             except InputError as error:
-                raise FieldError("{data} FILE is missing, and the default is not at hand: {}", error) from error
-            if is_first():  # once, not from every process
-                tell("No text given: training on the hub dataset wikitext-103, as the original project")
+                raise FieldError("{data} FILE is missing, and the default is not available: {}", error) from error
+            if is_first():  # print once, not from every process
+                tell("No text given: training on the hub dataset wikitext-103, like the original project")
         for text in (*about["data"], *about.get("eval_data", ())):
             check_source(text)
         return about
 
     def check_shape(self, found: Found) -> None:
-        """Raise InputError for what config.json and the list of files tell already."""
+        """Raise InputError for mistakes that config.json and the list of files reveal."""
         from training.text.tokenizer import load_tokenizer
 
         if found.first is not None:
@@ -181,12 +181,12 @@ class TrainRequest:
             one.check_installed()
             shape = one.check_shape(shape)
             expanded(read_freeze_schedule(one.freeze_schedule), shape)
-        load_tokenizer(found.tokenizer)  # last: a foreign one takes Transformers, and seconds
+        load_tokenizer(found.tokenizer)  # last: a foreign one needs Transformers, which takes seconds
 
     # --- the model to start with ------------------------------------------------------------------------
 
     def start(self, found: Found) -> DMPTForCausalLM:
-        """Resumed, new, or loaded, and made a DMPT when the request says so."""
+        """The model: resumed, new, or loaded, and converted to a DMPT if requested."""
         import torch
 
         from training.checkpoints.checkpoint import load_model
@@ -219,13 +219,13 @@ class TrainRequest:
         return {key: getattr(self, key) for key in ("n_layer", "n_embd", "n_head", "n_positions")}
 
     def changes(self, start: Shape, recipe: Recipe) -> NewShape | None:
-        """What the model that training starts with becomes; None: it stays."""
+        """The shape that the initial model is converted to; None: unchanged."""
         mine = {"splits": self.splits, "heads": self.heads, "fast_k": self.options.fast_k}
         shape = recipe.init | {key: value for key, value in mine.items() if value is not None}
         allocation = read_head_allocation(self.head_allocation) if self.head_allocation else None
         wanted = {"splits", "heads"} & set(shape) or allocation or self.use_head_mixture is not None
         plain = not start.splits and start.n_vocab_heads == 1
-        if not wanted or not plain:  # a DMPT keeps the shape it has
+        if not wanted or not plain:  # a DMPT keeps its shape
             return None
         if self.use_head_mixture is False:
             allocation, shape["heads"] = None, 2 ** len(shape.get("splits") or [0])
@@ -234,7 +234,7 @@ class TrainRequest:
     # --- training -------------------------------------------------------------------------------------
 
     def run(self, found: Found) -> Trained:
-        """Train what check() found."""
+        """Train with the inputs that check() found."""
         if is_first():
             say("loading PyTorch")
         from accelerate import PartialState
@@ -244,7 +244,7 @@ class TrainRequest:
 
         model = self.start(found)
         processes = PartialState(cpu=on_cpu(found.phases[0]))
-        with processes.main_process_first():  # it tokenises, the others find the result
+        with processes.main_process_first():  # the main process tokenises, the others read the result
             tokens, eval_tokens = (self.tokens(found, key, model) for key in ("data", "eval_data"))
         assert tokens is not None
         extras, main = Extras(found.tokenizer, found.about), processes.is_main_process
@@ -258,7 +258,7 @@ class TrainRequest:
         return Trained(result, main)
 
     def tokens(self, found: Found, key: str, model: DMPTForCausalLM) -> np.ndarray | None:
-        """The tokens of the texts under `key`, tokenised once and kept."""
+        """The tokens of the texts under `key`, tokenised once and cached."""
         from training.text.tokenizer import load_tokenizer
         from training.text.windows import end_of_text_id, token_cache
 

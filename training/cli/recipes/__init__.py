@@ -1,4 +1,4 @@
-"""Ready-made settings: the training phases of the original project for each kind of model, one JSON file each.
+"""Recipes: the training phases of the original project for each kind of model, one JSON file each.
 
     {"about": "...", "init": {"splits": [6], "heads": 8}, "phases": [{"max_steps": 30000, ...}, ...]}
 
@@ -41,14 +41,14 @@ def described() -> list[tuple[str, str]]:
         out.append(
             (
                 name,
-                f"{recipe.about}  [{count}{f'{steps:,} steps' if steps else 'as long as --epochs or --max-steps say'}]",
+                f"{recipe.about}  [{count}{f'{steps:,} steps' if steps else 'steps set by --epochs or --max-steps'}]",
             )
         )
     return out
 
 
 def read_recipe(name: str) -> Recipe:
-    """A recipe by name or from a JSON file. Raises InputError naming what it cannot use."""
+    """A recipe by name or from a JSON file. Raises InputError naming the part it cannot use."""
     path = FOLDER / f"{name}.json"
     if not path.is_file():
         path = Path(name)
@@ -62,5 +62,5 @@ def read_recipe(name: str) -> Recipe:
     except TypeError as error:
         raise InputError(f"{path} is not a recipe ({error}): a recipe holds about, init and phases") from error
     if unknown or not recipe.phases:
-        raise InputError(f"recipe {path}: {'init knows no ' + ', '.join(unknown) if unknown else 'it has no phases'}")
+        raise InputError(f"recipe {path}: {'init has no ' + ', '.join(unknown) if unknown else 'it has no phases'}")
     return recipe
