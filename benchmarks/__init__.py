@@ -1,1 +1,1 @@
-"""Quality, speed and comparison of models: plain GPT-2 and DMPT through the same doors."""
+"""Quality, speed and comparison of models; plain GPT-2 and DMPT use the same code."""

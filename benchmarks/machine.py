@@ -1,4 +1,4 @@
-"""Where and with what a measurement was made: recorded beside every number."""
+"""Machine and versions of a measurement, recorded with every number."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGES = ("dmpt-export", "onnxruntime", "onnxruntime-gpu", "numpy", "tokenizer
 
 
 def machine() -> dict[str, Any]:
-    """CPU model, cores this process may use, memory, system."""
+    """CPU model, cores available to this process, memory, system."""
     return {"cpu": cpu_model(), "cores": visible_cpus(), "memory_bytes": memory_bytes(), "system": platform.platform()}
 
 
@@ -34,11 +34,11 @@ def memory_bytes() -> int | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and the packages that matter, without importing them; absent ones are left out."""
+    """Versions of Python and the packages that matter, without importing them; missing ones are left out."""
     found = {package: installed(package) for package in PACKAGES}
     return {"python": platform.python_version(), **{name: known for name, known in found.items() if known is not None}}
 
 
 def command_line() -> list[str]:
-    """The arguments as given, after a program name that says nothing about this machine's folders."""
+    """The arguments unchanged, after a program name that does not reveal this machine's folders."""
     return ["dmpt-export", *sys.argv[1:]]

@@ -1,1 +1,1 @@
-"""Several models side by side, and what may be said about them."""
+"""Compare several models, and summarise the results."""

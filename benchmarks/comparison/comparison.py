@@ -1,4 +1,4 @@
-"""Several models side by side: what each weighs, how well it predicts, how fast it runs."""
+"""Compare several models: size, quality and speed."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def compare(
 ) -> Comparison:
     """Measure every entry on the same text and in one interleaved schedule; write the result to `out` if given.
 
-    data: text files to score; none leaves quality out. The prompt is the beginning of the text; with `out` decoding
-    is also timed at the end of the context. seeds: recorded as they are, with the prompt's. absent: lines about
-    peers that are not here. growth: rows of `bench --json` to be drawn beside. show: given the result before it is
-    written, so that a full disk does not take it away. Raises InputError for unusable entries, before anything long
-    begins, and for an unusable text; a model that fails later is a row that says why.
+    data: text files to score; without any, quality is left out. The prompt is the start of the text; with `out`,
+    decoding is also timed at the end of the context. seeds: recorded unchanged, with the prompt's. absent: lines about
+    peers that are not installed. growth: rows of `bench --json` for the growth curves. show: called with the result
+    before it is written, so that a full disk does not lose it. Raises InputError for unusable entries before long
+    work, and for an unusable text; a model that fails later becomes a row with the reason.
     """
     settings, context = settings or Settings(), check(list(entries), out)
-    # the same windows for all
+    # the same windows for all models
     windows = choose_windows(context, settings.max_length, settings.stride, settings.protocol)
     texts = Texts(data, settings, windows)
     samples: list[dict[str, Any]] = []
@@ -78,7 +78,7 @@ def compare(
 
 @contextmanager
 def workplace(settings: Settings) -> Iterator[Path]:
-    """The folder for converted peers and scores: one that stays, or one that goes."""
+    """The folder for converted peers and scores: permanent or temporary."""
     if settings.resume is not None:
         Path(settings.resume).mkdir(parents=True, exist_ok=True)
         yield Path(settings.resume)
@@ -88,14 +88,14 @@ def workplace(settings: Settings) -> Iterator[Path]:
 
 
 class Texts:
-    """The text as each tokenizer reads it, read once per tokenizer."""
+    """The text as tokens, read once per tokenizer."""
 
     def __init__(self, data: Sequence[str | Path], settings: Settings, windows: tuple[int, int]) -> None:
         self.data, self.settings, self.windows = data, settings, windows
         self.read: dict[str, Text] = {}
 
     def of(self, scorer: Scorer) -> Text | None:
-        """None without a text. Raises InputError for one that cannot be read, or is too short."""
+        """None without a text. Raises InputError for a text that is unreadable or too short."""
         if not self.data:
             return None
         key = hashlib.sha256(f"{scorer.end_of_text} {scorer.tokenizer.to_str()}".encode()).hexdigest()
@@ -109,12 +109,12 @@ class Texts:
         return self.read[key]
 
     def in_common(self) -> list[int] | None:
-        """The tokens that prompts are taken from; None for several tokenizers, which have none in common."""
+        """The tokens that prompts are taken from; None with several tokenizers, which share no token ids."""
         return next(iter(self.read.values())).ids.tolist() if len(self.read) == 1 else None
 
 
 def scored(entry: Entry, opener: Opener, texts: Texts, samples: list[dict[str, Any]]) -> Row:
-    """The entry's row with its quality, or with the reason that it has none. `samples` gets a DMPT's routes."""
+    """The entry's row with its quality, or with the reason why it has none. `samples` gets a DMPT's routes."""
     settings = opener.settings
     try:
         scorer = opener.open(entry)
@@ -141,7 +141,7 @@ def scored(entry: Entry, opener: Opener, texts: Texts, samples: list[dict[str, A
 
 
 def reason(error: Exception) -> str:
-    """What a row says of its failure; an error that is not meant for people is a bug of ours, and raised again."""
+    """The failure text of a row; an error that is not meant for users is a bug and is raised again."""
     if hasattr(error, "exit_code") or isinstance(error, OSError) or is_out_of_memory(error):
         return str(error) or type(error).__name__
     raise error
@@ -155,7 +155,7 @@ def timed(
     context: int,
     at_the_end: bool,
 ) -> list[Row]:
-    """The rows with their speed, or the reason that they have none. at_the_end: also decode where the context ends."""
+    """The rows with their speed, or the reason why they have none. at_the_end: also decode at the context's end."""
     settings = opener.settings
     targets = [opener.target(e) for e, row in zip(entries, rows, strict=True) if row.size_bytes]
     prompt, gen = fit(settings.prompt, settings.gen, context)

@@ -1,4 +1,4 @@
-"""The models of a comparison, each opened for its quality and its speed, whatever kind it is."""
+"""The models of a comparison, of any kind, each opened for scoring and timing."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Entry:
 
     name: str
     path: str
-    family: str | None = None  # what a colour stands for in the picture; None: told from the model
-    scheme: str | None = None  # None: told from the model
+    family: str | None = None  # determines the colour in the picture; None: read from the model
+    scheme: str | None = None  # None: read from the model
     control: bool = False  # plain GPT-2 fine-tuned on the same tokens as the DMPT rows
     peer: str | None = None  # another runtime (benchmarks.peers.registry) that runs the GPT-2 at `path`, in `scheme`
 
@@ -47,29 +47,29 @@ class Entry:
 class Settings:
     """How all models of a comparison are measured."""
 
-    threads: int | None = None  # None: all that this process may use
+    threads: int | None = None  # None: all available to this process
     device: str = "cpu"
     protocol: str = STRIDE_CONCAT  # of benchmarks.quality.protocols, as are max_length and stride
     max_length: int | None = None
     stride: int | None = None
-    text_field: str = FIELD  # where the text is in JSON and tables
-    prompt: int = 128  # tokens fed at once, then decoded, and how often: see benchmarks.speed.timing.measure
+    text_field: str = FIELD  # text field of JSON and tables
+    prompt: int = 128  # tokens fed at once, tokens decoded, rounds: see benchmarks.speed.timing.measure
     gen: int = 64
     repetitions: int = 5
-    resume: str | Path | None = None  # folder that keeps converted peers and scores, also those of a finished run
-    pythons: Mapping[str, str] = field(default_factory=dict)  # peer -> the interpreter that holds it
+    resume: str | Path | None = None  # folder for converted peers and scores, kept after the run
+    pythons: Mapping[str, str] = field(default_factory=dict)  # peer -> Python interpreter that has it
 
 
 @dataclass
 class Opener:
-    """How models are opened; what peers are converted to lies in `work`."""
+    """Opens models; converted peers are stored in `work`."""
 
     work: Path
     settings: Settings = Settings()
-    digests: dict[str, str] = field(default_factory=dict)  # path -> of its weights
+    digests: dict[str, str] = field(default_factory=dict)  # path -> digest of its weights
 
     def open(self, entry: Entry) -> Scorer:
-        """Raises InputError, and for a peer WorkerFailed, when it cannot be opened."""
+        """Raises InputError, or WorkerFailed for a peer, when the model cannot be opened."""
         if entry.peer is None:
             s = self.settings
             return open_scorer(entry.path, s.threads, s.device, name=entry.name)
@@ -85,8 +85,8 @@ class Opener:
         return registry.gpt2_folder(entry.path, self.folder(entry, "gpt2"))
 
     def folder(self, entry: Entry, kind: str) -> Path:
-        """One for each kind and weights, so that schemes of one source do not convert it twice, and that weights which
-        changed since are converted again."""
+        """One folder per kind and weights, so that several schemes of a source convert it only once, and changed
+        weights are converted again."""
         from training.checkpoints.files import resolve
 
         if entry.path not in self.digests:
@@ -94,7 +94,7 @@ class Opener:
         return self.work / kind / self.digests[entry.path]
 
     def target(self, entry: Entry) -> timing.Target | None:
-        """What is timed; None for checkpoints, which have no speed. Converts a peer, once."""
+        """The target to time; None for checkpoints, which have no speed. Converts a peer, once."""
         if entry.kind == "onnx":
             return timing.target(entry.name, entry.path)
         if entry.peer is None or entry.scheme is None:
@@ -103,7 +103,7 @@ class Opener:
         return registry.prepare(entry.peer, entry.scheme, self.gpt2(entry), out, python, entry.name)
 
     def versions(self, entry: Entry) -> dict[str, str]:
-        """Of a peer's packages and its Python; {} for models of this project."""
+        """Versions of a peer's packages and its Python; {} for models of this project."""
         if entry.peer is None:
             return {}
         known: dict[str, str] = registry.read_facts(self.folder(entry, f"{entry.peer}-{entry.scheme}"))["versions"]
@@ -111,7 +111,7 @@ class Opener:
 
 
 def row_of(entry: Entry, scorer: Scorer) -> Row:
-    """The row of a model that was opened, without figures yet."""
+    """The row of an opened model, still without figures."""
     return Row(
         name=entry.name,
         path=entry.path,
@@ -128,7 +128,7 @@ def row_of(entry: Entry, scorer: Scorer) -> Row:
 
 
 def failed_row(entry: Entry, failure: str) -> Row:
-    """Of a model that could not be opened at all; what it is, its description may still tell."""
+    """The row of a model that could not be opened; family and scheme come from its description if that is readable."""
     family, scheme = (entry.peer, entry.scheme) if entry.peer else described(entry.path)
     is_dmpt = family == DMPT
     return Row(
@@ -138,7 +138,7 @@ def failed_row(entry: Entry, failure: str) -> Row:
 
 
 def described(source: str | Path) -> tuple[str, str] | tuple[None, None]:
-    """Family and scheme from a model's manifest or config.json; None where these cannot be read."""
+    """Family and scheme from a model's manifest or config.json; None if these cannot be read."""
     try:
         shape = onnx_shape(source) if kind_of(source) == "onnx" else checkpoint_shape(source)
         scheme = scheme_of_source(source)
@@ -148,7 +148,7 @@ def described(source: str | Path) -> tuple[str, str] | tuple[None, None]:
 
 
 def shape_of(entry: Entry) -> dict[str, int]:
-    """Paths, heads of a path, fast_k (0: none): what speed may depend on. {} for peers."""
+    """Paths, heads per path, fast_k (0: off): factors that speed may depend on. {} for peers."""
     if entry.peer:
         return {}
     return onnx_shape(entry.path) if entry.kind == "onnx" else checkpoint_shape(entry.path)
@@ -171,9 +171,9 @@ def checkpoint_shape(source: str | Path) -> dict[str, int]:
 def peers_of(
     source: str | None, pythons: Mapping[str, str], asked: Collection[str] = ()
 ) -> tuple[list[Entry], list[str]]:
-    """Every installed peer in each of its schemes on the GPT-2 at `source`, and how to get the absent ones.
+    """Every installed peer in each of its schemes on the GPT-2 at `source`, and lines on how to install the others.
 
-    source: None for no rows. asked: peers that have rows already, which say it themselves.
+    source: None for no rows. asked: peers that already have rows, which report missing packages themselves.
     """
     found, absent = [], []
     for name, peer in registry.PEERS.items():
@@ -189,17 +189,17 @@ def peers_of(
 
 
 def check(entries: list[Entry], out: str | Path | None) -> int:
-    """Refuse what cannot be compared before anything long begins (InputError); the smallest context of the models."""
+    """The smallest context of the models. Raises InputError, before long work, for models that cannot be compared."""
     if not entries:
         raise InputError("nothing to compare: give one or more models")
     names = [entry.name for entry in entries]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"several models are called {', '.join(twice)}: tell them apart with NAME=PATH")
+        raise InputError(f"several models have the name {', '.join(twice)}: give them names with NAME=PATH")
     for entry in entries:
         if entry.peer:
             registry.check_plain(entry.path)
         elif entry.control and described(entry.path)[0] == DMPT:
-            raise InputError(f"{entry.name} is a DMPT: a control is plain GPT-2 that was trained on the same tokens")
+            raise InputError(f"{entry.name} is a DMPT: a control must be plain GPT-2 trained on the same tokens")
         check_tokenizer(entry.path)
     if out is not None:
         from training.checkpoints.places import check_replaceable
@@ -209,7 +209,7 @@ def check(entries: list[Entry], out: str | Path | None) -> int:
 
 
 def check_tokenizer(source: str | Path) -> None:
-    """Raise InputError for a model that has no tokenizer, or another model's."""
+    """Raise InputError for a model without a tokenizer, or with one that does not fit."""
     if kind_of(source) == "onnx":
         folder, vocab_size = Path(source), read_manifest(Path(source)).config.vocab_size
     else:

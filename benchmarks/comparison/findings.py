@@ -1,4 +1,4 @@
-"""What a comparison says about DMPT, and what it does not."""
+"""Summarise what a comparison shows about DMPT."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from benchmarks.comparison.model_result import Row
 from benchmarks.quality.divergence import standard_error
 from benchmarks.quality.perplexity import Quality
 
-SURE = 2.0  # standard errors of the paired difference; anything nearer to zero is no difference
+SURE = 2.0  # standard errors of the paired difference; anything closer to zero counts as no difference
 
 
 def reading(rows: Sequence[Row]) -> str:
     """DMPT rows against the control rows (plain GPT-2 fine-tuned on the same tokens) stored in the same scheme.
 
-    One line. Without a DMPT row there is nothing to say; without a control row the line says that it is
-    missing instead of comparing with a model that had less training.
+    One line. Without a control row the line reports the missing control instead of comparing with a model that had
+    less training.
     """
     subjects = [row for row in rows if row.is_dmpt]
     controls = {row.scheme: row for row in reversed(rows) if row.control and not row.is_dmpt}
     if not subjects:
-        return "No DMPT is among these models, so nothing is said about what it gains."
+        return "None of these models is a DMPT, so this table does not show what DMPT gains."
     if not controls:
         return (
-            "The control is missing: no plain GPT-2 fine-tuned on the same tokens is marked among these models, "
-            "so this table does not say what DMPT's paths and heads gain."
+            "The control is missing: none of these models is marked as a plain GPT-2 fine-tuned on the same tokens, "
+            "so this table does not show what DMPT's paths and heads gain."
         )
     schemes = [row.scheme for row in subjects]
     label = {row.name: row.scheme if schemes.count(row.scheme) == 1 else row.name for row in subjects}
@@ -53,8 +53,8 @@ def clause(row: Row, control: Row | None) -> str:
 
 def perplexity_clause(mine: Quality, its: Quality) -> str:
     if mine.tokens_sha256 != its.tokens_sha256 or mine.tokens_scored != its.tokens_scored:
-        return "perplexities do not compare (other tokens)"
-    difference = mine.nll - its.nll  # [tokens_scored], nats; paired, so what makes a token hard cancels
+        return "perplexities do not compare (different tokens)"
+    difference = mine.nll - its.nll  # [tokens_scored], nats; paired, so the difficulty of a token cancels
     mean, error = float(difference.mean()), standard_error(difference)
     change, margin = 100 * math.expm1(mean), 100 * SURE * error * math.exp(mean)
     if abs(mean) <= SURE * error or mean == 0:

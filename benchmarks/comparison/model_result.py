@@ -1,4 +1,4 @@
-"""One model's line of a comparison."""
+"""One row of a comparison."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.speed.results import Speed
 NONE = "-"
 REASON = 90  # characters of a failure in the table
 PERPLEXITY, BITS_PER_BYTE = "perplexity", "bits per byte"
-# How well a text is predicted; less is better.
+# Quality of the predictions; lower is better.
 FIGURES: Mapping[str, Callable[[Quality], float | None]] = {
     PERPLEXITY: lambda quality: quality.perplexity,
     BITS_PER_BYTE: lambda quality: quality.bits_per_byte,
@@ -23,7 +23,7 @@ FIGURES: Mapping[str, Callable[[Quality], float | None]] = {
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One line of the table; quality is None without a text, speed for a checkpoint; both where it failed."""
+    """One row of the table; quality is None without a text, speed for a checkpoint, both if the model failed."""
 
     name: str
     path: str
@@ -37,12 +37,12 @@ class Row:
     size_bytes: int
     quality: Quality | None = None
     speed: Speed | None = None
-    failure: str | None = None  # why it has no figures, or not all
+    failure: str | None = None  # why some or all figures are missing
     versions: dict[str, str] = field(default_factory=dict)  # of a peer's packages
-    shape: dict[str, int] = field(default_factory=dict)  # paths, heads, fast_k: what speed may depend on
+    shape: dict[str, int] = field(default_factory=dict)  # paths, heads, fast_k: factors that speed may depend on
 
     def figure(self, name: str) -> float | None:
-        """One of FIGURES; None where it was not measured."""
+        """One of FIGURES; None if not measured."""
         return FIGURES[name](self.quality) if self.quality else None
 
     @property
@@ -59,15 +59,15 @@ class Row:
 
 
 def merit(rows: Sequence[Row]) -> str:
-    """Which of FIGURES puts these rows in order: perplexity where all scored the same tokens, else bits per byte.
+    """The one of FIGURES that ranks these rows: perplexity if all scored the same tokens, else bits per byte.
 
-    A perplexity is per token, so it says nothing beside that of a model whose tokens are others.
+    Perplexity is per token, so it does not compare between models with different tokens.
     """
     return PERPLEXITY if len({row.quality.tokens_sha256 for row in rows if row.quality}) < 2 else BITS_PER_BYTE
 
 
 def cells(row: Row) -> dict[str, str]:
-    """Everything a table may show of a row, by column; after its name the reason where it failed."""
+    """All cells of a row by column; a failed model has the reason after its name."""
     scored, timed = row.quality, row.speed.to_json() if row.speed else None
     return {
         "model": row.name + (f" (failed: {short(row.failure)})" if row.failure else ""),
@@ -84,12 +84,12 @@ def cells(row: Row) -> dict[str, str]:
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
-    """Those of cells() that compare between these rows: of models with several tokenizers nothing that is per token."""
+    """Columns of cells() that compare between these rows: with several tokenizers, none that is per token."""
     own = [PERPLEXITY, "accuracy"] if merit(rows) == PERPLEXITY else ["word perplexity", BITS_PER_BYTE]
     return ["model", "parameters", "touched per token", "file size", *own, "decode tokens/s", "prefill tokens/s"]
 
 
 def short(reason: str) -> str:
-    """One line of at most REASON characters; the JSON has all of it."""
+    """One line of at most REASON characters; the JSON has the full text."""
     line = " ".join(reason.split())
     return line if len(line) <= REASON else f"{line[: REASON - 1]}…"

@@ -12,7 +12,7 @@ from training.checkpoints.atomic import atomic_folder
 
 
 def write(result: Comparison, folder: Path) -> None:
-    """comparison.{json,md,csv}, report.html and, when a quality is known, comparison.svg, into `folder`."""
+    """Write comparison.{json,md,csv}, report.html and, if a quality is known, comparison.svg to `folder`."""
     text = json.dumps(result.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
     (folder / "comparison.json").write_text(text + "\n", encoding="utf-8")
     (folder / "comparison.md").write_text(result.as_markdown(), encoding="utf-8")
@@ -23,6 +23,6 @@ def write(result: Comparison, folder: Path) -> None:
 
 
 def save(result: Comparison, out: str | Path) -> None:
-    """write() into a new folder, in one step; an older comparison there is replaced."""
+    """write() to a new folder in one step; an older comparison there is replaced."""
     with atomic_folder(out, "comparison") as folder:
         write(result, folder)

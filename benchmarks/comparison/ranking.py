@@ -1,4 +1,4 @@
-"""Who is ahead: models ordered by one figure, and those that no other beats in every figure."""
+"""Rank models by each figure, and find the Pareto front."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def size(row: Row) -> float | None:
 
 
 def figures(rows: Sequence[Row]) -> Mapping[str, Callable[[Row], float | None]]:
-    """What is ranked -> its figure; less is better, None is not ranked."""
+    """Name -> figure to rank by; lower is better, None is not ranked."""
     quality = merit(rows)
     return {quality: lambda row: row.figure(quality), "decode time": seconds_per_token, "size": size}
 
@@ -31,11 +31,11 @@ def rankings(rows: Sequence[Row]) -> dict[str, list[str]]:
 
 
 def front(rows: Sequence[Row], timed: bool = True) -> list[str]:
-    """Names of the rows that no other row beats: at least as good in quality, decode time and size, better in one.
+    """Names on the Pareto front: no other row is at least as good in quality, decode time and size and better in one.
 
     timed: whether decode time counts.
 
-    Only rows with all of the figures take part: a model that was not timed cannot be said to be beaten, nor to beat.
+    Only rows with all figures take part: a model that was not timed can be neither better nor worse.
     """
     counted = [figure for what, figure in figures(rows).items() if timed or what != "decode time"]
     points = {row.name: [figure(row) for figure in counted] for row in rows}

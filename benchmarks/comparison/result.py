@@ -29,7 +29,7 @@ CSV = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """The finished table with all that is needed to judge it."""
+    """The finished table with the conditions of its measurement."""
 
     rows: list[Row]
     data: list[str]  # text files scored; empty: quality was not measured
@@ -38,18 +38,18 @@ class Comparison:
     created: str = field(default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
     machine: dict[str, Any] = field(default_factory=this_machine.machine)
     versions: dict[str, str] = field(default_factory=this_machine.versions)
-    absent: list[str] = field(default_factory=list)  # peers that are not here, and how to get them
+    absent: list[str] = field(default_factory=list)  # peers that are not installed, and how to install them
     routes: dict[str, Any] | None = None  # see benchmarks.report.routes.sample
-    growth: list[dict[str, Any]] = field(default_factory=list)  # rows of `bench --json`, to be drawn beside
+    growth: list[dict[str, Any]] = field(default_factory=list)  # rows of `bench --json`, drawn in the growth curves
 
     @property
     def failed(self) -> list[str]:
-        """Names of the models, peers left aside, that have not all their figures."""
+        """Names of the models, without peers, that lack some of their figures."""
         return [row.name for row in self.rows if row.failure and row.kind != "peer"]
 
     @property
     def reading(self) -> str:
-        """What the table says about DMPT, in one line; no claim without its control."""
+        """What the table shows about DMPT, in one line; no claim without the control."""
         return reading(self.rows)
 
     def table(self) -> str:
@@ -57,7 +57,7 @@ class Comparison:
         return markdown(names, [[cells(row)[name] for name in names] for row in self.rows])
 
     def conditions(self) -> str:
-        """How the numbers were made, in one line."""
+        """How the numbers were measured, in one line."""
         parts = []
         if scored := [row.quality for row in self.rows if row.quality]:
             first, tokens = scored[0], sorted({f"{q.tokens_scored:,}" for q in scored})
@@ -77,7 +77,7 @@ class Comparison:
         return ". ".join(part[0].upper() + part[1:] for part in [*parts, cpu]) + "."
 
     def notes(self) -> list[str]:
-        """Who leads, what failed, and which peers are not here: lines for below the table."""
+        """Lines below the table: rankings, failures, and peers that are not installed."""
         controls = {row.scheme for row in self.rows if row.control}
         alone = {row.name for row in self.rows if row.is_dmpt and row.scheme not in controls}
 
@@ -87,21 +87,23 @@ class Comparison:
         ordered = {what: names for what, names in rankings(self.rows).items() if len(names) > 1}
         lines = [f"Best first by {what}: {listed(names)}." for what, names in ordered.items()]
         if (ahead := front(self.rows)) and len(self.rows) > 1:
-            lines.append(f"Beaten by no other in {merit(self.rows)}, decode time and size together: {listed(ahead)}.")
+            lines.append(
+                f"No other model is better in {merit(self.rows)}, decode time and size at once: {listed(ahead)}."
+            )
         if merit(self.rows) != PERPLEXITY:
             lines.append(self.unlike_tokens())
         lines += [f"{row.name} failed: {' '.join(row.failure.split())}" for row in self.rows if row.failure]
         return [*lines, *self.absent]
 
     def unlike_tokens(self) -> str:
-        """What compares between models of several tokenizers, and how far."""
+        """The note on which figures compare between different tokenizers."""
         scored = [row.quality for row in self.rows if row.quality]
-        line = "The tokenizers differ, so perplexities per token do not compare: words and bytes do."
+        line = "The tokenizers differ, so perplexities per token do not compare; those per word and bits per byte do."
         counts = {q.bytes_scored for q in scored if q.bytes_scored}
         if len(counts) > 1 and scored[0].protocol == STRIDE_CONCAT:
             line += (
-                f" They scored {min(counts):,} to {max(counts):,} bytes: {STRIDE_CONCAT} leaves out a number of first "
-                "tokens, which decides on a short text; --protocol sliding scores all."
+                f" They scored {min(counts):,} to {max(counts):,} bytes: {STRIDE_CONCAT} leaves out the first "
+                "tokens, which matters for a short text; --protocol sliding scores all."
             )
         return line
 
@@ -122,7 +124,7 @@ class Comparison:
         return f"# Comparison\n\n{self.table()}\n\n{self.reading}\n\n{notes}\n{self.conditions()}\n\n{picture}"
 
     def as_csv(self) -> str:
-        """A header, then a line for each model; empty where nothing is known."""
+        """A header, then one line per model; unknown values are empty."""
         out = io.StringIO()
         writer = csv.DictWriter(out, CSV, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
@@ -131,5 +133,5 @@ class Comparison:
 
     @property
     def has_picture(self) -> bool:
-        """Whether there is a quality to draw."""
+        """Whether any row has a quality to draw."""
         return any(row.figure(merit(self.rows)) is not None for row in self.rows)

@@ -1,1 +1,1 @@
-"""Whether DMPT pays: models of a few million parameters, trained on the same tokens, from one command."""
+"""Measure what DMPT gains: models of a few million parameters, trained on the same tokens, from one command."""

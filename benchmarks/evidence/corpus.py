@@ -1,4 +1,4 @@
-"""Slices of the texts that the evidence is trained and measured on, and a small tokenizer made of them."""
+"""Cut the texts for training and measuring, and train a small tokenizer on them."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ VALID, TEST = "wikitext/wiki.valid.raw", "wikitext/wiki.test.raw"
 class Corpus:
     """Plain text files, all lines stripped and not empty."""
 
-    base: Path  # what the base model is trained on
-    tune: Path  # what every variant is trained on from there; no line of it is in `base`
+    base: Path  # training text of the base model
+    tune: Path  # training text of every variant after that; shares no line with `base`
     valid: Path
     test: Path
     tokenizer: Path  # folder
 
 
 def prepare(data: Path, work: Path, sizes: dict[str, int], vocab_size: int) -> Corpus:
-    """Write the slices and the tokenizer into `work`, unless they are there from an earlier call of the same sizes.
+    """Write the slices and the tokenizer to `work`, unless an earlier call with the same sizes made them.
 
-    sizes: bytes of text of `base`, `tune`, `tune_wiki2` (added to `tune`), `valid` and `test`, each from where
-    its source begins (`tune` from where `base` ends); a source that is shorter gives all it has. Raises
-    InputError when a source is missing.
+    sizes: bytes of text of `base`, `tune`, `tune_wiki2` (added to `tune`), `valid` and `test`, each from the start of
+    its source (`tune` from the end of `base`); a shorter source is used in full. Raises InputError when a source is
+    missing.
     """
     folder = work / "text"
     base_file, tune_file, valid_file, test_file = (folder / f"{name}.txt" for name in ("base", "tune", "valid", "test"))
@@ -48,7 +48,7 @@ def prepare(data: Path, work: Path, sizes: dict[str, int], vocab_size: int) -> C
 
 
 def slices(source: Path, sizes: list[int]) -> list[list[str]]:
-    """Consecutive runs of whole lines of a text file, each of at least so many bytes of text, line ends included."""
+    """Consecutive runs of whole lines of a text file, each of at least the given bytes of text, including line ends."""
     out: list[list[str]] = [[] for _ in sizes]
     number, left = 0, sizes[0]
     for line in read_lines(source):

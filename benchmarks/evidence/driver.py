@@ -1,4 +1,4 @@
-"""What all evidence drivers do: run the command line, keep lines of results, take the interpreters of peers."""
+"""Shared parts of the evidence drivers: run the command line, store result lines, read the peers' interpreters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def dmpt_export(*arguments: object, threads: int | None = None, **pipes: Any) -> subprocess.CompletedProcess[str]:
-    """Run a verb of the command line, on so many threads; pipes: subprocess.run's own options."""
+    """Run a verb of the command line with the given number of threads; pipes: options of subprocess.run."""
     environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
     command = [sys.executable, "-m", "dmpt_export", *map(str, arguments)]
     return subprocess.run(command, env=environment, text=True, **pipes)
@@ -36,7 +36,7 @@ class Results:
         return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
 
     def has(self, **key: Any) -> bool:
-        """Whether a line holds all of this."""
+        """Whether a line holds all these values."""
         return any(key.items() <= line.items() for line in self.lines)
 
     def add(self, line: dict[str, Any]) -> None:
@@ -54,4 +54,4 @@ def add_peer_python(parser: argparse.ArgumentParser, known: Collection[str]) -> 
         return name, python
 
     parser.add_argument("--peer-python", action="append", default=[], type=pair, metavar="NAME=PYTHON",
-                        help=f"the Python that holds a peer ({', '.join(known)}); default: this one")  # fmt: skip
+                        help=f"the Python that has a peer ({', '.join(known)}); default: this one")  # fmt: skip

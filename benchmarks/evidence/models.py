@@ -1,4 +1,4 @@
-"""Models of GPT-2 small's shape with random weights: what they say means nothing, how fast they say it does."""
+"""Models of GPT-2 small's shape with random weights: only their speed is meaningful, not their predictions."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any, Literal
 
 Switching = Literal["natural", "never", "always"]
 SPLIT = 6
-SPREAD = 5.0  # of the final norm: predictions as far from uniform as a trained model's, so that garbage is seen
-MARK = 0.1  # in the one channel that tells positions apart; the other entries of an embedding are about 0.03
+SPREAD = 5.0  # scale of the final norm: predictions as far from uniform as a trained model's, so that garbage shows
+MARK = 0.1  # value in the one channel that encodes positions; the other entries of an embedding are about 0.03
 SEED = 0
 NO_ENDS = {"bos_token_id": None, "eos_token_id": None}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What differs between the models of the speed table."""
+    """The differences between the models of the speed table."""
 
     heads: int = 8
     switching: Switching = "natural"
 
 
 def make_gpt2(out: Path, **sizes: Any) -> None:
-    """A Hugging Face GPT-2 folder; sizes: other fields of GPT2Config than GPT-2 small's."""
+    """A Hugging Face GPT-2 folder; sizes: fields of GPT2Config that differ from GPT-2 small's."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -36,7 +36,7 @@ def make_gpt2(out: Path, **sizes: Any) -> None:
 
 
 def make_dmpt(out: Path, shape: Shape, split: int = SPLIT, **sizes: Any) -> None:
-    """A dual DMPT checkpoint whose gate does as `shape.switching` says; sizes: other fields of DMPTConfig."""
+    """A dual DMPT checkpoint whose gate follows `shape.switching`; sizes: fields of DMPTConfig that differ."""
     import torch
 
     from training.checkpoints.checkpoint import save_model
@@ -56,7 +56,7 @@ def make_dmpt(out: Path, shape: Shape, split: int = SPLIT, **sizes: Any) -> None
 
 
 def rig(model: Any, switching: Switching) -> None:
-    """Let the position alone decide the path: never the right one, the other one at every token, or by a coin."""
+    """Let the position alone choose the path: always left, alternating at every token, or at random."""
     import torch
 
     n = model.config.n_positions
@@ -65,11 +65,11 @@ def rig(model: Any, switching: Switching) -> None:
 
 
 def steer(model: Any, goes_right: Mapping[str, Any]) -> None:
-    """Let the position alone decide at each gate: 0 left or 1 right, [n_positions] for each split node.
+    """Let the position alone decide each gate: 0 left or 1 right, [n_positions] for each split node.
 
-    One channel of the residual stream for each gate is kept free of everything but a mark in the position embedding:
-    no token and no block above the gate adds to it (zeros survive quantization), and the gate reads its sign. What is
-    computed for a token on its path is as much as in any model.
+    One channel of the residual stream per gate holds only a mark from the position embedding: no token and no block
+    before the gate adds to it (zeros survive quantization), and the gate reads its sign. Each token costs as much
+    computation on its path as in any model.
     """
     import torch
 

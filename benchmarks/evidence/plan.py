@@ -1,4 +1,4 @@
-"""What is trained and measured: sizes, variants, settings. Data and arithmetic; training.py beside it runs it."""
+"""The plan of the training evidence: sizes, variants, settings. Data and arithmetic only; training.py runs it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MB = 10**6
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is."""
+    """Sizes of texts and models."""
 
     bytes: dict[str, int]  # of text, see corpus.prepare
     vocab: int
@@ -21,9 +21,9 @@ class Scale:
     batch: int  # sequences per step
     base_steps: int
     tune_steps: int
-    fast_k: int  # candidates, where fast-k is on
-    split: int  # block where the dual model forks
-    second_split: int  # and where the quad model forks again
+    fast_k: int  # candidates, if fast-k is on
+    split: int  # block where the dual model splits
+    second_split: int  # block where the quad model splits again
     warmup: int = 50
     valid_tokens: int = 50_000  # of held-out text, scored after a run
 
@@ -46,13 +46,13 @@ SCALES = {
     ),
 }  # fmt: skip
 
-# The settings of every run; chosen on the validation text with plain GPT-2, so that it is not the one that is
-# trained badly. Gates learn at the rate of the blocks; heads too, or at 3x where a path has several to tell apart.
+# The settings of every run, chosen on the validation text for plain GPT-2, so that the control is not at a
+# disadvantage. Gates use the learning rate of the blocks; so do heads, or 3x if a path has several.
 COMMON: dict[str, Any] = {"adam_beta2": 0.99, "weight_decay": 0.1, "dropout": 0.0, "lr_schedule": "linear"}
 BASE_LR, TUNE_LR = 2e-3, 5e-4
-# A tether would hold heads to a base that has seen little text; freezing head 0 would freeze the embedding too.
+# A tether would tie heads to a base that has seen little text; freezing head 0 would also freeze the embedding.
 DMPT = {"tether_coef": 0.0, "freeze_head0_steps": 0, "lb_coef": 0.01, "gold_aux_coef": 0.01}
-# Paths and heads are trained for what is deployed: one path a token, candidates of the anchor.
+# Paths and heads are trained as deployed: one path per token, the anchor's candidates.
 PATHS = {"train_path_selection": "gate_expected", "gate_temp": 1.0}
 SOFT = {"train_path_selection": "gate_soft", "gate_temp": 1.2}
 
@@ -60,10 +60,10 @@ SOFT = {"train_path_selection": "gate_soft", "gate_temp": 1.2}
 @dataclass(frozen=True)
 class Variant:
     about: str
-    splits: int = 0  # how often paths fork
-    heads: int = 1  # vocabulary heads in all
-    tuned: bool = True  # False: the base as it is
-    flops_of: str | None = None  # trained for as much arithmetic as that variant, not for as many tokens
+    splits: int = 0  # number of splits on a path
+    heads: int = 1  # total vocabulary heads
+    tuned: bool = True  # False: the base unchanged
+    flops_of: str | None = None  # train for as many operations as this variant, not for as many tokens
     train: dict[str, Any] = field(default_factory=dict)  # options that differ from the common ones
     init: dict[str, Any] = field(default_factory=dict)
 
@@ -76,7 +76,7 @@ class Variant:
         return 2**self.splits
 
     def fast_k(self, scale: Scale) -> int:
-        """Candidates when deployed; 0 where a path has a single head."""
+        """Candidates when deployed; 0 if each path has a single head."""
         return scale.fast_k if self.heads > self.leaves else 0
 
 
@@ -87,17 +87,17 @@ VARIANTS = {
     "multi-head": Variant("one path, four heads", heads=4),
     "dual-heads": Variant("two paths, four heads each", splits=1, heads=8),
     "quad": Variant("four paths, one head each", splits=2, heads=4),
-    "gpt2-flops": Variant("GPT-2, trained as many operations as dual", flops_of="dual"),
-    "dual-soft": Variant("dual trained with gate_soft, deployed hard all the same", 1, 2, train=SOFT),
+    "gpt2-flops": Variant("GPT-2, trained for as many operations as dual", flops_of="dual"),
+    "dual-soft": Variant("dual trained with gate_soft, but deployed with gate_hard", 1, 2, train=SOFT),
     "multi-head-full": Variant("multi-head trained with all heads in full", heads=4, train={"fast_k_loss": False}),
     "dual-hard": Variant(
         "dual trained with gate_hard, gates taught by gold-aux", 1, 2,
         train={"train_path_selection": "gate_hard", "gold_aux_coef": 0.1},
     ),
-    "gpt2-flops-heads": Variant("GPT-2, trained as many operations as dual-heads", flops_of="dual-heads"),
+    "gpt2-flops-heads": Variant("GPT-2, trained for as many operations as dual-heads", flops_of="dual-heads"),
 }  # fmt: skip
 
-# What might make paths and heads pay, or cost: judged on the validation text alone.
+# Settings that might help or hurt paths and heads: compared on the validation text only.
 TRIALS = {
     "gpt2": VARIANTS["gpt2"],
     "dual": VARIANTS["dual"],
@@ -125,9 +125,9 @@ def splits_of(variant: Variant, scale: Scale) -> list[int]:
 
 
 def flops_per_token(variant: Variant, scale: Scale) -> int:
-    """Multiplications and additions of a forward pass in training, where every path and head is computed.
+    """Multiplications and additions of a forward pass in training, which computes every path and head.
 
-    Matrix products and causal attention (half the context on average); the gates' few are left out.
+    Counts matrix products and causal attention (half the context on average), but not the small gates.
     """
     width, bounds = scale.width, [0, *splits_of(variant, scale), scale.layers]
     blocks = sum(2**depth * (bounds[depth + 1] - bounds[depth]) for depth in range(len(bounds) - 1))
@@ -167,7 +167,7 @@ def init_options(variant: Variant, scale: Scale, seed: int) -> list[str]:
 
 
 def evaluations(variant: Variant, scale: Scale, controls: bool = True) -> list[tuple[str, int]]:
-    """(path mode, fast-k) of every measurement of a trained variant: as deployed first, then the controls."""
+    """(path mode, fast-k) of each measurement of a trained variant: first as deployed, then the controls."""
     out = [("gate_hard", variant.fast_k(scale))]
     if controls and variant.fast_k(scale):
         out.append(("gate_hard", 0))

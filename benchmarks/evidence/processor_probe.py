@@ -1,8 +1,8 @@
-"""Run on the processor under test: what an exported folder says, for benchmarks.evidence.processors to compare.
+"""Runs on the processor under test: the outputs of an exported folder, compared by benchmarks.evidence.processors.
 
     python processor_probe.py DEVICE OUT.npz
 
-Needs what the device needs, nothing else. Prompts of several lengths, single steps after one, and three texts together.
+Needs only what the device needs. Prompts of several lengths, single steps after one, and a batch of three texts.
 """
 
 from __future__ import annotations

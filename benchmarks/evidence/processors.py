@@ -1,11 +1,11 @@
-"""Do exports load and say the same on other processors? Every scheme and tree, under emulation: results, no times.
+"""Check that exports load and give equal results on other processors: every scheme and tree, emulated; no times.
 
     python -m benchmarks.evidence.processors --work WORK [--qemu FOLDER] [--arm SYSTEM --arm-site SITE ...]
 
-Tiny random models are quantized and exported (checked as ever) in WORK, run here, then on each processor that an
-emulator is there for; what is absent gets a line that says so. A cell is the worst mean KL to this machine, in nats.
+Tiny random models are quantized and exported (with the usual check) in WORK, then run here and on each processor that
+an installed emulator provides; missing emulators are listed. A cell is the worst mean KL to this machine, in nats.
 
---qemu: folder of qemu-user's programs, else those on the PATH. QEMU 7.2 crashes as onnxruntime 1.28 and later are
+--qemu: folder of qemu-user's programs, else those on the PATH. QEMU 7.2 crashes when onnxruntime 1.28 or later is
 imported on Arm; 10.0 does not.
 --arm: root of an unpacked Arm system with Python 3.11, such as Debian's arm64 packages python3.11, python3.11-minimal,
 libpython3.11-minimal, libpython3.11-stdlib, libc6, libgcc-s1, libstdc++6, zlib1g, libexpat1, libssl3, libffi8,
@@ -63,7 +63,7 @@ QUANTIZED = {
     "bnb-int8": ("--scheme", "bnb-int8"),
     "int4 deltas": ("--scheme", "int4", "--rule", "heads.*=delta-r16"),
 }
-CACHES = ("float32", "int8", "int4")  # also with an int8 cache
+CACHES = ("float32", "int8", "int4")  # schemes also tested with an int8 cache
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Processor:
-    """Where the probe runs: a command that is Python there, and its environment."""
+    """A processor to test: the command that starts Python there, and its environment."""
 
     name: str
     command: list[str]
     environment: dict[str, str] = field(default_factory=dict)
 
     def run(self, device: Path, out: Path) -> str | None:
-        """Write the probe's outcomes to `out`; what went wrong in a few words, or None."""
+        """Write the probe's outputs to `out`; returns a short error, or None."""
         environment = os.environ | {"ORT_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"} | self.environment
         command = [*self.command, str(PROBE), str(device), str(out)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
@@ -116,8 +116,9 @@ def cases() -> Iterator[Case]:
 
 
 def make_source(tree: str, out: Path, text: Path) -> None:
-    """A random model whose every part matters, with a tokenizer of `text`. Positions decide its routes, by a coin each,
-    so that no kernel's rounding excuses another route."""
+    """A random model in which every part affects the output, with a tokenizer trained on `text`.
+
+    Each position's route is drawn at random, so that rounding in kernels cannot change a route."""
     import torch
 
     from training.checkpoints.checkpoint import save_model
@@ -146,7 +147,7 @@ def make_source(tree: str, out: Path, text: Path) -> None:
 
 
 def make(case: Case, work: Path) -> str | None:
-    """The export of a case in WORK, unless it is there; why it cannot be had, or None."""
+    """Export a case to WORK unless it exists; returns the reason if that fails, else None."""
     device, text = work / case.folder, ROOT / "README.md"
     if device.is_dir():
         return None
@@ -160,7 +161,7 @@ def make(case: Case, work: Path) -> str | None:
 
 
 def failure(*arguments: object) -> str | None:
-    """Run a verb; the last line of its error, or None."""
+    """Run a verb; returns the last line of its error, or None."""
     done = dmpt_export(*arguments, threads=1, capture_output=True)
     return None if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
 
@@ -169,20 +170,20 @@ def failure(*arguments: object) -> str | None:
 
 
 def processors(options: argparse.Namespace) -> Iterator[Processor | str]:
-    """Those that can be emulated here; for the others a line that says what is missing."""
+    """The processors that can be emulated here; for the others a line with what is missing."""
     here = [str(path) for path in map(Path, sys.path) if path.name == "site-packages"]
     for machine, names in (("aarch64", ARM), ("x86_64", X86)):
         found = (shutil.which(f"qemu-{machine}{end}", path=options.qemu) for end in ("", "-static"))
         emulator = next(filter(None, found), None)
         if emulator is None:
-            yield f"{', '.join(names)}: not tried, there is no qemu-{machine}"
+            yield f"{', '.join(names)}: not tested, qemu-{machine} is missing"
         elif machine == "x86_64":
             path = os.pathsep.join([str(ROOT), *here])
             for name in names:
                 command = [emulator, "-cpu", name, os.path.realpath(sys.executable)]
                 yield Processor(f"{name}, onnxruntime {version('onnxruntime')}", command, {"PYTHONPATH": path})
         elif not options.arm or not options.arm_site:
-            yield f"{', '.join(names)}: not tried, there are no --arm and --arm-site"
+            yield f"{', '.join(names)}: not tested, --arm and --arm-site were not given"
         else:
             python = next(options.arm.glob("usr/bin/python3.*[0-9]"))
             for site in options.arm_site:
@@ -197,7 +198,7 @@ def processors(options: argparse.Namespace) -> Iterator[Processor | str]:
 
 
 def verdict(want: Path, got: Path, device: Path) -> str:
-    """The worst mean KL of a run in nats, or what is wrong: a route, or more than the export's own tolerance."""
+    """The worst mean KL of a run in nats, or the error: a different route, or KL beyond the export's tolerance."""
     tolerance = json.loads((device / "dmpt_manifest.json").read_text())["parity"]["tolerance"]
     here, there = np.load(want), np.load(got)
     worst = 0.0
@@ -219,13 +220,13 @@ def table(columns: list[str], rows: dict[str, list[str]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 1 where an export crashed or differed."""
+    """Exit code 1 if an export crashed or differed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--qemu")
     parser.add_argument("--arm", type=Path)
     parser.add_argument("--arm-site", type=Path, action="append", default=[])
-    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
     options = parser.parse_args(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
     found = list(processors(options))

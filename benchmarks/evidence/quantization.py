@@ -1,14 +1,14 @@
-"""What does quantizing cost? Every scheme, every planned size, and for plain GPT-2 what other tools make of it.
+"""Measure the loss of quantization: every scheme, every planned size, and other tools for plain GPT-2.
 
     python -m benchmarks.evidence.quantization --work WORK --model gpt2=DIR --model dual=DIR \
         --calib tune.txt --text test.txt [--tokens 40000] [--sizes 1.5MB,1MB] \
         [--also 'int4 deltas=--scheme int4 --rule heads.*=delta-r64'] [--peer-python openvino=/venv/bin/python ...]
 
-Models are quantized and exported through the command line; calibrated schemes and plans see the calibration text
-alone. Each result is held against the float checkpoint in torch as `dmpt-export eval --base` does it (the checkpoint's
-log-probs are kept in WORK/reference). Peers get the same weights, each perhaps in a Python of its own. Every
-measurement is a line of WORK/results.jsonl and is skipped when the command is given again, unless the checkpoint, its
-text or the options are other ones than then; the table goes to WORK/quantization.md.
+Models are quantized and exported through the command line; calibrated schemes and plans only see the calibration text.
+Each result is compared with the float checkpoint in torch, like `dmpt-export eval --base` (the checkpoint's log-probs
+are cached in WORK/reference). Peers get the same weights, each optionally in its own Python. Every measurement is a
+line of WORK/results.jsonl; a repeated command skips it unless the checkpoint, its text or the options have changed.
+The table goes to WORK/quantization.md.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from benchmarks.speed.processes import WorkerFailed, worker
 from benchmarks.speed.timing import Target
 from training.errors import InputError, ValidationError
 
-FLOAT = "float32"  # the variant that is exported as it is
+FLOAT = "float32"  # the variant that is exported without quantization
 SCHEMES = ("fp16", "int8", "bnb-int8", "int8-dynamic", "int4", "int4-hqq", "int4-gptq", "nf4", "fp4", "int3",
            "int3-gptq", "int2", "int2-gptq")  # fmt: skip
 CALIBRATED = {scheme for scheme in SCHEMES if scheme.endswith("-gptq")}
@@ -51,12 +51,12 @@ ORT = Peer(
 
 
 def all_peers() -> dict[str, Peer]:
-    """Every peer that has quantized weights."""
+    """Every peer with quantized weights."""
     return {**registry.PEERS, "onnxruntime": ORT}
 
 
 def variants(calib: Path, sizes: list[str], also: list[str]) -> dict[str, list[str]]:
-    """Name -> options of `dmpt-export quantize`: all registered schemes, planned sizes, and NAME=OPTIONS given."""
+    """Name -> options of `dmpt-export quantize`: all registered schemes, the planned sizes, and given NAME=OPTIONS."""
     found: dict[str, list[str]] = {FLOAT: []}
     text = ["--calib", str(calib)]
     for scheme in SCHEMES:
@@ -70,10 +70,10 @@ def variants(calib: Path, sizes: list[str], also: list[str]) -> dict[str, list[s
 
 
 class Subject:
-    """A float checkpoint on the text: what everything made of it is held against."""
+    """A float checkpoint on the text: the reference for all models made from it."""
 
     def __init__(self, name: str, source: Path, text: Path, tokens: int, threads: int, cache: Path) -> None:
-        """cache: where its log-probs are kept. Raises InputError for what is no checkpoint, or no text."""
+        """cache: folder for its log-probs. Raises InputError for an unusable checkpoint or text."""
         self.name, self.source = name, source
         self.base = Base(open_scorer(source, threads), cache)
         self.ids = read_tokens(self.base.scorer, [text])[:tokens]
@@ -82,18 +82,18 @@ class Subject:
 
 
 class Evidence:
-    """Everything that one work folder holds."""
+    """The contents of a work folder."""
 
     def __init__(self, work: Path, calib: Path, threads: int) -> None:
         self.work, self.calib, self.threads = work, calib, threads
         work.mkdir(parents=True, exist_ok=True)
         self.results = Results(work / "results.jsonl")
-        self.asked: list[dict[str, str]] = []  # keys of the lines that this run wants
+        self.asked: list[dict[str, str]] = []  # keys of the lines that this run needs
         self.current: dict[str, str] = {}  # model -> "against" of its lines that the table shows
         self.absent: list[str] = []
 
     def cli(self, *arguments: str | Path) -> None:
-        """Run a verb of dmpt-export; InputError with its last line when it fails."""
+        """Run a verb of dmpt-export. Raises InputError with its last line when it fails."""
         done = dmpt_export(*arguments, threads=self.threads, capture_output=True)
         if done.returncode:
             said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
@@ -105,7 +105,7 @@ class Evidence:
         return subject
 
     def measure(self, subject: Subject, key: dict[str, str], scorer: Scorer, **facts: Any) -> None:
-        """One line of results; the scorer is closed. Raises ValidationError for what is not finite."""
+        """One line of results; closes the scorer. Raises ValidationError for figures that are not finite."""
         try:
             found = evaluate(scorer, subject.ids, base=subject.base)
         finally:
@@ -116,14 +116,14 @@ class Evidence:
         lines = self.results.lines
         current = {line["model"]: line.get("against") for line in lines} | self.current
         shown = [line for line in lines if line.get("against") == current[line["model"]]]
-        # of lines with one name the last is shown: let that be the one that was asked for in this run
+        # the last line of a name is shown: make that the one requested in this run
         shown.sort(key=lambda line: any(key.items() <= line.items() for key in self.asked))
         return table(shown, self.absent)
 
     # --- ours -------------------------------------------------------------------------------------
 
     def ours(self, subject: Subject, name: str, options: list[str]) -> None:
-        """Quantize, export, score; what is made lies in WORK/made until it is measured."""
+        """Quantize, export, score; the models stay in WORK/made until they are measured."""
         key = subject.key | {"name": name, "options": self.told(options)}
         self.asked.append(key)
         if self.results.has(**key):
@@ -147,9 +147,9 @@ class Evidence:
             self.absent.append(f"{subject.name} {name} is not measured: {error}")
 
     def told(self, options: list[str]) -> str:
-        """Options with the calibration text by its content, so that another one is another measurement."""
+        """Options with the calibration text replaced by its hash, so that a different text is a new measurement."""
         calib = str(self.calib)
-        if calib not in options or not self.calib.is_file():  # without it quantizing says so
+        if calib not in options or not self.calib.is_file():  # if it is missing, quantize reports it
             return " ".join(options)
         digest = hashlib.sha256(self.calib.read_bytes()).hexdigest()
         return " ".join(f"sha256:{digest}" if word == calib else word for word in options)
@@ -157,7 +157,7 @@ class Evidence:
     # --- peers ------------------------------------------------------------------------------------
 
     def theirs(self, subject: Subject, pythons: dict[str, str]) -> None:
-        """All peers that are there; for the others the line that says how to get them, or why it failed."""
+        """All installed peers; for the others a line on how to install them, or why they failed."""
         for name, peer in all_peers().items():
             keys = {scheme: subject.key | {"name": f"{name} {scheme}"} for scheme in peer.schemes}
             self.asked += keys.values()
@@ -179,7 +179,7 @@ class Evidence:
     def peer(
         self, subject: Subject, key: dict[str, str], scheme: str, peer: Peer, python: str | None, versions: Any
     ) -> None:
-        """Convert in one process, score in another: as a user would."""
+        """Convert in one process and score in another, as a user would."""
         out = self.work / "peer"
         shutil.rmtree(out, ignore_errors=True)
         plain = registry.gpt2_folder(subject.source, self.work / "gpt2" / subject.name)
@@ -207,7 +207,7 @@ def main(arguments: list[str] | None = None) -> None:
             subject = evidence.subject(model, source, options.text, options.tokens)
             for name in names:
                 evidence.ours(subject, name, known[name])
-            if options.peers and subject.base.scorer.family == "GPT-2":  # which is all that peers run
+            if options.peers and subject.base.scorer.family == "GPT-2":  # peers only run GPT-2
                 evidence.theirs(subject, dict(options.peer_python))
             subject.base.close()
     except (InputError, WorkerFailed) as error:
@@ -223,15 +223,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for models and results")
     parser.add_argument("--model", action="append", required=True, metavar="NAME=DIR", help="a float checkpoint")
-    parser.add_argument("--calib", type=Path, required=True, help="text that calibrated schemes and plans may see")
+    parser.add_argument("--calib", type=Path, required=True, help="text for calibrated schemes and plans")
     parser.add_argument("--text", type=Path, required=True, help="text that results are measured on")
-    parser.add_argument("--tokens", type=int, default=40_000, help="how much of it, from its beginning")
-    parser.add_argument("--variants", default="", help="some of the schemes and others below, comma-separated")
-    parser.add_argument("--sizes", default="", help="sizes to plan for, like 1.5MB,1MB")
+    parser.add_argument("--tokens", type=int, default=40_000, help="number of its first tokens to score")
+    parser.add_argument("--variants", default="", help="only these variants, comma-separated")
+    parser.add_argument("--sizes", default="", help="sizes to plan for, such as 1.5MB,1MB")
     parser.add_argument("--also", action="append", default=[], metavar="NAME=OPTIONS",
-                        help="another way: options of dmpt-export quantize, CALIB for the text")  # fmt: skip
+                        help="a further variant: options of dmpt-export quantize, with CALIB for the text")  # fmt: skip
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--peers", action="store_true", help="measure other tools on the plain GPT-2s, too")
+    parser.add_argument("--peers", action="store_true", help="also measure other tools on the plain GPT-2 models")
     add_peer_python(parser, all_peers())
     options = parser.parse_args(arguments)
     for option, pairs in (("--model", options.model), ("--also", options.also)):

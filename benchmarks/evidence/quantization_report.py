@@ -1,4 +1,4 @@
-"""How far a quantized model is from its float one: what is kept of a measurement, and the table of it."""
+"""Results of comparing quantized models with their float model: one line per measurement, and the table."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.report.table import markdown
 
 
 def figures(found: Quality) -> dict[str, Any]:
-    """What a line of results keeps of a model that was held against its base; KL(float || quantized) in nats."""
+    """The figures that a result line stores for a model compared with its base; KL(float || quantized) in nats."""
     base = found.base
     assert base is not None
     return {
@@ -24,7 +24,7 @@ def figures(found: Quality) -> dict[str, Any]:
 
 
 def table(lines: Sequence[dict[str, Any]], absent: Sequence[str]) -> str:
-    """One Markdown table for each model, ours first, each by size; what could not be measured below."""
+    """One Markdown table per model, ours first, each sorted by size; then what could not be measured."""
     head = ["stored as", "MB on disk", "ONNX MB", "perplexity", "change", "mean KL", "99 % KL", "same top token", "s"]
     out = []
     for model in dict.fromkeys(line["model"] for line in lines):

@@ -1,4 +1,4 @@
-"""The tables made of lines of results."""
+"""Tables from result lines."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import numpy as np
 from benchmarks.report.table import markdown
 from training.text.sources import read_lines
 
-CONTROL = "gpt2"  # what every variant is held against, seed by seed: trained on the same tokens in the same order
+CONTROL = "gpt2"  # the control, compared seed by seed: trained on the same tokens in the same order
 
 
 def training_log(path: Path) -> dict[str, Any]:
-    """The last value of everything in a run's metrics.jsonl."""
+    """The last value of each metric in a run's metrics.jsonl."""
     merged: dict[str, Any] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         merged |= json.loads(line)
@@ -25,9 +25,9 @@ def training_log(path: Path) -> dict[str, Any]:
 
 
 def per_byte_and_word(quality: dict[str, Any], text: Path) -> dict[str, float]:
-    """What compares across tokenizers: the text's nats, at the mean of the scored tokens, over its bytes and words.
+    """Figures that compare across tokenizers: the text's nats, from the mean of the scored tokens, per byte and word.
 
-    A line's end counts as one byte and one word, as the end-of-text after it counts as a token.
+    A line end counts as one byte and one word, because the end-of-text after it counts as a token.
     """
     lines = list(read_lines(text))
     nats = quality["mean_nll"] * quality["tokens"]
@@ -37,9 +37,9 @@ def per_byte_and_word(quality: dict[str, Any], text: Path) -> dict[str, float]:
 
 
 def parameters(shape: dict[str, Any], fast_k: int) -> dict[str, int]:
-    """Parameters in all and touched per token, of `dmpt-export inspect --json`; fast_k 0: heads read in full.
+    """Total and touched parameters per token, from `dmpt-export inspect --json`; fast_k 0: all heads in full.
 
-    `shape` counts what the checkpoint's own fast_k touches, the measurement may have been under another.
+    `shape` counts for the checkpoint's own fast_k; the measurement may have used another value.
     """
     config, touched = shape["config"], shape["parameters"]["touched_per_token"]
     others = max(len(heads) for heads in shape["head_allocation"].values()) - 1
@@ -49,7 +49,7 @@ def parameters(shape: dict[str, Any], fast_k: int) -> dict[str, int]:
 
 
 def tables(lines: list[dict[str, Any]]) -> str:
-    """Markdown: the models as they would be deployed; the same models with other routing; trials."""
+    """Markdown: the models as deployed; the same models with other routing; trials."""
     deployed = [line for line in lines if line["mode"] == "gate_hard"]
     controls = [line for line in lines if line["mode"] not in ("gate_hard", "trial")]
     trials = [line for line in lines if line["mode"] == "trial"]
@@ -88,7 +88,7 @@ def _deployed(lines: list[dict[str, Any]]) -> str:
 
 
 def _controls(deployed: list[dict[str, Any]], lines: list[dict[str, Any]]) -> str:
-    """Test perplexity by path mode, each a column; the first is the one deployed, in the same seeds."""
+    """Test perplexity with one column per path mode, same seeds; the first column is the deployed mode."""
     modes = list(dict.fromkeys(line["mode"] for line in lines))
     rows = []
     for name in dict.fromkeys(line["variant"] for line in lines):
@@ -101,7 +101,7 @@ def _controls(deployed: list[dict[str, Any]], lines: list[dict[str, Any]]) -> st
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Mean, and the sample standard deviation over seeds where there are several.
+    """Mean, and with several seeds their sample standard deviation.
 
     >>> spread([10.0]), spread([10.0, 12.0])
     ('10.00', '11.00 ± 1.41')

@@ -1,11 +1,11 @@
-"""Is DMPT as fast as GPT-2, and as anything that runs GPT-2 on a CPU? Makes every model and times all in one run.
+"""Compare the speed of DMPT with GPT-2 and with other runtimes for GPT-2 on a CPU, all in one run.
 
     python -m benchmarks.evidence.speed --work WORK [--threads 1,2] [--peer-python openvino=/venv/bin/python ...]
 
 Models have GPT-2 small's shape and random weights (benchmarks.evidence.models), are quantized and exported through
 the command line, and kept in WORK: a second run starts timing at once. Exports are not checked against torch here
-(--no-verify): the weights mean nothing, and the tests check exports of every kind. Peers that are installed (each
-perhaps in a Python of its own) are converted from the same GPT-2 and must say nearly what Transformers says in float32.
+(--no-verify): the weights are random, and the tests check exports of every kind. Installed peers (each optionally in
+its own Python) are converted from the same GPT-2 and must predict nearly what Transformers predicts in float32.
 Tables go to WORK/speed.md, all samples to WORK/speed-T.json for T threads.
 """
 
@@ -34,8 +34,8 @@ from benchmarks.speed.timing import Schedule, Target, measure, target
 from training.errors import InputError
 
 SCHEMES = {"int8": ("--scheme", "int8"), "int4": ("--scheme", "int4")}  # options of `dmpt-export quantize`
-REFERENCE = "transformers fp32"  # the peer that the others must agree with
-SCORED = 64  # tokens on which they are compared
+REFERENCE = "transformers fp32"  # the peer that the others are compared with
+SCORED = 64  # tokens used to compare them
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ MODELS = (
 
 
 class Workshop:
-    """Makes what is to be timed, once."""
+    """Makes the models to be timed, once."""
 
     def __init__(self, work: Path, sizes: dict[str, Any]) -> None:
         self.work, self.sizes = work, sizes  # sizes: smaller than GPT-2 small, for a test
@@ -81,10 +81,10 @@ class Workshop:
         dmpt_export(*arguments, stdout=subprocess.DEVNULL, check=True)
 
     def checkpoint(self, model: Model) -> Path:
-        """The float model; those of a DMPT are only kept until they are quantized."""
+        """The float model; that of a DMPT is only kept until it is quantized."""
         out = self.work / "float" / model.checkpoint
         if not out.is_dir():
-            part = out.with_name(f"{out.name}.part")  # what was stopped half-way is not taken for a whole one
+            part = out.with_name(f"{out.name}.part")  # an interrupted one is never mistaken for a complete one
             shutil.rmtree(part, ignore_errors=True)
             if model.shape is None:
                 models.make_gpt2(part, **self.sizes)
@@ -112,7 +112,7 @@ class Workshop:
         return int(self.sizes.get("vocab_size", 50257))
 
     def ours(self, schemes: list[str]) -> list[Target]:
-        """All exported models, one checkpoint after the other; what lies between is dropped when it is used up."""
+        """All exported models, one checkpoint after the other; intermediate files are deleted after use."""
         found: dict[tuple[str, str], Target] = {}
         for checkpoint in dict.fromkeys(model.checkpoint for model in MODELS):
             same = [model for model in MODELS if model.checkpoint == checkpoint]
@@ -125,7 +125,7 @@ class Workshop:
         return [found[model.name, scheme] for scheme in schemes for model in MODELS]
 
     def theirs(self, pythons: dict[str, str]) -> tuple[list[Target], list[str]]:
-        """The peers that are there, and for the others the line that says how to get them, or why it failed."""
+        """The installed peers; for the others a line on how to install them, or why they failed."""
         found, absent = [], []
         for name, peer in registry.PEERS.items():
             if lacking := registry.missing(name, pythons.get(name)):
@@ -144,9 +144,9 @@ class Workshop:
 def agreement(
     targets: list[Target], vocab_size: int, context: int, work: Path, failed: dict[str, str]
 ) -> dict[str, dict[str, float]]:
-    """How far every way to run the same GPT-2 is from Transformers in float32, by target name; {} without it.
+    """How far each runtime of the same GPT-2 is from Transformers in float32, by target name; {} without Transformers.
 
-    failed: gets the reason of each that cannot say.
+    failed: filled with the reason of each target that cannot be compared.
     """
     reference = next((t for t in targets if t.name == REFERENCE), None)
     if reference is None:
@@ -168,7 +168,7 @@ def run(options: argparse.Namespace, sizes: dict[str, Any]) -> str:
     schemes = options.schemes.split(",")
     theirs, absent = workshop.theirs(dict(options.peer_python))
     ours = workshop.ours(schemes)
-    say("comparing what they say")
+    say("comparing predictions")
     context = int(sizes.get("n_positions", 1024))
     same = [t for t in ours if t.name.startswith("GPT-2")] + theirs
     failed: dict[str, str] = {}
@@ -205,8 +205,8 @@ def main(arguments: list[str] | None = None, sizes: dict[str, Any] | None = None
         say(f"Error: {error}")
         sys.exit(error.exit_code)
     except subprocess.CalledProcessError as error:
-        say(f"Error: dmpt-export {error.cmd[3]} failed: see what it said above")
-        sys.exit(error.returncode if error.returncode > 0 else 5)  # below 0: killed, probably out of memory
+        say(f"Error: dmpt-export {error.cmd[3]} failed: see its message above")
+        sys.exit(error.returncode if error.returncode > 0 else 5)  # below 0: killed, probably because memory ran out
     (options.work / "speed.md").write_text(text, encoding="utf-8")
     sys.stdout.write(text)
 
@@ -214,9 +214,9 @@ def main(arguments: list[str] | None = None, sizes: dict[str, Any] | None = None
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for models and results")
-    parser.add_argument("--threads", default="1", help="one run for each: 1,2")
+    parser.add_argument("--threads", default="1", help="thread counts, one run for each, such as 1,2")
     parser.add_argument("--schemes", default="int8,int4", help=f"of {', '.join(SCHEMES)}")
-    parser.add_argument("--repetitions", type=int, default=5, help="rounds that count")
+    parser.add_argument("--repetitions", type=int, default=5, help="measured rounds")
     add_peer_python(parser, registry.PEERS)
     options = parser.parse_args(arguments)
     if unknown := set(options.schemes.split(",")) - set(SCHEMES):

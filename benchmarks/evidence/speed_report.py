@@ -1,4 +1,4 @@
-"""The speed targets, and what was measured against each."""
+"""The speed targets and the measured values."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ NONE = "-"
 
 @dataclass(frozen=True)
 class Row:
-    """One line: `value` in the unit of `limit`; None where something it needs was not measured."""
+    """One line: `value` in the unit of `limit`; None if something it needs was not measured."""
 
     what: str
     limit: str
     value: float | None
-    met: bool | None  # None: nothing to meet, or not measured
+    met: bool | None  # None: no target, or not measured
 
     def cells(self) -> list[str]:
         value = "not measured" if self.value is None else f"{self.value:.2f}x"
@@ -32,7 +32,7 @@ class Row:
 
 
 class Figures:
-    """The models of one run by name; a figure that needs an absent one is None."""
+    """The models of one run by name; a figure that needs a missing model is None."""
 
     def __init__(self, speeds: Sequence[Speed]) -> None:
         self.by_name = {speed.name: speed for speed in speeds}
@@ -46,17 +46,17 @@ class Figures:
         return self.test(name, kind, deep).case
 
     def times(self, slow: str, fast: str) -> float | None:
-        """Decode time of one model over another's."""
+        """Ratio of decode times of two models."""
         return self.faster(fast, slow)
 
     def faster(self, name: str, base: str, kind: str = "tg") -> float | None:
-        """Tokens/s of one model over another's, round by round."""
+        """Ratio of tokens/s of two models, round by round."""
         if not {name, base} <= self.by_name.keys():
             return None
         return ratio(self.by_name[name], self.by_name[base], self.case(name, kind))
 
     def deeper(self, name: str) -> float | None:
-        """Decode time at the deep context over that at the shallow one."""
+        """Decode time at the deep context over decode time at the shallow one."""
         if name not in self.by_name:
             return None
         speed = self.by_name[name]
@@ -67,7 +67,7 @@ class Figures:
 
 
 def rows(speeds: Sequence[Speed]) -> list[Row]:
-    """Every line of the speed table."""
+    """All lines of the speed table."""
     figures = Figures(speeds)
     schemes = [s for s in FASTEST if f"DMPT {s}" in figures.by_name]
     out: list[Row] = []
@@ -99,7 +99,7 @@ def rows(speeds: Sequence[Speed]) -> list[Row]:
 
 
 def span(case: Case) -> str:
-    """What the contexts of the decoded tokens are.
+    """Context range of the decoded tokens.
 
     >>> span(Case("tg", 128, 896))
     '896 to 1024'
@@ -139,7 +139,7 @@ def report(speeds: Sequence[Speed], agreed: Mapping[str, Mapping[str, float]], a
 
 
 def everything(speeds: Sequence[Speed], agreed: Mapping[str, Mapping[str, float]]) -> str:
-    """Every model: tokens/s, and as multiples of Transformers in float32 where that was measured."""
+    """Every model: tokens/s, and as multiples of Transformers in float32 if that was measured."""
     figures = Figures(speeds)
     base = "transformers fp32"
     head = ["model", "pp tokens/s", "x fp32", "tg tokens/s", "x fp32", "tg deep", "roof", "python", "size", "resident",
@@ -160,10 +160,10 @@ def everything(speeds: Sequence[Speed], agreed: Mapping[str, Mapping[str, float]
 
 
 def wrong_switches(speeds: Sequence[Speed]) -> list[str]:
-    """A line for each model whose routes were not what it was made for."""
+    """A line for each model whose routes differ from its design."""
     wanted = {"DMPT never": lambda t: t.switches == 0, "DMPT always": lambda t: t.switches == t.case.tokens - 1}
     return [
-        f"{speed.name} switched {test.switches} times in {test.case.name}: its lines mean nothing."
+        f"{speed.name} switched {test.switches} times in {test.case.name}: ignore its lines."
         for speed in speeds
         for test in speed.tests
         for name, holds in wanted.items()

@@ -1,13 +1,12 @@
-"""Does DMPT pay at equal tokens? Trains and measures every variant through the command line, one after another.
+"""Measure what DMPT gains at equal tokens: train and score every variant through the command line, one by one.
 
     python -m benchmarks.evidence.training --data DATA --work WORK [--scale cpu] [--seeds 0,1] [--variants a,b]
     python -m benchmarks.evidence.training --data DATA --work WORK --trials 150
 
 DATA holds enwiki/train.txt.xz and wikitext/{wiki2.train.unk.txt.xz,wiki.valid.raw,wiki.test.raw}. Every finished
-training and measurement is a line of WORK/results.jsonl and is skipped when the command is given again, so it can
-be stopped at any time; WORK/plan.json keeps the plan, and a folder of another one is refused. The tables go to
-WORK/results.md. Settings are chosen on the validation text (--trials: so many steps a setting, judged there alone);
-the test text is only reported.
+training and measurement is a line of WORK/results.jsonl; a repeated command skips it, so you can stop at any time.
+WORK/plan.json stores the plan; a folder with a different plan is refused. The tables go to WORK/results.md. Settings
+are chosen on the validation text only (--trials: steps per setting); the test text is only reported.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from benchmarks.evidence import corpus, plan, report
 from benchmarks.evidence.driver import Results, dmpt_export
 from benchmarks.evidence.plan import SCALES, TRIALS, VARIANTS, Scale, Variant
 
-COST = "cost.json"  # beside a trained model: what its training took, start and evaluation included
+COST = "cost.json"  # beside a trained model: CPU time of its training, including start-up and evaluation
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: where it lies, and what it starts from."""
+    """One training run: its folder and its starting point."""
 
     name: str
     variant: Variant
@@ -45,10 +44,10 @@ class Run:
 
 
 class Evidence:
-    """Everything that one work folder holds."""
+    """The contents of a work folder."""
 
     def __init__(self, data: Path, work: Path, scale: Scale, threads: int, bf16: bool) -> None:
-        """Exits when `work` holds what another plan made."""
+        """Exits when `work` holds results of a different plan."""
         claim(work, scale)
         self.work, self.scale, self.threads = work, scale, threads
         self.machine = [*(["--bf16"] if bf16 else []), "--cpu"]
@@ -64,7 +63,7 @@ class Evidence:
     # --- training ---------------------------------------------------------------------------------
 
     def base(self) -> Path:
-        """The plain GPT-2 that everything starts from, trained from scratch."""
+        """The plain GPT-2 that every variant starts from, trained from scratch."""
         scale, out = self.scale, self.runs / "base"
         if not (out / "model.safetensors").is_file():
             sizes = {"layer": scale.layers, "embd": scale.width, "head": scale.heads, "positions": scale.context}
@@ -81,7 +80,7 @@ class Evidence:
         (out / COST).write_text(json.dumps({"cpu_seconds": round(cpu_seconds() - before)}), encoding="utf-8")
 
     def tuned(self, run: Run) -> Path:
-        """The variant's model, trained if it is not yet."""
+        """The variant's model, trained if it does not exist yet."""
         base, out = self.base(), self.runs / run.folder
         if run.steps == 0:
             return base
@@ -100,7 +99,7 @@ class Evidence:
     # --- measuring --------------------------------------------------------------------------------
 
     def about(self, run: Run, model: Path) -> dict[str, Any]:
-        """What a line of results says of a model besides the measurement."""
+        """The fields of a result line that describe the model."""
         last = report.training_log(model / "metrics.jsonl")
         tokens = self.scale.tokens_per_step
         return {
@@ -115,7 +114,7 @@ class Evidence:
         }
 
     def measure(self, run: Run, model: Path, controls: bool) -> None:
-        """One line of results as deployed, and with `controls` for every other path mode, on the test text."""
+        """One result line as deployed, and with `controls` one for every other path mode, on the test text."""
         shape: dict[str, Any] = {}
         deployed = plan.evaluations(run.variant, self.scale, controls=False)[0]
         for mode, fast_k in plan.evaluations(run.variant, self.scale, controls):
@@ -133,7 +132,7 @@ class Evidence:
             self.results.add(line)
 
     def trial(self, run: Run) -> None:
-        """A short run, judged on the validation text."""
+        """A short run, scored on the validation text."""
         if not self.results.has(variant=run.name, seed=run.seed, mode="trial", fast_k=0):
             model = self.tuned(run)
             self.results.add(self.about(run, model) | {"mode": "trial", "fast_k": 0, "steps": run.steps})
@@ -141,19 +140,19 @@ class Evidence:
 
 
 def claim(work: Path, scale: Scale) -> None:
-    """Keep the plan in the folder; exits when the folder has another one, or results of an unknown one."""
+    """Store the plan in the folder; exits when the folder has a different one, or results of an unknown one."""
     file = work / "plan.json"
     settings = {"scale": asdict(scale), "common": plan.COMMON, "base_lr": plan.BASE_LR, "tune_lr": plan.TUNE_LR}
     text = json.dumps(settings, indent=1) + "\n"
     made = [name for name in ("results.jsonl", "runs", "tokenizer") if (work / name).exists()]
     if file.read_text(encoding="utf-8") != text if file.is_file() else made:
-        sys.exit(f"{work} holds runs of another plan: give another folder")
+        sys.exit(f"{work} holds runs of a different plan: give another folder")
     work.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
 
 
 def cpu_seconds() -> float:
-    """CPU time of the subprocesses so far: unlike the clock, it does not count what else the machine did."""
+    """CPU time of the subprocesses so far: unlike wall time, it does not count other work of the machine."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -185,12 +184,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="folder of the texts")
     parser.add_argument("--work", type=Path, required=True, help="folder for models and results")
     parser.add_argument("--scale", choices=sorted(SCALES), default="cpu")
-    parser.add_argument("--seeds", default="0", help="of the order of the data, the noise and the gates: 0,1,2")
-    parser.add_argument("--variants", default="", help=f"some of {', '.join(VARIANTS)}; default: all")
+    parser.add_argument("--seeds", default="0", help="seeds of data order, noise and gates, such as 0,1,2")
+    parser.add_argument("--variants", default="", help=f"any of {', '.join(VARIANTS)}; default: all")
     parser.add_argument(
-        "--no-controls", action="store_true", help="measure as deployed alone; else all of the first seed"
+        "--no-controls", action="store_true", help="measure only as deployed; default: the first seed in all modes"
     )
-    parser.add_argument("--trials", type=int, default=0, metavar="STEPS", help="try settings instead, so long each")
+    parser.add_argument("--trials", type=int, default=0, metavar="STEPS", help="try settings instead, each so long")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--fp32", action="store_true", help="train in float32 instead of bfloat16 products")
     return parser.parse_args(arguments)

@@ -1,1 +1,1 @@
-"""Other runtimes that can run GPT-2, each behind one small adapter."""
+"""Other runtimes for GPT-2, each with a small adapter."""

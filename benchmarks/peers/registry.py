@@ -1,5 +1,4 @@
-"""Other ways to run GPT-2 on a CPU, each behind one module of benchmarks.peers.adapters, perhaps in a Python of its
-own."""
+"""Other runtimes for GPT-2 on a CPU, each with a module in benchmarks.peers.adapters and optionally its own Python."""
 
 from __future__ import annotations
 
@@ -30,9 +29,9 @@ class Peer:
     """One runtime."""
 
     adapter: str  # module with load() and convert(), see benchmarks.peers.adapters
-    schemes: tuple[str, ...]  # what its convert() makes
-    packages: tuple[str, ...]  # distributions that must be there
-    install: str  # the command that brings them
+    schemes: tuple[str, ...]  # supported by its convert()
+    packages: tuple[str, ...]  # distributions that it needs
+    install: str  # the command that installs them
 
 
 PEERS = {
@@ -77,9 +76,9 @@ PEERS = {
 
 
 def parse(argument: str) -> tuple[str, str, str] | None:
-    """(peer, scheme, GPT-2 folder or hub id) of a peer given as PEER:SCHEME@GPT2; None for anything else.
+    """(peer, scheme, GPT-2 folder or hub id) of an argument PEER:SCHEME@GPT2; None for anything else.
 
-    Raises InputError for a peer or a scheme that is not known.
+    Raises InputError for an unknown peer or scheme.
 
     >>> parse("openvino:int8@./gpt2"), parse("gpt2"), parse("model@2")
     (('openvino', 'int8', './gpt2'), None, None)
@@ -89,29 +88,29 @@ def parse(argument: str) -> tuple[str, str, str] | None:
     if not (at and colon and name and source) or Path(argument).exists():
         return None
     if name not in PEERS:
-        raise InputError(f"{argument}: no peer is called '{name}'; these are known: {', '.join(notations())}")
+        raise InputError(f"{argument}: unknown peer '{name}': choose one of {', '.join(notations())}")
     if scheme not in PEERS[name].schemes:
-        raise InputError(f"{argument}: {name} is measured as {' or '.join(PEERS[name].schemes)}, not '{scheme}'")
+        raise InputError(f"{argument}: {name} supports {' or '.join(PEERS[name].schemes)}, not '{scheme}'")
     return name, scheme, source
 
 
 def notations() -> list[str]:
-    """All peers with their schemes, as they are asked for."""
+    """All peers with their schemes, as on the command line."""
     return [f"{name}:{scheme}" for name, peer in PEERS.items() for scheme in peer.schemes]
 
 
 def missing(name: str, python: str | None = None) -> list[str]:
-    """The packages of a peer that its Python lacks. Raises WorkerFailed (3) when there is no such Python."""
+    """The packages of a peer that its Python lacks. Raises WorkerFailed (3) when that Python does not exist."""
     return [package for package, version in versions_of(name, python).items() if version is None]
 
 
 def absence(peer: Peer, lacking: Sequence[str]) -> str:
-    """What to say of a peer whose packages are not all there."""
+    """The message for a peer with missing packages."""
     return f"it lacks {', '.join(lacking)}; {peer.install}"
 
 
 def versions_of(name: str, python: str | None = None) -> dict[str, str | None]:
-    """Versions of a peer's packages (None: absent) and of its Python. Raises WorkerFailed (3) without that Python."""
+    """Versions of a peer's packages (None: missing) and of its Python. Raises WorkerFailed (3) without that Python."""
     packages = PEERS[name].packages
     if python is None:
         return {"python": platform.python_version(), **{package: installed(package) for package in packages}}
@@ -121,11 +120,11 @@ def versions_of(name: str, python: str | None = None) -> dict[str, str | None]:
 
 
 def check_plain(source: str | Path) -> dict[str, Any]:
-    """config.json of a plain GPT-2 in float. Raises InputError for anything else: peers read nothing else."""
+    """config.json of a plain float GPT-2. Raises InputError for anything else, which peers cannot read."""
     from training.checkpoints.checkpoint import read_config
     from training.checkpoints.files import resolve
 
-    wrong = InputError(f"{source} is no plain GPT-2 in float: peers run nothing else, give them a GPT-2 folder")
+    wrong = InputError(f"{source} is not a plain float GPT-2, the only kind that peers run: give a GPT-2 folder")
     if kind_of(source) != "float":
         raise wrong
     folder, config = resolve(source), read_config(source)
@@ -136,9 +135,9 @@ def check_plain(source: str | Path) -> dict[str, Any]:
 
 
 def gpt2_folder(source: str | Path, out: Path) -> Path:
-    """`source`, or where the trainer wrote it as a DMPT without splits, the same weights as a GPT-2 folder in `out`.
+    """`source`; or, if the trainer wrote it as a DMPT without splits, the same weights as a GPT-2 folder in `out`.
 
-    source: folder or hub id. Raises InputError for what is not plain GPT-2 in float, which is all that peers read.
+    source: folder or hub id. Raises InputError for anything but plain float GPT-2, which is all that peers read.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file, save_file
@@ -148,7 +147,7 @@ def gpt2_folder(source: str | Path, out: Path) -> Path:
     fields, folder = check_plain(source), resolve(source)
     if fields["model_type"] == "gpt2":
         return folder
-    if (out / "config.json").is_file():  # named by its weights, and made in one step
+    if (out / "config.json").is_file():  # named by its weights, and written in one step
         return out
     weights = load_file(folder / "model.safetensors")
     if (head := weights.pop("heads.0.weight", None)) is not None:
@@ -162,7 +161,7 @@ def gpt2_folder(source: str | Path, out: Path) -> Path:
         made.mkdir()
         try:
             save_file(weights, made / "model.safetensors", {"format": "pt"})
-        except SafetensorError as error:  # all that it says of a full disk
+        except SafetensorError as error:  # its only sign of a full disk
             raise OSError(f"the GPT-2 for peers cannot be written to {out}: {error}") from error
         (made / "config.json").write_text(json.dumps(plain, indent=2), encoding="utf-8")
         replace(made, out)
@@ -170,7 +169,7 @@ def gpt2_folder(source: str | Path, out: Path) -> Path:
 
 
 def replace(made: Path, out: Path) -> None:
-    """`made` becomes `out`; where another run was quicker, which made the same, that stays."""
+    """Move `made` to `out`; if another run already wrote the same there, that stays."""
     old = made.with_name("old")
     with contextlib.suppress(FileNotFoundError):
         out.rename(old)
@@ -181,12 +180,12 @@ def replace(made: Path, out: Path) -> None:
 def prepare(
     name: str, scheme: str, source: Path, out: Path, python: str | None = None, called: str | None = None
 ) -> Target:
-    """What to time of one peer: converted from a Hugging Face GPT-2 folder into `out`, unless its packages, as they are
-    now, did that already.
+    """The target of one peer, converted from a Hugging Face GPT-2 folder to `out` unless the same package versions
+    already did that.
 
     called: its name in the results, if not "NAME SCHEME".
-    Raises WorkerFailed when packages lack, with the command that brings them, and when the conversion fails; its
-    half-made folder is not taken for a whole one.
+    Raises WorkerFailed when packages are missing, with the install command, and when the conversion fails; an
+    incomplete folder is never mistaken for a complete one.
     """
     peer = PEERS[name]
     versions = versions_of(name, python)
@@ -196,7 +195,7 @@ def prepare(
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(
             prefix=f".{out.name}-", dir=out.parent
-        ) as folder:  # another run may do it, too
+        ) as folder:  # another run may do the same
             made = Path(folder) / out.name
             with worker(f"{name} {scheme}", python) as w:
                 request = {"adapter": peer.adapter, "source": str(source.resolve()), "scheme": scheme}
@@ -210,11 +209,11 @@ def prepare(
 
 
 def is_converted(out: Path, source: Path, versions: Mapping[str, str | None]) -> bool:
-    """Whether `out` holds, to the byte, what these packages made of that very folder: some adapters read it again."""
+    """Whether `out` holds, to the byte, what these packages made from that folder: some adapters read it again."""
     try:
         facts = read_facts(out)
         made = facts["versions"], facts["source_path"], facts["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):  # absent, or damaged: made again
+    except (OSError, ValueError, KeyError, TypeError):  # missing or damaged: convert again
         return False
     return made == (versions, str(source.resolve()), digests(out))
 
@@ -234,7 +233,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 def scores(target: Target, ids: list[int], last: int, out: Path) -> NDArray[np.float32]:
-    """The target's log-probs after each of the last `last` tokens: float32 [last, vocab], by way of a file."""
+    """The target's log-probs after each of the last `last` tokens: float32 [last, vocab], passed through a file."""
     with target.process() as w:
         load(w, target, 1)
         w.ask(do="score", ids=ids, last=last, out=str(out))
@@ -248,6 +247,6 @@ def load(w: Worker, target: Target, threads: int | None) -> dict[str, Any]:
 
 
 def divergence(reference: NDArray[np.float32], found: NDArray[np.float32]) -> Mapping[str, float]:
-    """How far log-probs [n, vocab] are from a reference: mean KL(reference || found) in nats, same top token."""
+    """How far log-probs [n, vocab] are from a reference: mean KL(reference || found) in nats, top-token agreement."""
     kl, same = kl_divergence(reference, found), reference.argmax(-1) == found.argmax(-1)
     return {"mean_kl": float(kl.mean()), "same_top": float(same.mean())}

@@ -1,1 +1,1 @@
-"""How well a model predicts a text: perplexity, accuracy, divergence, use of paths."""
+"""Quality of a model on a text: perplexity, accuracy, divergence, path usage."""

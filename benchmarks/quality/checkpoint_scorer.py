@@ -1,4 +1,4 @@
-"""A checkpoint as a benchmarks.quality.scorer.Scorer: training.model.dmpt in fp32."""
+"""A checkpoint as a benchmarks.quality.scorer.Scorer: training.model.dmpt in float32."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TorchScorer:
         name: str,
         scheme: str = "fp32",
     ) -> None:
-        model.config.leaves_of_mode(mode)  # an unknown mode is refused before anything else
+        model.config.leaves_of_mode(mode)  # refuse an unknown mode first
         if threads:
             torch.set_num_threads(threads)
         self.model = model.to(device).eval()
@@ -38,7 +38,7 @@ class TorchScorer:
         self.mode, self.name, self.folder, self.scheme, self.device = mode, name, folder, scheme, device
         self.fast_k = config.fast_k
         self.head_allocation: Mapping[str, Sequence[int]] = config.head_allocation
-        # only a mode that takes one leaf per token has weights to tell
+        # only a mode that takes one leaf per token has head weights
         self.n_heads = config.n_vocab_heads if mode in (GATE_HARD, RANDOM) else 0
         self.context, self.vocab_size, self.leaves = config.n_positions, config.vocab_size, config.leaves
         self.family = family_of(len(config.leaves), config.n_vocab_heads)
@@ -54,7 +54,7 @@ class TorchScorer:
         return np.concatenate([piece.log_probs for piece in found]), np.concatenate(routes) if routes else None
 
     def pieces(self, windows: Sequence[Window]) -> Iterator[Piece]:
-        """As the function pieces(). Windows of one length go through the blocks together."""
+        """As the function pieces(). Windows of equal length go through the blocks together."""
         for _, together in itertools.groupby(windows, key=lambda window: len(window[0])):
             group = list(together)
             with torch.inference_mode():
@@ -62,9 +62,9 @@ class TorchScorer:
                 yield from (self.picked if self.mode in (GATE_HARD, RANDOM) else self.whole)(batch, lasts)
 
     def followed(self, ids: NDArray[np.integer]) -> tuple[Ints, Float]:
-        """Of every token of a window [S], as in pieces(): its leaf [S] and the weights of the heads [S, heads].
+        """Leaf [S] and head weights [S, heads] of every token of a window [S], as in pieces().
 
-        No vocabulary head runs for it; only in a mode that takes one leaf per token.
+        Runs no vocabulary head. Only for modes that take one leaf per token.
         """
         with torch.inference_mode():
             hidden, routes = self.routed(self.batch([ids]))
@@ -74,7 +74,7 @@ class TorchScorer:
         return torch.as_tensor(np.stack(windows).astype(np.int64), device=self.model.device)
 
     def whole(self, batch: Tensor, lasts: Sequence[int]) -> Iterator[Piece]:
-        """(B, S) in a mode that mixes or compares leaves: their distributions are needed together."""
+        """(B, S) in a mode that mixes or compares leaves, which needs all their distributions at once."""
         out = self.model.log_probs(batch, self.mode, self.model.config.fast_k, max(lasts))
         for row, last in zip(out, lasts, strict=True):
             yield Piece(row[-last:].cpu().numpy(), None)
@@ -91,16 +91,16 @@ class TorchScorer:
                 yield Piece(log_probs[0].cpu().numpy(), taken[0].cpu().numpy(), self.head_weights(h, taken))
 
     def routed(self, batch: Tensor) -> tuple[Hidden, Tensor]:
-        """What the blocks make of (B, S), and the leaf that each token takes (B, S)."""
+        """Hidden rows of (B, S), and the leaf of each token (B, S)."""
         hidden = self.model.hidden(batch)
         chosen = hidden.gates and self.mode == GATE_HARD
         return hidden, self.model.routes(hidden.gates) if chosen else self.model.random_routes(batch, batch.shape[1])
 
     def head_weights(self, h: Mapping[str, Tensor], routes: Tensor) -> Float:
-        """Weights of the heads, by number: hidden rows (1, n, E) by leaf and the leaf of each (1, n) -> [n, heads]."""
+        """Head weights by head number: hidden rows (1, n, E) by leaf and the leaf of each (1, n) -> [n, heads]."""
         config = self.model.config
         out = np.zeros((routes.shape[1], config.n_vocab_heads), np.float32)
-        for i, leaf in enumerate(config.leaves):  # whose order that of the allocation need not be
+        for i, leaf in enumerate(config.leaves):  # may differ from the order of the allocation
             heads = config.head_allocation[leaf]
             mine = (routes[0] == i).cpu().numpy()
             weights = self.model.head_log_weights(leaf, h[leaf][0][routes[0] == i]).exp().float()

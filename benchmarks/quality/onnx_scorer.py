@@ -1,4 +1,4 @@
-"""An exported folder as a benchmarks.quality.scorer.Scorer: ONNX Runtime, without torch."""
+"""An exported folder as a benchmarks.quality.scorer.Scorer: ONNX Runtime without torch."""
 
 from __future__ import annotations
 
@@ -19,13 +19,11 @@ if TYPE_CHECKING:
 
 
 class OnnxScorer:
-    """An exported folder through ONNX Runtime."""
+    """An exported folder run by ONNX Runtime."""
 
     def __init__(self, folder: Path, threads: int | None, device: str, mode: str, name: str) -> None:
         if mode != GATE_HARD:
-            raise InputError(
-                f"{folder} is exported for {GATE_HARD} alone, not '{mode}': evaluate its checkpoint instead"
-            )
+            raise InputError(f"{folder} only supports {GATE_HARD}, not '{mode}': evaluate its checkpoint instead")
         import runtime
 
         self.model = runtime.load(folder, device=device, threads=threads)

@@ -1,4 +1,4 @@
-"""Open a model of any kind for scoring, and answer questions that need no open model."""
+"""Open a model of any kind for scoring; also checks that need no open model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from training.model.shape import GATE_HARD
 
 
 def context_of(source: str | Path) -> int:
-    """The longest sequence, in tokens, from the model's description alone. Raises as open_scorer for no model."""
+    """The longest sequence, in tokens, from the model's description alone. Raises the same errors as open_scorer."""
     if kind_of(source) == "onnx":
         return read_manifest(Path(source)).config.n_positions
     from training.checkpoints.checkpoint import read_config
@@ -32,14 +32,14 @@ def open_scorer(
     """Load `source`, whatever kind of model it is.
 
     fast_k: candidates of the anchor head instead of the checkpoint's; 0: every head is scored fully.
-    Raises InputError (or the runtime's own errors, same exit code) for what cannot be loaded, and for a fast_k that
-    cannot be: an ONNX folder has its own built in.
+    Raises InputError (or the runtime's own errors, same exit code) for a model that cannot be loaded, and for a fast_k
+    that cannot be set: in an ONNX folder it is fixed.
     """
     name = name or Path(source).name or str(source)
     kind = kind_of(source)
     if kind == "onnx" and fast_k is not None:
         raise FieldError(
-            "{} was exported with its fast-k built in: leave {fast_k} out, or export its checkpoint again with "
+            "{} has a fixed fast-k from its export: leave {fast_k} out, or export its checkpoint again with "
             "dmpt-export onnx --fast-k {}",
             source, fast_k,
         )  # fmt: skip
@@ -61,8 +61,8 @@ def open_scorer(
 
 
 def check_device(device: str) -> None:
-    """Raise InputError when torch cannot use it."""
+    """Raise InputError when torch cannot use the device."""
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
-        raise FieldError("{device} cuda: torch sees no GPU that it can use; leave it out, or install torch for CUDA")
+        raise FieldError("{device} cuda: torch finds no usable GPU; leave it out, or install torch for CUDA")

@@ -1,4 +1,4 @@
-"""What a text makes a model use: which paths its tokens take, how often they switch, and what its heads weigh."""
+"""Path usage of a model on a text: paths of its tokens, switches between them, and head weights."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from numpy.typing import NDArray
 from benchmarks.quality.perplexity import head_shares
 from benchmarks.quality.scorer import Float, Ints, Scorer, pieces
 
-MOST = 4096  # tokens of the text that are looked at
-WINDOW = 512  # tokens that see each other
+MOST = 4096  # tokens of the text that are used
+WINDOW = 512  # tokens of a window
 
 
 def usage(scorer: Scorer, ids: NDArray[np.integer]) -> dict[str, Any]:
-    """Of the first 4096 tokens of `ids` [N], in windows of 512 or the context:
+    """Path usage of the first 4096 tokens of `ids` [N], in windows of 512 or the context:
 
     tokens, route_shares (leaf -> share of tokens), switch_share (of tokens on another path than the one before), and
-    head_shares (leaf -> head -> mean weight on its tokens; None for an old export, which does not tell).
+    head_shares (leaf -> head -> mean weight on its tokens; None for an old export, which does not output them).
     """
     ids = ids[:MOST]
     size = min(WINDOW, scorer.context)
@@ -37,11 +37,11 @@ def usage(scorer: Scorer, ids: NDArray[np.integer]) -> dict[str, Any]:
 
 
 def follow(scorer: Scorer, window: NDArray[np.integer]) -> tuple[Ints, Float | None]:
-    """The leaf of each token of a window [S], and the weights of the heads [S, heads]; None: not told."""
+    """The leaf of each token of a window [S], and the head weights [S, heads]; None: not available."""
     if hasattr(scorer, "followed"):
         found: tuple[Ints, Float] = scorer.followed(window)
         return found
     parts = [(piece.routes, piece.head_weights) for piece in pieces(scorer, [(window, len(window))])]
     routes, weights = ([part for part in own if part is not None] for own in zip(*parts, strict=True))
-    assert routes, f"{scorer.name} is in mode {scorer.mode}, which takes no leaf"
+    assert routes, f"{scorer.name} is in mode {scorer.mode}, which does not choose leaves"
     return np.concatenate(routes), np.concatenate(weights) if weights else None

@@ -1,5 +1,4 @@
-"""A peer as a benchmarks.quality.scorer.Scorer: the same tokens and windows as every other model, scored in its own
-process."""
+"""A peer as a benchmarks.quality.scorer.Scorer: the same tokens and windows as other models, in its own process."""
 
 from __future__ import annotations
 
@@ -18,11 +17,11 @@ from benchmarks.speed.processes import Worker, WorkerFailed
 from benchmarks.speed.timing import Target
 from training.model.shape import GATE_HARD
 
-MASK = re.compile(r"\.attn\.(bias|masked_bias)$")  # causal masks that GPT-2's own files carry: no parameters
+MASK = re.compile(r"\.attn\.(bias|masked_bias)$")  # causal masks in GPT-2's own files, not parameters
 
 
 class PeerScorer:
-    """A loaded peer. Log-probs come by way of a file, [last, V] of one window."""
+    """A loaded peer. Log-probs are passed through a file, [last, V] of one window."""
 
     def __init__(self, target: Target, scheme: str, source: Path, weights: Path, threads: int | None) -> None:
         """source: folder with the tokenizer; weights: the GPT-2 folder that was converted. Raises WorkerFailed."""
@@ -36,7 +35,7 @@ class PeerScorer:
         with safe_open(weights / "model.safetensors", "np") as file:
             weights_of = [name for name in file.keys() if not MASK.search(name)]  # noqa: SIM118
             self.parameters = sum(int(np.prod(file.get_slice(name).get_shape())) for name in weights_of)
-        # All but the positions, and a row each of positions and embedding, as training.model.config counts it.
+        # All but the positions, plus one row each of positions and embedding, as training.model.config counts.
         self.parameters_touched_per_token = self.parameters - (config["n_positions"] - 2) * config["n_embd"]
         self.size_bytes = target.size_bytes
         self.tokenizer, self.end_of_text = tokenizer_of(source, config)
@@ -54,7 +53,7 @@ class PeerScorer:
         self.worker.ask(do="score", ids=[int(i) for i in ids], last=last, out=str(out))
         found: Float = np.load(out, allow_pickle=False)
         if found.shape != (last, self.vocab_size):
-            raise WorkerFailed(f"{self.name} gives scores {list(found.shape)} for {[last, self.vocab_size]}", 4)
+            raise WorkerFailed(f"{self.name} returns scores {list(found.shape)}, not {[last, self.vocab_size]}", 4)
         return found, None
 
     def close(self) -> None:

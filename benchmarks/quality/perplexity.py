@@ -1,7 +1,7 @@
 """Perplexity, accuracy and use of paths and heads on a text, by the protocols of benchmarks.quality.protocols.
 
-One loop for every model and protocol: windows in, a few rows of log-probs at a time out, and of each row only what the
-figures need is kept.
+One loop for every model and protocol: it takes windows, gets a few rows of log-probs at a time, and keeps only the
+values that the figures need.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from training.errors import InputError, ValidationError
 from training.text.sources import FIELD
 from training.text.windows import check_vocabulary, encode_lines
 
-MOST_NATS = 700.0  # exp() of more is no float64
+MOST_NATS = 700.0  # exp() of more overflows float64
 NO_ROUTE = -1
 
 
 @dataclass(frozen=True)
 class Resume:
-    """Where the state of an evaluation is kept."""
+    """Where to store the state of an evaluation."""
 
     folder: str | Path
-    keep: bool = False  # also when it is complete, so that the same evaluation takes no time
+    keep: bool = False  # also after completion, so that the same evaluation takes no time
 
 
 @dataclass(frozen=True, eq=False)
 class Quality:
-    """What a model scored on a text. Logarithms are natural."""
+    """Scores of a model on a text. Logarithms are natural."""
 
-    tokens: int  # in the text, end-of-text included
+    tokens: int  # in the text, including end-of-text
     tokens_scored: int
     sum_log_prob: float
-    accuracy: float  # share of scored tokens that were the likeliest one (top-1)
-    standard_error: float  # of the mean negative log-likelihood per token, tokens taken as independent
+    accuracy: float  # share of scored tokens with the highest probability (top-1)
+    standard_error: float  # of the mean negative log-likelihood per token, treating tokens as independent
     route_shares: dict[str, float]  # leaf -> share of scored tokens; {} for modes without a choice
     max_length: int
     stride: int
@@ -56,11 +56,11 @@ class Quality:
     tokens_sha256: str  # of the token ids: equal means the same text through the same tokenizer
     nll: NDArray[np.float64] = field(repr=False)  # [tokens_scored], in the text's order
     protocol: str = STRIDE_CONCAT
-    top5_accuracy: float | None = None  # share of scored tokens that were among the five likeliest
-    words_scored: int | None = None  # see benchmarks.quality.protocols; None where only token ids were given
+    top5_accuracy: float | None = None  # share of scored tokens among the five likeliest
+    words_scored: int | None = None  # see benchmarks.quality.protocols; None if only token ids were given
     bytes_scored: int | None = None
-    path_perplexity: dict[str, float] = field(default_factory=dict)  # leaf -> of the tokens scored by it
-    head_shares: dict[str, dict[int, float]] | None = None  # leaf -> head -> mean weight; None: the model does not tell
+    path_perplexity: dict[str, float] = field(default_factory=dict)  # leaf -> perplexity of the tokens routed to it
+    head_shares: dict[str, dict[int, float]] | None = None  # leaf -> head -> mean weight; None: not available
     base: dict[str, Any] | None = None  # see benchmarks.quality.divergence.statistics
 
     @property
@@ -73,7 +73,7 @@ class Quality:
 
     @property
     def word_perplexity(self) -> float | None:
-        """exp of the loss of all scored tokens over the words they end; None without words."""
+        """exp of the total loss over the number of words scored; None without words."""
         return _exp(-self.sum_log_prob / self.words_scored) if self.words_scored else None
 
     @property
@@ -88,10 +88,10 @@ class Quality:
 
 
 def read_text(scorer: Scorer, paths: Sequence[str | Path], field: str = FIELD, protocol: str = STRIDE_CONCAT) -> Text:
-    """The text as the protocol's tokens; InputError when a file is empty, unreadable or not UTF-8, or the tokenizer
-    is not the model's.
+    """The text as the protocol's tokens. Raises InputError when a file is empty, unreadable or not UTF-8, or the
+    tokenizer does not fit the model.
 
-    paths: files or hub datasets, see training.text.windows.read_lines. field: where the text is in JSON and tables.
+    paths: files or hub datasets, see training.text.windows.read_lines. field: text field of JSON and tables.
     """
     check_vocabulary(scorer.tokenizer, scorer.vocab_size, scorer.folder)
     return PROTOCOLS[protocol].read([Path(path) for path in paths], scorer.tokenizer, scorer.end_of_text, field)
@@ -115,11 +115,11 @@ def evaluate(
 ) -> Quality:
     """Score a text, or token ids [N], by a protocol, with a progress bar that shows the running perplexity.
 
-    batch: windows that a torch checkpoint runs together. base: the model to measure KL from; it must read the text as
-    the same tokens (check_base). resume: where what was found so far is kept; a killed evaluation goes on from there
-    and gives the same digits.
+    batch: windows that a torch checkpoint runs together. base: the model to measure KL from; it must have the same
+    tokens (check_base). resume: where the state is stored; a killed evaluation continues from it and gives the same
+    digits.
     Raises InputError when no token can be scored, an id is beyond the vocabulary or a stored state is damaged,
-    ValidationError when the model gives log-probabilities that make no finite perplexity.
+    ValidationError when the log-probabilities do not give a finite perplexity.
     """
     ids = text.ids if isinstance(text, Text) else text
     length, step = choose_windows(scorer.context, max_length, stride, protocol)
@@ -140,7 +140,7 @@ def evaluate(
     findings = Findings(columns(scorer, sum(sizes), base is not None), file, sizes)
     try:
         run(scorer, ids, windows, findings, batch, base)
-    except BaseException:  # also when interrupted; a kill loses what came after the last write
+    except BaseException:  # also when interrupted; a kill loses everything after the last write
         with contextlib.suppress(OSError):
             findings.save()
         raise
@@ -148,8 +148,8 @@ def evaluate(
     if resume is not None and resume.keep:
         try:
             findings.save()
-        except OSError as error:  # what was found is still good
-            tqdm.write(f"the scores of {scorer.name} are not kept: {error.strerror or error}", file=sys.stderr)
+        except OSError as error:  # the result is still valid
+            tqdm.write(f"the scores of {scorer.name} are not stored: {error.strerror or error}", file=sys.stderr)
     else:
         findings.finish()
     return Quality(
@@ -159,12 +159,12 @@ def evaluate(
 
 
 def base_key(base: Base | None) -> list[str] | None:
-    """What tells whose KL a state holds; a cached base differs in the last digits from one that runs."""
+    """Identifies the base of a state's KL; a cached base differs in the last digits from a running one."""
     return None if base is None else [base.key, fingerprint(base.scorer), str(base.cache is not None)]
 
 
 def columns(scorer: Scorer, total: int, with_base: bool) -> dict[str, NDArray[Any]]:
-    """What is kept of each scored token. rank: see ranks()."""
+    """The values stored for each scored token. rank: see ranks()."""
     kept: dict[str, NDArray[Any]] = {
         "nll": np.empty(total, np.float64),
         "rank": np.empty(total, np.int32),
@@ -186,7 +186,7 @@ def run(
     batch: int,
     base: Base | None,
 ) -> None:
-    """The loop: fill the findings from where they stop. A batch is always of the same windows."""
+    """The loop: continue filling the findings. A batch always holds the same windows."""
     total = sum(n for _, _, n in windows)
     with tqdm(total=total, initial=findings.done, desc=f"eval {scorer.name}", unit="tok", disable=None) as bar:
         for first in range(findings.windows, len(windows), batch):
@@ -222,7 +222,7 @@ def judged(piece: Piece, targets: NDArray[np.integer], base: Base | None, name: 
 
 
 def ranks(log_probs: NDArray[np.float32], targets: NDArray[np.integer]) -> NDArray[np.int64]:
-    """How many tokens come before each target: (n, V), (n,) -> (n,). Of equals, the lower number is first."""
+    """Rank of each target, from 0: (n, V), (n,) -> (n,). Of equal values, the lower token id comes first."""
     gold = log_probs[np.arange(len(targets)), targets][:, None]
     rank = np.count_nonzero(log_probs > gold, axis=-1)
     for i in np.flatnonzero(np.count_nonzero(log_probs >= gold, axis=-1) > rank + 1):
@@ -238,11 +238,11 @@ def summary(
     findings: Findings,
     base: Base | None,
 ) -> dict[str, Any]:
-    """Quality's figures, from the columns alone."""
+    """The figures of Quality from the columns alone."""
     nll, rank, routes = findings["nll"], findings["rank"], findings["routes"]
     if nll.mean() > MOST_NATS:
         raise ValidationError(
-            f"{scorer.name} loses {nll.mean():.0f} nats a token: too bad for a perplexity, so damaged"
+            f"{scorer.name} has a loss of {nll.mean():.0f} nats per token, too high for a perplexity: it is damaged"
         )
     mine = {leaf: routes == i for i, leaf in enumerate(scorer.leaves)}
     routed = bool((routes != NO_ROUTE).any())
@@ -268,7 +268,7 @@ def summary(
 def head_shares(
     scorer: Scorer, weights: NDArray[np.float32], mine: dict[str, NDArray[np.bool_]]
 ) -> dict[str, dict[int, float]]:
-    """Mean weight of each head over the tokens of its leaf: leaf -> head -> weight; 0 where the leaf has no token."""
+    """Mean weight of each head over the tokens of its leaf: leaf -> head -> weight; 0 if the leaf has no token."""
     sums = {leaf: weights[on].sum(0, dtype=np.float64) / max(1, int(on.sum())) for leaf, on in mine.items()}
     return {leaf: {j: float(sums[leaf][j]) for j in heads} for leaf, heads in scorer.head_allocation.items()}
 
@@ -293,7 +293,7 @@ def gold_nll(log_probs: NDArray[np.float32], targets: NDArray[np.integer], name:
     if not np.isfinite(gold).all():
         bad = int(np.flatnonzero(~np.isfinite(gold))[0])
         raise ValidationError(
-            f"{name} gives token {int(targets[bad])} a log-probability of {gold[bad]}: its weights or activations "
-            "hold numbers that are not finite, so it has no perplexity"
+            f"{name} gives token {int(targets[bad])} a log-probability of {gold[bad]}, so it has no perplexity: its "
+            "weights or activations are not finite"
         )
     return -gold.astype(np.float64)

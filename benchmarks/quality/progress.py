@@ -1,7 +1,7 @@
-"""What an evaluation has found so far, token by token, so that a killed one goes on where it stopped.
+"""The state of an evaluation, token by token, so that a killed evaluation can continue.
 
-Everything is kept per scored token and the figures are made of it at the end, so a run that was cut gives the same
-digits as one that was not. The file belongs to one model, text and protocol: its name is a hash of them.
+All values are stored per scored token and the figures are computed from them at the end, so an interrupted run gives
+the same digits as an uninterrupted one. A file belongs to one model, text and protocol: its name is their hash.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from runtime.manifest_file import MANIFEST_NAME
 from training.checkpoints.atomic import atomic_file
 from training.errors import InputError
 
-EVERY_S = 10.0  # between two writes: all that a kill costs
+EVERY_S = 10.0  # seconds between two writes, the most that a kill loses
 
 
 def key_of(**facts: Any) -> str:
-    """32 hex digits for whatever decides the numbers."""
+    """32 hex digits for everything that determines the numbers."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def read_arrays(file: Path, names: Iterable[str], hint: str) -> list[NDArray[Any]]:
-    """Arrays of an .npz file; InputError, ending with what to do, when it is damaged or lacks one."""
+    """Arrays of an .npz file. Raises InputError, ending with `hint`, when it is damaged or lacks one."""
     try:
-        with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as stored:  # load leaks what it opens
+        with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as stored:  # load leaks the files it opens
             return [stored[name] for name in names]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{file} is damaged ({first_line(error)}): {hint}") from error
@@ -44,7 +44,7 @@ def first_line(error: BaseException) -> str:
 
 
 def fingerprint(scorer: Scorer) -> str:
-    """sha256 of all that decides what a scorer says: weights, configuration, path mode, fast-k, device and peer."""
+    """sha256 of all that determines a scorer's output: weights, configuration, path mode, fast-k, device and peer."""
     facts = (
         scorer.mode,
         getattr(scorer, "fast_k", None),
@@ -57,7 +57,7 @@ def fingerprint(scorer: Scorer) -> str:
 def files_digest(folder: str | Path) -> str:
     """sha256 of a model folder's weights and configuration."""
     folder, digest = Path(folder), hashlib.sha256()
-    manifest = folder / MANIFEST_NAME  # lists the hashes of an export's files, which were checked when it was opened
+    manifest = folder / MANIFEST_NAME  # lists the hashes of an export's files, which were checked on opening
     files = [manifest] if manifest.is_file() else [folder / "config.json", *weight_files(folder)]
     for file in files:
         with open(file, "rb") as opened:
@@ -69,32 +69,32 @@ class Findings:
     """Arrays over the scored tokens, in the text's order, filled window by window."""
 
     def __init__(self, arrays: Mapping[str, NDArray[Any]], file: Path | None, sizes: Sequence[int]) -> None:
-        """arrays: name -> [total, ...]. file: where they are kept; a run's earlier state there is taken up.
+        """arrays: name -> [total, ...]. file: where they are stored; an earlier state there is continued.
         sizes: tokens that each window scores.
 
-        Raises InputError for a file that is damaged or not of this evaluation, OSError when it cannot be written.
+        Raises InputError for a file that is damaged or from another evaluation, OSError when it cannot be written.
         """
         self.arrays, self.file, self.sizes = dict(arrays), file, sizes
         self.done = 0  # tokens
-        self.windows = self.complete = 0  # windows that are complete, and their tokens
+        self.windows = self.complete = 0  # complete windows, and their tokens
         self.saved = time.monotonic()
         if file is not None and file.is_file():
             self._load(file)
         elif file is not None:
-            self.save()  # a place that cannot be written to is refused before the long work
+            self.save()  # fail on an unwritable place before long work
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         return self.arrays[name]
 
     def add(self, **values: NDArray[Any]) -> None:
-        """The next tokens' values; all that are kept."""
+        """Store the next tokens' values."""
         n = len(next(iter(values.values())))
         for name, found in values.items():
             self.arrays[name][self.done : self.done + n] = found
         self.done += n
 
     def end_of_windows(self, count: int) -> None:
-        """Note that `count` more windows are complete, and write now and then."""
+        """Count `count` more windows as complete, and write from time to time."""
         self.windows, self.complete = self.windows + count, self.done
         if self.file is not None and time.monotonic() - self.saved > EVERY_S:
             self.save()
@@ -109,21 +109,21 @@ class Findings:
         self.saved = time.monotonic()
 
     def _load(self, file: Path) -> None:
-        hint = "delete it, and the evaluation starts again"
+        hint = "delete it to start the evaluation again"
         owner, counts, *stored = read_arrays(file, ["name", "counts", *self.arrays], hint)
         if str(owner) != file.name:
-            raise InputError(f"{file} was {owner} once, and is of another evaluation: {hint}")
+            raise InputError(f"{file} was {owner} once and belongs to another evaluation: {hint}")
         if counts.dtype != np.int64 or counts.shape != (2,) or counts.min() < 0:
             raise InputError(f"{file} is damaged: {hint}")
         (windows, done), found = counts.tolist(), dict(zip(self.arrays, stored, strict=True))
         if sum(self.sizes[:windows]) != done:
-            raise InputError(f"{file} is damaged, {windows} windows have not {done} tokens: {hint}")
+            raise InputError(f"{file} is damaged, {windows} windows do not have {done} tokens: {hint}")
         for name, array in self.arrays.items():
             if found[name].dtype != array.dtype or found[name].shape != (done, *array.shape[1:]) or done > len(array):
-                raise InputError(f"{file} is not of this evaluation: {hint}")
+                raise InputError(f"{file} belongs to another evaluation: {hint}")
             array[:done] = found[name]
         if not np.isfinite(self.arrays["nll"][:done]).all():
-            raise InputError(f"{file} is damaged, it holds losses that are no numbers: {hint}")
+            raise InputError(f"{file} is damaged, it holds losses that are not finite: {hint}")
         self.windows, self.complete, self.done = windows, done, done
 
     def finish(self) -> None:

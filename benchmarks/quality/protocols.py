@@ -1,8 +1,8 @@
-"""The ways to score a text that the field uses: what its tokens are, and in which windows they are predicted.
+"""Common protocols to score a text: which tokens it has, and in which windows they are predicted.
 
 stride-concat    the non-empty lines, stripped, tokenised one by one with one end-of-text after each, and joined.
                  Windows of `max_length` tokens advance by `stride`; each scores its last `stride` predictions, the
-                 last window what is left. The first `max_length - stride` tokens are never scored, end-of-text
+                 last window the rest. The first `max_length - stride` tokens are never scored, end-of-text
                  targets count. Source: the original DMPT; WikiText's raw test file, GPT-2's tokenizer and 1024/512
                  are 280,232 scored tokens of 280,744.
 sliding          the rows joined by a blank line, tokenised as one text without end-of-text. Windows as above, but the
@@ -13,10 +13,10 @@ sliding          the rows joined by a blank line, tokenised as one text without 
 non-overlapping  the same text in windows that share no token, the guide's disjoint chunks: each scores all its
                  predictions, so a window's first token is never scored. `stride` is `max_length`.
 
-Words and bytes. Each token is counted with the text it stands for: the UTF-8 bytes from the last token's end to its
-own (a character that is cut counts with its first token), and the words, parted by white space, that end in it. An
-end-of-text stands for its line's newline: one byte, no word. What is not scored is not counted, so perplexity per word
-and bits per byte of other tokenizers compare.
+Words and bytes. Each token counts the text that it stands for: the UTF-8 bytes from the previous token's end to its
+own (a split character counts with its first token), and the words, separated by white space, that end in it. An
+end-of-text stands for its line's newline: one byte, no word. Only scored text counts, so perplexity per word and bits
+per byte compare between tokenizers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
 STRIDE_CONCAT, NON_OVERLAPPING, SLIDING = "stride-concat", "non-overlapping", "sliding"
-LONGEST_WINDOW = 1024  # the protocols' window; a longer context is used only when asked for
+LONGEST_WINDOW = 1024  # the protocols' window; a longer context is only used on request
 LINES_AT_ONCE = 2000
 SPACES = np.array([c for c in range(0x3001) if chr(c).isspace()], np.uint32)
 BETWEEN = "\n\n"  # joins rows: a blank line
@@ -45,7 +45,7 @@ BETWEEN = "\n\n"  # joins rows: a blank line
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """Tokens, and what of the text each stands for; all [N]."""
+    """Tokens, and the bytes and words that each stands for; all [N]."""
 
     ids: NDArray[np.int32]
     n_bytes: NDArray[np.int32]
@@ -57,12 +57,12 @@ Read = Callable[[Sequence[Path], "Tokenizer", int, str], Text]
 
 @dataclass(frozen=True)
 class Protocol:
-    """read: files, tokenizer, end-of-text id and field -> Text; stride: that of a window of so many tokens."""
+    """read: files, tokenizer, end-of-text id and field -> Text; stride: default stride for a window length."""
 
     read: Read
     stride: Callable[[int], int]
-    beginning: bool  # whether the first window scores all it can
-    fixed: bool = False  # whether the stride is no choice
+    beginning: bool  # whether the first window scores all its predictions
+    fixed: bool = False  # whether the stride cannot be chosen
 
 
 # --- text -------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def joined_text(paths: Sequence[Path], tokenizer: Tokenizer, eot: int, field: st
 
 
 def spans(text: str, encoding: Encoding) -> Text:
-    """The tokens of a text with the bytes and words of each; what no token covers counts with the next, or the last."""
+    """The tokens of a text with the bytes and words of each; uncovered text counts with the next or the last token."""
     ids = np.array(encoding.ids, np.int32)
     points = np.frombuffer(text.encode("utf-32-le"), "<u4")
     widths = 1 + (points > 0x7F) + (points > 0x7FF) + (points > 0xFFFF)
@@ -107,7 +107,7 @@ def spans(text: str, encoding: Encoding) -> Text:
 
 
 def per_token(values: NDArray[np.integer | np.bool_], until: NDArray[np.int64]) -> NDArray[np.int32]:
-    """Sums of what belongs to characters over the characters of each token."""
+    """Sums of per-character values over the characters of each token."""
     sums = np.concatenate([[0], np.cumsum(values)])[until]
     return np.diff(sums, prepend=0).astype(np.int32)
 
@@ -133,7 +133,7 @@ PROTOCOLS: dict[str, Protocol] = {
 def choose_windows(
     context: int, max_length: int | None, stride: int | None, protocol: str = STRIDE_CONCAT
 ) -> tuple[int, int]:
-    """Window and stride with the protocol's defaults filled in; InputError when they cannot be."""
+    """Window and stride with the protocol's defaults filled in. Raises InputError when they are impossible."""
     length = max_length or min(LONGEST_WINDOW, context)
     step = stride or PROTOCOLS[protocol].stride(length)
     if not 2 <= length <= context:
@@ -141,7 +141,7 @@ def choose_windows(
     if not 1 <= step <= length:
         raise FieldError("{stride} {} must be from 1 to the window's length ({max_length} {})", step, length)
     if PROTOCOLS[protocol].fixed and step != length:
-        raise FieldError("{protocol} {} has the window's length for its stride: leave {stride} out", protocol)
+        raise FieldError("{protocol} {} always has a stride of the window's length: leave {stride} out", protocol)
     return length, step
 
 

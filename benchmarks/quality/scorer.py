@@ -1,4 +1,4 @@
-"""What every kind of model answers: token ids in, the deployed distribution of the next tokens out.
+"""The scoring interface of all models: token ids in, the deployed distribution of the next tokens out.
 
 ONNX folder (dmpt_manifest.json)               -> benchmarks.quality.onnx_scorer: no torch imported
 DMPT checkpoint, GPT-2 folder or hub id        -> benchmarks.quality.checkpoint_scorer, through load_model
@@ -31,21 +31,21 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Piece:
-    """What a model says after some consecutive tokens of a window. The next piece may overwrite the arrays."""
+    """A model's predictions after some consecutive tokens of a window. The next piece may overwrite the arrays."""
 
     log_probs: Float  # [n, V]
-    routes: Ints | None  # [n] leaf indices; None for path modes that choose none
-    head_weights: Float | None = None  # [n, heads] by head number, 0 for those of other leaves; None: not told
+    routes: Ints | None  # [n] leaf indices; None for path modes that do not choose one
+    head_weights: Float | None = None  # [n, heads] by head number, 0 for other leaves' heads; None: not available
 
 
-Window = tuple[NDArray[np.integer], int]  # ids [S], and after how many of the last of them something is asked
+Window = tuple[NDArray[np.integer], int]  # ids [S], and the number of last positions to score
 
 
 class Scorer(Protocol):
-    """A model that can be asked for log-probabilities."""
+    """A model that returns log-probabilities."""
 
     name: str
-    folder: Path  # where the tokenizer lives
+    folder: Path  # with the tokenizer
     context: int  # longest sequence, in tokens
     vocab_size: int
     leaves: list[str]
@@ -70,7 +70,7 @@ class Scorer(Protocol):
 
 
 def kind_of(source: str | Path) -> str:
-    """ "onnx", "quantized" or "float" (which includes hub ids and whatever is no model), without importing torch."""
+    """ "onnx", "quantized" or "float" (also for hub ids and anything that is not a model), without importing torch."""
     folder = Path(source)
     if (folder / MANIFEST_NAME).is_file():
         return "onnx"
@@ -78,10 +78,10 @@ def kind_of(source: str | Path) -> str:
 
 
 def pieces(scorer: Scorer, windows: Sequence[Window]) -> Iterator[Piece]:
-    """What `scorer` says of windows, row after row in their order, a few rows at a time where it can.
+    """The predictions of `scorer` for windows, in order, a few rows at a time if it supports that.
 
-    A window's pieces follow each other, and none holds rows of two windows. A scorer without `pieces` of its own is
-    asked for whole windows.
+    A window's pieces are consecutive, and none holds rows of two windows. A scorer without its own `pieces` scores
+    whole windows.
     """
     if hasattr(scorer, "pieces"):
         yield from scorer.pieces(windows)
@@ -91,8 +91,8 @@ def pieces(scorer: Scorer, windows: Sequence[Window]) -> Iterator[Piece]:
 
 
 def named(arguments: Sequence[str]) -> list[tuple[str, str]]:
-    """(name, path) of models given as PATH or NAME=PATH; a path's name is its last part, or all of it where
-    several models would have the same name.
+    """(name, path) of models given as PATH or NAME=PATH; the name of a PATH is its last part, or the whole path if
+    several models would otherwise have the same name.
 
     >>> named(["base=out/gpt2", "out/dmpt", "a/int8", "b/int8"])
     [('base', 'out/gpt2'), ('dmpt', 'out/dmpt'), ('a/int8', 'a/int8'), ('b/int8', 'b/int8')]
@@ -106,12 +106,12 @@ def named(arguments: Sequence[str]) -> list[tuple[str, str]]:
     found = [(path if names.count(name) > 1 and Path(path).name == name else name, path) for name, path in pairs]
     names = [name for name, _ in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"several models are called {', '.join(twice)}: tell them apart with NAME=PATH")
+        raise InputError(f"several models have the name {', '.join(twice)}: give them names with NAME=PATH")
     return found
 
 
 def config_json(folder: Path) -> dict[str, Any]:
-    """config.json as it stands; {} when absent or unreadable, which the loaders report better."""
+    """config.json unchanged; {} when missing or unreadable, which the loaders report better."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -152,5 +152,5 @@ def onnx_size(folder: str | Path) -> int:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The checkpoint's weight files: safetensors, or else PyTorch's own format as old GPT-2 folders have it."""
+    """The checkpoint's weight files: safetensors, or else PyTorch's own format as in old GPT-2 folders."""
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))

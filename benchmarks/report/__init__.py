@@ -1,1 +1,1 @@
-"""The comparison as one HTML file: inline SVG, no script, nothing from the network, light and dark."""
+"""The comparison as one HTML file: inline SVG, no scripts, nothing from the network, light and dark."""

@@ -1,4 +1,4 @@
-"""What `bench` measured as a page: curves of decode time, and time by node type."""
+"""HTML report of `bench`: curves of decode time, and time by node type."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ MOST = 12  # node types drawn; the table has all
 
 
 def page(rows: Sequence[Mapping[str, Any]], nodes: Mapping[str, Mapping[str, float]]) -> str:
-    """One HTML document of the rows of `bench --json` and, where profiled, milliseconds by node type of each model."""
+    """An HTML document with the rows of `bench --json` and, if profiled, milliseconds by node type for each model."""
     facts = {**machine.machine(), **machine.versions()}
     curves = growth.figures(rows)
-    nothing = tag("p", "No curve: give several --depth, --threads or models that differ in heads, paths or K.")
+    nothing = tag("p", "No curves: give several --depth or --threads, or models that differ in heads, paths or K.")
     parts = [tag("h1", "Decode speed"), tag("div", curves, class_="plots") if curves else nothing]
     if nodes:
-        parts.append(tag("h2", "Time of a decoded token by node type"))
+        parts.append(tag("h2", "Time per decoded token by node type"))
         parts += [bars(name, own) for name, own in nodes.items()]
     return document("Decode speed", together(*parts, tag("h2", "How this was measured"), facts_table(facts)))
 
 
 def bars(name: str, own: Mapping[str, float]) -> svg.Markup:
-    """A bar for each node type; all of them in the table."""
+    """A bar per node type; the table has all of them."""
     shown = [(kind, ms) for kind, ms in own.items() if ms > 0][:MOST]
     width, label, height = 440.0, 170.0, 24.0
     x = svg.Scale(0.0, max(ms for _, ms in shown), label, width - 90)

@@ -1,4 +1,4 @@
-"""Damage of quantizing, by group or tensor and bits, as an SVG file."""
+"""Quantization damage by group or tensor and bits, as an SVG file."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from quant.rules import FLOAT
 from quant.schemes import SCHEMES
 
 ROW, TOP, LEFT, WIDTH, RIGHT = 18.0, 64.0, 250.0, 900.0, 30.0  # pixels
-DELTA = 0  # instead of bits: a delta of low rank
-OTHER = 7  # colour of a width that is not listed
-COLOURS = {2: 4, 3: 5, 4: 2, 8: 1, 16: 3, DELTA: 6}  # bits of a code -> number of a colour
+DELTA = 0  # used instead of bits for a low-rank delta
+OTHER = 7  # colour of any other number of bits
+COLOURS = {2: 4, 3: 5, 4: 2, 8: 1, 16: 3, DELTA: 6}  # bits of a code -> index of a colour
 Dot = tuple[float, float, str, bool]  # (damage, bits per weight, scheme, whether it was chosen)
 
 
 def picture(reports: Sequence[TensorReport], plan: Plan | None) -> str:
-    """A row for each group or tensor: damage to the right, on a log scale; the chosen dot is filled."""
+    """A row per group or tensor, with damage on a log scale to the right; the chosen dot is filled."""
     if plan is not None:
         rows = [(str(g), dots(g, o, i)) for g, o, i in zip(plan.groups, plan.options, plan.chosen, strict=True)]
         return chart(rows, "KL of the group alone, nats per token")
@@ -38,7 +38,7 @@ def dots(group: Group, options: Sequence[Option], chosen: int) -> list[Dot]:
 
 
 def chart(rows: Sequence[tuple[str, Sequence[Dot]]], what: str) -> str:
-    """what: the quantity on the axis."""
+    """what: label of the axis."""
     values = [dot[0] for _, own in rows for dot in own if dot[0] > 0] or [1.0]
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     powers = range(low, max(high, low + 1) + 1)

@@ -1,4 +1,4 @@
-"""Size against perplexity, speed as the marker's area, and the line of those that no other model beats."""
+"""Plot of size against perplexity, with speed as marker area and a line along the Pareto front."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ WIDTH, HEIGHT = 460.0, 400.0
 LARGEST, SMALLEST, RING = 20.0, 4.0, 5.0  # radii
 KNOWN = {"GPT-2": 0, "GPT-2 base": 0, "GPT-2 fine-tuned": 1, "DMPT": 2}  # family -> colour
 NAMED = 9  # with more models than this the markers have numbers
-LONGEST = 20  # letters of a label
+LONGEST = 20  # characters of a label
 
 
 def colour_numbers(families: Sequence[str]) -> dict[str, int]:
-    """Family -> colour: its own where it has one that no family before it took, or else one from 3 on."""
+    """Family -> colour: its own from KNOWN if no earlier family took it, else one from 3 on."""
     out: dict[str, int] = {}
     for family in dict.fromkeys(families):
         own = KNOWN.get(family)
@@ -30,16 +30,16 @@ def colour_numbers(families: Sequence[str]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Drawing:
-    """What is drawn of a table of models."""
+    """The drawing of a table of models."""
 
-    name: str  # for those who cannot see it
+    name: str  # accessible name
     parts: list[svg.Markup]
-    families: list[tuple[str, int]]  # each with the number of its colour
+    families: list[tuple[str, int]]  # each with the index of its colour
     note: str
 
 
 def draw(rows: Sequence[Row]) -> svg.Markup:
-    """The figure and its legend for a page; empty where no model has a quality."""
+    """The figure and its legend for a page; empty if no model has a quality."""
     if not (drawing := drawn(rows)):
         return svg.Markup()
     figure = svg.picture(drawing.name, WIDTH, HEIGHT, *drawing.parts)
@@ -48,7 +48,7 @@ def draw(rows: Sequence[Row]) -> svg.Markup:
 
 
 def draw_file(rows: Sequence[Row]) -> str:
-    """The same as an SVG file of its own. At least one row has a quality."""
+    """The same as a separate SVG file. At least one row must have a quality."""
     drawing = drawn(rows)
     assert drawing is not None
     key, height = svg.legend_rows(drawing.families, WIDTH)
@@ -66,7 +66,7 @@ def title(rows: Sequence[Row]) -> str:
 
 
 def drawn(rows: Sequence[Row]) -> Drawing | None:
-    """Rows are numbered from 1 as in the table, those without quality left out."""
+    """Rows are numbered from 1 as in the table; rows without quality are left out."""
     quality = merit(rows)
     numbered = [(str(i), row) for i, row in enumerate(rows, 1) if row.figure(quality) is not None]
     shown = [row for _, row in numbered]
@@ -94,8 +94,8 @@ def drawn(rows: Sequence[Row]) -> Drawing | None:
     parts += labels(numbered, centres, radii, frame, colours, along(points))
     name = f"Size, {quality} and speed: " + "; ".join(said(row, quality) for row in shown)
     note = (
-        "Better: lower, further left, larger. The marker's area is decode tokens/s; a hollow ring was not timed. "
-        "The dashed line joins those that no other beats in both."
+        "Better: lower, further left, larger. Marker area: decode tokens/s; hollow: not timed. "
+        "Dashed line: Pareto front of size and quality."
     )
     used = [(family, index) for family, index in colours.items() if any(row.family == family for row in shown)]
     return Drawing(name, parts, used, note)
@@ -120,7 +120,7 @@ def marker(row: Row, centre: tuple[float, float], size: float, index: int, title
 
 
 def along(points: Sequence[tuple[float, float]]) -> list[Box]:
-    """Small boxes on the lines between the points: what labels keep clear of."""
+    """Small boxes along the lines between the points, which labels avoid."""
     out = []
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         steps = max(1, int(math.hypot(x1 - x0, y1 - y0) / 6))
@@ -129,7 +129,7 @@ def along(points: Sequence[tuple[float, float]]) -> list[Box]:
 
 
 def label(row: Row, rows: Sequence[Row]) -> str:
-    """The scheme, as the colour says the family; the name where a family has several models in one scheme."""
+    """The scheme, since the colour shows the family; the name if a family has several models in one scheme."""
     same = [other for other in rows if (other.family, other.scheme) == (row.family, row.scheme)]
     return row.scheme if len(same) == 1 else row.name
 
@@ -142,7 +142,7 @@ def labels(
     colours: dict[str, int],
     line_boxes: Sequence[Box],
 ) -> list[svg.Markup]:
-    """Schemes or names, or numbers where there are many; with a line to the marker where the label had to go far."""
+    """Labels: schemes or names, or numbers if there are many; with a line to the marker if the label is far away."""
     boxes = [Box.around(*centres[row.name], 2 * radii[row.name], 2 * radii[row.name]) for _, row in numbered]
     parts: list[svg.Markup] = []
     taken = [*boxes, *line_boxes]

@@ -1,4 +1,4 @@
-"""How decode time grows with context, threads, heads, paths and K."""
+"""Curves of decode time against context, threads, heads, paths and K."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from benchmarks.report import svg
 
 Rows = Sequence[Mapping[str, Any]]
 Series = list[tuple[str, list[tuple[float, float]]]]  # label -> (x, milliseconds per token)
-# what grows -> the row's other figures that must be equal for its points to be joined
+# x axis -> the other figures of a row that must be equal for its points to be joined
 SHAPES = {"heads": ("paths",), "paths": ("heads",), "fast_k": ("paths", "heads")}
 LABELS = {
     "context": "tokens of context",
     "threads": "threads",
-    "heads": "heads of a path",
+    "heads": "heads per path",
     "paths": "paths",
     "fast_k": "K, candidates of fast-k",
 }
 
 
 def growth(rows: Rows) -> dict[str, Series]:
-    """What grows -> lines with at least two points; rows are those of `bench --json` or of a comparison."""
+    """X axis -> lines with at least two points; rows come from `bench --json` or a comparison."""
     timed = [row for row in rows if row.get("tests")]
     found = {"context": by_context(timed), "threads": by_threads(timed)}
     found |= {what: by_shape(timed, what, same) for what, same in SHAPES.items()}
@@ -43,7 +43,7 @@ def by_threads(rows: Rows) -> Series:
 
 
 def by_shape(rows: Rows, what: str, same: Sequence[str]) -> Series:
-    """Models that store their weights alike and differ in `what`; K 0 means all, and is left out."""
+    """Models with equal storage that differ in `what`; K 0 means all and is left out."""
     lines = []
     for row in rows:
         shape = row.get("shape") or {}
@@ -67,7 +67,7 @@ def ms(test: Mapping[str, Any]) -> float:
 
 
 def joined(lines: Series) -> Series:
-    """Lines of one label together, in order of x; those with a single x left out."""
+    """Merge lines with the same label, in order of x; lines with a single x are left out."""
     merged: dict[str, list[tuple[float, float]]] = {}
     for label, points in lines:
         merged.setdefault(label, []).extend(points)
@@ -75,7 +75,7 @@ def joined(lines: Series) -> Series:
 
 
 def figures(rows: Rows) -> svg.Markup:
-    """All the growth curves as HTML figures, each with its numbers as a table; "" when nothing grows."""
+    """All growth curves as HTML figures, each with its numbers as a table; "" without curves."""
     return svg.together(*(figure(what, series) for what, series in growth(rows).items()))
 
 

@@ -1,4 +1,4 @@
-"""Bits of every matrix of a quantized model, and what quantizing did to it, as a map: blocks down, matrices across."""
+"""Map of a quantized model: bits and quantization damage of every matrix, blocks as rows, matrices as columns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from training.errors import InputError
 KINDS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 OTHER = "weight"
 LABEL, CELL, ROW, HEAD = 112.0, 80.0, 34.0, 30.0  # pixels
-Layer = dict[str, Any]  # name, bits, scheme, block, and where known relative_error, kl
+Layer = dict[str, Any]  # name, bits, scheme, block, and if known relative_error, kl
 
 
 def layers(path: str | Path) -> list[Layer]:
@@ -33,7 +33,7 @@ def layers(path: str | Path) -> list[Layer]:
 
 
 def damages(folder: Path) -> dict[str, dict[str, Any]]:
-    """Tensor -> relative_error and kl from the folder's report; {} where there is none, or it says something else."""
+    """Tensor -> relative_error and kl from the folder's report; {} if it is missing or has another form."""
     try:
         tensors = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))["tensors"]
         keys = ("relative_error", "kl", "bits_per_weight")
@@ -43,7 +43,7 @@ def damages(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def split(name: str) -> tuple[str, str]:
-    """(line of the map, column) of a tensor.
+    """(row, column) of a tensor in the map.
 
     >>> split("paths.left.h.7.mlp.c_fc.weight"), split("heads.2.weight")
     (('left 7', 'mlp.c_fc'), ('heads.2', 'weight'))
@@ -58,7 +58,7 @@ def split(name: str) -> tuple[str, str]:
 
 
 def figures(models: Sequence[tuple[str, str]]) -> svg.Markup:
-    """A map for each of (name, path) that is quantized; the first is open, the others unfold."""
+    """A map for each quantized model of (name, path); the first is open, the others are collapsed."""
     parts: list[svg.Markup] = []
     for name, path in models:
         try:
@@ -72,14 +72,14 @@ def figures(models: Sequence[tuple[str, str]]) -> svg.Markup:
 
 
 def figure(name: str, found: Sequence[Layer]) -> svg.Markup:
-    """The map of one model, with all its numbers as a table."""
+    """The map of one model, with all numbers as a table."""
     measured = any("relative_error" in layer or "kl" in layer for layer in found)
     title = f"{name}: bits{' and damage' if measured else ''} of {len(found)} tensors, {summary(found)}"
     rows = [[layer["name"], str(layer.get("scheme", "-")), str(layer["bits"]), str(layer.get("block") or "-"),
              given(layer, "relative_error"), given(layer, "kl")] for layer in found]  # fmt: skip
     head = ["tensor", "scheme", "bits", "block", "relative error", "KL alone"]
     note = "Darker: more bits." if measured else (
-        "Darker: more bits. Error and damage of the tensors are not known: the folder has no quantization_report.json."
+        "Darker: more bits. Error and damage of the tensors are unknown: the folder has no quantization_report.json."
     )  # fmt: skip
     numbers = svg.numbers(head, rows, f"Tensors of {name}", 2)
     return svg.tag("figure", draw(title, found), svg.tag("figcaption", note), numbers, aria_label=title)
@@ -112,7 +112,7 @@ def draw(title: str, found: Sequence[Layer]) -> svg.Markup:
         for j, kind in enumerate(KINDS):
             if kind in lines[line]:
                 parts += cell(LABEL + CELL * j, top, lines[line][kind])
-    for i, line in enumerate(others):  # two on a line: they have one matrix each
+    for i, line in enumerate(others):  # two per line, since each has a single matrix
         top, left = HEAD + ROW * (len(blocks) + i // 2), 2 * CELL * (i % 2) + CELL
         parts += cell(LABEL + left, top, lines[line][OTHER])
         parts.append(svg.tag("text", line, x=LABEL + left - 8, y=top + 20, text_anchor="end"))
@@ -127,7 +127,7 @@ def order(line: str) -> tuple[int, str, int]:
 
 
 def cell(x: float, y: float, layer: Layer) -> list[svg.Markup]:
-    """Bits above, damage below where it is known: KL, or else the relative error."""
+    """Bits above, damage below if known: KL, else the relative error."""
     damage = given(layer, "kl") if "kl" in layer else given(layer, "relative_error")
     known = damage != "-"
     told = f"{layer['name']}: {layer['bits']} bits{f', damage {damage}' if known else ''}"

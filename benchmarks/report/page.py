@@ -1,4 +1,4 @@
-"""The whole page of a comparison."""
+"""The HTML page of a comparison."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.report import frontier, growth, layers, routes, svg
 from benchmarks.report.svg import Markup, tag, together
 from benchmarks.report.theme import COLOURS, FIGURES
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # the browser refuses whatever else
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # the browser blocks everything else
 STYLE = """
 *{box-sizing:border-box}
 body{margin:0 auto;padding:1rem;max-width:72rem;background:var(--paper);color:var(--ink);
@@ -43,7 +43,7 @@ def page(result: Comparison) -> str:
     parts = [
         tag("h1", "Comparison"),
         tag("p", result.conditions(), class_="small"),
-        tag("h2", "DMPT beside its control"),
+        tag("h2", "DMPT against its control"),
         tag("p", result.reading, class_="claim"),
         beside_control(rows),
         tag("h2", "Models"),
@@ -63,7 +63,7 @@ def page(result: Comparison) -> str:
 
 
 def document(title: str, body: Markup) -> str:
-    """A whole HTML document around `body`; nothing in it is fetched from anywhere, the icon included."""
+    """A complete HTML document around `body`; it fetches nothing, not even an icon."""
     head = together(
         Markup('<meta charset="utf-8">'),
         Markup(f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'),
@@ -76,7 +76,7 @@ def document(title: str, body: Markup) -> str:
 
 
 def beside_control(rows: list[Row]) -> Markup:
-    """Every DMPT with the GPT-2 that had the same training, stored alike; the line under the heading says if none."""
+    """Each DMPT with its control in the same scheme; without a control, the line under the heading says so."""
     controls = {row.scheme: row for row in reversed(rows) if row.control and not row.is_dmpt}
     heads, body = ordered(rows), []
     for row in rows:
@@ -86,11 +86,13 @@ def beside_control(rows: list[Row]) -> Markup:
             body += [["DMPT", *picked(row, heads)], ["control", *other]]
     if not body:
         return Markup()
-    return svg.table(["", *heads], body, 2, "Each DMPT with the GPT-2 fine-tuned on the same tokens, stored alike")
+    return svg.table(
+        ["", *heads], body, 2, "Each DMPT with the GPT-2 fine-tuned on the same tokens, in the same scheme"
+    )
 
 
 def models_table(rows: list[Row]) -> Markup:
-    """Numbered as in the figure; in the middle half of rounds lie the speeds in brackets."""
+    """The table, numbered as in the figure; brackets hold the quartiles of the speed."""
     ahead, heads, body = set(front(rows)), ordered(rows), []
     for i, row in enumerate(rows, 1):
         values = picked(row, heads)
@@ -100,14 +102,14 @@ def models_table(rows: list[Row]) -> Markup:
             values[heads.index("decode tokens/s")] += middle
         body.append([str(i), *values, "yes" if row.name in ahead else "-"])
     caption = (
-        "Medians; in brackets the middle half of the rounds. "
-        f"Front: no other is as good in {merit(rows)}, time and size."
+        "Speeds: medians, with quartiles over the rounds in brackets. "
+        f"Pareto front: no other model is better in {merit(rows)}, decode time and size at once."
     )
     return svg.table(["#", *heads, "front"], body, 2, caption)
 
 
 def ordered(rows: Sequence[Row]) -> list[str]:
-    """Columns, what matters most first: a phone shows the first few, the others by scrolling."""
+    """Columns, most important first: a phone shows the first few without scrolling."""
     first = ["model", merit(rows), "decode tokens/s", "file size"]
     return first + [name for name in columns(rows) if name not in first]
 
@@ -122,7 +124,7 @@ def bullets(lines: list[str]) -> Markup:
 
 
 def facts_table(facts: Mapping[str, Any]) -> Markup:
-    """Where and with what it was measured."""
+    """Machine and versions of the measurement."""
     rows = [[key, str(value)] for key, value in facts.items()]
     return tag("div", svg.table(["what", "value"], rows, 2, "Machine and versions"), class_="facts")
 

@@ -1,4 +1,4 @@
-"""Where labels go: beside their marker, over nothing else."""
+"""Place labels near their markers without overlaps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle in pixels; y may grow either way."""
+    """A rectangle in pixels; y may point up or down."""
 
     x0: float
     y0: float
@@ -44,18 +44,18 @@ def best_spot(
 
 
 def overlap(a: Box, b: Box) -> float:
-    """Pixels that two boxes share."""
+    """Overlap of two boxes, in pixels."""
     width = min(a.x1, b.x1) - max(a.x0, b.x0)
     height = min(a.y1, b.y1) - max(a.y0, b.y0)
     return max(0.0, width) * max(0.0, height)
 
 
 def outside(spot: Box, frame: Box) -> float:
-    """Pixels of `spot` beyond `frame`."""
+    """Area of `spot` outside `frame`, in pixels."""
     return spot.area - overlap(spot, frame)
 
 
 def distance(centre: tuple[float, float], box: Box) -> float:
-    """Pixels from a point to the nearest point of a box."""
+    """Distance from a point to a box, in pixels."""
     x, y = centre
     return math.hypot(max(box.x0 - x, 0, x - box.x1), max(box.y0 - y, 0, y - box.y1))

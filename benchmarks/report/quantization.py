@@ -1,4 +1,4 @@
-"""What quantizing did: tables, quantization_report.json and a picture of damage against bits."""
+"""Quantization report: tables, quantization_report.json and a picture of damage against bits."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ PICTURE, PLAN = "quantization_report.svg", "plan.json"
 
 
 def report_files(reports: Sequence[TensorReport], plan: Plan | None) -> dict[str, str]:
-    """The report's files by name, to be written beside the weights."""
+    """The report's files by name, to write beside the weights."""
     out = {REPORT_NAME: _json(report_json(reports, plan)), PICTURE: picture(reports, plan)}
     return out if plan is None else out | {PLAN: _json(plan.to_json())}
 
 
 def report_json(reports: Sequence[TensorReport], plan: Plan | None) -> dict[str, Any]:
-    """Totals and one object per tensor; KL in nats per token, with that tensor alone quantized."""
+    """Totals and one object per tensor; KL in nats per token with only that tensor quantized."""
     weights, before, after = _totals(reports)
     total = {"weights": weights, "bytes_before": before, "bytes_after": after, "bits_per_weight": 8 * after / weights}
     out: dict[str, Any] = {"total": total, "tensors": [vars(r) | {"bits_per_weight": r.bits} for r in reports]}
@@ -34,7 +34,7 @@ def _json(value: Any) -> str:
 
 
 def show(reports: Sequence[TensorReport], plan: Plan | None, tensors: bool) -> str:
-    """All tables that were asked for, and what a user should look at."""
+    """All requested tables, and warnings for the user."""
     parts = [tensor_table(reports)] if tensors else []
     if plan is not None:
         parts.append(plan_table(plan))
@@ -49,7 +49,7 @@ def show(reports: Sequence[TensorReport], plan: Plan | None, tensors: bool) -> s
 
 
 def table(reports: Sequence[TensorReport]) -> str:
-    """One line for each way of storing, the most weights first, and the total."""
+    """One line per storage, those with most weights first, and the total."""
     groups: dict[str, list[TensorReport]] = {}
     for report in reports:
         groups.setdefault(report.scheme + (f" block {report.block}" if report.block else ""), []).append(report)
@@ -74,7 +74,7 @@ def _worst_error(group: Sequence[TensorReport]) -> str:
 
 
 def tensor_table(reports: Sequence[TensorReport]) -> str:
-    """One line for each quantized tensor."""
+    """One line per quantized tensor."""
     lines = [("tensor", "stored as", "bits/weight", "MB", "relative error", "KL alone")]
     for r in reports:
         if r.scheme != FLOAT:
@@ -85,7 +85,7 @@ def tensor_table(reports: Sequence[TensorReport]) -> str:
 
 
 def plan_table(plan: Plan) -> str:
-    """One line for each group: what was chosen, and the damage of every candidate alone."""
+    """One line per group: the chosen scheme, and the damage of each candidate alone."""
     lines = [("group", "weights", "chosen", "MB", "KL alone", "measured: scheme KL")]
     for group, options, i in zip(plan.groups, plan.options, plan.chosen, strict=True):
         all_of_it = "  ".join(f"{option.scheme} {option.kl:.5f}" for option in options)
@@ -94,13 +94,13 @@ def plan_table(plan: Plan) -> str:
     return (
         f"{_aligned(lines)}\n"
         f"{plan.bytes / 1e6:.2f} MB, {plan.bits:.2f} bits per weight; KL on the calibration text: "
-        f"{plan.measured_kl:.4g} measured, {plan.predicted_kl:.4g} as the sum of its parts (weights alone: kernels "
-        "that round activations add to it; `dmpt-export eval EXPORT --base CHECKPOINT` says how much)"
+        f"{plan.measured_kl:.4g} measured, {plan.predicted_kl:.4g} as the sum of its parts (weights only: kernels "
+        "that round activations add to it; `dmpt-export eval EXPORT --base CHECKPOINT` measures how much)"
     )
 
 
 def _totals(reports: Sequence[TensorReport]) -> tuple[int, int, int]:
-    """Weights, bytes before and bytes after."""
+    """Number of weights, bytes before and bytes after."""
     return sum(r.weights for r in reports), sum(r.bytes_before for r in reports), sum(r.bytes_after for r in reports)
 
 
@@ -111,7 +111,7 @@ def _sums(label: str, group: Sequence[TensorReport]) -> tuple[str, str, str, str
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> str:
-    """The first and the last column to the left, numbers to the right."""
+    """Align the first and the last column left, numbers right."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     rows = []
     for cells in lines:

@@ -1,4 +1,4 @@
-"""A sample of text with the path each token took by colour, and the head that weighed most on hover."""
+"""A sample of text with each token coloured by its path, and the head with the largest weight on hover."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ MOST = 160  # tokens
 def sample(scorer: Scorer, ids: NDArray[np.integer]) -> dict[str, Any] | None:
     """The text's first tokens: {"model", "leaves", "heads", "tokens": [[text, leaf index, head, weight] ...]}.
 
-    "heads": whether head and weight (of the likeliest head of the token's leaf) are known; an old export does not
-    tell them, and they are None then. None for a mode without a choice of leaf.
+    "heads": whether head and weight (of the head with the largest weight in the token's leaf) are available; for an old
+    export they are None. Returns None for a mode that does not choose leaves.
     """
     ids = ids[: min(MOST, scorer.context)]
     texts, tokens, told = iter(texts_of(scorer, ids)), [], True
@@ -33,7 +33,7 @@ def sample(scorer: Scorer, ids: NDArray[np.integer]) -> dict[str, Any] | None:
 
 
 def texts_of(scorer: Scorer, ids: NDArray[np.integer]) -> list[str]:
-    """The text of each token: what it adds to the text before it; bytes of a character wait for its last."""
+    """The text that each token adds; the bytes of a character count with its last token."""
     tokenizer, out, done = scorer.tokenizer, [], ""
     for i in range(1, len(ids) + 1):
         whole = tokenizer.decode([int(t) for t in ids[:i]], skip_special_tokens=False)
@@ -44,21 +44,21 @@ def texts_of(scorer: Scorer, ids: NDArray[np.integer]) -> list[str]:
 
 
 def figure(found: dict[str, Any]) -> svg.Markup:
-    """The sample as coloured text, with the shares of the paths as its text alternative."""
+    """The sample as coloured text, with the path shares as its text alternative."""
     leaves, tokens = found["leaves"], found["tokens"]
     name = f"Paths of the first {len(tokens)} tokens in {found['model']}"
     spans = []
     for text, leaf, head, weight in tokens:
-        title = f"path {leaves[leaf]}" + ("" if head is None else f", head {head} weighs {100 * weight:.0f} %")
+        title = f"path {leaves[leaf]}" + ("" if head is None else f", head {head}: weight {100 * weight:.0f} %")
         spans.append(svg.tag("span", text, class_="token", style=f"--path:{svg.colour(leaf + 1)}", title=title))
     counts = [sum(1 for token in tokens if token[1] == i) for i in range(len(leaves))]
     rows = [
         [leaf, str(n), f"{100 * n / len(tokens):.1f} %", heads_of(tokens, i)]
         for i, (leaf, n) in enumerate(zip(leaves, counts, strict=True))
     ]
-    table = svg.table(["path", "tokens", "share", "heads that weighed most"], rows, caption=name)
-    note = "Hover over a token for its path and the head that weighed most." if found["heads"] else (
-        "Hover over a token for its path. Which head weighed most this export does not tell: make it again."
+    table = svg.table(["path", "tokens", "share", "heads with the largest weight"], rows, caption=name)
+    note = "Hover over a token for its path and the head with the largest weight." if found["heads"] else (
+        "Hover over a token for its path. Head weights are not available: re-export the model."
     )  # fmt: skip
     key = svg.legend(leaves, range(1, len(leaves) + 1))
     text = svg.tag("p", *spans, class_="routes", role="img", aria_label=f"{name}: {shares(leaves, counts)}")

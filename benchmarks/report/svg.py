@@ -1,4 +1,4 @@
-"""Small plot functions: SVG as text, coloured by the page's CSS variables so that it follows light and dark."""
+"""Small plot functions: SVG as text, coloured by the page's CSS variables to follow the light or dark setting."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from html import escape
 from benchmarks.report.theme import COLOURS, FIGURES, LIGHT
 
 FONT = 12.0  # pixels, of all text in figures
-LETTER = 0.56 * FONT  # about the width of a letter of it
+LETTER = 0.56 * FONT  # approximate width of a character
 PALETTE = len(LIGHT)  # colours --c0 ... of benchmarks.report.theme
 
 
 class Markup(str):
-    """Text that is markup already; any other is escaped."""
+    """Text that is already markup; any other text is escaped."""
 
 
 def tag(name: str, *children: str, **attributes: object) -> Markup:
-    """An element; in names of attributes "_" stands for "-" and a last "_" is dropped.
+    """An element; in attribute names "_" stands for "-" and a final "_" is dropped.
 
     >>> tag("text", "a<b", x=1.25, text_anchor="end", class_="k")
     '<text x="1.25" text-anchor="end" class="k">a&lt;b</text>'
@@ -51,7 +51,7 @@ def picture(name: str, width: float, height: float, *content: str) -> Markup:
 
 
 def picture_file(name: str, width: float, height: float, *content: str) -> str:
-    """A picture as an SVG file of its own, with the colours of the report's pages."""
+    """A picture as a separate SVG file, with the colours of the report's pages."""
     style = tag("style", Markup(COLOURS + FIGURES))
     paper = tag("rect", width=width, height=height, fill="var(--paper)")
     box = f"0 0 {number(width)} {number(height)}"
@@ -62,7 +62,7 @@ def picture_file(name: str, width: float, height: float, *content: str) -> str:
 
 
 def legend_rows(labels: Sequence[tuple[str, int]], width: float) -> tuple[Markup, float]:
-    """What the colours stand for, as rows of dots and labels within `width`, and the height of the rows."""
+    """Legend as rows of dots and labels within `width`, and its height."""
     x, y, parts = 8.0, 10.0, []
     for label, index in labels:
         own = 22 + LETTER * len(label)
@@ -76,7 +76,7 @@ def legend_rows(labels: Sequence[tuple[str, int]], width: float) -> tuple[Markup
 
 @dataclass(frozen=True)
 class Scale:
-    """Values from `low` to `high` onto pixels from `start` to `end`; log: equal ratios are equally long."""
+    """Maps values from `low` to `high` to pixels from `start` to `end`; log: on a log scale."""
 
     low: float
     high: float
@@ -90,7 +90,7 @@ class Scale:
 
     @classmethod
     def around(cls, values: Sequence[float], start: float, end: float, log: bool = False, zero: bool = False) -> Scale:
-        """With some room beyond the values; zero: from zero on."""
+        """An axis with some margin around the values; zero: starts at zero."""
         low, high = min(values), max(values)
         if log:
             room = max(0.12 * math.log(high / low), 0.12)
@@ -115,7 +115,7 @@ class Scale:
 def axes(x: Scale, y: Scale, x_label: str, y_label: str, whole: bool = False) -> Markup:
     """Grid, tick labels and names of both axes; y.start is the bottom. Leave 46 pixels below and 50 at the left.
 
-    whole: only whole numbers are labelled in x.
+    whole: label only whole numbers in x.
     """
     parts = []
     for value in x.ticks():
@@ -134,7 +134,7 @@ def axes(x: Scale, y: Scale, x_label: str, y_label: str, whole: bool = False) ->
 
 
 def lines(name: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]], x_label: str, y_label: str) -> Markup:
-    """A line for each series of (x, y), from zero in y; markers say their values. `name` is the accessible name."""
+    """A line per series of (x, y), with y from zero; markers show their values. `name` is the accessible name."""
     width, height = 440.0, 280.0
     points = [point for _, own in series for point in own]
     x = Scale.around([p[0] for p in points], 50, width - 16)
@@ -142,7 +142,7 @@ def lines(name: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]]
     parts = [axes(x, y, x_label, y_label, whole=all(p[0] == int(p[0]) for p in points))]
     for i, (label, own) in enumerate(series):
         path = " ".join(f"{number(x(a))},{number(y(b))}" for a, b in own)
-        dashes = {"stroke_dasharray": "5 3"} if i >= PALETTE else {}  # colours begin again
+        dashes = {"stroke_dasharray": "5 3"} if i >= PALETTE else {}  # colours repeat
         parts.append(tag("polyline", points=path, fill="none", stroke=colour(i), stroke_width=2, **dashes))
         for a, b in own:
             said = tag("title", f"{label}: {b:.3g} at {a:g}")
@@ -151,7 +151,7 @@ def lines(name: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]]
 
 
 def legend(labels: Sequence[str], indices: Sequence[int] | None = None) -> Markup:
-    """What the colours stand for, as HTML: it wraps on a narrow screen."""
+    """Legend as HTML; it wraps on a narrow screen."""
     shown = indices if indices is not None else range(len(labels))
     entries = []
     for i, label in zip(shown, labels, strict=True):
@@ -167,12 +167,12 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, 
     body = [tag("tr", *(tag("td", cell, class_=side(i < left)) for i, cell in enumerate(row)))
             for row in rows]  # fmt: skip
     inner = tag("table", tag("thead", head), tag("tbody", *body))
-    said = [tag("p", caption, class_="caption")] if caption else []  # outside what scrolls
+    said = [tag("p", caption, class_="caption")] if caption else []  # outside the scrolling part
     return together(*said, tag("div", inner, class_="scroll", tabindex=0, role="region", aria_label=caption or "table"))
 
 
 def numbers(headers: Sequence[str], rows: Sequence[Sequence[str]], caption: str, left: int = 1) -> Markup:
-    """A table of what a figure draws, to be unfolded."""
+    """A collapsed table with the numbers of a figure."""
     return tag("details", tag("summary", "Numbers"), table(headers, rows, left, caption))
 
 

@@ -1,4 +1,4 @@
-"""Markdown tables that also line up in a terminal."""
+"""Markdown tables that are also aligned in a terminal."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int = 
 
 
 def megabytes(size: float) -> str:
-    """Bytes in MB (10^6), with three significant digits below 100.
+    """Bytes in MB (10^6), with two decimals below 10.
 
     >>> megabytes(1_234_567), megabytes(123_456_789)
     ('1.23 MB', '123.5 MB')
@@ -37,7 +37,7 @@ def megabytes(size: float) -> str:
 
 
 def readable(value: float) -> str:
-    """A perplexity with two digits behind the point, or four in all where it is no use to read more.
+    """A perplexity with two decimals, or four significant digits when huge.
 
     >>> readable(81.512), readable(1.5649e45)
     ('81.51', '1.565e+45')

@@ -1,8 +1,8 @@
-"""Colours and styles that pages and single pictures share; they follow the reader's light or dark setting."""
+"""Colours and styles shared by pages and single pictures; they follow the reader's light or dark setting."""
 
 from __future__ import annotations
 
-# Okabe and Ito's palette for all kinds of colour vision, lighter on dark ground.
+# Okabe and Ito's palette for all kinds of colour vision, lighter on a dark background.
 LIGHT = ("#6b6b6b", "#0072b2", "#d55e00", "#009e73", "#b3558c", "#b07d00", "#3a93c4", "#7a5195", "#5b7f00", "#a33b3b")
 DARK = ("#a8a8a8", "#5db2ea", "#ff8f4a", "#3fcf9f", "#e29cc4", "#e6b422", "#8fd0f5", "#b795d6", "#a4c94b", "#ef8a8a")
 

@@ -1,1 +1,1 @@
-"""How fast a model runs: one process per model, timed in turns."""
+"""Speed of models: one process per model, timed in turns."""

@@ -1,4 +1,4 @@
-"""How fast this machine reads memory: the roof over decoding, which reads every weight it touches once a token."""
+"""Memory bandwidth of this machine: the upper limit of decoding, which reads each touched weight once per token."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import numpy as np
 
 MEMORY = Path("/proc/meminfo")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-LEAST = 256 << 20  # bytes, where the caches are unknown or small
-MOST = 1 << 30  # bytes: a machine of that much cache has more memory to spare than the test needs
+LEAST = 256 << 20  # bytes, if the caches are unknown or small
+MOST = 1 << 30  # bytes: a machine with that much cache has more free memory than the test needs
 
 
 def buffer_bytes(caches: Path = CACHES, memory: Path = MEMORY) -> int:
-    """A size that does not fit the last-level cache: a quarter more than it, from 256 MiB to 1 GiB.
+    """A size that does not fit the last-level cache: 1.25 times that cache, from 256 MiB to 1 GiB.
 
-    At most a quarter of the memory that is free; raises MemoryError when that would fit the cache.
+    At most a quarter of the free memory; raises MemoryError when that would fit the cache.
     """
     largest = min(MOST, max((cache_bytes(file) for file in caches.glob("index*/size")), default=0))
     room = available_bytes(memory) // 4
@@ -29,7 +29,7 @@ def buffer_bytes(caches: Path = CACHES, memory: Path = MEMORY) -> int:
 
 
 def available_bytes(memory: Path = MEMORY) -> int:
-    """Memory that can be had without swapping: what Linux estimates, elsewhere the pages that are free, or any."""
+    """Memory available without swapping: Linux's estimate, elsewhere the free pages, or no limit if unknown."""
     try:
         found = re.search(r"^MemAvailable: +(\d+) kB$", memory.read_text(encoding="ascii"), re.MULTILINE)
     except OSError:
@@ -39,11 +39,11 @@ def available_bytes(memory: Path = MEMORY) -> int:
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
-        return 4 * MOST  # not known: the largest buffer is not held back
+        return 4 * MOST  # unknown: allow the largest buffer
 
 
 def cache_bytes(file: Path) -> int:
-    """Linux writes a cache's size as `480M` or `2048K`; 0 for what cannot be read."""
+    """Parse a cache size as Linux writes it, `480M` or `2048K`; 0 if unreadable."""
     try:
         found = re.fullmatch(r"(\d+)([KMG]?)", file.read_text(encoding="ascii").strip())
     except OSError:
@@ -52,14 +52,14 @@ def cache_bytes(file: Path) -> int:
 
 
 class Reader:
-    """Reads one buffer again and again; numpy lets go of the interpreter's lock meanwhile."""
+    """Reads one buffer repeatedly; numpy releases the interpreter's lock meanwhile."""
 
     def __init__(self, size: int) -> None:
         """size: bytes. Raises MemoryError."""
-        self.buffer = np.ones(size // 8, np.uint64)  # written, so that real pages lie under it
+        self.buffer = np.ones(size // 8, np.uint64)  # written, so that real pages back it
 
     def bytes_per_s(self, threads: int = 1) -> float:
-        """One pass over the buffer, split among threads. An `or` costs nothing beside waiting for memory."""
+        """One pass over the buffer, split among threads. The `or` costs nothing compared with waiting for memory."""
         parts = np.array_split(self.buffer, threads)
         with ThreadPoolExecutor(threads) as pool:
             start = perf_counter()

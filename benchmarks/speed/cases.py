@@ -1,4 +1,4 @@
-"""What is timed: prefill of so many tokens, or decoding of so many after a context of so many."""
+"""Test cases: prefill of a number of tokens, or decoding of a number of tokens after a context."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from training.errors import FieldError
 
 @dataclass(frozen=True)
 class Case:
-    """One test in llama-bench's words: pp, `tokens` fed at once into an empty sequence; or tg, `tokens` decoded
+    """One test, named as in llama-bench: pp, `tokens` fed at once into an empty sequence; or tg, `tokens` decoded
     greedily, one by one, after `depth` tokens that are fed untimed."""
 
     kind: Literal["pp", "tg"]
@@ -29,9 +29,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Workload:
-    """What every model is to do in a round: several numbers make several tests.
+    """The tests of every model in a round: several numbers make several tests.
 
-    Prompt and gen shrink to the context; what is `fixed`, and depth, does not, and must fit it.
+    Prompt and gen shrink to the context; depth and the `fixed` ones do not, and must fit it.
     """
 
     prompt: int | Sequence[int] = 128  # tokens fed at once
@@ -41,7 +41,7 @@ class Workload:
     fixed_gen: bool = False
 
     def cases(self, context: int) -> list[Case]:
-        """The tests for a context of so many tokens. Raises InputError for what must fit it and does not."""
+        """The tests for a context, in tokens. Raises InputError when a depth or fixed size does not fit it."""
         prompts, gens = ([n] if isinstance(n, int) else n for n in (self.prompt, self.gen))
         return cases(prompts, gens, self.depth, context, self.fixed_prompt, self.fixed_gen)
 
@@ -56,7 +56,7 @@ def cases(
 ) -> list[Case]:
     """Every prompt, then every count of generated tokens after every depth (None: after the first prompt).
 
-    Sizes shrink to the context, except those that are `fixed`, and depths; those must fit it, or InputError is raised.
+    Sizes shrink to the context, except `fixed` ones and depths, which must fit it; else InputError is raised.
     """
     if depths is not None:
         prompts = [fit(n, 0, context, fixed_prompt)[0] for n in prompts]
@@ -75,7 +75,7 @@ def cases(
 
 
 def fit(prompt: int, gen: int, context: int, fixed_prompt: bool = False, fixed_gen: bool = False) -> tuple[int, int]:
-    """Prompt and generated tokens that fit the context together; fixed ones stay as they are or InputError is raised.
+    """Prompt and generated tokens that fit the context together; fixed ones stay unchanged or InputError is raised.
 
     >>> fit(128, 64, 1024), fit(128, 64, 96), fit(128, 8, 96), fit(90, 64, 96, fixed_prompt=True)
     ((128, 64), (64, 32), (88, 8), (90, 6))

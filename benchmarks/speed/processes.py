@@ -1,4 +1,4 @@
-"""The parent's end of `benchmarks.speed.worker` processes."""
+"""The parent's side of `benchmarks.speed.worker` processes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]  # where the package benchmarks lies
-INSTALLED = ("site-packages", "dist-packages")  # folders of packages that pip fills
+ROOT = Path(__file__).resolve().parents[1]  # folder that contains the package benchmarks
+INSTALLED = ("site-packages", "dist-packages")  # folders that pip installs to
 
 
 def short(line: str) -> str:
@@ -26,7 +26,7 @@ def short(line: str) -> str:
 
 
 class WorkerFailed(RuntimeError):
-    """A model could not be measured; `exit_code` is that of the error in its process."""
+    """A model could not be measured; `exit_code` is the exit code of the error in its process."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -34,12 +34,12 @@ class WorkerFailed(RuntimeError):
 
 
 class Worker:
-    """One process, answering requests."""
+    """One process that answers requests."""
 
     def __init__(self, name: str, python: str | None = None) -> None:
         """python: the interpreter that runs it; None: this one.
 
-        Raises WorkerFailed (3) when there is none, or another one would find this one's packages beside benchmarks.
+        Raises WorkerFailed (3) when it does not exist, or would import this Python's packages beside benchmarks.
         """
         self.name = name
         if python not in (None, sys.executable) and ROOT.name in INSTALLED:
@@ -53,7 +53,7 @@ class Worker:
                 text=True,
                 encoding="utf-8",
                 env={**os.environ, "PYTHONPATH": path},
-                start_new_session=True,  # Ctrl-C is for this process alone, which ends the worker without a traceback
+                start_new_session=True,  # Ctrl-C reaches only this process, which ends the worker without a traceback
             )
         except OSError as error:
             raise WorkerFailed(f"{name}: {python} cannot be started ({error.strerror})", 3) from error
@@ -76,8 +76,10 @@ class Worker:
         except ValueError:
             fine = False
         if not fine:
-            self.process.kill()  # what else it says cannot be told from replies
-            raise WorkerFailed(f"{self.name}: its Python answers with {short(line)!r}: give the interpreter itself", 3)
+            self.process.kill()  # its further output could be mistaken for replies
+            raise WorkerFailed(
+                f"{self.name}: its Python prints {short(line)!r} instead of a reply: give the interpreter itself", 3
+            )
         if "error" in reply:
             raise WorkerFailed(f"{self.name}: {reply['error']}", reply["exit_code"])
         return reply
@@ -85,9 +87,9 @@ class Worker:
     def death(self) -> WorkerFailed:
         code = self.process.wait()
         if code == -signal.SIGKILL:
-            return WorkerFailed(f"the process of {self.name} was killed: probably out of memory", 5)
+            return WorkerFailed(f"the process of {self.name} was killed: memory probably ran out", 5)
         end = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        return WorkerFailed(f"the process of {self.name} {end}: see what it said above", 1)
+        return WorkerFailed(f"the process of {self.name} {end}: see its message above", 1)
 
     def close(self) -> None:
         assert self.process.stdin
@@ -107,7 +109,7 @@ def worker(name: str, python: str | None = None) -> Iterator[Worker]:
     w = Worker(name, python)
     try:
         yield w
-    except BaseException:  # also Ctrl-C: do not wait for a long request to end
+    except BaseException:  # also Ctrl-C: do not wait for a long request
         w.process.kill()
         raise
     finally:

@@ -1,4 +1,4 @@
-"""Where a decoding step's time goes, by node type: ONNX Runtime's own profile of this project's exports."""
+"""Profile a decoding step by node type, with ONNX Runtime's profiler on this project's exports."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from benchmarks.speed.cases import Case
 from benchmarks.speed.processes import worker
 from benchmarks.speed.timing import Target, prompt_ids
 
-KERNEL = "_kernel_time"  # how the profile calls a node's own run
+KERNEL = "_kernel_time"  # the profile's name for a node's own run
 
 
 def profile(targets: Sequence[Target], case: Case, threads: int | None, device: str) -> dict[str, dict[str, float]]:
-    """Model -> node type -> milliseconds per decoded token, the most first; "(outside nodes)" is the rest of a run.
+    """Model -> node type -> milliseconds per decoded token, largest first; "(outside nodes)" is the rest of a run.
 
-    Each model runs once more in a process of its own, greedily as in `case`; profiling makes steps slower, so shares
-    are to be read, not sums. An `If` counts what its branch's nodes do not.
+    Each model runs once more in its own process, greedily as in `case`. Profiling slows the steps down, so the shares
+    are meaningful, not the sums. An `If` counts only the time outside its branch's nodes.
     """
     out = {}
     for t in targets:
@@ -51,15 +51,15 @@ def of_folder(path: str, threads: int | None, device: str, ids: list[int], n: in
         finally:
             session.session_options = real
         adapter.decode(ids, n)
-        file = Path(adapter.model.engine._session.end_profiling())  # it gives no other way
+        file = Path(adapter.model.engine._session.end_profiling())  # there is no public way
         events = json.loads(file.read_text(encoding="utf-8"))
     return by_type(events, n)
 
 
 def by_type(events: Sequence[dict[str, Any]], n: int) -> dict[str, float]:
-    """Milliseconds per run of the last n runs, by node type, the most first.
+    """Milliseconds per run of the last n runs, by node type, largest first.
 
-    A node that holds others (`If`) is charged for what lies outside them.
+    A node that contains others (`If`) counts only the time outside them.
     """
     runs = [e for e in events if e.get("name") == "model_run"][-n:]
     first = runs[0]["ts"]

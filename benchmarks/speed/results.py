@@ -1,4 +1,4 @@
-"""What was timed of one model, and the figures made of it."""
+"""The timings of one model, and the figures computed from them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Timings:
 
     case: Case
     tokens_per_s: list[float]
-    native_share: list[float] = field(default_factory=list)  # of the time, spent outside Python; empty: not known
-    switches: int = 0  # of leaf, between the generated tokens of the last round
+    native_share: list[float] = field(default_factory=list)  # share of the time spent outside Python; empty: unknown
+    switches: int = 0  # leaf switches between the generated tokens of the last round
 
     @property
     def python_share(self) -> float | None:
-        """Median share of a step that Python takes."""
+        """Median share of a step spent in Python."""
         return 1 - statistics.median(self.native_share) if self.native_share else None
 
 
@@ -31,15 +31,15 @@ class Speed:
 
     name: str
     tests: list[Timings]
-    load_s: list[float]  # of each fresh process
+    load_s: list[float]  # load time of each fresh process
     rss_bytes: int  # resident at the end, of the process that loaded, prefilled and decoded
-    peak_rss_bytes: int  # the most it ever held
+    peak_rss_bytes: int  # peak of that process
     size_bytes: int
     threads: int
-    touched_bytes: int | None = None  # of weights, by one decoding step
-    read_bytes_per_s: Mapping[int, list[float]] = field(default_factory=dict)  # threads -> memory's rate, each round
-    idle_cpu_s: float = field(default=0.0)  # CPU time used while other models had their turn
-    cold_load_s: list[float] = field(default_factory=list)  # with the files not in the page cache; empty: not taken
+    touched_bytes: int | None = None  # bytes of weights that one decoding step reads
+    read_bytes_per_s: Mapping[int, list[float]] = field(default_factory=dict)  # threads -> bandwidth of each round
+    idle_cpu_s: float = field(default=0.0)  # CPU time used during the turns of other models
+    cold_load_s: list[float] = field(default_factory=list)  # with the files outside the page cache; empty: not measured
 
     @classmethod
     def of(
@@ -74,7 +74,7 @@ class Speed:
         return next(test for test in self.tests if test.case.kind == kind)
 
     def roof_share(self, test: Timings) -> float | None:
-        """Median share of memory's read rate that decoding makes use of: bytes touched x tokens/s / rate."""
+        """Median share of memory bandwidth that decoding uses: bytes touched x tokens/s / bandwidth."""
         rates = self.read_bytes_per_s.get(self.threads)
         if test.case.kind != "tg" or not rates or not self.touched_bytes:
             return None
@@ -83,9 +83,9 @@ class Speed:
         )
 
     def to_json(self, base: Speed | None = None) -> dict[str, Any]:
-        """All figures; the first pp and tg tests under names of their own, all of them under "tests".
+        """All figures; the first pp and tg tests also under their own names, all tests under "tests".
 
-        base: the model that ratios are taken to.
+        base: the model that ratios refer to.
         """
         prefill, decode = self.first("pp"), self.first("tg")
         return {
@@ -122,9 +122,9 @@ class Speed:
 
 
 def ratio(speed: Speed, base: Speed, case: Case, base_case: Case | None = None) -> float:
-    """How many times as fast as `base`: the median over the rounds of the ratio within a round.
+    """Speed relative to `base`: the median over rounds of the ratio within a round.
 
-    base_case: the test of `base` to compare with, another one to compare a model with itself.
+    base_case: the test of `base` to compare with; a different test compares a model with itself.
     """
     mine, its = (
         next(test.tokens_per_s for test in s.tests if test.case == c)
@@ -146,7 +146,7 @@ def spread(name: str, samples: Sequence[float]) -> dict[str, float]:
 
 
 def quartiles(samples: Sequence[float]) -> tuple[float, float]:
-    """Between them lies the middle half: what one round that was disturbed does not move.
+    """Lower and upper quartile: a single disturbed round does not move them.
 
     >>> quartiles([1, 2, 3, 4, 100]), quartiles([7])
     ((2.0, 4.0), (7, 7))

@@ -1,8 +1,8 @@
-"""How fast models prefill and decode, timed fairly.
+"""Fair timing of prefill and decoding.
 
-Every model runs in a fresh process of its own (benchmarks.speed.worker), and all take turns in one interleaved
-schedule, A B C A B C ... for each test of each round: whatever else the machine does hits all of them alike. Same
-prompt, same number of threads, one warm-up round that does not count, medians with their quartiles.
+Every model runs in its own fresh process (benchmarks.speed.worker), and all take turns in one interleaved schedule,
+A B C A B C ... for each test of each round, so other load on the machine affects all of them equally. Same prompt, same
+number of threads, one warm-up round that does not count, medians with their quartiles.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from runtime.manifest_file import read_manifest
 from training.errors import InputError
 
 DMPT_ONNX = "benchmarks.peers.adapters.dmpt_onnx"
-SEED = 0  # of the random prompt used when no text is given
+SEED = 0  # of the random prompt, used without a text
 SETTLE_S = 0.03  # between turns: thread pools spin for some milliseconds after their last run
 
 
@@ -40,7 +40,7 @@ class Target:
     path: str
     adapter: str = DMPT_ONNX  # module with load(path, threads, device); see benchmarks.peers.adapters
     size_bytes: int = 0
-    touched_bytes: int | None = None  # of weights, by one decoding step; None: not known
+    touched_bytes: int | None = None  # bytes of weights that one decoding step reads; None: unknown
     python: str | None = None  # interpreter of its process; None: this one
 
     def process(self) -> Any:
@@ -49,21 +49,21 @@ class Target:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How often everything is measured."""
+    """Numbers of repetitions."""
 
-    repetitions: int = 5  # rounds that count; one more goes before, as warm-up
-    loads: int = 1  # fresh processes whose load time is taken, the one that is measured included
-    cold: int = 0  # more of them, that load with the model's files dropped from the page cache
-    roof: bool = False  # after each round: how fast one thread, and as many as the first target uses, read memory
+    repetitions: int = 5  # measured rounds, after one warm-up round
+    loads: int = 1  # fresh processes whose load time is measured, including the one that is timed
+    cold: int = 0  # further processes that load with the model's files dropped from the page cache
+    roof: bool = False  # after each round, measure memory bandwidth with one thread and with the first target's threads
 
 
 def target(name: str, path: str | Path) -> Target:
-    """A model to be timed; InputError when it is no ONNX folder."""
+    """A model to be timed. Raises InputError unless it is an ONNX folder."""
     if kind_of(path) != "onnx":
         if not Path(path).exists():
-            raise InputError(f"{path} does not exist: give a folder that `dmpt-export onnx` made")
+            raise InputError(f"{path} does not exist: give a folder made by `dmpt-export onnx`")
         raise InputError(
-            f"{path} is no ONNX folder, so it has no speed yet: export it first: dmpt-export onnx {path} OUT"
+            f"{path} is not an ONNX folder, so it cannot be timed: export it first: dmpt-export onnx {path} OUT"
         )
     touched: int = read_manifest(Path(path)).raw["bytes_touched_per_token"]
     return Target(name, str(path), size_bytes=onnx_size(path), touched_bytes=touched)
@@ -81,17 +81,17 @@ def measure(
 ) -> list[Speed]:
     """Time all targets in one interleaved schedule.
 
-    Raises InputError for a workload that does not fit the smallest context among them.
-    threads: None lets each adapter choose (the runtime takes what this process may use).
-    text: token ids to take the prompts from; default, and where it is too short: random ids.
-    failures: filled with name -> reason of every target that failed; the others go on, and only they are returned.
-    Without it WorkerFailed is raised, with the exit code of the failing process.
+    Raises InputError for a workload that does not fit the smallest context.
+    threads: None lets each adapter choose (the runtime uses all CPUs available to this process).
+    text: token ids for the prompts; by default, and if it is too short, random ids.
+    failures: filled with name -> reason of every failed target; the others continue, and only they are returned.
+    Without it WorkerFailed is raised, with the exit code of the failed process.
     """
     workload, schedule = workload or Workload(), schedule or Schedule()
     crashed = Crashes(failures)
     cold_s: dict[str, list[float]] = {}
     load_s: dict[str, list[float]] = {}
-    players: dict[str, tuple[Worker, dict[str, Any]]] = {}  # name -> its process, what it said of itself
+    players: dict[str, tuple[Worker, dict[str, Any]]] = {}  # name -> its process and its reply to "load"
     for t in targets:
         with crashed.noted(t.name):
             cold_s[t.name] = [start_and_stop(t, threads, device, cold=True) for _ in range(schedule.cold)]
@@ -124,7 +124,7 @@ def measure(
 
 
 class Crashes:
-    """What failed, and why; without a place to note it a failure is raised."""
+    """Collects failures with their reasons; without a dict to fill, a failure is raised."""
 
     def __init__(self, failures: dict[str, str] | None) -> None:
         self.failures = failures
@@ -143,14 +143,14 @@ class Crashes:
 
 
 class Roof:
-    """Reads of memory between the rounds, in a process of their own."""
+    """Memory reads between the rounds, in their own process."""
 
     def __init__(self, memory: Worker, threads: Sequence[int]) -> None:
         self.memory, self.size = memory, 0
         self.seen: dict[int, list[float]] = {t: [] for t in threads}  # threads -> bytes/s of each round
 
     def read(self) -> None:
-        """Where memory is too short nothing is seen from then on, and a line on standard error says so."""
+        """Measure once. If memory is too short, print a line to standard error and stop measuring."""
         try:
             for threads, rates in self.seen.items():
                 self.size = self.size or buffer_bytes()
@@ -168,13 +168,13 @@ def play(
     memory: Roof | None,
     crashed: Crashes,
 ) -> dict[str, dict[Case, list[dict[str, Any]]]]:
-    """The interleaved schedule: of each worker that lasts, the replies of its turns by test, the warm-up left out."""
+    """The interleaved schedule: for each worker that survives, its replies by test, without the warm-up."""
     turns: dict[str, dict[Case, list[dict[str, Any]]]] = {name: {case: [] for case in tests} for name in workers}
     with tqdm(total=(1 + repetitions) * len(workers) * len(tests), desc="bench", unit="turn", disable=None) as bar:
         for number in range(1 + repetitions):
             if memory is not None and number > 1 and turns:
                 with crashed.noted(last := [*turns][-1]):
-                    turn(workers[last], tests[-1], ids)  # not timed: caches hold what they do before any other turn
+                    turn(workers[last], tests[-1], ids)  # untimed: brings the caches to the state before any other turn
             for case in tests:
                 for name in [*turns]:
                     bar.set_postfix_str(f"{name} {case.name}", refresh=True)
@@ -192,7 +192,7 @@ def play(
 
 
 def turn(w: Worker, case: Case, ids: list[int]) -> dict[str, Any]:
-    """One test once: {"seconds", and of tg "native_s" (None: not known) and "switches" of leaf}."""
+    """Run one test once: {"seconds", and for tg "native_s" (None: unknown) and leaf "switches"}."""
     if case.kind == "pp":
         return {"seconds": w.ask(do="prefill", ids=ids[: case.tokens])["seconds"]}
     reply = w.ask(do="decode", ids=ids[: case.depth], n=case.tokens)
@@ -207,7 +207,7 @@ def prompt_ids(n: int, vocab_size: int, text: Sequence[int] | None) -> list[int]
 
 
 def start_and_stop(t: Target, threads: int | None, device: str, cold: bool = False) -> float:
-    """Load time in a fresh process that does nothing else; cold: with the model's files not in the page cache."""
+    """Load time in a fresh process that does nothing else; cold: with the model's files outside the page cache."""
     with t.process() as w:
         if cold:
             drop_from_cache(Path(t.path))
@@ -216,7 +216,7 @@ def start_and_stop(t: Target, threads: int | None, device: str, cold: bool = Fal
 
 
 def drop_from_cache(folder: Path) -> None:
-    """Ask the system to forget the folder's files, so that the next reader reads the disk; Linux alone heeds it."""
+    """Drop the folder's files from the page cache, so that they are read from disk again; only works on Linux."""
     if not hasattr(os, "posix_fadvise"):
         return
     for file in folder.iterdir():

@@ -1,6 +1,6 @@
-"""One model in one process, taking turns with others: `python -m benchmarks.speed.worker`.
+"""One model in one process that takes turns with others: `python -m benchmarks.speed.worker`.
 
-Requests and replies are JSON objects, one a line, over standard input and output:
+Requests and replies are JSON objects, one per line, over standard input and output:
 
     {"do": "load", "adapter": MODULE, "path": P, "threads": T, "device": D}
                                                  -> {"load_s", "context", "vocab_size", "threads"}
@@ -8,15 +8,15 @@ Requests and replies are JSON objects, one a line, over standard input and outpu
     {"do": "decode", "ids": [...], "n": N}       -> {"seconds", "native_s" or null, "ids", "routes"}
     {"do": "score", "ids": [...], "last": N, "out": FILE}   -> {}; log-probs, float32 [N, vocabulary], as .npy
     {"do": "read", "size": BYTES, "threads": T}  -> {"bytes_per_s"}
-    {"do": "convert", "adapter": MODULE, "source": P, "out": P, "scheme": S}  -> what the adapter says of it
+    {"do": "convert", "adapter": MODULE, "source": P, "out": P, "scheme": S}  -> the facts of the adapter
     {"do": "versions", "packages": [...]}        -> {"python": V, PACKAGE: V or null ...}
     {"do": "profile", "path": P, "threads": T, "device": D, "ids": [...], "n": N}   -> {NODE TYPE: ms per token ...}
     {"do": "finish"}                             -> {"rss_bytes", "peak_rss_bytes", "idle_cpu_s"}
 
-A failure that is the user's to mend comes back as {"error": message, "exit_code": n}. A process of its own
-gives peak memory and load time a meaning; while another worker has its turn this one blocks on its input,
-and `idle_cpu_s` proves that it did not spin meanwhile. It needs the standard library and numpy besides what its
-adapter imports, so that it also runs in another Python that holds a peer.
+A failure that the user can fix is returned as {"error": message, "exit_code": n}. A separate process makes peak memory
+and load time meaningful. During another worker's turn this one blocks on its input; `idle_cpu_s` proves that it did
+not spin meanwhile. Besides its adapter's imports it only needs the standard library and numpy, so it also runs in
+another Python that has a peer.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from benchmarks.speed import bandwidth
 
 
 def peak_rss_bytes() -> int:
-    """The most memory this process ever held resident, in bytes."""
+    """Peak resident memory of this process, in bytes."""
     # Not getrusage first: on Linux its maximum survives exec, so a child would report its parent's peak.
     return status_bytes("VmHWM") or rusage_bytes()
 
 
 def rss_bytes() -> int:
-    """The memory this process holds resident now, in bytes; where the system does not say, the most it ever held."""
+    """Resident memory of this process now, in bytes; if the system does not report it, the peak."""
     return status_bytes("VmRSS") or rusage_bytes()
 
 
 def status_bytes(field: str) -> int | None:
-    """A size in /proc/self/status; None where there is none."""
+    """A size in /proc/self/status; None if missing."""
     try:
         with open("/proc/self/status", encoding="ascii") as status:
             return next(int(line.split()[1]) * 1024 for line in status if line.startswith(f"{field}:"))
@@ -69,7 +69,7 @@ def installed(package: str) -> str | None:
 
 
 class Desk:
-    """Answers requests about the one model it has loaded."""
+    """Answers requests about its loaded model."""
 
     def __init__(self) -> None:
         self.model: Any = None
@@ -95,7 +95,7 @@ class Desk:
         import numpy as np
 
         if not callable(getattr(self.model, "score", None)):
-            return {"error": "it gives no probabilities, so it has no perplexity", "exit_code": 3}
+            return {"error": "it does not return probabilities, so it has no perplexity", "exit_code": 3}
         np.save(out, np.asarray(self.model.score(ids, last), np.float32), allow_pickle=False)
         return {}
 
@@ -147,7 +147,7 @@ def serve(requests: TextIO, replies: TextIO) -> None:
 
 def main() -> None:
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever a library prints must not end up between the replies
+    os.dup2(2, 1)  # output of libraries must not end up between the replies
     serve(sys.stdin, replies)
 
 

@@ -1,4 +1,4 @@
-"""What a comparison says in words and pictures; and that it never claims more than was measured."""
+"""Texts and pictures of a comparison; it never claims more than was measured."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from benchmarks.speed.results import Speed, Timings
 from training.errors import InputError
 
 SVG = "{http://www.w3.org/2000/svg}"
-NOISE = np.random.default_rng(0).exponential(3.0, 4000)  # what makes some tokens hard for every model
+NOISE = np.random.default_rng(0).exponential(3.0, 4000)  # difficulty of tokens, equal for every model
 
 
 def quality(perplexity: float, jitter: float = 0.1, seed: int = 1, text: str = "one", n_bytes: int = 16_000) -> Quality:
-    """Of a model that differs from others by its mean, and from token to token by `jitter` nats."""
+    """Quality of a model that differs from others by its mean, and from token to token by `jitter` nats."""
     nll = NOISE + jitter * np.random.default_rng(seed).standard_normal(len(NOISE))
     nll += math.log(perplexity) - nll.mean()
     return Quality(
@@ -104,7 +104,7 @@ def test_no_claim_without_a_control() -> None:
     assert "%" not in said
     assert "x the" not in said
     assert "no such GPT-2 row" in reading([TUNED[0], *DMPT[:2]])
-    assert "No DMPT" in reading([BASE, *TUNED])
+    assert "None of these models is a DMPT" in reading([BASE, *TUNED])
 
 
 def test_other_tokens_do_not_compare() -> None:
@@ -131,7 +131,7 @@ def test_other_tokenizers_are_ranked_by_bytes() -> None:
     assert "Size, bits per byte and speed" in (drawn := page(result))
     assert "Size, perplexity" not in drawn
     assert "coarse: 20 MB, bits per byte 0.9555" in drawn
-    assert "They scored 16,000 to 32,000 bytes" in text  # which the fine print of stride-concat is about
+    assert "They scored 16,000 to 32,000 bytes" in text  # the note on stride-concat
 
 
 def test_without_text_or_speed_only_what_is_known_is_said() -> None:
@@ -193,7 +193,7 @@ def test_names_of_models_on_the_command_line(tmp_path: Path) -> None:
     odd = tmp_path / "lr=1e-4"
     odd.mkdir()
     for twice in (["a=x", "a=y"], [str(odd), str(odd)]):
-        with pytest.raises(InputError, match="several models are called"):
+        with pytest.raises(InputError, match="several models have the name"):
             named(twice)
     assert named([str(odd), f"tuned={odd}", "gpt2", "x="]) == [
         ("lr=1e-4", str(odd)),
@@ -246,7 +246,7 @@ def test_a_comparison_follows_the_protocol(tiny_gpt2: Path, sample_text: str, tm
     assert float(found["word_perplexity"]) == row.quality.word_perplexity
     assert float(found["top5_accuracy"]) > 0
     (tmp_path / "short").write_text("a")
-    with pytest.raises(InputError, match="longer text"):  # everybody's mistake: no row
+    with pytest.raises(InputError, match="longer text"):  # the mistake concerns all models: no rows
         compare([Entry("base", str(tiny_gpt2))], [tmp_path / "short"])
 
 

@@ -1,4 +1,4 @@
-"""KL from a base, its cache, what a killed evaluation leaves, batches, and use of paths and heads."""
+"""KL from a base, its cache, the state of a killed evaluation, batches, and use of paths and heads."""
 
 from __future__ import annotations
 
@@ -105,12 +105,12 @@ def test_no_probability_at_all() -> None:
     np.testing.assert_allclose(np.exp(unpack(*pack(kept))), np.exp(kept), rtol=1e-6, atol=1e-30)
     assert np.isinf(kl_divergence(even, certain))
     fake = FakeScorer(lambda ids: np.where(np.eye(50)[(ids + 1) % 50] > 0, 0, -np.inf).astype(np.float32), 50)
-    with pytest.raises(ValidationError, match="no probability"):
+    with pytest.raises(ValidationError, match="gives probability 0 to a token"):
         evaluate(fake, np.arange(50), base=Base(FakeScorer(uniform(50), 50)))
 
 
 def test_a_base_serves_again_after_a_model_that_failed() -> None:
-    """What the failed one left of a window is not taken for the next one's."""
+    """Rows left over from a failed evaluation are not used for the next one."""
 
     def base() -> Base:
         return Base(FakeScorer(lambda ids: np.log((1 + np.eye(50)[ids]) / 51).astype(np.float32), 50))
@@ -172,7 +172,7 @@ def test_a_base_that_does_not_fit_is_refused(
             main(["eval", str(tiny_gpt2), "--data", text, "--max-length", "64", "--base", str(tmp_path / other)]) == 3
         )
         assert said in capsys.readouterr().err
-    with pytest.raises(InputError, match="other tokens"):
+    with pytest.raises(InputError, match="different tokens"):
         check_base(FakeScorer(uniform(9), 9), FakeScorer(uniform(9), 9), np.arange(5), np.arange(6))
     assert main(["eval", str(tiny_gpt2), "--data", text, "--base-cache", str(tmp_path / "c")]) == 2
 

@@ -104,7 +104,7 @@ def test_another_model_text_or_calibration_is_measured_anew(
     tiny_gpt2: Path, tiny_dmpt: Path, sample_text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Whatever it is called: results are those of the weights, the tokens and the options."""
+    """Results depend on the weights, the tokens and the options, not on names."""
     monkeypatch.setattr(quantization.Evidence, "cli", lambda _, *arguments: main(list(map(str, arguments))))
     for name, text in (("text.txt", sample_text), ("calib.txt", sample_text[::-1])):
         (tmp_path / name).write_text(text)
@@ -126,7 +126,7 @@ def test_another_model_text_or_calibration_is_measured_anew(
     assert len(both) == 2
     assert both[0]["perplexity"] != both[1]["perplexity"]
     assert f"{both[1]['perplexity']:.3f}" in (said := capsys.readouterr().out)
-    assert f"{both[0]['perplexity']:.3f}" not in said  # it is another model's
+    assert f"{both[0]['perplexity']:.3f}" not in said  # it belongs to another model
     assert len(lines(tiny_dmpt, 140)) == 3
     (tmp_path / "calib.txt").write_text(sample_text * 2)
     assert len(lines(tiny_dmpt, 140)) == 4
@@ -137,7 +137,7 @@ def test_the_table_shows_what_was_asked_for_last(
     tiny_gpt2: Path, sample_text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Options that were measured before are not measured again, and it is theirs that is shown."""
+    """Options that were measured before are not measured again, and their results are shown."""
     monkeypatch.setattr(quantization.Evidence, "cli", lambda _, *arguments: main(list(map(str, arguments))))
     (tmp_path / "text.txt").write_text(sample_text)
 

@@ -1,4 +1,4 @@
-"""The evidence on speed: models that switch as told, peers behind one door, targets met and missed."""
+"""The evidence on speed: models that switch as designed, the peer interface, targets met and missed."""
 
 from __future__ import annotations
 
@@ -276,7 +276,7 @@ def test_the_report_says_what_was_missed_and_what_is_absent() -> None:
 
 
 def test_saved_models_stay_what_they_are(tmp_path: Path) -> None:
-    """The rig touches nothing but what it says: the heads' rows and the path blocks of a plain model stay."""
+    """Setting routes changes only the marked channels: head rows and path blocks of a plain model stay."""
     from training.checkpoints.checkpoint import load_model
 
     model = load_model(saved_model(tmp_path / "model", [2], 4))

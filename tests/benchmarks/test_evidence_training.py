@@ -123,12 +123,12 @@ def test_controls_are_held_against_the_same_seeds() -> None:
 def test_a_folder_of_another_plan_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         training.claim(tmp_path / "new", SCALES["toy"])  # the same again is taken
-    (tmp_path / "old" / "runs").mkdir(parents=True)  # from before plans were kept
+    (tmp_path / "old" / "runs").mkdir(parents=True)  # made before plans were stored
     for folder, scale in (("new", "cpu"), ("old", "toy")):
-        with pytest.raises(SystemExit, match="holds runs of another plan: give another folder"):
+        with pytest.raises(SystemExit, match="holds runs of a different plan: give another folder"):
             training.claim(tmp_path / folder, SCALES[scale])
     monkeypatch.setattr(plan, "TUNE_LR", 1.0)
-    with pytest.raises(SystemExit, match="another plan"):
+    with pytest.raises(SystemExit, match="a different plan"):
         training.claim(tmp_path / "new", SCALES["toy"])
 
 

@@ -31,7 +31,7 @@ GOOD, DIES, SILENT = "good", "dies", "silent"  # schemes of the fake peer, see t
 
 @pytest.fixture(autouse=True)
 def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two peers: one that is here, and behaves as its scheme says, and one that is not."""
+    """Two peers: an installed one, which behaves as its scheme says, and one that is not installed."""
     here = Peer("tests.helpers.bench_fakes", (GOOD, DIES), ("numpy",), "pip install here")
     gone = Peer("tests.helpers.bench_fakes", ("q4",), ("no-such-package",), "pip install gone")
     monkeypatch.setattr(registry, "PEERS", {"here": here, "gone": gone})
@@ -76,7 +76,7 @@ FAULTS = {  # scheme of the fake peer -> what its row must say
     "broken": "cannot be converted",
     "full": "No space left on device",
     "unloadable": "RuntimeError: cannot be opened",
-    SILENT: "no probabilities",
+    SILENT: "does not return probabilities",
     DIES: "killed",
 }
 
@@ -120,10 +120,10 @@ def test_an_absent_peer_that_was_asked_for_says_how_to_get_it(tiny_gpt2: Path, t
 
 def test_peers_run_plain_gpt2_alone(tiny_gpt2: Path, tiny_dmpt: Path, tmp_path: Path) -> None:
     assert gpt2_folder(tiny_gpt2, tmp_path / "x") == tiny_gpt2
-    with pytest.raises(InputError, match="no plain GPT-2"):
+    with pytest.raises(InputError, match="is not a plain float GPT-2"):
         gpt2_folder(tiny_dmpt, tmp_path / "x")
     entries = [Entry("base", str(tiny_gpt2)), Entry("here", str(tiny_dmpt), scheme=GOOD, peer="here")]
-    with pytest.raises(InputError, match="no plain GPT-2"):  # before the missing text is looked at
+    with pytest.raises(InputError, match="is not a plain float GPT-2"):  # before the missing text is looked at
         run(entries, tmp_path / "no such text")
 
 
@@ -178,7 +178,7 @@ def test_the_notation_of_peers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert parse("here:int8@") is None
     with pytest.raises(InputError, match="int8 or int4, not 'int3'"):
         parse("openvino:int3@x")
-    with pytest.raises(InputError, match=r"no peer is called 'ovino'.*llama\.cpp:q8_0"):
+    with pytest.raises(InputError, match=r"unknown peer 'ovino'.*llama\.cpp:q8_0"):
         parse("ovino:int8@x")
     (tmp_path / "a:b@c").mkdir()
     assert parse(str(tmp_path / "a:b@c")) is None  # a folder may be called so
@@ -211,7 +211,7 @@ def test_a_tokenizer_of_another_model_is_refused(tiny_gpt2: Path, text: Path, tm
 def test_a_model_that_fails_is_a_row_that_says_why(
     tiny_gpt2: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Not only a peer: found when its turn comes, it must not take the others' figures away."""
+    """Not only a peer: a failure found late must not lose the others' figures."""
     bad, cut = tmp_path / "bad", tmp_path / "cut"
     for folder in (bad, cut):
         shutil.copytree(tiny_gpt2, folder)
@@ -275,7 +275,7 @@ def test_a_killed_comparison_goes_on(
 
 
 def test_a_moved_or_copied_source_is_read_where_it_is(tiny_gpt2: Path, text: Path, tmp_path: Path) -> None:
-    """Some adapters convert nothing and note where the source lies: there other weights may lie by now."""
+    """Some adapters convert nothing and store the source's path, whose weights may have changed since."""
     first, second, state = tmp_path / "first", tmp_path / "second", tmp_path / "state"
     shutil.copytree(tiny_gpt2, first)
     run([Entry("p", str(first), scheme="reads", peer="here")], text, resume=state)
@@ -309,8 +309,7 @@ def test_an_interpreter_that_says_something_else_is_a_failure(tiny_gpt2: Path, t
     python.chmod(0o755)
     entries = [Entry("p", str(tiny_gpt2), scheme=GOOD, peer="here"), Entry("base", str(tiny_gpt2))]
     peer, base = run(entries, text, pythons={"here": str(python)}).rows
-    assert "answers with 'activating the environment'" in str(peer.failure)
-    assert base.quality
+    assert "prints 'activating the environment' instead of a reply" in str(peer.failure) and base.quality
 
 
 def test_scores_that_cannot_be_kept_are_still_told(
@@ -328,7 +327,7 @@ def test_scores_that_cannot_be_kept_are_still_told(
 
 def test_a_dmpt_is_no_control(tiny_dmpt: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", f"d={tiny_dmpt}", "--control", "d", "--data", str(text)]) == 3
-    assert "d is a DMPT: a control is plain GPT-2" in capsys.readouterr().err
+    assert "d is a DMPT: a control must be plain GPT-2" in capsys.readouterr().err
 
 
 def test_a_peer_is_not_asked_for_twice(tiny_gpt2: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -340,7 +339,7 @@ def test_a_peer_is_not_asked_for_twice(tiny_gpt2: Path, capsys: pytest.CaptureFi
 def test_memory_that_runs_out_is_a_row(
     tiny_gpt2: Path, tiny_dmpt: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As torch says it; while an error of ours is one, and not hidden in a table."""
+    """As torch reports it; but a bug of ours is raised, not hidden in a table."""
     entries, pieces = [Entry("a", str(tiny_gpt2)), Entry("b", str(tiny_dmpt)), Entry("c", str(tiny_gpt2))], []
     real = benchmarks.quality.perplexity.pieces
     pieces.append(RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"))

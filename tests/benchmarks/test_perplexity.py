@@ -88,7 +88,7 @@ def test_a_uniform_model_scores_the_vocabulary_size() -> None:
 
 
 def test_every_token_is_scored_once_with_enough_before_it() -> None:
-    """A rule that gives each token its context's length: what is summed tells where each was scored."""
+    """A rule that gives each token the length of its context as loss, so the sums show where each was scored."""
 
     def rule(ids: np.ndarray) -> np.ndarray:
         return np.repeat(-np.arange(1, len(ids) + 1, dtype=np.float32)[:, None], 500, axis=1)

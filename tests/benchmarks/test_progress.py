@@ -1,4 +1,4 @@
-"""What an evaluation keeps on disk, edited: the counts of a killed run, the log-probs of a base."""
+"""Edited state files of an evaluation: the counts of a killed run, the log-probs of a base."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def state(file: Path) -> Findings:
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        (np.array([3, 6]), "is not of this evaluation"),  # four tokens are kept
-        (np.array([2, 5]), "is damaged, 2 windows have not 5 tokens"),
-        (np.array([3, 4]), "is damaged, 3 windows have not 4 tokens"),
+        (np.array([3, 6]), "belongs to another evaluation"),  # four tokens are stored
+        (np.array([2, 5]), "is damaged, 2 windows do not have 5 tokens"),
+        (np.array([3, 4]), "is damaged, 3 windows do not have 4 tokens"),
         (np.array([-1, 4]), "is damaged"),
         (np.array([2, -4]), "is damaged"),
-        (np.array([5, 4]), "is damaged, 5 windows have not 4 tokens"),
-        (np.array([0, 4]), "is damaged, 0 windows have not 4 tokens"),
+        (np.array([5, 4]), "is damaged, 5 windows do not have 4 tokens"),
+        (np.array([0, 4]), "is damaged, 0 windows do not have 4 tokens"),
         (np.array([2, 4, 4]), "is damaged"),
         (np.array([2.0, 4.0]), "is damaged"),
         (np.array(2), "is damaged"),
@@ -56,22 +56,22 @@ def test_counts_that_do_not_agree_are_refused(counts: np.ndarray, message: str, 
     assert (again.windows, again.done) == (2, 4)
     assert again["nll"][:4].tolist() == [0, 1, 2, 3]
     change(file, counts=lambda _: counts)
-    with pytest.raises(InputError, match=rf"state\.npz {message}.*: delete it, and the evaluation starts again"):
+    with pytest.raises(InputError, match=rf"state\.npz {message}.*: delete it to start the evaluation again"):
         state(file)
 
 
 def test_a_state_is_its_own_evaluations(tmp_path: Path) -> None:
-    """One that was renamed to another's, or holds no losses, is not taken up."""
+    """A state that was renamed to another's, or holds no valid losses, is not continued."""
     file, other = tmp_path / "state.npz", tmp_path / "other.npz"
     findings = state(file)
     findings.add(nll=np.arange(4.0), rank=np.arange(4, dtype=np.int32))
     findings.end_of_windows(2)
     findings.save()
     other.write_bytes(file.read_bytes())
-    with pytest.raises(InputError, match=r"was state\.npz once, and is of another evaluation"):
+    with pytest.raises(InputError, match=r"was state\.npz once and belongs to another evaluation"):
         state(other)
     change(file, nll=lambda nll: np.where(nll == 2, np.nan, nll))
-    with pytest.raises(InputError, match="losses that are no numbers"):
+    with pytest.raises(InputError, match="losses that are not finite"):
         state(file)
 
 
@@ -103,5 +103,5 @@ def test_a_base_that_rules_out_the_text_is_no_base(tmp_path: Path) -> None:
             return np.log(np.eye(50, dtype=np.float32)[ids])
 
     ids, base = np.array([3] * 10 + [4] * 10), Base(FakeScorer(certain, 50))
-    with pytest.raises(ValidationError, match="fake gives token 4 of the text no probability: it can be no base"):
+    with pytest.raises(ValidationError, match="fake gives token 4 of the text probability 0: it cannot be a base"):
         evaluate(FakeScorer(uniform(50), 50), ids, 8, 4, base=base)

@@ -1,4 +1,4 @@
-"""The protocols against slow loops written from their texts, and what words and bytes are counted."""
+"""The protocols against slow loops written from their texts, and the counts of words and bytes."""
 
 from __future__ import annotations
 

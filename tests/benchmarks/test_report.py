@@ -1,4 +1,4 @@
-"""The report as a page: what it says, and what a real browser makes of it."""
+"""The report page: its content, and its layout in a real browser."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROUTES = {
 
 
 def quantized(folder: Path, report: bool) -> str:
-    """A folder that has what layers.layers() reads."""
+    """A folder with the files that layers.layers() reads."""
     folder.mkdir()
     names = [f"{node}.h.{i}.{kind}.weight" for node, blocks in (("transformer", (0, 1)), ("paths.left", (2,)))
              for i in blocks for kind in layers.KINDS]  # fmt: skip
@@ -78,7 +78,7 @@ def unnamed(text: str) -> list[str]:
     return [tag for tag, a in images if not a.get("aria-label") or (tag == "svg" and a.get("role") != "img")]
 
 
-# --- what it says -------------------------------------------------------------------------------------
+# --- content ------------------------------------------------------------------------------------------
 
 
 def test_the_page_says_everything_and_escapes_it(result: Comparison) -> None:
@@ -89,7 +89,7 @@ def test_the_page_says_everything_and_escapes_it(result: Comparison) -> None:
     assert "&lt;b&gt;tide" in text
     assert "&lt;kernel&gt;" in text
     for part in ("Size, perplexity and speed", "Growth of decode time", "Bits and damage by layer", "Routes of a",
-                 "pip install nobody", "no quantization_report.json", "path right, head 2 weighs 75 %"):  # fmt: skip
+                 "pip install nobody", "no quantization_report.json", "path right, head 2: weight 75 %"):  # fmt: skip
         assert part in text, part
     for what in growth.LABELS.values():
         assert f"Decode time against {what}" in text
@@ -150,7 +150,7 @@ def test_time_by_node_type_charges_an_if_for_its_rest() -> None:
     assert "Time by node type of m" in bench.page([], {"m": found})
 
 
-# --- what a browser makes of it -----------------------------------------------------------------------
+# --- in a browser -------------------------------------------------------------------------------------
 
 
 def browse(file: Path, *options: str) -> subprocess.CompletedProcess[str]:

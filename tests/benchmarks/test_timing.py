@@ -1,4 +1,4 @@
-"""The interleaved schedule, its statistics, and what happens when a worker fails."""
+"""The interleaved schedule, its statistics, and failing workers."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("compare {gpt2} --data {text} --resume {full}/file/x", 3, "file is a file: give another place"),
     ("compare {gpt2} --max-length 65 --data {text}", 3, "must be from 2 to the model's context of 64"),
     ("compare {gpt2} --stride 70 --max-length 64 --data {text}", 2, "--stride 70 must be"),
-    ("compare {gpt2} ovino:int8@{gpt2}", 2, "no peer is called 'ovino'"),
+    ("compare {gpt2} ovino:int8@{gpt2}", 2, "unknown peer 'ovino'"),
     ("compare {gpt2} openvino:int3@{gpt2}", 2, "not 'int3'"),
     ("compare {gpt2} --control x", 2, "names no model here"),
     ("compare {gpt2} --growth {text}", 2, "is not what `dmpt-export bench --json` prints"),
@@ -242,4 +242,4 @@ def test_a_gpu_that_is_not_there_is_one_line(
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["eval", places["gpt2"], "--data", places["text"], "--device", "cuda"]) == 3
-    assert capsys.readouterr().err.startswith("Error: --device cuda: torch sees no GPU")
+    assert capsys.readouterr().err.startswith("Error: --device cuda: torch finds no usable GPU")

@@ -1,4 +1,4 @@
-"""Stand-ins for models: a scorer that follows a rule, and an adapter whose timings are told it."""
+"""Fake models: a scorer that follows a rule, and an adapter with given timings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from benchmarks.peers.adapters import FACTS
 
 
 class FakeScorer:
-    """Scores by `rule(ids) -> log-probs [S, V]`; keeps what it was asked."""
+    """Scores by `rule(ids) -> log-probs [S, V]`; stores its requests."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class FakeAdapter:
     """Behaves as its path says, a JSON object: {"prefill": s, "decode": s, "log": file, ...}."""
 
     def __init__(self, path: str, threads: int | None) -> None:
-        facts = Path(path, FACTS) if path[0] != "{" else None  # what convert() said
+        facts = Path(path, FACTS) if path[0] != "{" else None  # the result of convert()
         self.told: dict[str, Any] = json.loads(facts.read_text() if facts else path)
         self.context, self.vocab_size = self.told.get("context", 1024), self.told.get("vocab", 50)
         self.threads = threads or 2
@@ -106,7 +106,7 @@ def load(path: str, threads: int | None, device: str) -> FakeAdapter:
 
 
 def convert(source: str, out: str, scheme: str) -> dict[str, Any]:
-    """A note of what was converted; some schemes fail, here or later."""
+    """Records the conversion; some schemes fail, here or later."""
     Path(out).mkdir(parents=True)
     if scheme == "broken":
         raise FakeError("cannot be converted")

@@ -1,4 +1,4 @@
-"""Changes to checkpoint folders, and how a refusal looks."""
+"""Changes to checkpoint folders, and the form of an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The arithmetic of bitsandbytes' functions in numpy: an oracle for the real ones, and their place where they lack."""
+"""The arithmetic of bitsandbytes' functions in numpy: an oracle for the real ones, and a replacement if missing."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def int8_vectorwise_quant(array: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 
 def modules() -> dict[str, ModuleType]:
-    """What to put into sys.modules."""
+    """The module to put into sys.modules."""
     package, functional = ModuleType("bitsandbytes"), ModuleType("bitsandbytes.functional")
     package.__spec__ = ModuleSpec("bitsandbytes", None)
     vars(functional).update(quantize_4bit=quantize_4bit, int8_vectorwise_quant=int8_vectorwise_quant)

@@ -46,5 +46,5 @@ def random_calibration(source: Path) -> Calibration:
 
 
 def modes(model: DMPTForCausalLM) -> list[str]:
-    """Those that every kind of model has, and that of each of its leaves."""
+    """The path modes of every model, and the one of each of its leaves."""
     return ["gate_soft", "gate_hard", "max_prob", *(f"{leaf}_only" for leaf in model.config.leaves)]

@@ -1,4 +1,4 @@
-"""Where things lie: the repository, and what may lie beside it."""
+"""Paths of the repository and of shared data beside it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Short training runs: options, text with something to learn, what a run left behind."""
+"""Short training runs: options, text with something to learn, the files of a run."""
 
 from __future__ import annotations
 

@@ -1,26 +1,25 @@
-"""Runtimes that can be timed, one small module each, with one function `load(path, threads, device) -> Adapter`.
+"""Adapters for runtimes to be timed: one small module each, with a function `load(path, threads, device) -> Adapter`.
 
-A module that wraps a peer (benchmarks.peers.registry) also has `convert(source, out, scheme) -> facts`, which makes a
-folder that its `load` takes from a Hugging Face GPT-2 folder and says at least how large the weights are and how many
-bytes of them a token touches (all but the position embedding), {"size_bytes", "touched_bytes"};
-benchmarks.peers.registry keeps that in the folder's FACTS. Both run in a process of their own
-(benchmarks.speed.worker), perhaps of another Python.
+The module of a peer (benchmarks.peers.registry) also has `convert(source, out, scheme) -> facts`. It converts a Hugging
+Face GPT-2 folder to a folder for `load` and returns at least {"size_bytes", "touched_bytes"}: the size of the weights
+and the bytes of them that a token touches (all but the position embedding). benchmarks.peers.registry stores this in
+the folder's FACTS. Both functions run in a separate process (benchmarks.speed.worker), possibly in another Python.
 """
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
-FACTS = "facts.json"  # in a converted folder: what the conversion said, and the versions that made it
+FACTS = "facts.json"  # in a converted folder: the facts of the conversion, and the versions that made it
 
 
 class Adapter(Protocol):
-    """What benchmarks.speed.worker needs of a loaded model. Times are seconds of the calls alone."""
+    """The interface of a loaded model for benchmarks.speed.worker. Times are seconds of the calls alone."""
 
     context: int  # longest sequence, in tokens
     vocab_size: int
     threads: int
-    native_s: float | None  # may be absent. Of the last decode: seconds spent outside Python
+    native_s: float | None  # optional: seconds of the last decode spent outside Python
 
     def prefill(self, ids: list[int]) -> float:
         """Time to feed a whole prompt into an empty sequence."""
@@ -31,5 +30,5 @@ class Adapter(Protocol):
         ...
 
     def score(self, ids: list[int], last: int) -> Any:
-        """May be absent. Log-probs of the token after each of the last `last` of `ids`: float32 [last, vocab]."""
+        """Optional. Log-probs of the token after each of the last `last` of `ids`: float32 [last, vocab]."""
         ...

@@ -1,6 +1,6 @@
-"""The peer bitsandbytes: int8 or nf4 weights inside Transformers' GPT-2. It leaves the tied head as it was, in float.
+"""The peer bitsandbytes: int8 or nf4 weights inside Transformers' GPT-2. The tied head stays in float.
 
-Weights are quantized while the float folder is loaded, as a user's from_pretrained() does it; the load time says so.
+Weights are quantized while the float folder is loaded, as in a user's from_pretrained(), and count in the load time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def quantized(source: str, scheme: str) -> Any:
 
 
 def convert(source: str, out: str, scheme: str) -> dict[str, Any]:
-    """Only where the folder lies is kept, with the sizes of the weights as they are in memory."""
+    """Stores only the folder's path, with the sizes of the weights in memory."""
     Path(out).mkdir(parents=True, exist_ok=True)
     model = quantized(source, scheme)
     size = sum(bytes_of(parameter) for parameter in model.parameters())
@@ -41,6 +41,6 @@ def convert(source: str, out: str, scheme: str) -> dict[str, Any]:
 
 
 def bytes_of(weight: Any) -> int:
-    """A parameter with its scales, which bitsandbytes keeps as attributes of it."""
+    """Bytes of a parameter with its scales, which bitsandbytes stores as its attributes."""
     scales = [getattr(weight, "SCB", None), getattr(getattr(weight, "quant_state", None), "absmax", None)]
     return int(weight.nbytes + sum(scale.nbytes for scale in scales if scale is not None))

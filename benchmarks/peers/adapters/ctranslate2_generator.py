@@ -1,7 +1,7 @@
-"""The peer CTranslate2: its own converter of GPT-2, its Generator. Decoding is its loop, which is C++.
+"""The peer CTranslate2: its own converter for GPT-2 and its Generator, whose decoding loop is in C++.
 
-The vocabulary is "0", "1", ... so that no tokenizer is needed to feed it token ids. It has no call for one step: steps
-are timed between the callbacks of one greedy generation, from the first token to the last.
+The vocabulary is "0", "1", ... so that token ids can be fed without a tokenizer. There is no call for a single step:
+steps are timed between the callbacks of one greedy generation, from the first token to the last.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ QUANTIZATION = {"fp32": "float32", "int8": "int8_float32"}
 
 
 class CTranslate2:
-    """A loaded folder; it keeps no sequence between turns. See benchmarks.peers.adapters.Adapter."""
+    """A loaded folder, without a sequence kept between turns. See benchmarks.peers.adapters.Adapter."""
 
     def __init__(self, path: str, threads: int | None) -> None:
         import ctranslate2
@@ -29,10 +29,10 @@ class CTranslate2:
         known = json.loads((Path(path) / "sizes.json").read_text(encoding="utf-8"))
         self.context, self.vocab_size = known["context"], known["vocab_size"]
         self.generator = ctranslate2.Generator(path, device="cpu", inter_threads=1, intra_threads=threads or 0)
-        self.threads = threads or 0  # 0: its own choice
+        self.threads = threads or 0  # 0: CTranslate2's default
 
     def generate(self, ids: list[int], n: int) -> tuple[list[float], list[int]]:
-        """When each of n greedy tokens after `ids` was known, on perf_counter's clock, and the tokens."""
+        """Times on perf_counter's clock at which each of n greedy tokens after `ids` arrived, and the tokens."""
         times: list[float] = []
         tokens: list[int] = []
 
@@ -68,7 +68,7 @@ def load(path: str, threads: int | None, device: str) -> CTranslate2:
 
 
 def convert(source: str, out: str, scheme: str) -> dict[str, Any]:
-    """A CTranslate2 folder of a Hugging Face GPT-2 folder; scheme: fp32, or int8 with a scale per output channel."""
+    """Make a CTranslate2 folder from a Hugging Face GPT-2 folder; scheme: fp32, or int8 with a scale per output."""
     from ctranslate2.converters import TransformersConverter
 
     config = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))

@@ -13,7 +13,7 @@ import runtime
 
 
 class DmptOnnx:
-    """A loaded folder and one sequence that is reset between turns; see benchmarks.peers.adapters.Adapter."""
+    """A loaded folder and a sequence that is reset between turns; see benchmarks.peers.adapters.Adapter."""
 
     def __init__(self, path: str, threads: int | None, device: str) -> None:
         self.model = runtime.load(Path(path), device=device, threads=threads)
@@ -25,7 +25,7 @@ class DmptOnnx:
         self.model.engine.run = self.timed_run  # type: ignore[method-assign]
 
     def timed_run(self, *arguments: Any, **named: Any) -> None:
-        """The engine's run, its time added up: the rest of a step is Python's. Costs 0.2 us a call."""
+        """Wrap the engine's run to sum its time; the rest of a step is Python's. Costs 0.2 us per call."""
         start = perf_counter()
         self.engine_run(*arguments, **named)
         self.inside_s += perf_counter() - start
@@ -39,12 +39,12 @@ class DmptOnnx:
     def decode(self, ids: list[int], n: int) -> tuple[float, list[int], list[int]]:
         self.sequence.reset()
         log_probs = np.empty((1, self.vocab_size), np.float32)
-        # All paths read the untimed context, so that steps are timed; otherwise one of them catches up on all of it.
+        # All paths process the untimed context; otherwise the catch-up of a path would be part of a timed step.
         self.sequence.run(ids, log_probs, every_node=True)
         fed, taken = [], []
         self.inside_s = 0.0
         start = perf_counter()
-        for _ in range(n):  # the loop of Model.generate, without sampling, text and a stop at end of text
+        for _ in range(n):  # the loop of Model.generate without sampling, text and the stop at end of text
             token = int(log_probs[0].argmax())
             routes = self.sequence.run([token], log_probs)
             fed.append(token)

@@ -1,8 +1,8 @@
-"""The peer llama.cpp, through llama-cpp-python's C interface; GGUF files written with the gguf package.
+"""The peer llama.cpp, through llama-cpp-python's C interface, with GGUF files written by the gguf package.
 
 Logits are read in place and the next token is numpy's argmax, as in the other adapters. Keys and values are float16,
 llama.cpp's default. The schemes are llama.cpp's own mixes: in Q4_0 the tied embedding, which is also the head, has 6.6
-bits a weight (Q6_K).
+bits per weight (Q6_K).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TOP = {"wte.weight": "token_embd.weight", "wpe.weight": "position_embd.weight"} 
 
 
 class LlamaCpp(Stepwise):
-    """A loaded file and one context that is cleared between turns."""
+    """A loaded file and a context that is cleared between turns."""
 
     def __init__(self, path: str, threads: int | None) -> None:
         import llama_cpp
@@ -90,14 +90,14 @@ def load(path: str, threads: int | None, device: str) -> LlamaCpp:
 
 
 def quiet(api: Any) -> Any:
-    """Turn the log off; the result must be kept as long as the library is used."""
+    """Turn the log off; keep the result as long as the library is in use."""
     callback = api.llama_log_callback(lambda level, text, data: None)
     api.llama_log_set(callback, None)
     return callback
 
 
 def convert(source: str, out: str, scheme: str) -> dict[str, Any]:
-    """A GGUF file of a Hugging Face GPT-2 folder; scheme: q8_0 or q4_0, by llama.cpp's own quantizer."""
+    """Make a GGUF file from a Hugging Face GPT-2 folder; scheme: q8_0 or q4_0, by llama.cpp's own quantizer."""
     import llama_cpp
 
     kept = quiet(llama_cpp)
@@ -118,7 +118,7 @@ def convert(source: str, out: str, scheme: str) -> dict[str, Any]:
 
 
 def touched_bytes(file: Path) -> int:
-    """All tensors once, but of the position embedding one row; the embedding is the head."""
+    """Bytes of all tensors, but only one row of the position embedding; the embedding is also the head."""
     import gguf
 
     sizes = {tensor.name: tensor.n_bytes for tensor in gguf.GGUFReader(file).tensors}
@@ -126,7 +126,7 @@ def touched_bytes(file: Path) -> int:
 
 
 def write_f32(source: Path, file: Path) -> None:
-    """GPT-2's tensors under GGUF's names; no vocabulary is needed to be fed token ids."""
+    """GPT-2's tensors under GGUF's names; feeding token ids needs no vocabulary."""
     import gguf
 
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The turns that peers take, over what differs between them: an empty sequence, and feeding tokens to it."""
+"""The turns of all peers, built on two methods that differ: start an empty sequence, and feed tokens to it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from numpy.typing import NDArray
 
 
 class Stepwise(ABC):
-    """benchmarks.peers.adapters.Adapter for a runtime that is fed ids and keeps the sequence itself."""
+    """benchmarks.peers.adapters.Adapter for a runtime that takes ids and keeps the sequence itself."""
 
     context: int
     vocab_size: int
     threads: int
-    native_s: float | None = None  # a subclass that can tell its own time from Python's adds it up in feed()
+    native_s: float | None = None  # summed in feed() by a subclass that can separate its own time from Python's
 
     @abstractmethod
     def reset(self) -> None:
-        """Begin an empty sequence."""
+        """Start an empty sequence."""
 
     @abstractmethod
     def feed(self, ids: list[int]) -> NDArray[np.float32]:
@@ -52,6 +52,6 @@ class Stepwise(ABC):
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Over the last axis, in float64: peers that have logits in half precision lose nothing more here."""
+    """Log-softmax over the last axis, in float64: no further loss for peers with half-precision logits."""
     wide = logits.astype(np.float64)
     return (wide - np.logaddexp.reduce(wide, axis=-1, keepdims=True)).astype(np.float32)

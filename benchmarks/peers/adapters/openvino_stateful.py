@@ -1,7 +1,7 @@
 """The peer OpenVINO: a stateful model exported by optimum-intel, run by openvino itself.
 
-Its defaults are kept, as who installs it gets them: on processors with bf16 it computes in bf16 ("fp32" weights
-included) and keeps keys and values as uint8. The exported graph computes the logits of every prompt token.
+It runs with its default settings: on processors with bf16 it computes in bf16 (also with "fp32" weights) and stores
+keys and values as uint8. The exported graph computes the logits of every prompt token.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from benchmarks.peers.adapters.loop import Stepwise
 
 MODEL = "openvino_model.xml"
-# int8 as optimum-intel does it by itself (a scale and a zero point per channel); int4 in blocks of 32 as in this
-# project, head and embedding included.
+# int8: optimum-intel's default (a scale and a zero point per channel); int4: blocks of 32 as in this project, including
+# head and embedding.
 SCHEMES: dict[str, dict[str, Any]] = {
     "int8": {"bits": 8},
     "int4": {"bits": 4, "sym": True, "group_size": 32, "ratio": 1.0, "all_layers": True},
@@ -27,7 +27,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
 
 
 class OpenVino(Stepwise):
-    """A loaded folder and one request whose state is reset between turns."""
+    """A loaded folder and a request whose state is reset between turns."""
 
     def __init__(self, path: str, threads: int | None) -> None:
         import openvino
@@ -48,7 +48,7 @@ class OpenVino(Stepwise):
         self.fed = 0
 
     def rows(self, ids: list[int]) -> NDArray[np.float32]:
-        """Logits [S, V] of what is fed to the sequence; valid until the next call."""
+        """Logits [S, V] of the ids fed to the sequence; valid until the next call."""
         first, self.fed = self.fed, self.fed + len(ids)
         inputs = {
             "input_ids": np.array([ids], np.int64),
@@ -75,7 +75,7 @@ def load(path: str, threads: int | None, device: str) -> OpenVino:
 
 
 def convert(source: str, out: str, scheme: str) -> dict[str, Any]:
-    """An OpenVINO folder of a Hugging Face GPT-2 folder; scheme: int8 or int4, weights only."""
+    """Make an OpenVINO folder from a Hugging Face GPT-2 folder; scheme: int8 or int4, weights only."""
     from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
 
     quantization = OVWeightQuantizationConfig(**SCHEMES[scheme])
@@ -88,7 +88,7 @@ def convert(source: str, out: str, scheme: str) -> dict[str, Any]:
 
 
 def position_bytes(file: Path) -> int:
-    """The position embedding's, its scales and zero points included: a step reads one row of it."""
+    """Bytes of the position embedding with scales and zero points, of which a step reads only one row."""
     layers = ElementTree.parse(file).iter("layer")
     found = [layer.find("data") for layer in layers if ".wpe.weight" in layer.attrib["name"]]
     return sum(int(data.get("size", 0)) for data in found if data is not None)

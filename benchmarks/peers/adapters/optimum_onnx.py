@@ -1,4 +1,4 @@
-"""The peer optimum-onnx: its export of GPT-2 through ORTModelForCausalLM, float32 or its dynamic int8."""
+"""The peer optimum-onnx: its GPT-2 export run by ORTModelForCausalLM, in float32 or its dynamic int8."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Optimum(Stepwise):
         self.past, self.seen = None, 0
 
     def rows(self, ids: list[int]) -> NDArray[np.float32]:
-        """Logits [S, V] of what is fed to the sequence."""
+        """Logits [S, V] of the ids fed to the sequence."""
         torch, first = self.torch, self.seen
         self.seen += len(ids)
         out = self.model(
@@ -67,7 +67,7 @@ def graph(folder: Path) -> Path:
 
 
 def convert(source: str, out: str, scheme: str) -> dict[str, Any]:
-    """An ONNX folder of a Hugging Face GPT-2 folder; scheme: fp32, or int8 by optimum's dynamic quantizer."""
+    """Make an ONNX folder from a Hugging Face GPT-2 folder; scheme: fp32, or int8 by optimum's dynamic quantizer."""
     from optimum.onnxruntime import AutoQuantizationConfig, ORTModelForCausalLM, ORTQuantizer
 
     model = ORTModelForCausalLM.from_pretrained(source, export=True)
@@ -83,7 +83,7 @@ def convert(source: str, out: str, scheme: str) -> dict[str, Any]:
 
 
 def position_bytes(file: Path) -> int:
-    """The position embedding's, its scales and zero points included: a step reads one row of it."""
+    """Bytes of the position embedding with scales and zero points, of which a step reads only one row."""
     import onnx
 
     tensors = onnx.load(file, load_external_data=False).graph.initializer

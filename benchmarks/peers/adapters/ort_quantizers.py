@@ -1,8 +1,8 @@
-"""The peer ONNX Runtime's own quantizers, on optimum's export of GPT-2 in float32.
+"""The peer of ONNX Runtime's own quantizers, applied to optimum's float32 export of GPT-2.
 
-quantize_dynamic, and MatMulNBitsQuantizer by rounding to nearest, HQQ and k-quant, blocks of 32. MatMulNBitsQuantizer
-looks at MatMul alone, and GPT-2's layers are exported as Gemm: they are turned into MatMul and Add first, else one of
-all layers would be quantized. Embeddings stay float, as these tools leave them.
+quantize_dynamic, and MatMulNBitsQuantizer with rounding to nearest, HQQ and k-quant, blocks of 32. MatMulNBitsQuantizer
+only handles MatMul, but GPT-2's layers are exported as Gemm. They are first converted to MatMul and Add; otherwise only
+one layer would be quantized. Embeddings stay float, as these tools leave them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BLOCK = 32
 
 
 def convert(source: str, out: str, scheme: str) -> dict[str, Any]:
-    """An ONNX folder of a Hugging Face GPT-2 folder; scheme: dynamic, or an algorithm and its bits like hqq-4."""
+    """Make an ONNX folder from a Hugging Face GPT-2 folder; scheme: dynamic, or algorithm and bits such as hqq-4."""
     import onnx
     from optimum.onnxruntime import ORTModelForCausalLM
 
@@ -63,7 +63,7 @@ def _n_bits(model: Any, scheme: str, out: Path) -> None:
 
 
 def gemm_to_matmul(model: Any) -> int:
-    """In place: every Gemm of plain factors as MatMul and Add; returns how many there were."""
+    """In place: replace every Gemm with plain factors by MatMul and Add; returns their number."""
     import numpy as np
     from onnx import helper, numpy_helper
 

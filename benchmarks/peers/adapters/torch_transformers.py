@@ -1,4 +1,4 @@
-"""The peer that everybody has: Transformers' GPT2LMHeadModel in torch, float32 or bfloat16, with its own cache."""
+"""The peer Transformers: GPT2LMHeadModel in torch, float32 or bfloat16, with its own cache."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def load(path: str, threads: int | None, device: str) -> Transformers:
 
 
 def convert(source: str, out: str, scheme: str) -> dict[str, Any]:
-    """Nothing to convert: only where the folder lies is kept. A step reads all weights but the positions."""
+    """Nothing to convert: stores only the folder's path. A step reads all weights but the positions."""
     from safetensors import safe_open
 
     Path(out).mkdir(parents=True, exist_ok=True)
