@@ -12,7 +12,7 @@ __all__ = ["DMPTOnnxForCausalLM"]
 
 
 def __getattr__(name: str) -> Any:
-    """`DMPTOnnxForCausalLM`, when it is asked for. Raises MissingExtra where a package it needs is not installed."""
+    """Import `DMPTOnnxForCausalLM` on first use. Raises MissingExtra when a package it needs is not installed."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from dmpt_export.extras import require

@@ -1,10 +1,10 @@
-"""Which optional dependencies a verb needs, and the one line that says how to get them."""
+"""Check the optional dependencies of a verb, and report how to install them."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 
-# extra -> the modules it brings; checked without importing them
+# extra -> its modules; checked without importing them
 MODULES: dict[str, tuple[str, ...]] = {
     "cpu": ("onnxruntime",),
     "cuda": ("onnxruntime",),
@@ -23,9 +23,9 @@ class MissingExtra(RuntimeError):
 
 
 def require(*extras: str) -> None:
-    """Raise MissingExtra, naming the `pip install` to run, unless all modules of the extras can be found.
+    """Raise MissingExtra with the `pip install` command unless all modules of the extras can be found.
 
-    Called first in every command, so that a missing package is said at once and not after a long pass.
+    Called first in every command, so that a missing package is reported at once and not after a long run.
 
     >>> require("cpu", "train")
     """

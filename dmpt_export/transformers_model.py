@@ -1,4 +1,4 @@
-"""An exported model as a citizen of Transformers: generate() with all it can do, and pipelines.
+"""An exported model as a Transformers model: full generate() and pipelines.
 
 >>> from dmpt_export import DMPTOnnxForCausalLM                          # doctest: +SKIP
 >>> model = DMPTOnnxForCausalLM.from_pretrained("device")
@@ -32,13 +32,13 @@ SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "splits", "
 
 
 class DMPTOnnxConfig(DMPTConfig):
-    """The configuration of an exported model: what its manifest holds of it."""
+    """The configuration of an exported model, from its manifest."""
 
     model_type = "dmpt_onnx"
 
 
 class Rows:
-    """What generate() hands from step to step: the rows' keys and values, in the runtime."""
+    """The cache that generate() passes from step to step: the rows' keys and values, held by the runtime."""
 
     def __init__(self, model: Model, rows: int) -> None:
         self.length = 0  # tokens seen by generate(), padding included
@@ -46,16 +46,16 @@ class Rows:
         self.batch = model.batch(rows) if rows > 1 else None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """transformers' name for `length`."""
+        """Transformers' name for `length`."""
         return self.length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep the rows `beam_idx` (B,), as beam search asks."""
+        """Keep the rows `beam_idx` (B,), for beam search."""
         if self.batch is not None:
             self.batch.reorder(beam_idx.cpu().numpy())
 
     def crop(self, length: int) -> None:
-        """Forget all but the first `length` tokens, as lookup decoding asks; it has one row."""
+        """Drop all but the first `length` tokens, for lookup decoding, which has a single row."""
         assert self.single is not None
         self.single.rewind(self.single.length - (self.length - length))
         self.length = length
@@ -70,7 +70,7 @@ class Rows:
         if len(rows) != held:
             raise InputError(f"past_key_values holds {held} rows, input_ids has {len(rows)}")
         if min(map(len, rows)) < last:
-            raise InputError(f"logits of {last} tokens are asked for, but some of these are padding")
+            raise InputError(f"logits of {last} tokens were requested, but some of these are padding")
         if self.single is not None:
             return self.single.feed(rows[0], last)[0][None]
         steps = [self.append([ids[: len(ids) + 1 - last] for ids in rows])]
@@ -87,14 +87,14 @@ class Rows:
 class DMPTOnnxForCausalLM(PreTrainedModel, GenerationMixin):
     """An ONNX folder with generate(): greedy, sampling, beams, logits processors, left-padded batches.
 
-    Logits are the deployed log-probs. What is asked on another device is answered there, but computed by ONNX Runtime.
+    Logits are the deployed log-probs. Inputs on another device get outputs on that device, computed by ONNX Runtime.
     """
 
     config_class = DMPTOnnxConfig
     main_input_name = "input_ids"
 
     def __init__(self, model: Model) -> None:
-        """model: what `runtime.load` gave; from_pretrained() takes a folder."""
+        """model: from `runtime.load`; from_pretrained() takes a folder."""
         raw = model.manifest.raw
         fields = {name: raw["config"][name] for name in SIZES}
         if len(model.manifest.ends) > 1:
@@ -145,12 +145,12 @@ class DMPTOnnxForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Log-probs as logits: input_ids (B, S), attention_mask (B, past + S) with 0 at left padding -> (B, N, V).
 
-        N is logits_to_keep, or S for 0; rows of padding say nothing (all tokens alike). Raises InputError for padding
-        that is not on the left, shapes that do not fit, labels and inputs_embeds, RequestError for tokens that the
-        model does not have or has no room for. What else Transformers' models take changes nothing.
+        N is logits_to_keep, or S for 0; rows of padding are uniform. Raises InputError for padding that is not on the
+        left, shapes that do not fit, labels and inputs_embeds; RequestError for tokens beyond the vocabulary or the
+        context. Other arguments of Transformers' models have no effect.
         """
         if input_ids is None or any(others.get(name) is not None for name in ("labels", "inputs_embeds")):
-            raise InputError("an exported model takes input_ids, neither labels nor inputs_embeds")
+            raise InputError("an exported model takes input_ids, not labels or inputs_embeds")
         rows = unpadded(input_ids, attention_mask)
         if not (past_key_values is None or isinstance(past_key_values, Rows)):
             raise InputError("past_key_values must come from this model: leave it out, the model makes its own")
@@ -184,7 +184,7 @@ class DMPTOnnxForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: Rows | None = None,
         attention_mask: Tensor | None = None,
         use_cache: bool | None = True,
-        cache: Rows | None = None,  # what generate() of Transformers 5 calls past_key_values
+        cache: Rows | None = None,  # passed as past_key_values by generate() of Transformers 5
         **_: object,
     ) -> dict[str, Any]:
         past_key_values = cache if past_key_values is None else past_key_values
@@ -199,7 +199,7 @@ class DMPTOnnxForCausalLM(PreTrainedModel, GenerationMixin):
             if "requires a cache" not in str(error):
                 raise
             raise InputError(
-                "this version of Transformers looks tokens up only with a cache of its own: use runtime.load(FOLDER)"
+                "this version of Transformers does lookup decoding only with its own cache: use runtime.load(FOLDER)"
                 ".generate(..., speculate=N), or Transformers 4.57"
             ) from error
 
@@ -235,6 +235,6 @@ def unpadded(input_ids: Tensor, attention_mask: Tensor | None) -> list[NDArray[n
     return [row[mask] for row, mask in zip(ids, real, strict=True)]
 
 
-# So that pipelines know the class: they complain about a model that is not among those of their task.
+# Register the class for pipelines, which warn about a model that is not listed for their task.
 AutoConfig.register(DMPTOnnxConfig.model_type, DMPTOnnxConfig, exist_ok=True)
 AutoModelForCausalLM.register(DMPTOnnxConfig, DMPTOnnxForCausalLM, exist_ok=True)

@@ -123,7 +123,7 @@ def report(speeds: Sequence[Speed], agreed: Mapping[str, Mapping[str, float]], a
     """The targets, then every model, as Markdown."""
     threads = speeds[0].threads
     rates = ", ".join(f"{statistics.median(r) / 1e9:.1f} GB/s on {t}" for t, r in speeds[0].read_bytes_per_s.items())
-    read = f"; memory is read at {rates}" if rates else ""
+    read = f"; memory bandwidth {rates}" if rates else ""
     found = rows(speeds)
     missed = [row.what for row in found if row.met is False]
     lines = [

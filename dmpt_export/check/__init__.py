@@ -1,1 +1,1 @@
-"""Does an exported graph say what the checkpoint says? Stored numbers, float arithmetic, log-probs."""
+"""Check that an exported graph agrees with its checkpoint: stored numbers, float arithmetic, log-probs."""

@@ -1,12 +1,12 @@
-"""The same graph without integer arithmetic, for checking: weights stay as they are stored, activations stay float.
-And the same graph with gates that no longer choose, so that what they would leave out can be checked as well.
+"""Variants of a graph for checking: without integer arithmetic (stored weights, float activations), and with gates
+that send all tokens one way, so that rarely used paths are checked too.
 
-Integer kernels round activations as they run, which hides small faults under their noise. With float kernels the
-exported weights, layout and routing must give torch's numbers to fp32 rounding, so a wrong scale or a swapped
-tensor shows; only then is the deployed graph judged, by its own looser line of the tolerance table.
+Integer kernels round activations at run time, and this noise hides small faults. With float kernels the exported
+weights, layout and routing must give torch's numbers to float32 rounding, so a wrong scale or a swapped tensor shows.
+Only then is the deployed graph compared, with its own looser line of the tolerance table.
 
-One thing this cannot see: integer products of head rows take a vector as its rounded value and the rest. Without
-rounding the rest is zero, so the columns that multiply it and add it up are judged by the deployed graph alone.
+One limit: integer products of head rows split a vector into its rounded value and the rest. Without rounding the rest
+is zero, so only the deployed graph checks the columns that multiply and sum it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from onnx import helper, numpy_helper
 
 
 def has_integer_kernels(model: onnx.ModelProto) -> bool:
-    """Whether any node rounds activations, so that the float variant is another model."""
+    """Whether any node rounds activations, so that the float variant computes something different."""
     kernels = ("MatMulNBits", "DynamicQuantizeMatMul", "MatMulInteger")
     return any(node.op_type in kernels for graph in graphs(model.graph) for node in graph.node)
 
@@ -31,7 +31,7 @@ def read_graph(path: Path) -> onnx.ModelProto:
 
 
 def use_float_kernels(model: onnx.ModelProto) -> None:
-    """In place: MatMulNBits computes in fp32, the others multiply in float, and activations are not rounded."""
+    """In place: MatMulNBits computes in float32, the others multiply in float, and activations are not rounded."""
     for graph in graphs(model.graph):
         nodes = [new for node in graph.node for new in _in_float(node)]
         del graph.node[:]
@@ -39,7 +39,7 @@ def use_float_kernels(model: onnx.ModelProto) -> None:
 
 
 def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """A graph and the branches inside it."""
+    """A graph and all branches inside it."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
@@ -48,13 +48,13 @@ def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 
 
 def initializers(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    """Those of a graph, and those that its branches hold for themselves."""
+    """The initializers of a graph and of its branches."""
     for part in graphs(graph):
         yield from part.initializer
 
 
 def use_float_caches(model: onnx.ModelProto) -> None:
-    """In place: keys and values are kept as they are computed instead of as int8 codes."""
+    """In place: store keys and values as computed instead of as int8 codes."""
     for graph in graphs(model.graph):
         for node in graph.node:
             if node.op_type == "GroupQueryAttention":
@@ -68,9 +68,9 @@ def use_float_caches(model: onnx.ModelProto) -> None:
 
 
 def force_turns(model: onnx.ModelProto, turns: Iterable[tuple[str, int]]) -> None:
-    """In place: at each of these split nodes every token turns the given way, 0 left or 1 right.
+    """In place: at each of these split nodes send every token the given way, 0 left or 1 right.
 
-    Only the bias of the gate's last layer is another: minus infinity on the other side, which no weight outweighs.
+    Only the bias of the gate's last layer changes: minus infinity on the other side, which no weight outweighs.
     """
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     for node, turn in turns:
@@ -94,7 +94,7 @@ def _in_float(node: onnx.NodeProto) -> list[onnx.NodeProto]:
 
 
 def _product(node: onnx.NodeProto) -> list[onnx.NodeProto]:
-    """(codes - zero point) @ activations that the casts above left in float."""
+    """(codes - zero point) @ activations, which the casts above left in float."""
     codes, activations, zero = node.input
     whole, offset, signed = (f"{node.name}.{part}" for part in ("codes", "zero", "signed"))
     return [

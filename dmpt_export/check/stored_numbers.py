@@ -1,7 +1,7 @@
-"""Whether a graph holds the checkpoint's weights, every number of them.
+"""Check that a graph holds every number of the checkpoint's weights.
 
-Running it on some tokens judges what these meet: not the positions behind them, nor rows of the vocabulary that none of
-them is, or is likely to be followed by. So each initializer is also held against the checkpoint, read anew.
+A run on some tokens only checks the weights that these tokens use: not later positions, nor vocabulary rows of tokens
+that neither occur nor are likely to follow. So each initializer is also compared with the checkpoint, read again.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from training.errors import ValidationError
 
 
 def check_stored(graph: Path, source: Path) -> int:
-    """Compare all initializers that hold tensors of the checkpoint `source`; how many numbers were equal.
+    """Compare all initializers that hold tensors of the checkpoint `source`; returns how many numbers were equal.
 
-    Raises ValidationError that names the first tensor that is another, and its first such row.
+    Raises ValidationError naming the first tensor that differs and its first differing row.
     """
     _, weights = load_weights(source)
     compared = 0
@@ -38,7 +38,7 @@ def check_stored(graph: Path, source: Path) -> int:
             wanted = want.astype(found.dtype, copy=False).reshape(own.shape)
             if not np.array_equal(own, wanted):
                 row = int(np.flatnonzero((own != wanted).reshape(len(own), -1).any(1))[0])
-                raise ValidationError(f"{tensor.name}: what the graph holds of {name} is another from row {row} on")
+                raise ValidationError(f"{tensor.name}: {name} differs from the checkpoint, first at row {row}")
         compared += found.size
     return compared
 
@@ -46,8 +46,8 @@ def check_stored(graph: Path, source: Path) -> int:
 def shares(
     found: NDArray[np.generic], weights: Sequence[Weight], names: Sequence[str], part: str
 ) -> list[tuple[str, NDArray[np.generic], NDArray[np.generic]]]:
-    """(tensor, what an initializer holds of it, what the checkpoint does); several are laid out as graph.rescore and
-    graph.deltas do it: rows side by side, right factors one under the other, one left factor for all."""
+    """Yield (tensor, its part of an initializer, its part in the checkpoint). Several tensors are laid out as in
+    graph.rescore and graph.deltas: rows side by side, right factors stacked, one left factor for all."""
     if part.startswith(LEFT):
         weights, names = weights[:1], names[:1]
     parts = [form_of(weight).graph_part(part) for weight in weights]

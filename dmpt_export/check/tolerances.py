@@ -1,10 +1,10 @@
-"""How far an exported model may be from its torch reference: one table, read by the exporter and the tests.
+"""Tolerances of an exported model against its torch reference: one table, used by the exporter and the tests.
 
-The reference is torch in fp32 with dequantized weights, so quantization loss is not in these numbers; what is, is
-rounding and, for integer kernels, the quantization of activations that they do on the fly.
+The reference is torch in float32 with dequantized weights, so these numbers do not include quantization loss. They
+include rounding and, for integer kernels, the quantization of activations at run time.
 
 Integer kernels differ between processors: Arm's int4 products with dot-product instructions round scales further (sums
-0.05 to 0.4 % smaller than x86's), and some x86 kernels before AVX-512 add in another order. The same lines hold there
+0.05 to 0.4 % smaller than x86's), and some x86 kernels before AVX-512 add in another order. The same lines hold
 between emulated processors and an AVX-512 machine (benchmarks.evidence.processors, RESULTS.md).
 """
 
@@ -21,10 +21,10 @@ from quant.schemes.low_rank import DELTAS
 class Tolerance:
     """Largest accepted difference, over all checked positions."""
 
-    max_abs: float | None  # of a log-probability, in nats; None: judged by KL alone
+    max_abs: float | None  # of a log-probability, in nats; None: only KL is checked
     kl_mean: float  # KL(torch || ONNX), nats per token
-    top1: float  # share of positions whose most probable token is the same or a tie
-    gate_margin: float  # a route may differ only where the gate's logits are closer than this share of their usual gap
+    top1: float  # share of positions whose top token is the same or a tie
+    gate_margin: float  # a route may only differ where the gap of the gate's logits is below this share of the mean gap
 
 
 KV_INT8 = ("float32", "int8 KV cache")  # with any weights
@@ -34,11 +34,11 @@ SAME = Tolerance(max_abs=1e-4, kl_mean=1e-6, top1=0.99, gate_margin=1e-4)  # flo
 ROUNDED = Tolerance(max_abs=None, kl_mean=0.03, top1=0.80, gate_margin=0.5)  # kernels that round activations, and fp16
 TWICE = Tolerance(max_abs=None, kl_mean=0.06, top1=0.80, gate_margin=0.5)  # rounding coarser still
 
-# The lines of integer kernels are about three times the worst of 36 random models (three trees, three seeds). Those are
-# the hard case: heads that agree on nothing and 16 candidates of 97, where rounding swaps a candidate at the edge of
+# The lines of integer kernels are about three times the worst of 36 random models (three trees, three seeds). Random
+# models are the hard case: heads that disagree and 16 candidates of 97, where rounding swaps a candidate at the edge of
 # the set and moves tail tokens by nats; hence no max_abs.
 BY_ROUNDING = {Rounding.NONE: SAME, Rounding.ACTIVATIONS: ROUNDED, Rounding.COARSE: TWICE}
-# (activation type, what is not a scheme of quant.schemes) -> Tolerance
+# (activation type, name that is not in quant.schemes) -> Tolerance
 TOLERANCES: dict[tuple[str, str], Tolerance] = {
     EXACT: SAME,
     ("float16", "float"): ROUNDED,
@@ -48,15 +48,15 @@ TOLERANCES: dict[tuple[str, str], Tolerance] = {
 
 
 def loosest(activations: str, schemes: Collection[str]) -> Tolerance:
-    """The line for weights stored in several schemes, one of which may be that of a few tensors only.
+    """The line for weights stored in several schemes, some perhaps used by only a few tensors.
 
-    No lines are mixed: among those of the schemes, float where there are none, the one that allows the largest KL.
+    It is the line of the scheme that allows the largest KL; without any scheme, that of float.
     """
     return max((tolerance(activations, scheme) for scheme in schemes or ["float"]), key=lambda line: line.kl_mean)
 
 
 def tolerance(activations: str, scheme: str) -> Tolerance:
-    """The line of one scheme; fp16 kernels round whatever the scheme."""
+    """The line of one scheme; fp16 kernels round with any scheme."""
     if scheme in SCHEMES:
         return BY_ROUNDING[SCHEMES[scheme].rounding] if activations == "float32" else ROUNDED
     return TOLERANCES[activations, scheme]

@@ -1,4 +1,4 @@
-"""Run an exported folder with the runtime that ships, and hold it against torch."""
+"""Run an exported folder with the deployed runtime and compare it with torch."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
     from training.model.dmpt import Hidden
     from training.model.generation import DMPTForCausalLM
 
-CHECKED_TOKENS = 96  # enough for switches, catch-up and a cache that grew, yet under a second on small models
-ENOUGH = 8  # single steps through a node that judge it; where the gates send fewer, all tokens are sent
+CHECKED_TOKENS = 96  # enough for switches, catch-up and a growing cache, yet under a second on small models
+ENOUGH = 8  # single steps needed to check a node; if the gates send fewer tokens there, all are sent
 SEED = 20250
-TIE = 1e-6  # nats: tokens closer than float32 can tell are both the top one
+TIE = 1e-6  # nats: tokens closer than float32 can resolve both count as the top token
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a model says about consecutive positions, the first of which is `first`."""
+    """A model's outputs at consecutive positions from `first`."""
 
     log_probs: np.ndarray  # float32 [S, V]
     routes: np.ndarray  # int64 [S], leaf indices
@@ -50,10 +50,10 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Reference(Outcome):
-    """torch's outcome, with how close each position came to another route."""
+    """torch's outcome, and how close each position was to a different route."""
 
-    margins: np.ndarray  # [S]: gap of the closest gate's logits, over their mean gap; infinite where no gate chose
-    turns: list[tuple[str, int]]  # (split node, 0 left or 1 right): what every token was made to take there
+    margins: np.ndarray  # [S]: logit gap of the closest gate over the mean gap; infinite where no gate chose
+    turns: list[tuple[str, int]]  # (split node, 0 left or 1 right): the forced way of every token there
 
     def since(self, first: int) -> Reference:
         rows = slice(first, None)
@@ -65,14 +65,14 @@ class Reference(Outcome):
 def check_export(
     folder: Path, manifest: dict[str, Any], source: Path, config: DMPTConfig, atol: float | None = None
 ) -> dict[str, Any]:
-    """Run the exported folder as a whole and step by step against torch; return what was measured.
+    """Compare the exported folder with torch, in whole sequences and step by step; returns the measured differences.
 
-    Integer kernels are checked twice: first the same graph with float kernels, to fp32 rounding, then the graph as
-    deployed. The first proves the weights, whose small faults the second's rounding would hide; what only the second
-    has (scales of an int8 cache, the kernels themselves) only it can show. So both also run with all tokens sent
-    wherever the gates sent too few (torch_references). At last every stored number is compared
-    (dmpt_export.check.stored_numbers). `atol` replaces the table's max_abs where there is one. Raises ValidationError
-    (exit code 4) saying what differs, by how much and where.
+    Graphs with integer kernels are checked twice: first with float kernels, to float32 rounding, then as deployed. The
+    first run checks the weights, whose small faults rounding would hide in the second; only the second one checks the
+    scales of an int8 cache and the kernels themselves. Both also run with all tokens sent to each node that the gates
+    use too rarely (torch_references). Finally every stored number is compared (dmpt_export.check.stored_numbers).
+    `atol` replaces the table's max_abs, if it has one. Raises ValidationError (exit code 4) with what differs, by how
+    much and where.
     """
     ids = np.random.default_rng(SEED).integers(0, config.vocab_size, min(CHECKED_TOKENS, config.n_positions))
     wants = torch_references(source, config, ids)
@@ -99,7 +99,7 @@ def check_export(
 
 
 def give_back_memory() -> None:
-    """Of what has run: otherwise the gaps it leaves behind add up to the peak of what runs next."""
+    """Release the memory of earlier steps, so that its fragments do not add to the peak of the next one."""
     gc.collect()  # a model's modules refer to each other
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # glibc
         trim(0)
@@ -127,9 +127,9 @@ def compare_graph(
     tolerance: Tolerance,
     how: str = "",
 ) -> dict[str, Any]:
-    """Run `graph`, which `manifest` describes, in the folder: as it is, and with its gates forced ("forced", by node).
+    """Run `graph`, described by `manifest`, in the folder: unchanged, and with its gates forced ("forced", by node).
 
-    What ran last stays in the folder.
+    The last graph stays in the folder.
     """
     results = {}
     for node, want in wants.items():
@@ -159,11 +159,11 @@ def compare_runs(folder: Path, ids: list[int], want: Reference, tolerance: Toler
 
 
 def torch_references(source: Path, config: DMPTConfig, ids: np.ndarray) -> dict[str, Reference]:
-    """One-shot torch evaluation with dequantized weights, under the configuration that is exported; by node.
+    """Whole-sequence torch evaluation with dequantized weights and the exported configuration, by node.
 
-    First ROOT, where the gates choose. Then, parents first, each node that fewer than ENOUGH of the tokens that
-    decoding takes singly reached in any run so far: all tokens are sent there, and the gates below it choose. So every
-    gate decides and every leaf speaks in some run. The blocks run once; only what is made of their rows is another.
+    First ROOT, where the gates choose. Then, parents first, each node reached so far by fewer than ENOUGH of the tokens
+    that decoding feeds one by one: all tokens are sent there, and the gates below it choose. So every gate and every
+    leaf is used in some run. The blocks run once; only routing and heads are computed again.
     """
     import torch
 
@@ -183,7 +183,7 @@ def torch_references(source: Path, config: DMPTConfig, ids: np.ndarray) -> dict[
 
 
 def sent_to(model: DMPTForCausalLM, hidden: Hidden, node: str) -> Reference:
-    """The outcome when every token takes the turns to `node`; below it the gates choose, as they do for ROOT."""
+    """The outcome when every token is sent to `node`; below it, the gates choose."""
     import torch
 
     turns = model.config.way(node)
@@ -209,7 +209,7 @@ def through_nodes(config: DMPTConfig, routes: np.ndarray) -> Counter[str]:
 
 
 def prompt_length(n: int) -> int:
-    """How many of n tokens are fed at once before decoding goes on by single ones."""
+    """How many of n tokens are fed at once before decoding continues one by one."""
     return max(1, n // 3)
 
 
@@ -221,7 +221,7 @@ def decode_stepwise(model: Model, ids: list[int]) -> Outcome:
 
 
 def compare(want: Reference, got: Outcome, tolerance: Tolerance, how: str) -> dict[str, Any]:
-    """Hold `got` against torch, routes first; what was measured, or ValidationError."""
+    """Compare `got` with torch, routes first; returns the differences or raises ValidationError."""
     if not np.isfinite(got.log_probs).all():
         t, v = np.argwhere(~np.isfinite(got.log_probs))[0]
         raise ValidationError(f"{how}: log-prob of token {v} at position {got.first + t} is {got.log_probs[t, v]}")
@@ -230,15 +230,15 @@ def compare(want: Reference, got: Outcome, tolerance: Tolerance, how: str) -> di
     if wrong.any():
         t = int(wrong.argmax())
         raise ValidationError(
-            f"{how}: position {got.first + t} takes path {got.routes[t]} where torch takes {want.routes[t]} "
-            f"(gate logits {want.margins[t]:.2g} of their usual gap apart; {tolerance.gate_margin:g} counts as a tie)"
+            f"{how}: position {got.first + t} takes path {got.routes[t]}, torch takes {want.routes[t]} "
+            f"(gate logits differ by {want.margins[t]:.2g} of the mean gap; up to {tolerance.gate_margin:g} is a tie)"
         )
-    same = ~differs  # a near-tie that went the other way is another distribution, not an error
+    same = ~differs  # a near-tie on the other path has a different distribution, which is not an error
     measured = {**distances(want.log_probs[same], got.log_probs[same]), "near_ties": int(differs.sum())}
     limits = [
         ("largest log-prob difference", measured["max_abs_diff"], tolerance.max_abs),
         ("mean KL", measured["kl_mean"], tolerance.kl_mean),
-        ("share of other top tokens", 1 - measured["top1_agreement"], 1 - tolerance.top1),
+        ("share of different top tokens", 1 - measured["top1_agreement"], 1 - tolerance.top1),
     ]
     for what, value, limit in limits:
         if limit is not None and value > limit:

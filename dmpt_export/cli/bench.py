@@ -1,4 +1,4 @@
-"""`dmpt-export bench`: how fast exported models run."""
+"""`dmpt-export bench`: time exported models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Counts(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.4 on
-    """Whole numbers from `least` on, separated by commas."""
+    """Whole numbers of at least `least`, separated by commas."""
 
     name = "N,N,..."
 
@@ -31,7 +31,7 @@ class Counts(click.ParamType):  # type: ignore[type-arg]  # generic only from cl
         try:
             counts = tuple(int(part) for part in str(value).split(","))
         except ValueError:
-            self.fail(f"'{value}' is no list of whole numbers like 512,128", param, ctx)
+            self.fail(f"'{value}' is not a list of whole numbers such as 512,128", param, ctx)
         if min(counts) < self.least:
             self.fail(f"{min(counts)} is below {self.least}", param, ctx)
         return counts
@@ -40,33 +40,32 @@ class Counts(click.ParamType):  # type: ignore[type-arg]  # generic only from cl
 @click.command("bench", short_help="Time prefill and decoding of exported models.")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option("--threads", "-t", type=Counts(1),
-              help="CPU threads; several are timed in turn. Default: all this process may use.")  # fmt: skip
+              help="CPU threads; several are timed in turn. Default: all available to this process.")  # fmt: skip
 @click.option("--prompt", "-p", type=Counts(1), help=f"Tokens fed at once. Default: {PROMPT}.")
 @click.option("--gen", "-n", type=Counts(1), help=f"Tokens decoded one by one. Default: {GEN}.")
 @click.option("--depth", "-d", type=Counts(1),
               help="Tokens before the decoded ones. Default: the (first) prompt.")  # fmt: skip
 @click.option("--repetitions", "-r", default=5, show_default=True, type=click.IntRange(min=1),
-              help="Rounds that count; one more goes before, as warm-up.")  # fmt: skip
+              help="Measured rounds, after one warm-up round.")  # fmt: skip
 @click.option("--loads", default=3, show_default=True, type=click.IntRange(min=1),
-              help="Fresh processes whose load time is taken; one more reads the files from the disk.")  # fmt: skip
-@click.option("--profile", is_flag=True, help="Also the time of a decoding step by node type.")
+              help="Fresh processes whose load time is measured; one more loads from disk.")  # fmt: skip
+@click.option("--profile", is_flag=True, help="Also measure the time of a decoding step by node type.")
 @click.option("--report", type=click.Path(dir_okay=False), metavar="FILE",
-              help="HTML file for curves of decode time against context (several --depth), threads (several -t), "
+              help="HTML file with curves of decode time against context (several --depth), threads (several -t), "
               "heads, paths and K (several models).")  # fmt: skip
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--format", "form", type=click.Choice(["md", "csv", "json"]), default="md", show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output; as --format json.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, like --format json.")
 def command(form: str, as_json: bool, **fields: Any) -> None:
-    """Time MODEL..., folders made by `dmpt-export onnx`; NAME=FOLDER gives one another name.
+    """Time MODEL..., folders made by `dmpt-export onnx`; NAME=FOLDER sets the name of a model.
 
-    Each model runs in a fresh process of its own; several take turns in one interleaved schedule with the same
-    prompt (random tokens, always the same) and threads. In the table, pp512 is prefill of 512 tokens and
-    tg128 @ d512 greedy decoding of 128 tokens after 512 others, in tokens/s: median ± half the distance between
-    the quartiles; ratio is to the first model, round by round. Roof is the share of memory's read rate, measured in
-    between, that reading the weights a token touches makes use of (cpu only; above 100 % where the CPU's caches hold
-    them); python is what a step spends outside ONNX Runtime. Defaults shrink to the smallest context; numbers you give
-    must fit it. Loading is timed in fresh processes, cold with the files dropped from the page cache (as far as the
-    system heeds that).
+    Each model runs in its own fresh process; several take turns in one interleaved schedule with the same prompt (fixed
+    random tokens) and number of threads. In the table, pp512 is prefill of 512 tokens and tg128 @ d512 is greedy
+    decoding of 128 tokens after 512 others, in tokens/s: median ± half the distance between the quartiles. Ratio: speed
+    relative to the first model, round by round. Roof: share of memory bandwidth, measured between the rounds, that
+    reading the touched weights uses (cpu only; above 100 % if the CPU's caches hold them). Python: share of a step
+    spent outside ONNX Runtime. Default sizes shrink to the smallest context; given sizes must fit it. Loading is timed
+    in fresh processes; cold means with the files dropped from the page cache (if the system supports that).
 
     \b
     Examples:
@@ -81,7 +80,7 @@ def command(form: str, as_json: bool, **fields: Any) -> None:
 
 
 def show(result: Benched, form: str) -> None:
-    """Print what was measured."""
+    """Print the results."""
     from benchmarks import machine
 
     if form == "md":
@@ -98,7 +97,7 @@ NODES = 14  # node types in the table; --json has all
 
 
 def node_table(nodes: dict[str, dict[str, float]]) -> str:
-    """Milliseconds of a decoded token by node type, the most first, small ones together."""
+    """Milliseconds per decoded token by node type, largest first, small ones together."""
     from benchmarks.report.table import markdown
 
     most: dict[str, float] = {}
@@ -112,7 +111,7 @@ def node_table(nodes: dict[str, dict[str, float]]) -> str:
 
 
 def as_text(results: Sequence[Speed]) -> str:
-    """A table in llama-bench's style, a line for each test of each model, and one of loading and memory."""
+    """A table like llama-bench's, one line per test and model, and one for loading and memory."""
     from statistics import median
 
     from benchmarks.report.table import markdown, megabytes
@@ -132,9 +131,9 @@ def as_text(results: Sequence[Speed]) -> str:
     conditions = [f"{threads} thread{'s' * (threads > 1)}"]
     if rates := results[0].read_bytes_per_s:
         each = ", ".join(f"{median(r) / 1e9:.1f} GB/s on {t}" for t, r in rates.items())
-        conditions.append(f"memory is read at {each}")
+        conditions.append(f"memory bandwidth {each}")
     if above:
-        conditions.append("roof above 100 %: weights that stay in the CPU's caches are read faster than memory")
+        conditions.append("roof above 100 %: the CPU's caches hold the weights")
     sizes = [
         [
             speed.name,
@@ -155,7 +154,7 @@ CSV = (
 
 
 def as_csv(rounds: Sequence[Sequence[Speed]]) -> str:
-    """A header, then a line for each test of each model; empty where nothing is known."""
+    """A header, then one line per test and model; unknown values are empty."""
     out = io.StringIO()
     writer = csv.DictWriter(out, CSV, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -167,7 +166,7 @@ def as_csv(rounds: Sequence[Sequence[Speed]]) -> str:
 
 
 def plus_minus(test: Timings) -> str:
-    """Median ± half the distance between the quartiles, which one disturbed round does not move."""
+    """Median ± half the distance between the quartiles; a single disturbed round does not move it."""
     from statistics import median
 
     from benchmarks.speed.results import quartiles

@@ -1,4 +1,4 @@
-"""Parameters of several verbs, and errors that are about the command line alone."""
+"""Parameters shared by several verbs, and errors of the command line alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Finite(click.FloatRange):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number: float = super().convert(value, param, ctx)
         if not math.isfinite(number):
-            self.fail(f"{value} is no finite number.", param, ctx)
+            self.fail(f"{value} is not a finite number.", param, ctx)
         return number
 
 
@@ -25,7 +25,7 @@ class TableChoice(click.ParamType):  # type: ignore[type-arg]  # generic only fr
     """A choice among the entries of a table, which is imported only when it is needed."""
 
     def __init__(self, name: str, table: Callable[[], Iterable[str]], besides: Callable[[], Iterable[str]] = tuple):
-        """besides: values that are accepted, too, but not listed."""
+        """besides: further accepted values, which are not listed."""
         self.name = name
         self.table = table
         self.besides = besides

@@ -1,4 +1,4 @@
-"""`dmpt-export compare`: models side by side."""
+"""`dmpt-export compare`: compare models."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from benchmarks.comparison.result import Comparison
 
 
-@click.command("compare", short_help="Put models side by side: size, quality, speed.")
+@click.command("compare", short_help="Compare models: size, quality, speed.")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option("--data", multiple=True, type=click.Path(dir_okay=False), metavar="FILE",
-              help="Text to score, as in eval. Without it only sizes and speeds are compared.")  # fmt: skip
+              help="Text to score, as in eval. Without it, only size and speed are compared.")  # fmt: skip
 @click.option("--text-field", default="text", show_default=True, metavar="NAME",
               help="Where the text is in JSONL, Parquet and datasets.")  # fmt: skip
 @click.option("--protocol", type=TableChoice("protocol", protocols), default="stride-concat", show_default=True,
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 @click.option("--out", type=click.Path(file_okay=False),
               help="Folder for report.html and comparison.json, .md, .csv and .png.")  # fmt: skip
 @click.option("--control", multiple=True, metavar="NAME",
-              help="A row that is plain GPT-2 fine-tuned on the same tokens as the DMPT rows.")  # fmt: skip
+              help="Row with plain GPT-2 fine-tuned on the same tokens as the DMPT rows.")  # fmt: skip
 @click.option("--peers", metavar="GPT2",
-              help="Also every peer that is installed, on this GPT-2 folder or hub id.")  # fmt: skip
+              help="Also measure every installed peer on this GPT-2 folder or hub id.")  # fmt: skip
 @click.option("--peer-python", multiple=True, metavar="PEER=PYTHON",
-              help="The interpreter that holds a peer, where it is not this one.")  # fmt: skip
+              help="Python interpreter that has the peer, if not this one.")  # fmt: skip
 @click.option("--growth", multiple=True, type=click.Path(exists=True, dir_okay=False), metavar="FILE",
-              help="What `bench --json` printed, to be drawn in the report's growth curves.")  # fmt: skip
+              help="Output of `bench --json` to draw in the report's growth curves.")  # fmt: skip
 @click.option("--resume", type=click.Path(file_okay=False), metavar="FOLDER",
-              help="Keep converted peers and scores there: a killed comparison, run again, goes on, and one with more "
-              "models measures only those anew. Speed is always timed again, all in one schedule.")  # fmt: skip
+              help="Folder for converted peers and scores. A repeated comparison continues there and only scores new "
+              "models. Speed is always timed again, all models in one schedule.")  # fmt: skip
 @click.option("--max-length", type=click.IntRange(min=2), metavar="N",
-              help="Tokens in a window. Default: 1024, or the smallest context if that is less.")  # fmt: skip
+              help="Window length in tokens. Default: 1024, or the smallest context if that is less.")  # fmt: skip
 @click.option("--stride", type=click.IntRange(min=1), metavar="N",
               help="Predictions scored in each window. Default: half a window.")  # fmt: skip
 @click.option(
@@ -46,23 +46,22 @@ if TYPE_CHECKING:
     type=click.IntRange(min=1),
     help="Tokens fed at once; this and --gen shrink to the smallest context.",
 )
-@click.option("--gen", default=64, show_default=True, type=click.IntRange(min=1), help="Tokens decoded after them.")
-@click.option("--repetitions", default=5, show_default=True, type=click.IntRange(min=1), help="Rounds that count.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: all this process may use.")
+@click.option("--gen", default=64, show_default=True, type=click.IntRange(min=1), help="Tokens decoded next.")
+@click.option("--repetitions", default=5, show_default=True, type=click.IntRange(min=1), help="Measured rounds.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: all available to this process.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 def command(**fields: Any) -> None:
     """Compare any mix of models: GPT-2 folders or hub ids, DMPT and quantized folders, ONNX folders, peers.
 
-    NAME=MODEL gives a model another name. All are scored on the same text in the same windows; ONNX folders and peers
-    are timed in one interleaved schedule, each in a process of its own; checkpoints have no speed (-). Where tokenizers
-    differ, perplexity per word and bits per byte stand in for what is per token.
-    Whether DMPT gains anything can only be said beside a GPT-2 that was fine-tuned on the same tokens: mark it
-    with --control.
+    NAME=MODEL sets the name of a model. All are scored on the same text in the same windows; ONNX folders and peers are
+    timed in one interleaved schedule, each in its own process; checkpoints have no speed (-). If tokenizers differ, the
+    table has perplexity per word and bits per byte instead of figures per token.
+    Only a GPT-2 fine-tuned on the same tokens can show what DMPT gains: mark it with --control.
 
-    A peer is another runtime that runs a plain GPT-2, given as PEER:SCHEME@GPT2: transformers:fp32 :bf16,
+    A peer is another runtime for plain GPT-2, given as PEER:SCHEME@GPT2: transformers:fp32 :bf16,
     optimum:fp32 :int8, openvino:int8 :int4, llama.cpp:q8_0 :q4_0, ctranslate2:fp32 :int8, bitsandbytes:int8 :nf4.
-    --peers GPT2 takes all that are installed; for the others the command that installs them is listed. A model that
-    fails is a row that says why, and the rest goes on; if it is none of the peers, the exit code is 4.
+    --peers GPT2 adds all installed ones and lists the install commands of the others. A model that fails becomes a row
+    with the reason, and the rest continues; unless it is a peer, the exit code is 4.
 
     \b
     Examples:
@@ -73,16 +72,16 @@ def command(**fields: Any) -> None:
     request = CompareRequest(**fields)
     result = request.run(request.check(), show)
     if request.out is None:
-        click.echo("Add --out DIR to keep this, with a report of figures.", err=True)
+        click.echo("Add --out DIR to save this, with a report and figures.", err=True)
     else:
         more_data = "" if request.data else "; with --data it would also compare quality"
         click.echo(f"Written to {request.out}: open {Path(request.out) / 'report.html'}{more_data}", err=True)
     if result.failed:
         from training.errors import ValidationError
 
-        raise ValidationError(f"{', '.join(result.failed)} could not be measured: the table says why")
+        raise ValidationError(f"{', '.join(result.failed)} could not be measured: see the table for the reasons")
 
 
 def show(result: Comparison) -> None:
-    """On the terminal; before it is written, so that a full disk does not take it away."""
+    """Print the result before it is written, so that a full disk does not lose it."""
     click.echo("\n".join([result.table(), "", result.reading, *result.notes(), result.conditions()]))

@@ -16,16 +16,16 @@ from dmpt_export.requests.sources import check_tokenizer
 @click.option("--tokenizer", metavar="SOURCE",
               help="Folder or hub id to copy the tokenizer from; the original project used gpt2.")  # fmt: skip
 @click.option("--head-allocation", type=click.Path(path_type=Path), metavar="FILE.json",
-              help="Which heads belong to which leaf, as given in training. Needed only when FILE does not say "
-              "and the head gates do not tell.")  # fmt: skip
+              help="Heads of each leaf, as given in training. Only needed if neither FILE nor the head gates "
+              "show them.")  # fmt: skip
 @click.option("--n-head", type=click.IntRange(min=1), metavar="N",
-              help="Attention heads of a block. Default: as filed, else width / 64 as in every GPT-2.")  # fmt: skip
+              help="Attention heads per block. Default: from FILE, else width / 64 as in every GPT-2.")  # fmt: skip
 def command(file: Path, out: Path, tokenizer: str | None, head_allocation: Path | None, n_head: int | None) -> None:
     """Convert FILE, a .pt checkpoint of the original DMPT project or of nanoGPT, to a checkpoint in the folder OUT.
 
     Dual path, quad path and several heads on one path are recognised by their tensor names; sizes and splits
-    come from the tensors. FILE is read by torch's weights-only loader: nothing in it is run. A tensor that has
-    no place in a DMPT is an error, and all such names are listed.
+    come from the tensors. FILE is read by torch's weights-only loader, which runs no code from it. Tensors that do
+    not belong to a DMPT are an error that lists all their names.
 
     \b
     Examples:
@@ -62,9 +62,9 @@ def command(file: Path, out: Path, tokenizer: str | None, head_allocation: Path 
     click.echo(f"{out}: {model.num_parameters():,} parameters, splits {config.splits}, heads {leaves}", err=True)
     click.echo(as_list(notes), err=True, nl=False)
     if tokenizer is None:
-        click.echo("no tokenizer was copied: give --tokenizer to be able to evaluate and run the model", err=True)
+        click.echo("no tokenizer was copied: give --tokenizer to evaluate and run the model", err=True)
 
 
 def as_list(notes: list[str]) -> str:
-    """Markdown list, also readable in a terminal."""
+    """A Markdown list, also readable in a terminal."""
     return "".join(f"- {note}\n" for note in notes)

@@ -24,50 +24,50 @@ if TYPE_CHECKING:
 @click.option("--protocol", type=TableChoice("protocol", protocols), default="stride-concat", show_default=True,
               help="What is scored after what; see above.")  # fmt: skip
 @click.option("--max-length", type=click.IntRange(min=2), metavar="N",
-              help="Tokens in a window. Default: 1024, or the model's context if that is less.")  # fmt: skip
+              help="Window length in tokens. Default: 1024, or the model's context if that is less.")  # fmt: skip
 @click.option("--stride", type=click.IntRange(min=1), metavar="N",
-              help="Predictions scored in each window. Default: half a window, or all if they share none.")  # fmt: skip
+              help="Predictions scored in each window. Default: half a window, or a whole disjoint one.")  # fmt: skip
 @click.option("--mode", default="gate_hard", show_default=True,
               help="Path mode; checkpoints also take gate_soft, max_prob, random, left_only, ...")  # fmt: skip
 @click.option("--fast-k", type=click.IntRange(min=0), metavar="K",
-              help="Candidates that a path's further heads are scored on; 0: all. Checkpoints alone: an ONNX folder "
-              "has it built in. Default: the checkpoint's.")  # fmt: skip
+              help="Candidates that a path's further heads are scored on; 0: all. Only for checkpoints: in an ONNX "
+              "folder it is fixed. Default: the checkpoint's.")  # fmt: skip
 @click.option("--base", metavar="OTHER", help="Also measure KL(OTHER || MODEL), agreement and the ratio of "
               "perplexities; OTHER is any model with the same tokenizer.")  # fmt: skip
 @click.option("--base-cache", type=click.Path(file_okay=False), metavar="FOLDER",
-              help="Keep OTHER's log-probs there, 2 bytes each (28 GB for WikiText's test text and GPT-2), "
-              "so that the next model need not run it again.")  # fmt: skip
+              help="Cache OTHER's log-probs there, 2 bytes each (28 GB for WikiText's test text and GPT-2), "
+              "so that OTHER runs only once for several models.")  # fmt: skip
 @click.option("--resume", type=click.Path(file_okay=False), metavar="FOLDER",
-              help="Keep what was found so far there; a killed evaluation, run again, goes on, "
-              "to the same digits.")  # fmt: skip
+              help="Store the state there; a killed evaluation, run again, continues and gives the same "
+              "digits.")  # fmt: skip
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True,
               help="Windows that a checkpoint runs together; for --device cuda.")  # fmt: skip
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: all this process may use.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: all available to this process.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @no_verify
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(as_json: bool, **fields: Any) -> None:
-    """Measure how well MODEL predicts a text: perplexity and accuracy of what is deployed.
+    """Measure how well MODEL predicts a text: perplexity and accuracy of the deployed model.
 
     MODEL is an ONNX folder (no torch needed), a DMPT or quantized folder, or a GPT-2 folder or hub id.
 
     Protocols. stride-concat: the text's non-empty lines are tokenised one by one, with one end-of-text after each;
     windows of --max-length tokens advance by --stride, and each scores its last --stride predictions, so every scored
-    token has at least half a window before it. sliding: as Hugging Face's guide, the lines are joined by a blank line
-    without end-of-text, and the first window scores all its predictions. non-overlapping: that text in windows that
-    share nothing.
+    token has at least half a window before it. sliding: as in Hugging Face's guide, the lines are joined by a blank
+    line without end-of-text, and the first window scores all its predictions. non-overlapping: the same text in
+    windows that do not overlap.
 
-    Perplexities of different protocols do not compare, nor do those of different windows: stride-concat alone counts
-    the end-of-text tokens, and how much context a token has before it differs.
+    Perplexities of different protocols or windows do not compare: only stride-concat counts the end-of-text tokens,
+    and tokens have different amounts of context.
 
-    Perplexity per word and bits per byte count what the scored tokens stand for, end-of-text as one newline, so
-    they compare between tokenizers. Standard errors take tokens as independent.
+    Perplexity per word and bits per byte count the text that the scored tokens stand for, end-of-text as one newline,
+    so they compare between tokenizers. Standard errors treat tokens as independent.
 
     \b
     Example:
       dmpt-export eval device --data wiki.test.raw
       dmpt-export eval device --data wiki.test.raw --base tuned --resume progress
-    Next: several models side by side, with their speed:
+    Next: compare several models, including their speed:
       dmpt-export compare gpt2-device device --data wiki.test.raw --out report
     """
     request = EvaluateRequest(**fields)
@@ -80,7 +80,7 @@ def command(as_json: bool, **fields: Any) -> None:
 
 
 def as_text(model: str, result: Quality, several_heads: bool = False) -> str:
-    """The result for people. several_heads: whether a path of the model has heads to weigh."""
+    """The result as text. several_heads: whether a path of the model has several heads."""
     from benchmarks.report.table import readable
 
     lines = {
@@ -101,7 +101,7 @@ def as_text(model: str, result: Quality, several_heads: bool = False) -> str:
         if len(shares) > 1:
             lines[f"heads {leaf}"] = ", ".join(f"{head}: {100 * weight:.1f} %" for head, weight in shares.items())
     if several_heads and result.head_shares is None:
-        lines["heads"] = "not told by this export (make it again) or by a mode that mixes paths"
+        lines["heads"] = "not available: re-export the model, or use a mode that takes one path per token"
     if result.base:
         lines |= against(result.base)
     return "\n".join(f"{key:<11} {value}" for key, value in lines.items())

@@ -21,26 +21,26 @@ def parse_splits(context: click.Context, parameter: click.Parameter, text: str) 
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--splits", default="", callback=parse_splits, metavar="LIST",
-              help="Block indices where every path forks in two: 6 (dual), 6,9 (quad); none for several heads on one "
+              help="Block indices where every path splits in two: 6 (dual), 6,9 (quad); none for several heads on one "
               "path. Default: half the depth.")  # fmt: skip
 @click.option("--heads", type=click.IntRange(min=1), metavar="N",
-              help="Vocabulary heads in all, shared out evenly. Default: 4 a leaf, at most 8 in all.")  # fmt: skip
+              help="Total vocabulary heads, divided evenly. Default: 4 per leaf, at most 8 in total.")  # fmt: skip
 @click.option("--head-allocation", type=click.Path(path_type=Path), metavar="FILE.json",
-              help='Which heads belong to which leaf instead: {"left": [0, 1], "right": [2, 3]}; the first is the '
+              help='The heads of each leaf instead: {"left": [0, 1], "right": [2, 3]}; the first is the '
               "leaf's anchor.")  # fmt: skip
 @click.option("--fast-k", type=click.IntRange(min=1), metavar="K",
-              help="Candidates that the heads besides the anchor are scored on when deployed. Default: the whole "
+              help="Candidates that the heads besides the anchor score when deployed. Default: the whole "
               "vocabulary; 256 is a good start.")  # fmt: skip
 @click.option("--head-topk", type=click.IntRange(min=1), metavar="H",
               help="Heads mixed per token. Default: all of the leaf.")  # fmt: skip
 @click.option("--noise", type=Finite(min=0), default=1e-3, show_default=True, metavar="STD",
-              help="Noise on the heads that are no anchor, in standard deviations of the embedding.")  # fmt: skip
+              help="Noise on the heads besides the anchors, in standard deviations of the embedding.")  # fmt: skip
 @click.option("--gate-bias", type=Finite(-100, 100), default=0.25, show_default=True, metavar="LOGITS",
-              help="Head start of the left path in every gate, in logits.")  # fmt: skip
+              help="Initial bias of every gate towards the left path, in logits.")  # fmt: skip
 @click.option("--gate-hidden", type=click.IntRange(min=1), default=256, show_default=True, metavar="N",
               help="Hidden width of gates and head gates.")  # fmt: skip
 @click.option("--tie/--no-tie", default=None,
-              help="Whether head 0 is the embedding (saves its memory) or a copy. Default: as in SOURCE.")  # fmt: skip
+              help="Share head 0 with the embedding (saves memory) or copy it. Default: as in SOURCE.")  # fmt: skip
 @click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of noise and gates."
 )
@@ -49,12 +49,11 @@ def command(**fields: Any) -> None:
     """Turn the GPT-2 SOURCE (a folder or a hub id) into a DMPT checkpoint in the folder OUT.
 
     Above each split, both paths start as copies of GPT-2's blocks, and every vocabulary head as a copy of its
-    head, so the new model predicts what GPT-2 predicted, within --noise. What the copies become is up to
-    training.
+    head, so the new model predicts what GPT-2 predicted, up to --noise. Training then lets the copies differ.
 
     \b
     Examples:
-      dmpt-export init gpt2 dmpt                          split at half depth, 4 heads a path
+      dmpt-export init gpt2 dmpt                          split at half depth, 4 heads per path
       dmpt-export init ./my-gpt2 quad --splits 6,9 --heads 8 --fast-k 256
       dmpt-export init gpt2 many-heads --splits none --heads 4
 
@@ -66,7 +65,7 @@ def command(**fields: Any) -> None:
     made = request.run(request.check())
     out, shape = request.out, made.shape
     if not made.has_tokenizer:
-        click.echo(f"{request.source} has no tokenizer, so {out} has none: training on text will need one", err=True)
+        click.echo(f"{request.source} has no tokenizer, so {out} has none: training on text needs one", err=True)
     leaves = ", ".join(f"{leaf} {shape.head_allocation[leaf]}" for leaf in shape.leaves)
     click.echo(
         f"{out}: {made.parameters:,} parameters, splits {shape.splits}, heads {leaves}; "

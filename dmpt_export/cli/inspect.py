@@ -1,4 +1,4 @@
-"""`dmpt-export inspect`: what a model is made of."""
+"""`dmpt-export inspect`: show the parts of a model."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ from dmpt_export.requests.sources import check_model, is_exported
 
 @click.command("inspect", short_help="Show a model's tree, parts, sizes and bits.")
 @click.argument("model")
-@click.option(
-    "--data", metavar="FILE", help="Text whose tokens are followed: which paths they take, which heads weigh."
-)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+@click.option("--data", metavar="FILE", help="Text to measure path usage and head weights on.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(model: str, data: str | None, as_json: bool) -> None:
-    """Show what MODEL is made of: the tree of paths, parameters, bytes and bits of each part, how each tensor is
-    stored, and for an ONNX folder its operators; with --data also what a text makes it use (its first 4096 tokens).
+    """Show the parts of MODEL: the tree of paths, parameters, bytes and bits of each part, the storage of each tensor,
+    and for an ONNX folder its operators; with --data also path usage and head weights on a text's first 4096 tokens.
 
     MODEL is a DMPT folder, a quantized folder, an ONNX folder, or a GPT-2 folder or hub id; an ONNX folder
     is read without torch.

@@ -1,4 +1,4 @@
-"""The `dmpt-export` command: a group whose verbs are loaded when they are used, and the meaning of exit codes."""
+"""The `dmpt-export` command: a group that loads its verbs on use, and the exit codes."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ VERBS = ("init", "train", "quantize", "onnx", "run", "eval", "bench", "compare",
 
 OK, BUG, USAGE, BAD_INPUT, NO_RESOURCES, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 5, 130, 141
 
-# What the system says when a path given by the user cannot be used, and when something ran out.
+# System errors when a path given by the user cannot be used, and when a resource runs out.
 PATH_ERRORS = {
     errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG,
     errno.ENOENT, errno.ENOTDIR, errno.ENOTEMPTY, errno.EPERM, errno.EROFS,
 }  # fmt: skip
 RESOURCE_ERRORS = {errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC}
-SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")  # all that numpy's tofile says of a full disk
+SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")  # numpy's tofile on a full disk
 
 
 class LazyGroup(click.Group):
@@ -53,13 +53,13 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Errors that name fields of a verb's request are told with the verb's flags."""
+        """Report errors that name fields of a verb's request with the verb's flags."""
         try:
             return super().invoke(ctx)
         except ValueError as error:
             verb = ctx.invoked_subcommand
             command = None if verb is None else self.get_command(ctx, verb)
-            if command is None or not hasattr(error, "with_flags"):  # else even `run` would need the training side
+            if command is None or not hasattr(error, "with_flags"):  # `run` must not need the training packages
                 raise
             from training.cli.flags import as_click_error
             from training.errors import FieldError
@@ -74,12 +74,12 @@ class LazyGroup(click.Group):
 def cli() -> None:
     """Train, quantize, export and run multi-path GPT-2 models.
 
-    A Dynamic Multiple Path Transformer (DMPT) is a GPT-2 whose upper blocks fork into paths; a small gate
-    sends each token down one of them, and every path mixes several vocabulary heads. Plain GPT-2 goes
-    through the same commands.
+    A Dynamic Multiple Path Transformer (DMPT) is a GPT-2 whose upper blocks split into paths; a small gate
+    routes each token to one of them, and every path mixes several vocabulary heads. Plain GPT-2 uses the
+    same commands.
 
     \b
-    See it all at once, without network, in a few minutes:
+    Try all steps in a few minutes, without network:
       dmpt-export demo
     Or step by step, from a GPT-2 folder or hub id:
       dmpt-export init gpt2 dmpt --splits 6 --heads 8 --fast-k 256
@@ -94,7 +94,7 @@ def cli() -> None:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code. A bug (an error not meant for people) keeps its traceback."""
+    """Run the command line; returns the exit code. A bug (an error not meant for users) keeps its traceback."""
     open_standard_streams()
     given = list(sys.argv[1:] if args is None else args)
     try:
@@ -107,13 +107,13 @@ def main(args: Sequence[str] | None = None) -> int:
     except click.UsageError as error:
         error.show()
         if given[:1] == ["run"] and any(is_like_a_prompt(arg) for arg in given):
-            click.echo("A prompt that begins with - goes after --: dmpt-export run MODEL -- '- item'", err=True)
+            click.echo("Put a prompt that begins with - after --: dmpt-export run MODEL -- '- item'", err=True)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         click.echo("Interrupted", err=True)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader (`| head`) has what it wanted. Flushing at exit must not complain either.
+        # The reader (`| head`) has closed the pipe. Flushing at exit must not fail either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except Exception as error:
@@ -127,13 +127,13 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def is_like_a_prompt(argument: str) -> bool:
-    """Whether it begins as an option and reads as a text, or is no option of any kind."""
+    """Whether an argument begins with - but is text or not a valid option name."""
     return argument.startswith("-") and (" " in argument or not re.fullmatch(r"--?[A-Za-z][\w-]*(=.*)?", argument))
 
 
 def open_standard_streams() -> None:
-    """Where the caller has closed one (`2>&-`), open nothing in its place: else the next file that is opened becomes,
-    say, standard error, and libraries write their warnings into it."""
+    """Open the null device for each standard stream that the caller closed (`2>&-`). Otherwise the next opened file
+    would become, say, standard error, and libraries would write warnings into it."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -144,8 +144,8 @@ def open_standard_streams() -> None:
 
 
 def spooled(argument: str) -> str:
-    """A file with what a pipe of the shell (`--data <(zcat ...)`) holds, for texts are read more than once; any other
-    argument as it is."""
+    """Copy a shell pipe (`--data <(zcat ...)`) to a file, because texts are read more than once; any other argument
+    stays unchanged."""
     name, equals, path = argument.rpartition("=")
     if not re.fullmatch(r"/dev/fd/\d+|/proc/self/fd/\d+", path) or not stat.S_ISFIFO(os.stat(path).st_mode):
         return argument
@@ -158,7 +158,7 @@ def spooled(argument: str) -> str:
 
 
 def explain(error: Exception) -> tuple[int, str] | None:
-    """(exit code, message) of an error that is meant for people, or None for a bug."""
+    """(exit code, message) of an error meant for users, or None for a bug."""
     code = getattr(error, "exit_code", None)
     if isinstance(error, click.ClickException):
         return BAD_INPUT, error.format_message()

@@ -19,23 +19,23 @@ from dmpt_export.requests.onnx import ExportRequest
               "Default: the checkpoint's.")  # fmt: skip
 @click.option("--head-topk", type=click.IntRange(min=0), help="Heads mixed per token; 0 mixes all of the path.")
 @click.option("--kv-cache", type=click.Choice(["float", "int8"]), default="float", show_default=True,
-              help="How keys and values are kept while running: int8 takes a quarter of the memory and less time at "
-              "long contexts, for a small loss (cpu only).")  # fmt: skip
-@click.option("--calib", metavar="FILE", help="Text like that which will be read, to scale an int8 KV cache by. "
+              help="Storage of keys and values: int8 needs a quarter of the memory and less time at long contexts, "
+              "with a small loss (cpu only).")  # fmt: skip
+@click.option("--calib", metavar="FILE", help="Typical text to calibrate the scales of an int8 KV cache. "
               "Default: random tokens.")  # fmt: skip
 @click.option("--opset", type=click.IntRange(20, 24), default=21, show_default=True,
               help="Version of the standard operators.")  # fmt: skip
-@click.option("--atol", type=Finite(min=0, min_open=True), help="Largest difference of a log-prob from "
-              "torch's, with float kernels (cpu only). Default: the tolerance table's, 1e-4.")  # fmt: skip
+@click.option("--atol", type=Finite(min=0, min_open=True), help="Largest allowed difference of a log-prob "
+              "from torch, with float kernels (cpu only). Default: the tolerance table's, 1e-4.")  # fmt: skip
 @click.option("--no-verify", is_flag=True, callback=skip_verification,
-              help="Publish without running the model against torch or a GPT-2 against Transformers.")  # fmt: skip
+              help="Publish without comparing the model with torch, or a GPT-2 with Transformers.")  # fmt: skip
 def command(**fields: Any) -> None:
     """Export CHECKPOINT to the folder OUT: one graph for prefill, decoding and scoring.
 
     CHECKPOINT is a DMPT folder, a quantized folder, or a GPT-2 folder or hub id. Routing becomes one If per
-    path, so a path that no token takes is not computed; fast-k becomes TopK and a gather of head rows. The
-    result is run and compared with torch (routes first, then log-probs, on every path) before OUT appears: a
-    model that differs beyond tolerance is not published, and the exit code is 4.
+    path, so a path without tokens is not computed; fast-k becomes TopK and a gather of head rows. The result is
+    run and compared with torch (routes first, then log-probs, on every path) before OUT appears. If it differs
+    beyond tolerance, it is not published and the exit code is 4.
 
     \b
     Example:
@@ -44,7 +44,7 @@ def command(**fields: Any) -> None:
       dmpt-export run device "Once upon a time"
 
     OUT holds model.onnx, its data file, the tokenizer and dmpt_manifest.json; it can be moved anywhere, and
-    running it needs neither torch nor transformers.
+    running it needs neither torch nor Transformers.
     """
     request = ExportRequest(**fields)
     manifest = request.run(request.check())
@@ -52,7 +52,7 @@ def command(**fields: Any) -> None:
 
 
 def report(manifest: dict[str, Any], out: str) -> str:
-    """What was written and how closely it follows torch, in a few lines."""
+    """A few lines on the written files and the differences from torch."""
     sizes = {name: file["size"] for name, file in manifest["files"].items()}
     model = sum(size for name, size in sizes.items() if name.startswith(manifest["model"]))
     parameters = manifest["parameters"]
@@ -77,7 +77,7 @@ def report(manifest: dict[str, Any], out: str) -> str:
             lines.append(f"with float kernels: log-probs within {exact['stepwise']['max_abs_diff']:.2g}")
         if forced := manifest["parity"]["forced"]:
             kernels = f", {worst(exact['forced']):.2g} with float kernels" if exact else ""
-            there = f"where few of them went, with all sent there ({', '.join(forced)})"
+            there = f"rarely used nodes, with all tokens sent there ({', '.join(forced)})"
             lines.append(f"{there}: within {worst(forced):.2g}{kernels}")
     return "\n".join(lines)
 

@@ -23,7 +23,7 @@ def schemes() -> Iterable[str]:
 
 
 def deltas() -> Iterable[str]:
-    """They are for rules alone, whose check says so."""
+    """Delta schemes, which are only for rules; the request's check reports that."""
     from quant.schemes.low_rank import DELTAS
 
     return DELTAS
@@ -37,7 +37,7 @@ class Size(click.ParamType):  # type: ignore[type-arg]
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         found = re.fullmatch(r"(\d+\.?\d*)\s*([A-Za-z]*)", str(value).strip())
         if not found or found[2].upper() not in UNITS or float(found[1]) <= 0:
-            self.fail(f"'{value}' is no size: give one like 200MB, 1.5GB or 190MiB.", param, ctx)
+            self.fail(f"'{value}' is not a size: give one such as 200MB, 1.5GB or 190MiB.", param, ctx)
         return int(float(found[1]) * UNITS[found[2].upper()])
 
 
@@ -51,42 +51,41 @@ def number(_context: click.Context, _parameter: click.Parameter, value: str | No
 @click.option("--scheme", type=TableChoice("scheme", schemes, deltas), help="How to store weights; see above.")
 @click.option("--block", type=click.Choice(["16", "32", "64", "128", "256"]), callback=number,
               help="Weights that share a scale: "
-              "fewer are closer to the original, and larger. Default: 128 for int8, 64 for int2, nf4 and fp4, "
+              "fewer give smaller errors and larger files. Default: 128 for int8, 64 for int2, nf4 and fp4, "
               "else 32.")  # fmt: skip
-@click.option("--asymmetric", is_flag=True, help="Store a zero point per block, too: closer, and a little larger.")
+@click.option("--asymmetric", is_flag=True, help="Also store a zero point per block: smaller errors, slightly larger.")
 @click.option("--rule", "--layer-bits", "rules", metavar="PATTERN=SCHEME[:BLOCK][:asymmetric]", multiple=True,
-              help="Another scheme, or float32, for the tensors whose name matches; repeat for more, the first "
-                   "that matches wins. A number of bits stands for a scheme, with --calib for GPTQ's.")  # fmt: skip
-@click.option("--calib", metavar="FILE", type=click.Path(), help="Calibration text, like what the model will read: for "
+              help="Another scheme, or float32, for matching tensor names; may be repeated, the first match wins. "
+                   "A number of bits means the scheme of that width, with --calib GPTQ's.")  # fmt: skip
+@click.option("--calib", metavar="FILE", type=click.Path(), help="Calibration text, typical of the model's input: for "
               "the gptq schemes, --smooth, plans, and the damage of each tensor in the report.")  # fmt: skip
 @click.option("--calib-tokens", type=click.IntRange(min=2), default=8192, show_default=True,
-              help="How much of the calibration text to use.")  # fmt: skip
+              help="Number of calibration tokens to use.")  # fmt: skip
 @click.option("--smooth", type=Finite(0, 1), metavar="ALPHA", help="For int8-dynamic: balance "
               "activations (1) against weights (0) first; 0.5 is usual.")  # fmt: skip
 @click.option(
     "--target-size",
     type=Size(),
-    help="Plan: the least damage within this size, such as "
-    "200MB, of the weights' file; graph and tokenizer come on top.",
+    help="Plan: least damage within this size of the weights' file, such as 200MB; graph and tokenizer are extra.",
 )
 @click.option("--target-kl", type=Finite(min=0, min_open=True), metavar="NATS",
-              help="Plan: the smallest model whose KL to the float one on that text is at most this.")  # fmt: skip
+              help="Plan: smallest model whose KL to the float model on that text is at most this.")  # fmt: skip
 @click.option("--target-bits", type=Finite(min=0, min_open=True), metavar="BITS",
-              help="Plan: the least damage within so many bits per weight, all tensors counted.")  # fmt: skip
-@click.option("--candidates", metavar="SCHEME,...", help="What a plan chooses from, for each group of tensors, such as "
-              "int8,int4:32,int2-gptq; a number of bits stands for a scheme as in --rule.  [int8, and int4-gptq in "
+              help="Plan: least damage within this number of bits per weight, counting all tensors.")  # fmt: skip
+@click.option("--candidates", metavar="SCHEME,...", help="Schemes that a plan chooses from for each group, such as "
+              "int8,int4:32,int2-gptq; a number of bits means a scheme as in --rule.  [int8, and int4-gptq in "
               "blocks of 16 to 128]")  # fmt: skip
 @click.option("--plan", metavar="PLAN.json", type=click.Path(), help="Use the rules of an earlier plan. "
-              "Its gptq parts need --calib again, and give the same bytes on the same text alone.")  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Print what would be done, write no model; OUT may be left out.")
+              "Its gptq parts need --calib again, and only give the same bytes with the same text.")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Print the result but write no model; OUT is optional.")
 @click.option("--cache-dir", type=click.Path(path_type=Path),
-              help="Where damages are remembered: a killed plan goes on, another target is quick.  "
+              help="Cache of measured damages: a killed plan continues, a new target is fast.  "
               "[default: ~/.cache/dmpt-export]")  # fmt: skip
 @no_verify
-@click.option("--tensors", is_flag=True, help="Print a line for each tensor, too.")
+@click.option("--tensors", is_flag=True, help="Also print a line for each tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with everything.")
 def command(tensors: bool, as_json: bool, **fields: Any) -> None:
-    """Quantize the weights of CHECKPOINT into the folder OUT and say what it cost.
+    """Quantize the weights of CHECKPOINT into the folder OUT and report the damage.
 
     CHECKPOINT is a DMPT folder, or a GPT-2 folder or hub id. All linear layers of the blocks, the token
     embedding and the vocabulary heads are quantized; norms, biases, positions and gates stay float32.
@@ -102,10 +101,10 @@ def command(tensors: bool, as_json: bool, **fields: Any) -> None:
                   long prompts, but check the quality with `dmpt-export eval`
     nf4, fp4      bitsandbytes' 4 bits in the blocks, int8 for embedding and heads
     bnb-int8      bitsandbytes' 8 bits, a scale per output
-    fp16          half the disk; on a CPU the model runs, and needs memory, as in float32
+    fp16          half the size on disk; on a CPU, speed and memory as in float32
 
-    With --target-size, --target-kl or --target-bits each attention, MLP, embedding and head gets bits by
-    the damage it was measured to take: KL to the float model on the calibration text.
+    With --target-size, --target-kl or --target-bits each attention, MLP, embedding and head gets bits by its
+    measured damage: KL to the float model on the calibration text.
 
     \b
     In rules for heads also:

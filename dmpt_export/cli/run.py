@@ -17,40 +17,40 @@ from dmpt_export.requests.run import RunRequest
 if TYPE_CHECKING:
     from runtime.generate import Generation, Generations
 
-MOST_INPUT = 64 << 20  # bytes read from standard input; what fits the context is decided by the model
+MOST_INPUT = 64 << 20  # bytes read from standard input; the model checks whether the text fits the context
 
 
 @click.command("run", short_help="Continue a prompt with an exported model, without torch.")
 @click.argument("model")
 @click.argument("prompt", required=False)
 @click.option("-n", "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True,
-              help="Tokens to write at most; end of text or a full context ends it earlier.")  # fmt: skip
-@click.option("-t", "--temperature", type=float, help="0 always takes the likeliest token, 1 samples as the model "
-              "says. Default: 1 with --top-k, --top-p or --seed, else 0.")  # fmt: skip
+              help="Maximum number of new tokens; end of text or a full context stops earlier.")  # fmt: skip
+@click.option("-t", "--temperature", type=float, help="0 always takes the likeliest token, 1 samples from the "
+              "model's distribution. Default: 1 with --top-k, --top-p or --seed, else 0.")  # fmt: skip
 @click.option("--top-k", type=int, help="Sample among the K likeliest tokens only.")
 @click.option("--top-p", type=float, help="Sample among the likeliest tokens that together have probability P.")
 @click.option("--repetition-penalty", type=float, default=1.0, show_default=True,
-              help="Above 1: tokens that occurred already become less likely.")  # fmt: skip
-@click.option("--seed", type=int, help="The same seed gives the same text. Default: another one each time.")
-@click.option("--stop", multiple=True, help="Text that ends the output and is cut from it; may be repeated.")
+              help="Above 1: makes tokens less likely that have already occurred.")  # fmt: skip
+@click.option("--seed", type=int, help="The same seed gives the same text. Default: random.")
+@click.option("--stop", multiple=True, help="Text that stops generation and is cut off; may be repeated.")
 @click.option("--on-full", type=click.Choice(["stop", "slide"]), default="stop", show_default=True,
-              help="When the context is full: stop, or read its last half again as a new beginning.")  # fmt: skip
+              help="When the context is full: stop, or continue from its last half.")  # fmt: skip
 @click.option("--speculate", type=int, default=0, metavar="N", show_default=True, help="Guess up to N tokens from the "
-              "text so far and check them in one run: faster where text repeats.")  # fmt: skip
-@click.option("--batch", is_flag=True, help="Standard input has one prompt a line; they are continued together, and "
-              "each gives one line of JSON, in their order.")  # fmt: skip
-@click.option("--threads", type=int, help="CPU threads. Default: what this process may use.")
+              "text so far and check them in one run: faster for repetitive text.")  # fmt: skip
+@click.option("--batch", is_flag=True, help="Read one prompt per line from standard input, continue them "
+              "together, and print one line of JSON for each, in order.")  # fmt: skip
+@click.option("--threads", type=int, help="CPU threads. Default: all available to this process.")
 @click.option("--deterministic", is_flag=True, help="One thread and reproducible arithmetic: equal seeds give equal "
-              "text on every machine of a kind, however many CPUs it has.")  # fmt: skip
+              "text on every machine of a kind, with any number of CPUs.")  # fmt: skip
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--no-check", is_flag=True, help="Skip comparing the files' sha256 with the manifest.")
+@click.option("--no-check", is_flag=True, help="Do not compare the files' sha256 with the manifest.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with the text and statistics instead.")
-@click.option("-v", "--verbose", is_flag=True, help="Say on stderr how fast it went and which paths were taken, "
-              "also when stderr is no terminal.")  # fmt: skip
+@click.option("-v", "--verbose", is_flag=True, help="Print speed and path usage on stderr, even if stderr is not a "
+              "terminal.")  # fmt: skip
 def command(as_json: bool, verbose: bool, **fields: Any) -> None:
-    """Continue PROMPT (standard input when absent) with the exported folder MODEL.
+    """Continue PROMPT (default: standard input) with the exported folder MODEL.
 
-    The new text goes to stdout as it is made, everything else to stderr. Needs neither torch nor transformers:
+    The new text is streamed to stdout, everything else goes to stderr. Needs neither torch nor Transformers:
     pip install '.[cpu]' in a checkout is enough.
 
     \b
@@ -64,7 +64,7 @@ def command(as_json: bool, verbose: bool, **fields: Any) -> None:
     """
     request = RunRequest(**fields)
     if request.batch and (as_json or verbose):
-        raise click.UsageError("--batch prints a line of JSON for each prompt, no statistics: leave --json and -v out")
+        raise click.UsageError("--batch prints a line of JSON per prompt and no statistics: leave --json and -v out")
     request.check()
     from runtime.generate import Generations
 
@@ -88,12 +88,12 @@ def command(as_json: bool, verbose: bool, **fields: Any) -> None:
 
 
 def as_utf8(argument: str) -> str:
-    """An argument's bytes read as UTF-8, whatever the locale. Other bytes are refused when the prompt is tokenised."""
+    """An argument's bytes decoded as UTF-8 in any locale. Invalid bytes are refused when the prompt is tokenised."""
     return os.fsencode(argument).decode("utf-8", "surrogateescape")
 
 
 def read_prompt() -> str:
-    """All of standard input, without the line break that ends it."""
+    """All of standard input, without the final line break."""
     from runtime.errors import RequestError
 
     if sys.stdin is None:
@@ -104,7 +104,7 @@ def read_prompt() -> str:
     if len(data) > MOST_INPUT:
         raise RequestError(f"the prompt on standard input is larger than {MOST_INPUT >> 20} MB: give less")
     if not data.strip():
-        raise RequestError("the prompt is empty: give some text (one that begins with - goes after --)")
+        raise RequestError("the prompt is empty: give some text (after -- if it begins with -)")
     try:
         return data.decode().removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
@@ -112,7 +112,7 @@ def read_prompt() -> str:
 
 
 class Clock:
-    """Times of one generation, and which path each token came from."""
+    """Times of one generation, and the path of each token."""
 
     def __init__(self, load_s: float) -> None:
         self.load_s = load_s
@@ -126,7 +126,7 @@ class Clock:
         self.paths[path] += 1
 
     def statistics(self, generation: Generation) -> dict[str, Any]:
-        """The first token closes the prefill; decoding is counted over the others."""
+        """The first token ends the prefill; decoding speed is measured over the others."""
         prefill, decode, new = self.first - self.started, self.latest - self.first, len(generation.ids)
         return {
             "prompt_tokens": len(generation.prompt),
@@ -140,7 +140,7 @@ class Clock:
 
 
 def show(generation: Generation, clock: Clock, quiet: bool) -> None:
-    """Make the text; unless quiet, every piece is printed at once. A terminal that lacks a character gets "?"."""
+    """Generate the text and, unless quiet, print every piece at once; characters that a terminal lacks become "?"."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     for token in generation:
@@ -150,7 +150,7 @@ def show(generation: Generation, clock: Clock, quiet: bool) -> None:
 
 
 def show_batch(generations: Generations) -> None:
-    """Make the texts together and print each as soon as it and those before it are complete."""
+    """Generate the texts together and print each one as soon as it and all before it are complete."""
     unprinted = list(generations.texts)
     for _ in generations:
         while unprinted and unprinted[0].stop_reason is not None:

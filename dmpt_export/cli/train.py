@@ -10,7 +10,7 @@ from dmpt_export.extras import require
 
 
 class TrainCommand(click.Command):
-    """Takes option names with underscores (as the original project wrote them) or dashes; help in sections."""
+    """Accepts option names with underscores (as in the original project) or dashes; prints its help in sections."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         if not self.params:
@@ -49,11 +49,10 @@ class TrainCommand(click.Command):
 )
 @click.pass_context
 def command(context: click.Context, /, **_fields: Any) -> None:
-    """Train MODEL (a DMPT or GPT-2 folder, or a hub id) on text; the result and the run go to the folder OUT.
+    """Train MODEL (a DMPT or GPT-2 folder, or a hub id) on text; the folder OUT gets the result and the run.
 
-    Plain GPT-2 goes through the very same trainer, so a comparison at equal tokens is fair. The paths of a
-    DMPT are mixed by their gates while training (gate_soft), and --eval-data is scored as deployed: every
-    token takes one path.
+    Plain GPT-2 uses the same trainer, so a comparison at equal tokens is fair. Training mixes the paths of a
+    DMPT by their gates (gate_soft); --eval-data is scored as deployed: every token takes one path.
 
     \b
     Examples:
@@ -67,7 +66,7 @@ def command(context: click.Context, /, **_fields: Any) -> None:
     OUT afterwards:
       config.json, ...    the model to use: the best on --eval-data, else the last; OUT is a CHECKPOINT
       best/  last/        both checkpoints; last/trainer_state is what --resume continues from
-      metrics.jsonl       a line for every --log-every steps, evaluation and warning
+      metrics.jsonl       a line per --log-every steps, evaluation and warning
 
     Several processes or GPUs: accelerate launch -m training MODEL OUT --data FILE ...
 

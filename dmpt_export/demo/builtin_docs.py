@@ -1,7 +1,7 @@
 """Print the docstrings of modules written in C as JSON: {module: [[signature, docstring], ...]}.
 
-Run as a script in a fresh interpreter (`python -I -S`), never imported by the package: what other libraries
-have patched into `sys` or `builtins` then cannot change the corpus, and a module that fails to load harms nobody.
+Run as a script in a fresh interpreter (`python -I -S`), never imported by the package: then patches that other
+libraries apply to `sys` or `builtins` cannot change the corpus, and a module that fails to load does no harm.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import types
 from importlib import import_module
 from pathlib import Path
 
-# Test helpers, and one whose import writes to the terminal.
+# Test helpers, and a module whose import writes to the terminal.
 SKIPPED_PREFIXES = ("_test", "_xx", "xx", "_ctypes_test", "readline")
 
 

@@ -23,9 +23,9 @@ from pathlib import Path
 
 from training.errors import FieldError, InputError
 
-MIN_BYTES = 3_000_000  # what an ordinary Python 3.11+ exceeds
+MIN_BYTES = 3_000_000  # an ordinary Python 3.11+ has more
 HELD_OUT = 0.04  # share of the text kept for evaluation
-LARGEST_HELD_OUT = 0.01  # a module above this share of the text is always trained on, so that many others fit in
+LARGEST_HELD_OUT = 0.01  # a module above this share is always training text, so that many others can be held out
 # Not documentation of the library, or not installed everywhere.
 SKIPPED = {
     "__phello__", "__pycache__", "dist-packages", "ensurepip", "encodings", "idlelib", "lib2to3",
@@ -36,14 +36,14 @@ SHINGLE = 8  # words; two paragraphs that share half of these runs are near-dupl
 
 @dataclass(frozen=True)
 class Document:
-    """What one module or topic says: `entries` are (signature or "", text)."""
+    """The text of one module or topic: `entries` are (signature or "", text)."""
 
     name: str
     entries: list[tuple[str, str]]
 
     @property
     def group(self) -> str:
-        """Documents of one group stay on one side of the split: a package, or a module and its C or Python twin."""
+        """Documents of a group stay on the same side of the split: a package, or a module and its C or Python twin."""
         return re.sub(r"^(_py|_)", "", self.name.split(".")[0])
 
     @property
@@ -64,32 +64,30 @@ class Corpus:
 
 
 def documentation_corpus(seed: int = 0, held_out: float = HELD_OUT) -> Corpus:
-    """The documentation of the running Python. Raises InputError when its library holds hardly any."""
+    """The documentation of the running Python. Raises InputError when its library has too little."""
     documents = [*topic_documents(), *source_documents(), *builtin_documents()]
     corpus = split(documents, seed, held_out)
     if corpus.n_bytes < MIN_BYTES // 3:
         raise FieldError(
-            "this Python ({}) comes with only {} bytes of documentation: use another one, or give text with {data}",
+            "this Python ({}) has only {} bytes of documentation: use another one, or give text with {data}",
             sys.executable, f"{corpus.n_bytes:,}",
         )  # fmt: skip
     return corpus
 
 
 def text_corpus(texts: dict[str, str], seed: int = 0, held_out: float = HELD_OUT) -> Corpus:
-    """A corpus from the user's texts (name -> text), held out in runs of lines. InputError when too short to split."""
+    """A corpus from the user's texts (name -> text), held out in runs of lines. InputError when too short."""
     documents = []
     for name, text in texts.items():
         lines = [line for line in text.splitlines() if line.strip()]
-        step = max(1, len(lines) // 100)  # so that what is held out comes from all over the text
+        step = max(1, len(lines) // 100)  # so that held-out runs come from all parts of the text
         documents += [
             Document(f"{name}:{start}".replace(".", "_"), [("", line) for line in lines[start : start + step]])
             for start in range(0, len(lines), step)
         ]
     corpus = split(documents, seed, held_out, largest=1.0)
     if not corpus.train.strip() or not corpus.held_out.strip():
-        raise InputError(
-            f"{', '.join(texts)}: too little text to train on and to hold some out; give at least 50 lines"
-        )
+        raise InputError(f"{', '.join(texts)}: too little text to train on and to hold out; give at least 50 lines")
     return corpus
 
 
@@ -97,7 +95,7 @@ def text_corpus(texts: dict[str, str], seed: int = 0, held_out: float = HELD_OUT
 
 
 def topic_documents() -> list[Document]:
-    """The language reference as `help()` shows it."""
+    """The language reference as shown by `help()`."""
     from pydoc_data.topics import topics
 
     return [Document(f"topic-{name}", [("", text)]) for name, text in sorted(topics.items())]
@@ -136,7 +134,7 @@ def source_entries(source: str) -> list[tuple[str, str]]:
 
 
 def block_comments(source: str) -> Iterator[tuple[int, str]]:
-    """(line number, text) of comments that hold a sentence's worth of words."""
+    """(line number, text) of comments as long as a sentence."""
     block: list[str] = []
     for number, line in enumerate([*source.splitlines(), ""], start=1):
         stripped = line.strip()
@@ -162,9 +160,9 @@ def builtin_documents() -> list[Document]:
 
 
 def split(documents: list[Document], seed: int, held_out: float, largest: float = LARGEST_HELD_OUT) -> Corpus:
-    """Whole groups go to one side, in an order drawn from the seed; then repeats are left out on both sides.
+    """Put whole groups on one side, in an order drawn from the seed; then remove repeats on both sides.
 
-    held_out: share of the text to keep for evaluation; a group above the share `largest` is never kept.
+    held_out: share of the text for evaluation; a group above the share `largest` is never held out.
     """
     sizes: dict[str, int] = {}
     for document in documents:
@@ -186,14 +184,14 @@ def split(documents: list[Document], seed: int, held_out: float, largest: float 
 
 
 def render(documents: Iterable[Document], seen: set[str]) -> str:
-    """Documents as lines; a line in `seen` is left out, and a new one is added to it."""
+    """Documents as lines; lines in `seen` are left out, new ones are added to it."""
     out: list[str] = []
     for document in documents:
         lines: list[str] = []
         for head, text in document.entries:
             body = [line for line in paragraphs(text) if line not in seen]
             if text and not body:
-                continue  # a signature says nothing new when its docstring does not
+                continue  # a signature without a new docstring adds nothing
             seen.update(body)
             if head and head not in seen:
                 seen.add(head)
@@ -205,7 +203,7 @@ def render(documents: Iterable[Document], seen: set[str]) -> str:
 
 
 def paragraphs(text: str) -> Iterator[str]:
-    """Paragraphs as single lines; interactive examples keep their lines, rulers are dropped."""
+    """Paragraphs as single lines; interactive examples keep their line breaks, rulers are dropped."""
     for block in re.split(r"\n\s*\n", text):
         lines = [" ".join(line.split()) for line in block.splitlines()]
         lines = [line for line in lines if re.search(r"\w", line)]

@@ -1,4 +1,4 @@
-"""The demo's stages, in order; each calls what the verb of the same name calls.
+"""The demo's stages, in order; each calls the same functions as the verb of that name.
 
 corpus -> tokenizer -> base GPT-2 --+--> fine-tuned GPT-2 --------+--> int8, int4 --> ONNX --> comparison
                                     +--> DMPT --> fine-tuned DMPT-+                     +--> text
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from training.loop.options import TrainOptions
     from training.model.generation import DMPTForCausalLM
 
-MARKER = "demo.json"  # its presence says that a folder is a demo's
+MARKER = "demo.json"  # marks a folder as a demo's
 FOLDERS = ("corpus", "tokenizer", "checkpoints", "quantized", "onnx")
 RESULTS = ("comparison.json", "comparison.md", "comparison.csv", "comparison.svg", "report.html")
 BASE, TUNED, INIT, DMPT = "gpt2-base", "gpt2-tuned", "dmpt-init", "dmpt"  # checkpoints, in the order they are made
@@ -62,7 +62,7 @@ class Demo:
         self.started = time.monotonic()
 
     def run(self) -> Comparison:
-        """Raises InputError for unusable data or an `out` that is not a demo's, before anything is written."""
+        """Raises InputError for unusable data or an `out` that is not from a demo, before anything is written."""
         check_out(self.out)
         given = self.given_text()
         with self.heading("Corpus: your text" if given else "Corpus: the documentation inside this Python"):
@@ -81,12 +81,12 @@ class Demo:
 
     @contextmanager
     def heading(self, title: str) -> Iterator[None]:
-        """Say which stage begins, and how long it took."""
+        """Print the stage that begins, and its duration at the end."""
         self.stage += 1
         say(f"\n[{self.stage}/{N_STAGES}] {title}")
         started = time.monotonic()
         yield
-        say(f"      {time.monotonic() - started:.1f} s ({time.monotonic() - self.started:.0f} s in all)")
+        say(f"      {time.monotonic() - started:.1f} s ({time.monotonic() - self.started:.0f} s in total)")
 
     # --- text ---------------------------------------------------------------------------------
 
@@ -94,13 +94,13 @@ class Demo:
         return text_corpus({str(path): read_text(path) for path in self.data}) if self.data else None
 
     def tokenize(self, corpus: Corpus) -> Texts:
-        """Train the tokenizer; write it, the texts and their tokens' count. Here the folder is made, or cleared."""
+        """Train the tokenizer; write it, the texts and their token counts. Creates the folder, or clears it."""
         tokenizer = train_tokenizer(corpus.train.split("\n"), self.settings.vocab_size)
         eot = end_of_text_id(tokenizer)
         train, held_out = (encode_lines(text, tokenizer, eot) for text in (corpus.train, corpus.held_out))
         if min(len(train), len(held_out)) <= self.settings.context:
             raise FieldError(
-                "the text makes {} tokens to train on and {} held out, more than {} are needed of each: give more with "
+                "the text has {} tokens to train on and {} held out, but more than {} each are needed: give more with "
                 "{data}",
                 f"{len(train):,}", f"{len(held_out):,}", self.settings.context,
             )  # fmt: skip
@@ -120,7 +120,7 @@ class Demo:
     # --- models -------------------------------------------------------------------------------
 
     def train_models(self, texts: Texts) -> None:
-        """Base GPT-2, then it and the DMPT made from it on the same further tokens."""
+        """Train the base GPT-2, then fine-tune it and the DMPT made from it on the same further tokens."""
         from training.checkpoints.checkpoint import load_model, save_model
         from training.model.init import init_from_gpt2
         from training.model.shape import NewShape
@@ -145,7 +145,7 @@ class Demo:
         return self.out / "checkpoints" / name
 
     def new_gpt2(self) -> DMPTForCausalLM:
-        """A GPT-2 with random weights: a model without splits and with one tied head."""
+        """A GPT-2 with random weights: a model without splits and with a single tied head."""
         import torch
 
         from training.model.config import DMPTConfig
@@ -170,7 +170,7 @@ class Demo:
         try:
             extras = Extras(self.out / "tokenizer", title=name)
             result = train(model, texts.train_tokens, options, folder, extras=extras)
-        except Interrupted:  # its message tells how to resume `train`; the demo starts anew
+        except Interrupted:  # its message is about resuming `train`, but the demo starts from the beginning
             raise KeyboardInterrupt from None
         shutil.rmtree(folder / "last")
         say(
@@ -191,7 +191,7 @@ class Demo:
                 say(f"      {out.name}: {before / 1e6:.1f} -> {after / 1e6:.1f} MB")
 
     def variants(self) -> Iterator[tuple[str, str, Path]]:
-        """(checkpoint name, scheme, folder to export) of every row of the table, in its order."""
+        """(checkpoint name, scheme, folder to export) of every row of the table, in order."""
         yield BASE, "fp32", self.checkpoint(BASE)
         for name in (TUNED, DMPT):
             yield name, "fp32", self.checkpoint(name)
@@ -212,7 +212,7 @@ class Demo:
     # --- results ------------------------------------------------------------------------------
 
     def generate(self, held_out: str) -> None:
-        """Continue the beginning of a held-out paragraph, streamed to stdout."""
+        """Continue the start of a held-out paragraph, streamed to stdout."""
         import runtime
 
         s, prompt = self.settings, opening(held_out)
@@ -248,7 +248,7 @@ class Demo:
 
 
 def say(text: str) -> None:
-    """What happens, to stderr: stdout has the generated text and the table."""
+    """Print progress to stderr; stdout has the generated text and the table."""
     click.echo(text, err=True)
 
 
@@ -270,7 +270,7 @@ def check_out(out: Path) -> None:
 
 
 def clear(out: Path) -> None:
-    """Remove what an earlier demo wrote, and nothing else."""
+    """Remove the files of an earlier demo, and nothing else."""
     out.mkdir(parents=True, exist_ok=True)
     for name in FOLDERS:
         shutil.rmtree(out / name, ignore_errors=True)
@@ -284,7 +284,7 @@ def write(file: Path, text: str) -> None:
 
 
 def publish(write: Callable[[Path], None], out: Path) -> None:
-    """Let `write` fill a temporary folder inside `out`, then move its files up, each in one step."""
+    """Call `write` with a temporary folder inside `out`, then move its files up, each in one step."""
     with tempfile.TemporaryDirectory(dir=out, prefix=".comparison-") as folder:
         write(Path(folder))
         for file in sorted(Path(folder).iterdir()):

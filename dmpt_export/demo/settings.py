@@ -11,21 +11,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """Chosen so that the whole demo takes four to five minutes on two cores."""
+    """Settings for a demo of four to five minutes on two cores."""
 
     # the model: a GPT-2 of a few million parameters
     vocab_size: int = 4096
     context: int = 256  # tokens
     n_embd: int = 192
-    n_layer: int = 6  # the DMPT forks at half of it
+    n_layer: int = 6  # the DMPT splits at half of it
     n_head: int = 6
-    # what DMPT adds
+    # the DMPT
     heads: int = 8  # four on each path
-    fast_k: int = 64  # candidates that the three other heads of a path are scored on
+    fast_k: int = 64  # candidates that the three other heads of a path score
     noise: float = 0.1  # on copied heads, in standard deviations of the embedding
     gate_hidden: int = 64
     # training; both fine-tunings see the same sequences in the same order
-    batch_size: int = 2  # sequences of `context` tokens; so little text is learned best in many small steps
+    batch_size: int = 2  # sequences of `context` tokens; many small steps learn so little text best
     base_steps: int = 1000
     tune_steps: int = 300
     base_lr: float = 2e-3
@@ -41,7 +41,7 @@ class Settings:
     top_k: int = 40
 
     def scaled(self, factor: float) -> Settings:
-        """The same with `factor` times the training steps, at least one."""
+        """The same settings with `factor` times the training steps, at least one."""
         return replace(
             self,
             base_steps=max(1, round(self.base_steps * factor)),
@@ -49,7 +49,7 @@ class Settings:
         )
 
     def training(self, steps: int, lr: float, seed: int) -> TrainOptions:
-        """One recipe for all three trainings; plain GPT-2 has no gates or further heads for theirs to act on."""
+        """Options for all three training runs; plain GPT-2 ignores those of gates and further heads."""
         from training.loop.options import TrainOptions
 
         return TrainOptions(
@@ -65,7 +65,7 @@ class Settings:
             weight_decay=0.1,
             warmup_steps=max(1, steps // 10),
             lr_schedule="linear",
-            # for what is deployed: one path a token, heads mixed on the anchor's candidates
+            # as deployed: one path per token, heads mixed on the anchor's candidates
             train_path_selection="gate_expected",
             fast_k_loss=True,
             gate_temp=1.0,

@@ -4,7 +4,7 @@ builder.py   nodes, weights and If subgraphs
 linear.py    one weight, three uses (linear, project, gather_rows), whatever its storage form
 blocks.py    embedding, attention, MLP, segments
 rescore.py   rows of heads on candidates
-deltas.py    heads that are stored as a delta to their anchor
+deltas.py    heads stored as a delta to their anchor
 heads.py     head gate, full mixture, fast-k
 routing.py   gates, one If per node, putting the rows back in order
 assemble.py  the whole graph

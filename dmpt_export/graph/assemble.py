@@ -44,8 +44,8 @@ def build(
     """The graph of one model.
 
     `weights` maps the checkpoint's tensor names to float arrays or QuantizedTensors; `dtype` is the type of
-    activations and caches (FLOAT or FLOAT16). `config.fast_k` and `config.head_topk` are baked in. `scales` (see
-    dmpt_export.onnx.kv_cache) makes the caches int8.
+    activations and caches (FLOAT or FLOAT16). `config.fast_k` and `config.head_topk` are fixed in the graph. `scales`
+    (see dmpt_export.onnx.kv_cache) makes the caches int8.
     """
     cache = INT8 if scales else dtype
     weights = {**weights, **(scales or {})}
@@ -94,7 +94,7 @@ def build(
 def _single_leaf(
     b: Builder, config: DMPTConfig, weights: Weights, router: Router, stream: Stream
 ) -> tuple[ir.Value, ir.Value]:
-    """Without splits there is nothing to route: norm and heads on the last N rows, which `stream` holds."""
+    """Without splits there is no routing: norm and heads on the last N rows, which `stream` holds."""
     h, _ = norm_stream(b, weights, stream, "transformer.ln_f", config.layer_norm_epsilon)  # (B, N, E)
     if len(config.head_allocation[ROOT]) == 1:
         log_probs, _ = leaf_log_probs(b, config, weights, ROOT, h)
@@ -112,6 +112,6 @@ def _single_leaf(
 
 
 def _named(b: Builder, value: ir.Value, spec: Spec) -> ir.Value:
-    """Give a result the name, type and shape of the graph output it becomes."""
+    """Give a result the name, type and shape of its graph output."""
     value.name, value.dtype, value.shape = spec.name, spec.dtype, ir.Shape(spec.shape)
     return value

@@ -3,11 +3,10 @@
     x ---- ln_1 -- c_attn -- GroupQueryAttention -- c_proj -- + -- ln_2 -- c_fc -- gelu -- c_proj -- + --
      \\_________________________________________________________/ \\_________________________________/
 
-A block hands on its residual sum as two summands: on a GPU the next reader adds and normalises them in one
+A block returns its residual sum as two summands: on a GPU the next reader adds and normalises them in one
 SkipLayerNormalization. On the CPU that kernel takes five times as long as an Add and a LayerNormalization.
 
-In a leaf's last block only keys and values are needed of every row: the rows that nothing is asked for end behind
-its attention.
+In a leaf's last block every row needs keys and values, but rows without a requested output end after its attention.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from training.model.shape import ACTIVATIONS, Node
 
 @dataclass(frozen=True)
 class Timeline:
-    """Graph inputs that say where the new tokens stand."""
+    """Graph inputs with the positions of the new tokens."""
 
     position_ids: ir.Value  # int64 [B, S]
     seqlens_k: ir.Value  # int32 [B], tokens after this run, minus one
@@ -36,7 +35,7 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Stream:
-    """The residual stream as two summands; `delta` is None where nothing is to be added yet."""
+    """The residual stream as two summands; `delta` is None if there is nothing to add yet."""
 
     x: ir.Value  # [B, R, E]
     delta: ir.Value | None = None
@@ -46,7 +45,7 @@ class Stream:
 
 
 def embed(b: Builder, weights: Weights, ids: ir.Value, position_ids: ir.Value) -> Stream:
-    """wte[ids] and wpe[positions], left as two summands for the first norm."""
+    """wte[ids] and wpe[positions] as two summands for the first norm."""
     tokens = gather_rows(b, weights, "transformer.wte.weight", ids, "transformer.wte")
     table = float_weight(b, weights, "transformer.wpe.weight")
     return Stream(tokens, b.op("Gather", table, position_ids, name="transformer.wpe"))
@@ -70,8 +69,8 @@ def norm_stream(b: Builder, weights: Weights, stream: Stream, prefix: str, epsil
 def attention(
     b: Builder, config: DMPTConfig, weights: Weights, prefix: str, x: ir.Value, time: Timeline, past: Past
 ) -> tuple[ir.Value, Past]:
-    """Causal attention over cache and new rows, before c_proj; a cache whose buffers are shared is written in place."""
-    qkv = linear(b, weights, f"{prefix}.attn.c_attn", x)  # (B, R, 3E), packed as the operator wants it
+    """Causal attention over cache and new rows, before c_proj; a cache with shared buffers is written in place."""
+    qkv = linear(b, weights, f"{prefix}.attn.c_attn", x)  # (B, R, 3E), packed as the operator expects
     inputs: tuple[ir.Value | None, ...] = (qkv, None, None, past.key, past.value, time.seqlens_k, time.total_length)
     quantized: dict[str, Any] = {}
     if f"{prefix}.attn.k_scale" in weights:  # an int8 cache, scaled by channel
@@ -128,7 +127,7 @@ def segment(
 ) -> tuple[Stream, dict[str, Past]]:
     """All blocks of a node: (raw output rows [B, R, E] as two summands, new caches by block prefix).
 
-    `wanted`, given in a leaf, picks from rows [B, R, E] those that are asked for; the output has these alone.
+    `wanted`, given in a leaf, picks the requested rows from rows [B, R, E]; the output has only these.
     """
     present: dict[str, Past] = {}
     epsilon = config.layer_norm_epsilon

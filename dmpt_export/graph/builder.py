@@ -1,11 +1,11 @@
 """A thin layer over onnx_ir: append a node, refer to a weight, open an If.
 
-Every weight is an initializer of the MAIN graph, also when only a branch uses it: subgraphs see it through
-outer scope, so it is stored and prepacked once, and external-data and quantization tools find it.
+Every weight is an initializer of the MAIN graph, even if only a branch uses it: subgraphs see it through the outer
+scope, so it is stored and prepacked once, and external-data and quantization tools find it.
 
-The exception are scales and zero points of n-bit products in a branch (`own_weight`): they belong to that branch.
-Kernels may read them while they pack the weights, and then see only what the same graph holds. On Arm processors with
-dot-product instructions ONNX Runtime before 1.29 reads a null pointer otherwise.
+The exceptions are scales and zero points of n-bit products in a branch (`own_weight`): they belong to that branch.
+Kernels may read them while packing the weights, and then only see initializers of the same graph. Otherwise ONNX
+Runtime before 1.29 reads a null pointer on Arm processors with dot-product instructions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import onnx_ir as ir
 from runtime.graph_io import TensorSpec
 
 MSFT = "com.microsoft"
-OWN = ".branch"  # ends the names of a branch's own initializers
+OWN = ".branch"  # suffix of a branch's own initializers
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class Spec:
 
 
 class Builder:
-    """Collects the nodes of one graph; `branch` opens a builder of a subgraph that shares the initializers."""
+    """Collects the nodes of one graph; `branch` opens a builder for a subgraph that shares the initializers."""
 
     def __init__(self, dtype: ir.DataType = ir.DataType.FLOAT, parent: Builder | None = None) -> None:
         self.dtype = dtype  # of activations
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = parent.initializers if parent else {}  # of the main graph
-        self.own: dict[str, ir.Value] = {} if parent else self.initializers  # of the graph that is being filled
+        self.own: dict[str, ir.Value] = {} if parent else self.initializers  # of the current graph
         self._names: dict[str, int] = parent._names if parent else {}
 
     # --- nodes ----------------------------------------------------------------------------------
@@ -65,25 +65,25 @@ class Builder:
         domain: str = "",
         **attributes: Any,
     ) -> Sequence[ir.Value]:
-        """Append a node with several outputs; those `unused` get no name, which tells the kernel to skip them."""
+        """Append a node with several outputs; the `unused` ones get no name, so the kernel skips them."""
         name = self._unique(name)
         values = [ir.val("" if i in unused else name if i == 0 else f"{name}:{i}") for i in range(outputs)]
         self.nodes.append(ir.node(op_type, list(inputs), attributes or None, domain=domain, outputs=values, name=name))
         return values
 
     def _unique(self, name: str) -> str:
-        """Node names mirror tensor names; a second node of the same name gets a number."""
+        """Node names mirror tensor names; a second node with the same name gets a number."""
         seen = self._names.get(name, 0)
         self._names[name] = seen + 1
         return name if seen == 0 else f"{name}#{seen}"
 
     @property
     def activations(self) -> np.dtype[Any]:
-        """numpy's form of `dtype`."""
+        """`dtype` as a numpy dtype."""
         return self.dtype.numpy()
 
     def cast(self, value: ir.Value, name: str) -> ir.Value:
-        """float16 in the graph's activation type."""
+        """Cast float16 to the graph's activation type."""
         if self.dtype == ir.DataType.FLOAT16:
             return value
         return self.op("Cast", value, name=f"{name}.cast", to=int(self.dtype))
@@ -91,18 +91,18 @@ class Builder:
     # --- weights and constants --------------------------------------------------------------------
 
     def weight(self, name: str, array: np.ndarray) -> ir.Value:
-        """The main-graph initializer `name`; the first caller brings it in, later ones share it."""
+        """The main-graph initializer `name`; the first call adds it, later ones share it."""
         return _initializer(self.initializers, name, array)
 
     def own_weight(self, name: str, array: np.ndarray) -> ir.Value:
-        """An initializer of the graph that is being filled; a branch names it `name` + OWN, for one of the main
-        graph's may have that name. Each branch that uses the array stores it."""
+        """An initializer of the current graph; in a branch its name is `name` + OWN, because the main graph may have
+        one with that name. Each branch that uses the array stores it."""
         return _initializer(self.own, name if self.own is self.initializers else f"{name}{OWN}", array)
 
     def lazy_weight(
         self, name: str, dtype: np.dtype[Any], shape: Sequence[int], make: Callable[[], np.ndarray]
     ) -> ir.Value:
-        """weight() for an array that is put together only when it is written, and dropped again."""
+        """weight() for an array that is only built when it is written, then dropped."""
         if name not in self.initializers:
             kind, size = ir.DataType.from_numpy(dtype), ir.Shape(shape)
             tensor = ir.LazyTensor(lambda: ir.Tensor(make(), name=name), dtype=kind, shape=size, name=name)

@@ -1,10 +1,10 @@
-"""Logits of heads stored as their anchor plus left @ right: what the anchor says, and a small product.
+"""Logits of heads stored as their anchor plus left @ right: the anchor's logits plus a small product.
 
     h [1, n, E] -- right (of all heads, one MatMulNBits) --> [1, n, heads, r] --+
     candidates [1, n, K] -- gather rows of left, once for all heads --> [1, n, K, r] --+-- product [1, n, heads, K]
 
-The anchor's log-probs serve as its logits: they differ by one number for all tokens of a position, which the softmax
-behind takes out.
+The anchor's log-probs serve as its logits: they differ by a constant per position, which the softmax afterwards
+cancels.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from training.model.config import DMPTConfig
 def candidate_logits(
     b: Builder, config: DMPTConfig, heads: Sequence[int], deltas: Sequence[DeltaTensor], h: ir.Value, ids: ir.Value
 ) -> ir.Value:
-    """What `heads`, of one left factor, add to the anchor's logits: h [1, n, E], ids [1, n, K] -> [1, n, heads, K]."""
+    """What `heads` with one left factor add to the anchor's logits: h [1, n, E], ids [1, n, K] -> [1, n, heads, K]."""
     first = deltas[0]
     rank = first.left.shape[1]
     numbers = "_".join(str(j) for j in heads)
@@ -37,7 +37,7 @@ def candidate_logits(
 
 
 def stacked(deltas: Sequence[DeltaTensor]) -> BlockwiseTensor:
-    """The right factors of several heads, one under the other: [heads * r, E]."""
+    """The right factors of several heads, stacked: [heads * r, E]."""
     rights = [delta.right for delta in deltas]
     if len(rights) == 1:
         return rights[0]

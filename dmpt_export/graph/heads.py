@@ -1,4 +1,4 @@
-"""Vocabulary heads of a leaf: the gate that weighs them, the full mixture, and fast-k.
+"""Vocabulary heads of a leaf: head gate, full mixture, and fast-k.
 
 h --- anchor (all V logits) --- log-softmax --- TopK ----+---- candidates C, mass M
  \\                                                       |
@@ -23,7 +23,7 @@ def leaf_log_probs(
 ) -> tuple[ir.Value, ir.Value | None]:
     """log P_leaf and log pi, fp32: normalised hidden rows [1, n, E] -> [1, n, V] and [n, H].
 
-    One head alone takes [B, N, E], too, and has no log pi.
+    A single head also takes [B, N, E] and has no log pi.
     """
     anchor, *others = config.head_allocation[leaf]
     name = f"mixture.{leaf}"
@@ -62,14 +62,14 @@ def leaf_log_probs(
 def _full_logits(
     b: Builder, config: DMPTConfig, weights: Weights, j: int, h: ir.Value, log_anchor: ir.Value
 ) -> ir.Value:
-    """Logits of a head besides the anchor over the vocabulary, up to a number for each row: [1, n, E] -> [1, n, V]."""
+    """Vocabulary logits of a head other than the anchor, up to a constant per row: [1, n, E] -> [1, n, V]."""
     name, form = head(config, j), form_of(weights[config.head_name(j)])
     logits = project(b, weights, name, h)
     return b.op("Add", log_anchor, to_float(b, logits, name), name=name) if form.adds_to_anchor else logits
 
 
 def head(config: DMPTConfig, j: int) -> str:
-    """Name of head j's matrix without `.weight`, as nodes are named."""
+    """Name of head j's matrix without `.weight`, as in node names."""
     return config.head_name(j).removesuffix(".weight")
 
 
@@ -100,7 +100,7 @@ def gate_mlp(b: Builder, weights: Weights, prefix: str, x: ir.Value, activation:
 
 
 def to_float(b: Builder, x: ir.Value, name: str) -> ir.Value:
-    """Choices and log-probs are fp32 whatever the activations are."""
+    """Cast to float32: choices and log-probs are float32 for any activation type."""
     if b.dtype == ir.DataType.FLOAT:
         return x
     return b.op("Cast", x, name=f"{name}.float", to=int(ir.DataType.FLOAT))
@@ -115,7 +115,7 @@ def _column(b: Builder, x: ir.Value, i: int, name: str) -> ir.Value:
 
 
 def _log_sum_exp(b: Builder, parts: list[ir.Value], name: str) -> ir.Value:
-    """log of the sum of exponentials of equally shaped [n, m] tensors, safe where one of them is -inf."""
+    """log of the sum of exponentials of [n, m] tensors of equal shape, safe if one of them is -inf."""
     stacked = [b.op("Unsqueeze", part, b.ints(0), name=f"{name}.stack") for part in parts]
     together = b.op("Concat", *stacked, name=f"{name}.parts", axis=0)
     return b.op("ReduceLogSumExp", together, b.ints(0), name=f"{name}.logsumexp", keepdims=0)

@@ -1,12 +1,12 @@
-"""One weight, three uses, for every storage form (quant.forms has the operators of each).
+"""Three uses of a weight, for every storage form (quant.forms has the operators of each).
 
     linear          y = x W + b of a block
     project         all logits of a head
     gather_rows     some rows of the embedding
 
-Rows of heads on candidates are read by dmpt_export.graph.rescore. A matrix used both ways (a tied embedding, a head
-that is one leaf's anchor and another's candidate) is stored once: the n-bit tensor [N, blocks, bytes] serves
-MatMulNBits as it is and GatherBlockQuantized along its last axis; only the scales need a second shape.
+dmpt_export.graph.rescore reads rows of heads on candidates. A matrix used both ways (a tied embedding, a head that is
+the anchor of one leaf but not of another) is stored once: MatMulNBits reads the n-bit tensor [N, blocks, bytes]
+unchanged, GatherBlockQuantized along its last axis; only the scales need a second shape.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from quant.forms.weights import Weights, form_of
 
 
 def float_weight(b: Builder, weights: Weights, name: str) -> ir.Value:
-    """A vector, or a matrix that is never quantized, in the graph's activation type and the checkpoint's layout."""
+    """A vector or never-quantized matrix in the graph's activation type and the checkpoint's layout."""
     form = form_of(weights[name])
     if not isinstance(form, FloatTensor):
         raise TypeError(f"{name} is quantized as {form.scheme} but no quantized operator reads it")

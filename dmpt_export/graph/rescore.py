@@ -1,20 +1,20 @@
 """Logits of a leaf's other heads on the anchor's candidates: gather the head rows, multiply them by h.
 
-Reading is what costs, so nothing is gathered that need not be:
+Memory reads dominate the cost, so as little as possible is gathered:
 
 - Consecutive heads that only this leaf uses, and only for candidates, are stored interleaved, [V, heads, ...]:
   one gather fetches a candidate's rows of all of them.
 - Quantized rows stay integers: a gather of bytes and one MatMulInteger, a third of the time of dequantizing
-  them. h is split into its rounded value and the rest, 14 bits together: finer than the kernels of the full
-  heads. A scale per block makes h a matrix with a column for each block, zero outside it:
+  them. h is split into its rounded value and the rest, 14 bits together: finer than the kernels of full heads.
+  Because of the scale per block, h becomes a matrix with a column for each block, zero outside it:
 
       codes [K, E] . [E, blocks] -> sums by block [K, blocks], times scales [K, blocks], summed -> logits [K]
 
 - Two 4-bit codes share a byte, low + 16 high, for inputs x and y. As (low + 16 high) y / 16 = low y / 16 +
   high y, the whole bytes times y / 16 and the low codes times x - y / 16 make x low + y high: no shift.
 
-Heads that are deltas to their anchor go by dmpt_export.graph.deltas: what they add to the anchor's logits is all that
-is computed here. Rows with zero points, and fp16 graphs (no MatMulInteger on a GPU for these types), are dequantized.
+For heads that are deltas to their anchor, dmpt_export.graph.deltas computes only what they add to the anchor's logits.
+Rows with zero points, and fp16 graphs (no MatMulInteger on a GPU for these types), are dequantized.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from quant.forms.form import Form
 from quant.forms.weights import Weights, form_of
 from training.model.config import DMPTConfig
 
-TOP = 64  # the largest rounded value of h: two products with bytes fit 16 bits, where older processors add them
-REST = 128  # steps of the rest, which is at most half a step of the rounded value: TOP again
+TOP = 64  # largest rounded value of h: two products with bytes fit the 16 bits in which older processors add them
+REST = 128  # steps of the rest, which is at most half a step of the rounded value, so at most TOP again
 TINY = np.finfo(np.float32).tiny
 
 
@@ -55,13 +55,13 @@ def candidate_logits(
 
 
 def deltas_of(config: DMPTConfig, weights: Weights, group: list[int]) -> list[DeltaTensor]:
-    """The group's heads where they are stored as deltas, else nothing."""
+    """The group's heads if they are stored as deltas, else nothing."""
     stored = [weights[config.head_name(j)] for j in group]
     return [head for head in stored if isinstance(head, DeltaTensor)]
 
 
 def groups(config: DMPTConfig, weights: Weights, leaf: str) -> list[list[int]]:
-    """The leaf's heads besides its anchor, in their order; those in one list are stored and read together."""
+    """The leaf's heads besides its anchor, in order; the heads of a list are stored and read together."""
     allocated = [j for heads in config.head_allocation.values() for j in heads]
     anchors = {heads[0] for heads in config.head_allocation.values()}
     _, *others = config.head_allocation[leaf]
@@ -80,7 +80,7 @@ def groups(config: DMPTConfig, weights: Weights, leaf: str) -> list[list[int]]:
 
 
 class _Rows:
-    """The heads of one group, and how their rows are read."""
+    """The heads of one group, and the ways to read their rows."""
 
     def __init__(self, b: Builder, config: DMPTConfig, weights: Weights, heads: list[int]) -> None:
         self.b = b
@@ -129,7 +129,7 @@ class _Rows:
         return self._dot(self.op("Reshape", rows, self.by_head(self.width), part="flat"), h)
 
     def _floats(self, head: Form) -> np.ndarray:
-        """float16 as it is stored, float32 in the type of the activations."""
+        """float16 unchanged, float32 in the type of the activations."""
         array = head.graph_part("")
         return array if head.bits == 16 else array.astype(self.b.activations, copy=False)
 
@@ -139,7 +139,7 @@ class _Rows:
             ".scales.rows", lambda head: head.parts()["scales"].astype(activations, copy=False)[..., None]
         )
         zeros = None
-        if first.zero_points is not None:  # the operator wants a byte for each block
+        if first.zero_points is not None:  # the operator needs one byte per block
             zeros = self.interleaved(".zero_points.rows", lambda head: head.graph_part("zero_points.rows")[..., None])
         axes = {"gather_axis": 0, "quantize_axis": 2, "bits": first.bits, "block_size": first.block}
         inputs = (self._packed(), candidates, scales, zeros)
@@ -151,13 +151,13 @@ class _Rows:
         return self._dot(rows, h)
 
     def first(self) -> BlockwiseTensor:
-        """All heads of the group have its layout."""
+        """The first head; all heads of the group have its layout."""
         head = self.stored[0]
         assert isinstance(head, BlockwiseTensor)
         return head
 
     def by_head(self, width: int) -> ir.Value:
-        """Shape of gathered rows, one for each candidate and head; no -1, for n may be 0."""
+        """Shape of gathered rows, one for each candidate and head; without -1, because n may be 0."""
         return self.b.ints(0, 0, self.k * len(self.stored), width)
 
     def _dot(self, rows: ir.Value, h: ir.Value) -> ir.Value:
@@ -204,7 +204,7 @@ class _Rows:
         return self.op("Div", x, step, part="in_steps"), step
 
     def _columns(self, first: BlockwiseTensor, x: ir.Value) -> ir.Value:
-        """[1, n, bytes, 1] -> int8 [1, n, bytes, 2 * blocks]: a block's values in its own column, then the rests."""
+        """[1, n, bytes, 1] -> int8 [1, n, bytes, 2 * blocks]: each block's values in its own column, then the rests."""
         b = self.b
         own = np.eye(first.n_blocks, dtype=np.float32).repeat(first.packed.shape[2], axis=0)
         spread = self.op("Mul", x, b.weight(f"const.rescore.own.{len(own)}.{first.n_blocks}", own), part="spread")
@@ -228,6 +228,6 @@ class _Rows:
 
 
 def _merge(first: BlockwiseTensor) -> np.ndarray:
-    """What adds up the columns of one block: [columns, blocks]."""
+    """Matrix that sums the columns of each block: [columns, blocks]."""
     weights = [1, 1 / REST] if first.bits == 8 else [1 / 16, 1 / 16 / REST, 1, 1 / REST]
     return np.concatenate([np.eye(first.n_blocks, dtype=np.float32) * np.float32(w) for w in weights])

@@ -4,11 +4,10 @@
                                           |                        else pass its caches through
                                           +-- any for `right`? If: run right ...
 
-A node runs when some of the last N positions is routed to a leaf under it; it then catches up on every row it
-has not seen (`pending`), so its keys and values cover the full context and the result is exact. An inner node's
-branch also evaluates its gate; a node that did not run hands zero rows down, and nothing under it runs. With
-`every_node` all nodes run and catch up, as rows that are decoded together must; heads still see only what is routed
-to them.
+A node runs when any of the last N positions is routed to a leaf under it; it then catches up on every row it has not
+processed (`pending`), so its keys and values cover the full context and the result is exact. An inner node's branch
+also evaluates its gate; a node that did not run returns zero rows, and nothing under it runs. With `every_node` all
+nodes run and catch up, as rows that are decoded together must; heads still get only the rows routed to them.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from training.model.shape import Node
 
 
 class Tail:
-    """The last N positions, for which something is asked."""
+    """The last N positions, whose outputs are requested."""
 
     def __init__(self, b: Builder, last: ir.Value) -> None:
         """last: int64 [], N."""
@@ -41,14 +40,14 @@ class Tail:
         return b.op("Slice", x, self.start, b.ints(np.iinfo(np.int64).max), b.ints(1), name=f"{name}.last")
 
     def by_batch(self, b: Builder, *sizes: int) -> ir.Value:
-        """The shape that parts flat rows [B * N, ...] by batch."""
+        """The shape that splits flat rows [B * N, ...] by batch."""
         sizes_ = [b.ints(*sizes)] if sizes else []
         return b.op("Concat", b.ints(-1), self.count, *sizes_, name="last.shape", axis=0)
 
 
 @dataclass
 class Router:
-    """What the nodes of one graph share, and what they have produced so far."""
+    """Shared values of the nodes of one graph, and their results so far."""
 
     config: DMPTConfig
     weights: Weights
@@ -64,7 +63,7 @@ class Router:
     head_log_weights: dict[str, ir.Value] = field(default_factory=dict)  # leaf with heads -> [rows routed to it, H]
 
     def choose(self, b: Builder, node: Node, x: ir.Value) -> ir.Value:
-        """The child each of the last N rows takes: [B, R, E] -> int64 [B, N], 0 left, 1 right; a tie goes left."""
+        """The child that each of the last N rows takes: [B, R, E] -> int64 [B, N], 0 left, 1 right; a tie goes left."""
         name = f"gates.{node.name}"
         flat = b.op("Reshape", self.tail.rows(b, x, name), b.ints(-1, self.config.n_embd), name=f"{name}.rows")
         logits = gate_mlp(b, self.weights, name, flat, "Tanh")  # (B * N, 2)
@@ -83,7 +82,7 @@ class Router:
             self.on[child] = here
 
     def run_if_needed(self, b: Builder, node: Node) -> None:
-        """Append the node's If and record what it yields."""
+        """Append the node's If and record its outputs."""
         prefixes = block_prefixes(node)
         taken = b.op("ReduceMax", self.on[node.name], name=f"routes.{node.name}.taken", keepdims=0)
         needed = b.op("Or", taken, self.every_node, name=f"routes.{node.name}.needed")
@@ -123,7 +122,7 @@ class Router:
         return segment(b, self.config, self.weights, node, stream, self.time, self.past, wanted)
 
     def _routed(self, b: Builder, leaf: Node) -> Callable[[ir.Value, str], ir.Value]:
-        """Picks the rows that are routed to a leaf: [B, R, E] -> [1, n, E]."""
+        """Picks the rows routed to a leaf: [B, R, E] -> [1, n, E]."""
         where = b.op("NonZero", self.on[leaf.name], name=f"routes.{leaf.name}.where")  # (2, n): row and position
         where = b.op("Transpose", where, name=f"routes.{leaf.name}.pairs")
         ends = b.weight("const.ends", np.array([[[0, -1]]]))  # positions count from the end of the rows
@@ -144,7 +143,7 @@ class Router:
         ]
 
     def _leaf_results(self, b: Builder, node: Node, stream: Stream) -> list[ir.Value]:
-        """Only the rows routed here meet the heads: [(1, routed, V)]."""
+        """Run the heads on the rows routed here only: [(1, routed, V)]."""
         h, _ = norm_stream(b, self.weights, stream, f"{node.prefix}.ln_f", self.config.layer_norm_epsilon)
         log_probs, log_pi = leaf_log_probs(b, self.config, self.weights, node.name, h)
         return [log_probs, *([log_pi] if log_pi is not None else [])]
@@ -154,7 +153,7 @@ class Router:
         return [rows, self.choose(b, node, rows)]
 
     def _skipped(self, b: Builder, node: Node) -> list[ir.Value]:
-        """What a node that did not run yields: no rows, and for an inner node a choice nobody reads."""
+        """Outputs of a node that did not run: no rows, and for an inner node an unused choice."""
         if node.children is None:
             shapes: list[tuple[int, ...]] = [(1, 0, self.config.vocab_size)]
             if (heads := len(self.config.head_allocation[node.name])) > 1:
@@ -167,7 +166,7 @@ class Router:
         return [nothing, b.op("Cast", here, name=f"{node.prefix}.no_choice", to=int(ir.DataType.INT64))]
 
     def in_order(self, b: Builder) -> tuple[ir.Value, ir.Value]:
-        """(log_probs [B, N, V], routes int64 [B, N]) from what the leaves yielded, rows back in their order."""
+        """(log_probs [B, N, V], routes int64 [B, N]) from the leaves' outputs, rows back in their order."""
         leaves = self.config.leaves
         computed = [self.log_probs[leaf] for leaf in leaves]
         some = self.on[leaves[0]]
@@ -187,7 +186,7 @@ class Router:
         return log_probs, self._routes(b)
 
     def _order(self, b: Builder) -> ir.Value:
-        """For each flat position [B * N], which of the computed rows, leaf after leaf, is its own."""
+        """For each flat position [B * N], the index of its row among the computed rows, leaf after leaf."""
         order = b.op(
             "Concat", *(positions_of(b, self.on[leaf], leaf) for leaf in self.config.leaves), name="order", axis=0
         )

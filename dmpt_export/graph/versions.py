@@ -1,7 +1,7 @@
-"""The earliest ONNX Runtime that has every operator of a graph.
+"""The earliest ONNX Runtime with every operator of a graph.
 
 Measured: exports of each kind were loaded and run on x86 with onnxruntime 1.19 to 1.32. Versions before EARLIEST were
-not tried with everything else this project needs.
+not tested with everything else that this project needs.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import onnx_ir as ir
 
 EARLIEST = (1, 20)
 OPSETS = {22: (1, 21), 23: (1, 23), 24: (1, 24)}  # of the standard operators
-# (operator, attribute, value) -> since when
+# (operator, attribute, value) -> first version
 SINCE = {
     ("MatMulNBits", "bits", 8): (1, 22),
     ("MatMulNBits", "bits", 2): (1, 24),
-    ("GatherBlockQuantized", "bits", 8): (1, 23),  # has no `bits` before
+    ("GatherBlockQuantized", "bits", 8): (1, 23),  # no `bits` before
     ("GatherBlockQuantized", "bits", 4): (1, 23),
     ("GatherBlockQuantized", "bits", 2): (1, 27),
-    ("GroupQueryAttention", "kv_cache_bit_width", 8): (1, 28),  # 1.27 has it, with wrong results for batches
+    ("GroupQueryAttention", "kv_cache_bit_width", 8): (1, 28),  # 1.27 has it, but gives wrong results for batches
 }
 
 

@@ -1,1 +1,1 @@
-"""What a model or a graph is made of."""
+"""Summaries of models and graphs."""

@@ -1,4 +1,4 @@
-"""What the graph of an ONNX folder is made of: operators by kind, and weights that are stored as floats."""
+"""Summary of the graph of an ONNX folder: operators by type, and weights stored as floats."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from training.errors import InputError
 
 
 def graph_of(file: Path) -> onnx.GraphProto:
-    """The graph without its external weights. Raises InputError for a file that is no ONNX model."""
+    """The graph without its external weights. Raises InputError for a file that is not an ONNX model."""
     try:
         return read_graph(file).graph
     except (DecodeError, OSError) as error:
-        raise InputError(f"{file} is no ONNX model ({error}): export it again") from error
+        raise InputError(f"{file} is not an ONNX model ({error}): export it again") from error
 
 
 def operators(graph: onnx.GraphProto) -> dict[str, dict[str, int]]:
@@ -33,7 +33,7 @@ def operators(graph: onnx.GraphProto) -> dict[str, dict[str, int]]:
 
 
 def float_tensors(graph: onnx.GraphProto, quantized: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Checkpoint tensors that the graph holds as floats, in the form of summary.tensors()."""
+    """Checkpoint tensors stored as floats in the graph, in the form of summary.tensors()."""
     packed = set(quantized)
     out: dict[str, dict[str, Any]] = {}
     for tensor in graph.initializer:
@@ -47,7 +47,7 @@ def float_tensors(graph: onnx.GraphProto, quantized: Iterable[str]) -> dict[str,
 
 
 def stored_names(initializer: str) -> list[str]:
-    """The checkpoint's tensors that an initializer holds, each an equal share; [] for what only the export has.
+    """The checkpoint's tensors in an initializer, each an equal share; [] for initializers of the export alone.
 
     A quantized tensor's parts are <its name>.packed, .scales ...; heads.1_2.weight holds two heads (graph.rescore).
 

@@ -1,4 +1,4 @@
-"""What a model is made of, read from a checkpoint, a quantized folder or an ONNX folder."""
+"""Summary of a checkpoint, a quantized folder or an ONNX folder."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def summarise(source: str) -> dict[str, Any]:
 
     Returns kind ("onnx", "quantized" or "checkpoint"), config, tree, leaves, head_allocation, scheme, parameters,
     bytes, parts, tensors (name -> scheme, bits, block, bytes), and for an ONNX folder parity and operators (see
-    graph_summary; None, and tensors without those stored as floats, where the package onnx is missing). An ONNX folder
-    needs no torch. Raises an error with exit code 3 when `source` is no model.
+    graph_summary; without the package onnx it is None, and tensors lacks those stored as floats). An ONNX folder needs
+    no torch. Raises an error with exit code 3 when `source` is not a model.
     """
     return _from_onnx(Path(source)) if (Path(source) / MANIFEST_NAME).is_file() else _from_checkpoint(source)
 
@@ -64,7 +64,7 @@ def _common(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_text(summary: dict[str, Any]) -> str:
-    """The summary for people: the tree, then a table of parts."""
+    """The summary as text: the tree, then a table of parts."""
     config, parameters = summary["config"], summary["parameters"]
     lines = [
         f"{summary['name']}: {summary['kind']}, weights {summary['scheme']}, {config['n_layer']} blocks deep, "
@@ -82,12 +82,12 @@ def as_text(summary: dict[str, Any]) -> str:
     if operators := summary.get("operators"):
         lines += ["", *_operator_lines(operators)]
     elif summary["kind"] == "onnx":
-        lines += ["", "operators, and tensors stored as floats: pip install onnx shows them"]
+        lines += ["", "to show operators, and tensors stored as floats: pip install onnx"]
     return "\n".join(lines)
 
 
 def _tensor_lines(tensors: dict[str, dict[str, Any]]) -> list[str]:
-    """How tensors are stored, one line for those that differ only in the block they belong to."""
+    """Storage of tensors, one line for those that differ only in their block."""
     groups: dict[tuple[str, str], list[int]] = {}
     for name, tensor in tensors.items():
         stored = tensor["scheme"] + (f":{tensor['block']}" if tensor["block"] else "")
@@ -109,7 +109,7 @@ def _operator_lines(operators: dict[str, dict[str, int]]) -> list[str]:
 
 
 def usage_lines(usage: dict[str, Any]) -> list[str]:
-    """benchmarks.quality.path_usage for people."""
+    """benchmarks.quality.path_usage as text."""
     lines = [
         f"on {usage['tokens']:,} tokens of the text, {100 * usage['switch_share']:.1f} % on another path than the one "
         "before:"
@@ -126,7 +126,7 @@ def _row(label: str, parameters: int, size: int) -> str:
 
 
 def _tree_lines(summary: dict[str, Any]) -> list[str]:
-    """One line per node, indented by depth; a leaf names its heads, the anchor first."""
+    """One line per node, indented by depth; a leaf lists its heads, the anchor first."""
     depth: dict[str | None, int] = {None: -1}
     fast_k = summary["config"]["fast_k"]
     lines = []

@@ -1,1 +1,1 @@
-"""Checkpoint in, ONNX folder out: graph, weights, manifest, sizes, scales of the KV cache."""
+"""Export a checkpoint to an ONNX folder: graph, weights, manifest, sizes, scales of the KV cache."""

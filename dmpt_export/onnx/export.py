@@ -1,4 +1,4 @@
-"""Checkpoint in, checked ONNX folder out (docs/design.md, Artefact)."""
+"""Export a checkpoint to a checked ONNX folder (docs/design.md, Artefact)."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def export_onnx(
     Args:
         source: DMPT folder, quantized folder, GPT-2 folder or hub id.
         out: folder to create; an earlier export there is replaced, anything else is refused.
-        options: what it is made for; None: as ExportOptions has them.
+        options: deployment options; None: the defaults of ExportOptions.
         verify: run the result and compare it with torch before publishing.
-        calibration: token ids of typical text to scale an int8 cache by; random ids where there are none.
-        say: told what begins, for it takes a while.
+        calibration: token ids of typical text to calibrate an int8 cache; None: random ids.
+        say: called with the name of each phase.
 
     Raises InputError (3) for an unusable source or option, ValidationError (4) when the exported model differs
     from the checkpoint beyond `dmpt_export.check.tolerances`; nothing is left behind then.
@@ -68,7 +68,7 @@ def export_onnx(
     with atomic_folder(Path(out), "onnx") as temporary:
         ir.save(model, temporary / MODEL_FILE, external_data=DATA_FILE, size_threshold_bytes=EXTERNAL_THRESHOLD)
         copy_tokenizer(folder, temporary, config)
-        if (folder / REPORT_NAME).is_file():  # so that a comparison can show what each tensor lost
+        if (folder / REPORT_NAME).is_file():  # so that a comparison can show each tensor's damage
             shutil.copyfile(folder / REPORT_NAME, temporary / REPORT_NAME)
         manifest = describe(config, weights, target, folder, kv_cache, opset)
         manifest["text"] = text_rules(config, temporary)
@@ -80,14 +80,14 @@ def export_onnx(
         if verify:
             from dmpt_export.check.verify import check_export
 
-            say("comparing it with torch")
+            say("comparing the export with torch")
             manifest["parity"] = check_export(temporary, manifest, folder, config, options.atol)
             write_manifest(manifest, temporary)
     return manifest
 
 
 def check_cuda(weights: Weights) -> None:
-    """Raise InputError for weights that ONNX Runtime 1.32 has no CUDA kernel for."""
+    """Raise InputError for weights without a CUDA kernel in ONNX Runtime 1.32."""
     for form in quantized(weights).values():
         if not form.has_cuda_kernel:
             raise FieldError(
@@ -96,7 +96,7 @@ def check_cuda(weights: Weights) -> None:
 
 
 def check_options(options: ExportOptions) -> None:
-    """Raise InputError for values that are none of those there are."""
+    """Raise InputError for unknown values."""
     if options.target not in ACTIVATIONS:
         raise InputError(f"unknown target '{options.target}': choose one of {', '.join(ACTIVATIONS)}")
     if options.kv_cache not in KINDS:
@@ -117,6 +117,6 @@ context {config["n_positions"]} tokens, paths: {leaves}.
     pip install 'CHECKOUT[cpu]'    # the folder where dmpt-export was checked out
     dmpt-export run . "Once upon a time"
 
-`{MANIFEST_NAME}` describes the graph's inputs and outputs, the node tree and how closely the exported model
-was found to follow its checkpoint.
+`{MANIFEST_NAME}` describes the graph's inputs and outputs, the node tree and the measured differences between the
+exported model and its checkpoint.
 """

@@ -1,4 +1,4 @@
-"""How a model is deployed. Imports nothing heavy: what cannot be exported is said at once."""
+"""Deployment options of an export. Imports nothing heavy, so that impossible options are reported at once."""
 
 from __future__ import annotations
 
@@ -16,18 +16,17 @@ S = TypeVar("S", bound="Shape")
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What an export is made for."""
+    """Options of an export."""
 
     target: str = "cpu"  # "cpu" (fp32 activations) or "cuda" (fp16)
-    fast_k: int | None = None  # instead of the checkpoint's, as head_topk; 0 turns it off, None keeps the checkpoint's
+    fast_k: int | None = None  # fast_k and head_topk: 0 turns it off, None keeps the checkpoint's
     head_topk: int | None = None
     kv_cache: str = "float"  # of the activations' type, or "int8" (cpu): a quarter of the memory, for a small loss
     opset: int = 21  # version of the standard operators
-    atol: float | None = None  # largest difference of a log-prob, instead of the tolerance table's
+    atol: float | None = None  # largest allowed difference of a log-prob, instead of the tolerance table's
 
     def check(self, verified: bool, calibrated: bool) -> None:
-        """Raise OptionError for what does not go together, nor with whether the result is verified, or a text given to
-        calibrate the cache with."""
+        """Raise OptionError for options that exclude each other, or that need verification or a calibration text."""
         if self.target == "cuda" and self.kv_cache == "int8":
             raise OptionError("an int8 KV cache is for {target} cpu: leave {kv_cache} out")
         if calibrated and self.kv_cache != "int8":
@@ -39,7 +38,7 @@ class ExportOptions:
 
 
 def deployed(config: S, fast_k: int | None, head_topk: int | None) -> S:
-    """`config`, with fast_k and head_topk set where they are given; InputError where that cannot be exported."""
+    """`config` with the given fast_k and head_topk. Raises InputError when that cannot be exported."""
     if fast_k is not None:
         config.fast_k = fast_k or None
     if head_topk is not None:

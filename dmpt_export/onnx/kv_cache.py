@@ -1,9 +1,9 @@
-"""Scales of an int8 KV cache: one for each channel of keys and of values, fixed when the model is exported.
+"""Scales of an int8 KV cache: one per channel of keys and of values, fixed at export.
 
     code = round(x / scale) in -128..127,   scale = ROOM * largest |x| seen in calibration / 127
 
-The operator takes scales from the graph and cannot adapt them while it runs, so calibration tokens must show what
-texts will. A channel keeps its own scale because GPT-2's keys have a few channels far larger than the others.
+The operator takes fixed scales from the graph, so calibration tokens must be typical of later texts. Each channel has
+its own scale because a few channels of GPT-2's keys are far larger than the others.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 KV_FLOAT, INT8 = "float", "int8"
 KINDS = (KV_FLOAT, INT8)
-ROOM = 1.5  # for values beyond those seen: on a trained model, KL is least here, of 1, 1.25, 1.5, 2 and 3
-SEQUENCES, TOKENS, SEED = 4, 256, 11  # random ones, where no text is given
+ROOM = 1.5  # margin for values beyond those seen: of 1, 1.25, 1.5, 2 and 3 it has the least KL on a trained model
+SEQUENCES, TOKENS, SEED = 4, 256, 11  # of random ids, used without a text
 
 
 def calibrate(source: Path, config: DMPTConfig, text: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """Scales by name, `<block>.attn.k_scale` and `.v_scale`, float32 [n_embd], from torch with dequantized weights.
 
-    text: token ids [n] to calibrate with, cut into windows of the context; random ids where there is none. Raises
-    InputError for a text without tokens or with ids that the model does not know.
+    text: token ids [n] for calibration, cut into windows of the context; None: random ids. Raises InputError for a
+    text without tokens or with ids beyond the vocabulary.
     """
     largest = _largest(source, windows(config, text))
-    gc.collect()  # the model is gone, its modules refer to each other
+    gc.collect()  # frees the model, whose modules refer to each other
     return {name: np.maximum(values, 1e-6) * np.float32(ROOM / 127) for name, values in largest.items()}
 
 
@@ -61,13 +61,13 @@ def _largest(source: Path, sequences: list[np.ndarray]) -> dict[str, np.ndarray]
 
 
 def windows(config: DMPTConfig, text: np.ndarray | None) -> list[np.ndarray]:
-    """Sequences to run: the text's, or random ones; each at most a context long."""
+    """Sequences to run: the text's, or random ones; each at most as long as the context."""
     if text is not None:
         read = text[: SEQUENCES * config.n_positions].astype(np.int64)
         if not len(read):
-            raise InputError("there is no text to calibrate with: give some tokens")
+            raise InputError("the calibration text is empty: give some tokens")
         if not 0 <= read.min() <= read.max() < config.vocab_size:
-            raise InputError(f"the text to calibrate with has token ids beyond the vocabulary of {config.vocab_size}")
+            raise InputError(f"the calibration text has token ids beyond the vocabulary of {config.vocab_size}")
         return [read[start : start + config.n_positions] for start in range(0, len(read), config.n_positions)]
     rng = np.random.default_rng(SEED)
     return [rng.integers(0, config.vocab_size, min(TOKENS, config.n_positions)) for _ in range(SEQUENCES)]

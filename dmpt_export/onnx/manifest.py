@@ -1,4 +1,4 @@
-"""dmpt_manifest.json: everything a runtime needs to drive the graph, and where the graph came from."""
+"""dmpt_manifest.json: everything a runtime needs to drive the graph, and the source of the graph."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ACTIVATIONS = {"cpu": ir.DataType.FLOAT, "cuda": ir.DataType.FLOAT16}  # by targ
 def describe(
     config: DMPTConfig, weights: Weights, target: str, folder: Path, kv_cache: str = KV_FLOAT, opset: int = OPSET
 ) -> dict[str, Any]:
-    """Everything a runtime needs to drive the graph, and where it came from."""
+    """Everything a runtime needs to drive the graph, and its source."""
     dtype = ACTIVATIONS[target]
     cache = ir.DataType.INT8 if kv_cache == INT8 else dtype
     touched_parameters, touched_bytes = touched_per_token(config, weights)
@@ -82,7 +82,7 @@ def describe(
 
 
 def text_rules(config: DMPTConfig, folder: Path) -> dict[str, list[int]]:
-    """How the folder's texts begin and end: ids in front of every prompt, and ids that end a text."""
+    """Start and end of the folder's texts: ids before every prompt, and ids that end a text."""
     prefix = prefix_ids(load_tokenizer(folder)) if (folder / TOKENIZER_NAME).is_file() else []
     return {"prefix": prefix, "end_of_text": tokens(config.eos_token_id)}
 

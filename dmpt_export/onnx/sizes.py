@@ -1,7 +1,7 @@
-"""Counts of parameters and bytes: in all, and what one decoding step has to read.
+"""Counts of parameters and bytes: in total, and read by one decoding step.
 
-Parameters are the model's, however it is stored: a matrix in 4 bits, or as a delta of low rank, counts as the matrix
-it stands for, so a model has as many quantized as in float. Bytes are what is stored.
+Parameters do not depend on storage: a 4-bit matrix or a low-rank delta counts as the matrix it stands for, so a
+quantized model has as many as the float one. Bytes are stored bytes.
 """
 
 from __future__ import annotations
@@ -41,6 +41,6 @@ def parts_table(weights: Weights) -> dict[str, dict[str, int]]:
 def touched_per_token(config: DMPTConfig, weights: Weights) -> tuple[int, int]:
     """(parameters, bytes) that one decoding step reads, see DMPTConfig.touched_per_token."""
     parameters = {name: n_parameters(weight) for name, weight in weights.items()}
-    unread = config.vocab_size / config.fast_k - 1 if config.fast_k else 0.0  # rows per row that is read
+    unread = config.vocab_size / config.fast_k - 1 if config.fast_k else 0.0  # unread rows per read row
     sizes = {name: weight.nbytes + round(form_of(weight).whole_bytes * unread) for name, weight in weights.items()}
     return config.touched_per_token(parameters), config.touched_per_token(sizes)

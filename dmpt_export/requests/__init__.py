@@ -1,7 +1,7 @@
-"""What each verb is asked: one frozen dataclass per verb, whose fields have the names of its command's parameters.
+"""Requests of the verbs: one frozen dataclass per verb, whose fields have the names of its command's parameters.
 
-`check()` refuses everything that can be refused without torch or ONNX: first what the fields alone tell (OptionError),
-then what the files do. What it finds on the way it returns, for `run()`, which does the work. Neither knows of click or
-prints results; importing a request imports nothing heavy. dmpt_export.cli has the commands; the request of `train` is
-training.cli.request.TrainRequest, since `accelerate launch -m training` takes it, too.
+`check()` reports all mistakes that can be found without torch or ONNX: first those in the fields alone (OptionError),
+then those in files. It returns what it has read, for `run()`, which does the work. Neither uses click or prints
+results; importing a request imports nothing heavy. dmpt_export.cli has the commands; the request of `train` is
+training.cli.request.TrainRequest, because `accelerate launch -m training` also uses it.
 """

@@ -1,4 +1,4 @@
-"""How fast exported models run."""
+"""Time exported models."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ if TYPE_CHECKING:
     from benchmarks.speed.results import Speed
     from benchmarks.speed.timing import Target
 
-PROMPT, GEN = 512, 128  # where none are given
+PROMPT, GEN = 512, 128  # defaults
 
 
 @dataclass(frozen=True)
 class Benched:
-    """What was measured."""
+    """The measurements."""
 
-    rounds: list[list[Speed]]  # for each count of threads, of each model
-    nodes: dict[str, dict[str, float]]  # model -> type of node -> milliseconds of a decoded token; {} without a profile
-    rows: list[dict[str, Any]]  # for JSON: one object for each model of each round
+    rounds: list[list[Speed]]  # for each number of threads, one per model
+    nodes: dict[str, dict[str, float]]  # model -> node type -> milliseconds per decoded token; {} without a profile
+    rows: list[dict[str, Any]]  # for JSON: one object per model and round
 
 
 @dataclass(frozen=True)
 class BenchRequest:
     models: tuple[str, ...]  # ONNX folders, each also as NAME=FOLDER
-    threads: tuple[int, ...] | None = None  # of the CPU, timed in turn; None: all this process may use
-    prompt: tuple[int, ...] | None = None  # tokens fed at once; None: 512, or what the smallest context has room for
+    threads: tuple[int, ...] | None = None  # CPU threads, timed in turn; None: all available to this process
+    prompt: tuple[int, ...] | None = None  # tokens fed at once; None: 512, or as many as the smallest context allows
     gen: tuple[int, ...] | None = None  # tokens decoded one by one; None: 128, or as above
     depth: tuple[int, ...] | None = None  # tokens before the decoded ones; None: the first prompt
-    repetitions: int = 5  # rounds that count
-    loads: int = 3  # fresh processes whose load time is taken
-    profile: bool = False  # also the time of a decoding step by node type
+    repetitions: int = 5  # measured rounds
+    loads: int = 3  # fresh processes whose load time is measured
+    profile: bool = False  # also measure the time of a decoding step by node type
     report: str | None = None  # HTML file
     device: str = "cpu"  # cpu or cuda
 
@@ -48,9 +48,9 @@ class BenchRequest:
         )
 
     def check(self) -> list[Target]:
-        """Raise InputError for what is no exported model, sizes beyond a context, and a report that cannot be written.
+        """Raise InputError for anything but exported models, sizes beyond a context, and an unwritable report.
 
-        Returns what is to be timed.
+        Returns the targets to time.
         """
         require(self.device)
         from benchmarks.quality.open_scorer import context_of
@@ -66,8 +66,8 @@ class BenchRequest:
         return targets
 
     def run(self, targets: list[Target], show: Callable[[Benched], None]) -> Benched:
-        """Time what check() returned. `show` gets the result before the report is written, so that a full disk does not
-        take it away."""
+        """Time the targets that check() returned. `show` gets the result before the report is written, so that a full
+        disk does not lose it."""
         from benchmarks.speed.profiling import profile
         from benchmarks.speed.timing import Schedule, measure
 
@@ -89,7 +89,7 @@ class BenchRequest:
 def rows_of(
     targets: Sequence[Target], results: Sequence[Speed], nodes: dict[str, dict[str, float]]
 ) -> list[dict[str, Any]]:
-    """One object for each model of a round: its figures, with what they may depend on."""
+    """One object per model of a round: its figures, with the factors that they may depend on."""
     from benchmarks.comparison.contestants import onnx_shape
     from benchmarks.quality.scorer import scheme_of
     from runtime.manifest_file import read_manifest
@@ -109,7 +109,7 @@ def rows_of(
 
 
 def write_report(file: Path, result: Benched) -> None:
-    """The curves as one HTML file, in one step; where nothing was measured twice it says so."""
+    """Write the curves as one HTML file, in one step; without curves it says so."""
     from benchmarks.report.bench import page
     from training.checkpoints.atomic import atomic_file
 

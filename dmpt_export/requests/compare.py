@@ -1,4 +1,4 @@
-"""Models side by side: size, quality, speed."""
+"""Compare models: size, quality, speed."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Found:
-    """What check() read on its way."""
+    """Everything that check() read."""
 
-    entries: list[Entry]  # what the models name
-    pythons: dict[str, str]  # peer -> the interpreter that holds it
-    growth: list[dict[str, Any]]  # models of the files of `bench --json`
+    entries: list[Entry]  # the given models
+    pythons: dict[str, str]  # peer -> Python interpreter that has it
+    growth: list[dict[str, Any]]  # models in the files of `bench --json`
 
 
 @dataclass(frozen=True)
 class CompareRequest:
     models: tuple[str, ...]  # folders, hub ids, PEER:SCHEME@GPT2, each also as NAME=MODEL
     data: tuple[str, ...] = ()  # text files or hub datasets, scored as one text; none: no quality
-    text_field: str = "text"  # where the text is in JSONL, Parquet and datasets
+    text_field: str = "text"  # text field of JSONL, Parquet and datasets
     protocol: str = "stride-concat"  # of benchmarks.quality.protocols
     out: str | None = None  # folder
     control: tuple[str, ...] = ()  # names of rows that are plain GPT-2 fine-tuned on the same tokens
     peers: str | None = None  # GPT-2 folder or hub id that every installed peer runs
-    peer_python: tuple[str, ...] = ()  # PEER=PYTHON, the interpreter that holds a peer
+    peer_python: tuple[str, ...] = ()  # PEER=PYTHON, the interpreter that has a peer
     growth: tuple[str, ...] = ()  # files of `bench --json`
     resume: str | None = None  # folder for converted peers and scores
-    max_length: int | None = None  # tokens in a window; None: 1024, or the smallest context if that is less
+    max_length: int | None = None  # window length in tokens; None: 1024, or the smallest context if that is less
     stride: int | None = None  # predictions scored in each window; None: the protocol's
     prompt: int = 128  # tokens fed at once
     gen: int = 64  # tokens decoded after them
-    repetitions: int = 5  # rounds that count
-    threads: int | None = None  # of the CPU; None: all this process may use
+    repetitions: int = 5  # measured rounds
+    threads: int | None = None  # CPU threads; None: all available to this process
     device: str = "cpu"  # cpu or cuda
 
     @property
@@ -57,7 +57,7 @@ class CompareRequest:
         return [is_exported(model.partition("=")[2] or model) for model in self.models]
 
     def check(self) -> Found:
-        """Raise OptionError for names that stand for nothing, then InputError for what files cannot give."""
+        """Raise OptionError for unknown names, then InputError for unusable files."""
         wanted = {
             self.device: any(self.exported),
             "train": self.needs_torch,
@@ -76,7 +76,7 @@ class CompareRequest:
             check_inputs(Path(self.out), *read)
         check_places(self.data, [self.resume] if self.resume else [])
         sources = list(dict.fromkeys([*(entry.path for entry in entries), *([self.peers] if self.peers else [])]))
-        for source in sources:  # before tokenizers: that of a foreign folder takes Transformers, and seconds
+        for source in sources:  # before tokenizers: a foreign folder's needs Transformers, which takes seconds
             if not is_exported(source):
                 check_model(source)
         for source in sources:
@@ -84,8 +84,8 @@ class CompareRequest:
         return Found(entries, pythons, growth)
 
     def run(self, found: Found, show: Callable[[Comparison], None]) -> Comparison:
-        """Compare what check() found. `show` gets the result before it is written, so that a full disk does not take
-        it away."""
+        """Compare the models that check() found. `show` gets the result before it is written, so that a full disk does
+        not lose it."""
         if self.needs_torch:
             say("loading PyTorch")
         from benchmarks.comparison.comparison import compare
@@ -103,7 +103,7 @@ class CompareRequest:
         )  # fmt: skip
 
     def entries(self) -> list[Entry]:
-        """What the models name. Raises OptionError for a control that is none of them."""
+        """The given models. Raises OptionError for a control that is not one of them."""
         from benchmarks.comparison.contestants import Entry
         from benchmarks.peers.registry import parse
         from benchmarks.quality.scorer import named
@@ -120,11 +120,11 @@ class CompareRequest:
                 entries.append(Entry(name, path, control=name in self.control))
         if unknown := set(self.control) - {entry.name for entry in entries if entry.peer is None}:
             names = ", ".join(entry.name for entry in entries if entry.peer is None)
-            raise OptionError("{control} {} names no model here; these are: {}", ", ".join(sorted(unknown)), names)
+            raise OptionError("{control} {} is not among the models: {}", ", ".join(sorted(unknown)), names)
         return entries
 
     def interpreters(self) -> dict[str, str]:
-        """PEER=PYTHON ... as a dict. Raises OptionError for what is no such pair."""
+        """PEER=PYTHON ... as a dict. Raises OptionError for any other form."""
         from benchmarks.peers.registry import PEERS
 
         out = {}
@@ -137,7 +137,7 @@ class CompareRequest:
 
 
 def with_peers(named: Found, source: str | None) -> tuple[list[Entry], list[str]]:
-    """The entries, then all peers that are here on the GPT-2 `source`; and lines about those that are not."""
+    """The entries, then all installed peers on the GPT-2 `source`; and lines about peers that are not installed."""
     from benchmarks.comparison.contestants import peers_of
 
     asked = {entry.peer for entry in named.entries if entry.peer}
@@ -146,17 +146,17 @@ def with_peers(named: Found, source: str | None) -> tuple[list[Entry], list[str]
         known = {(entry.peer, entry.scheme, entry.path) for entry in named.entries}
         new = (entry for entry in found if (entry.peer, entry.scheme, entry.path) not in known)
         return [*named.entries, *new], absent
-    here = "No other runtime was asked for: --peers GPT2 measures those that are installed."
+    here = "No other runtime was measured: --peers GPT2 adds the installed ones."
     return named.entries, [here, *absent]
 
 
 def bench_rows(file: str) -> list[dict[str, Any]]:
-    """The models of a file that `bench --json` wrote. Raises OptionError for another file."""
+    """The models in a file written by `bench --json`. Raises OptionError for any other file."""
     try:
         found = json.loads(Path(file).read_text(encoding="utf-8"))
         rows: list[dict[str, Any]] = found.get("models", [found])
         if not all({"name", "threads", "scheme", "shape", "tests"} <= row.keys() for row in rows):
             raise ValueError
     except (OSError, ValueError, AttributeError) as error:
-        raise OptionError("{growth} {} is not what `dmpt-export bench --json` prints", file) from error
+        raise OptionError("{growth} {} is not the output of `dmpt-export bench --json`", file) from error
     return rows

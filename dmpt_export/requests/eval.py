@@ -1,4 +1,4 @@
-"""Perplexity and accuracy of a model on a text, alone or beside another model."""
+"""Perplexity and accuracy of a model on a text, optionally compared with a base model."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What was measured."""
+    """The measurements."""
 
     quality: Quality
-    several_heads: bool  # whether a path of the model has heads to weigh
+    several_heads: bool  # whether a path of the model has several heads
 
 
 @dataclass(frozen=True)
 class EvaluateRequest:
     model: str  # ONNX folder, DMPT or quantized folder, or GPT-2 folder or hub id
     data: tuple[str, ...]  # text files or hub datasets, scored as one text
-    text_field: str = "text"  # where the text is in JSONL, Parquet and datasets
+    text_field: str = "text"  # text field of JSONL, Parquet and datasets
     protocol: str = "stride-concat"  # of benchmarks.quality.protocols
-    max_length: int | None = None  # tokens in a window; None: 1024, or the context if that is less
+    max_length: int | None = None  # window length in tokens; None: 1024, or the context if that is less
     stride: int | None = None  # predictions scored in each window; None: the protocol's
     mode: str = "gate_hard"  # path mode
     fast_k: int | None = None  # candidates of the anchor head; 0: none, every head in full; None: the checkpoint's
     base: str | None = None  # another model, to measure KL(base || model)
     base_cache: str | None = None  # folder for the base's log-probs, 2 bytes each
-    resume: str | None = None  # folder for what was found so far
+    resume: str | None = None  # folder for the state of the evaluation
     batch: int = 1  # windows that a checkpoint runs together
-    threads: int | None = None  # of the CPU; None: all this process may use
+    threads: int | None = None  # CPU threads; None: all available to this process
     device: str = "cpu"  # cpu or cuda
 
     @property
@@ -46,9 +46,9 @@ class EvaluateRequest:
         return [self.model, *([self.base] if self.base else [])]
 
     def check(self) -> None:
-        """Raise OptionError for fields that do not go together, then InputError for what files cannot give."""
+        """Raise OptionError for fields that exclude each other, then InputError for unusable files."""
         if self.base_cache and not self.base:
-            raise OptionError("{base_cache} keeps the log-probs of {base}: name one")
+            raise OptionError("{base_cache} caches the log-probs of {base}: give {base} too")
         require(*(self.device if is_exported(source) else "train" for source in self.models))
         windows = Windows(self.protocol, self.max_length, self.stride)
         windows.check()

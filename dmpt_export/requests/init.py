@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Found:
-    """What check() read on its way."""
+    """Everything that check() read."""
 
     folder: Path  # of the GPT-2
     shape: NewShape
@@ -24,7 +24,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Made:
-    """What came of it."""
+    """The outcome of init."""
 
     parameters: int
     shape: Shape
@@ -36,7 +36,7 @@ class InitRequest:
     source: str  # GPT-2 folder or hub id
     out: Path  # folder
     splits: list[int] | None = None  # indices of blocks; []: none; None: half the depth
-    heads: int | None = None  # vocabulary heads in all; None: 4 a leaf, at most 8
+    heads: int | None = None  # total vocabulary heads; None: 4 per leaf, at most 8
     head_allocation: Path | None = None  # JSON file of the heads of each leaf, instead of their number
     fast_k: int | None = None  # candidates of the anchor head; None: the whole vocabulary
     head_topk: int | None = None  # heads mixed per token; None: all of the leaf
@@ -47,9 +47,9 @@ class InitRequest:
     seed: int = 0
 
     def check(self) -> Found:
-        """Raise OptionError for fields that do not go together, then InputError for what files cannot give."""
+        """Raise OptionError for fields that exclude each other, then InputError for unusable files."""
         if self.heads is not None and self.head_allocation is not None:
-            raise OptionError("{heads} and {head_allocation} exclude each other: the file already names every head")
+            raise OptionError("{heads} and {head_allocation} exclude each other: the file already lists every head")
         require("train")
         from training.checkpoints.folder import float_folder, read_head_allocation, read_shape
         from training.checkpoints.places import check_inputs, check_replaceable
@@ -64,7 +64,7 @@ class InitRequest:
         return Found(folder, shape)
 
     def run(self, found: Found) -> Made:
-        """Write the checkpoint that check() found possible."""
+        """Write the checkpoint, after check()."""
         say("loading PyTorch")
         from training.checkpoints.checkpoint import load_model, save_model
         from training.model.init import init_from_gpt2

@@ -23,19 +23,19 @@ class ExportRequest:
     fast_k: int | None = None  # candidates of the anchor head; 0: none, every head in full; None: the checkpoint's
     head_topk: int | None = None  # heads mixed per token; 0: all of the path; None: the checkpoint's
     kv_cache: str = ExportOptions.kv_cache  # float or int8
-    calib: str | None = None  # text file to scale an int8 KV cache by; None: random tokens
+    calib: str | None = None  # text file to calibrate an int8 KV cache; None: random tokens
     opset: int = ExportOptions.opset  # version of the standard operators
-    atol: float | None = None  # largest difference of a log-prob, in nats; None: the tolerance table's
-    no_verify: bool = False  # published without being run against torch
+    atol: float | None = None  # largest allowed difference of a log-prob, in nats; None: the tolerance table's
+    no_verify: bool = False  # publish without comparing with torch
 
     @property
     def options(self) -> ExportOptions:
         return ExportOptions(self.target, self.fast_k, self.head_topk, self.kv_cache, self.opset, self.atol)
 
     def check(self) -> np.ndarray | None:
-        """Raise OptionError for fields that do not go together, then InputError for what files cannot give.
+        """Raise OptionError for fields that exclude each other, then InputError for unusable files.
 
-        Returns the token ids to calibrate with, where there are some.
+        Returns the token ids for calibration, if any.
         """
         self.options.check(verified=not self.no_verify, calibrated=self.calib is not None)
         require("train", "cpu")
@@ -47,7 +47,7 @@ class ExportRequest:
         return calibration_ids(self.checkpoint, self.calib) if self.calib is not None else None
 
     def run(self, ids: np.ndarray | None) -> dict[str, Any]:
-        """Export, calibrated with what check() returned; returns the manifest."""
+        """Export, calibrated with the ids that check() returned; returns the manifest."""
         say("loading PyTorch and ONNX")
         from dmpt_export.onnx.export import export_onnx
 
@@ -64,11 +64,11 @@ def calibration_ids(checkpoint: str, file: str) -> np.ndarray:
     from training.text.tokenizer import load_tokenizer
     from training.text.windows import check_vocabulary, end_of_text_id, first_tokens
 
-    check_source(file)  # before the tokenizer: that of a foreign folder takes Transformers, and seconds
+    check_source(file)  # before the tokenizer: a foreign folder's needs Transformers, which takes seconds
     folder = resolve(checkpoint)
     shape, tokenizer = read_shape(folder), load_tokenizer(folder)
     check_vocabulary(tokenizer, shape.vocab_size, folder)
     ids = first_tokens(Path(file), tokenizer, end_of_text_id(tokenizer, shape), SEQUENCES * shape.n_positions)
     if not len(ids):
-        raise InputError(f"{file} has no text to calibrate with")
+        raise InputError(f"{file} has no text for calibration")
     return ids

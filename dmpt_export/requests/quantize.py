@@ -25,39 +25,39 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Found:
-    """What check() read on its way."""
+    """Everything that check() read."""
 
-    rules: list[Rule]  # those given, then those of the earlier plan
+    rules: list[Rule]  # the given ones, then those of the earlier plan
     earlier: Replay | None
     ids: NDArray[np.int64] | None = None  # [n, S], windows of the calibration text
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """What came of it."""
+    """The outcome of quantizing."""
 
-    reports: Sequence[TensorReport]  # one for each tensor
-    plan: Plan | None  # where one was made
+    reports: Sequence[TensorReport]  # one per tensor
+    plan: Plan | None  # if one was made
 
 
 @dataclass(frozen=True)
 class QuantizeRequest:
     checkpoint: str  # DMPT folder, or GPT-2 folder or hub id
-    out: str | None = None  # folder; None with dry_run alone
+    out: str | None = None  # folder; None only with dry_run
     scheme: str | None = None  # of quant.schemes
-    block: int | None = None  # weights that share a scale; None: the scheme's own
+    block: int | None = None  # weights that share a scale; None: the scheme's default
     asymmetric: bool = False  # with a zero point for each block
-    rules: tuple[str, ...] = ()  # PATTERN=SCHEME[:BLOCK][:asymmetric], the first that matches wins
+    rules: tuple[str, ...] = ()  # PATTERN=SCHEME[:BLOCK][:asymmetric], the first match wins
     calib: str | None = None  # text file
-    calib_tokens: int = 8192  # tokens of it that are used
-    smooth: float | None = None  # 0 (weights as they are) to 1
+    calib_tokens: int = 8192  # number of its tokens to use
+    smooth: float | None = None  # 0 (weights unchanged) to 1
     target_size: int | None = None  # bytes of the weights' file
     target_kl: float | None = None  # nats per token on the calibration text
-    target_bits: float | None = None  # per weight, all tensors counted
-    candidates: str | None = None  # schemes with commas between them; None: quant.planning.plan.CANDIDATES
+    target_bits: float | None = None  # per weight, counting all tensors
+    candidates: str | None = None  # comma-separated schemes; None: quant.planning.plan.CANDIDATES
     plan: str | None = None  # plan.json of an earlier plan
     dry_run: bool = False  # nothing is written
-    cache_dir: Path | None = None  # where damages are remembered; None: the user's cache
+    cache_dir: Path | None = None  # cache of measured damages; None: the user's cache
 
     @property
     def planned(self) -> bool:
@@ -65,15 +65,15 @@ class QuantizeRequest:
 
     @property
     def storage(self) -> str | None:
-        """Scheme, block and zero points as a rule has them."""
+        """Scheme, block and zero points as in a rule."""
         if not self.scheme:
             return None
         options = (str(self.block or ""), "asymmetric" if self.asymmetric else "")
         return ":".join([self.scheme, *filter(None, options)])
 
     def check(self) -> Found:
-        """Raise OptionError for fields that do not go together; then, before torch is imported, InputError for what
-        files cannot give: the model, `out`, the texts, rules that do not fit."""
+        """Raise OptionError for fields that exclude each other; then, before torch is imported, InputError for an
+        unusable model, `out` or text, and for rules that do not fit."""
         self.check_fields()
         self.check_schemes()
         require("train")
@@ -88,22 +88,19 @@ class QuantizeRequest:
         others = [name for name, value in chosen.items() if value is not None and value is not False and value != ()]
         if self.planned and others:
             raise OptionError(
-                f"a plan chooses by itself: leave out {{{others[0]}}}, or name what it may choose from with "
-                "{candidates}"
+                f"a plan chooses schemes itself: leave out {{{others[0]}}}, or limit its choice with {{candidates}}"
             )
         if self.planned and not self.calib:
             raise OptionError("a plan measures damage on calibration text: give some with {calib}")
         if not self.planned and self.candidates is not None:
-            raise OptionError("{candidates} are for a plan: give {target_size}, {target_kl} or {target_bits}")
+            raise OptionError("{candidates} need a plan: give {target_size}, {target_kl} or {target_bits}")
         if self.candidates is not None and not all(part.strip() for part in self.candidates.split(",")):
-            raise OptionError(
-                "{candidates} '{}' has an empty part: give schemes with a comma between them", self.candidates
-            )
+            raise OptionError("{candidates} '{}' has an empty part: give comma-separated schemes", self.candidates)
         if not self.planned and not self.scheme and not self.plan:
             raise OptionError("give {scheme}, or a target for a plan such as {target_size} 200MB, or {plan} PLAN.json")
 
     def check_schemes(self) -> None:
-        """Raise OptionError for schemes, blocks or rules that no model can have."""
+        """Raise OptionError for schemes, blocks or rules that are wrong for any model."""
         from quant.planning.plan import check_candidates
         from quant.rules import parse_rule
 
@@ -148,7 +145,7 @@ class QuantizeRequest:
         return Found(rules, earlier)
 
     def check_rules(self, shapes: dict[str, tuple[int, ...]], shape: Shape, rules: list[Rule]) -> None:
-        """Raise InputError for rules that do not fit the tensors, OptionError where what they need was not given."""
+        """Raise InputError for rules that do not fit the tensors, OptionError when they lack what they need."""
         from quant.rules import anchors_of, assign, check_text
 
         chosen = assign(shapes, rules, self.usual_rules(), shape.tie_word_embeddings, anchors_of(shape))
@@ -156,14 +153,14 @@ class QuantizeRequest:
             check_text(chosen, self.calib is not None, self.smooth)
 
     def usual_rules(self) -> list[Rule]:
-        """What the scheme gives to tensors that no rule names."""
+        """The scheme's own rules, for tensors that no other rule matches."""
         from quant.rules import default_rules
 
         return default_rules(self.scheme, self.block, self.asymmetric) if self.scheme else []
 
     @property
     def choice(self) -> str:
-        """What a plan chooses from."""
+        """The candidates of a plan."""
         from quant.planning.plan import CANDIDATES
 
         return self.candidates or CANDIDATES
@@ -174,13 +171,13 @@ class QuantizeRequest:
         return Target(self.target_size, self.target_kl, self.target_bits)
 
     def cache(self) -> Path:
-        """The folder where a plan remembers damages."""
+        """The folder for a plan's measured damages."""
         from training.checkpoints.files import cache_folder
 
         return self.cache_dir.expanduser() if self.cache_dir else cache_folder()
 
     def run(self, found: Found) -> Quantized:
-        """Quantize by what check() found."""
+        """Quantize with the inputs that check() found."""
         say("loading PyTorch")
         from benchmarks.report.quantization import report_files
         from quant.calibration import read_calibration
@@ -195,12 +192,12 @@ class QuantizeRequest:
         out = None if self.dry_run else self.out
         if self.planned:
             assert calibration is not None
-            say("measuring what each group loses, by each way to store it")
+            say("measuring the damage of each group in each scheme")
             plan, reports = save_planned(
                 self.checkpoint, out, self.target(), calibration, self.cache(), self.choice, report_files
             )
             return Quantized(reports, plan)
-        say("quantizing" if calibration is None else "quantizing, then measuring what each tensor loses")
+        say("quantizing" if calibration is None else "quantizing, then measuring the damage of each tensor")
         reports = save_quantized(
             self.checkpoint, out, self.storage, found.rules,
             calibration=calibration, smooth=self.smooth, files=lambda reports: report_files(reports, None),
@@ -208,7 +205,7 @@ class QuantizeRequest:
         return Quantized(reports, None)
 
     def judge(self, calibration: Calibration, found: Found) -> None:
-        """One line where the text is foreign to the model, is another than the earlier plan's, or decides nothing."""
+        """Print a line if the text is foreign to the model, differs from the earlier plan's, or changes no weight."""
         from quant.schemes import SCHEMES
 
         if calibration.foreign:
@@ -221,8 +218,8 @@ class QuantizeRequest:
         schemes = [SCHEMES[name] for name in (self.scheme, *(rule.scheme for rule in found.rules)) if name in SCHEMES]
         if self.smooth is None and not any(scheme.calibrated for scheme in schemes):
             tell(
-                "note: the calibration text changes no weight here, it only measures what each tensor loses, for the "
-                "report; schemes that go by it end in -gptq"
+                "note: the calibration text changes no weight here, it only measures the damage of each tensor for the "
+                "report; schemes that use it end in -gptq"
             )
         if found.earlier and (told := found.earlier.other_text(calibration)):
             tell(f"warning: {told}")

@@ -1,4 +1,4 @@
-"""Continue a prompt with an exported model. What stands here runs where the training side is not installed."""
+"""Continue a prompt with an exported model. This module works without the training packages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that is ready."""
+    """A loaded model."""
 
     model: Model
     seconds: float  # that loading took

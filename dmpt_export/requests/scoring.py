@@ -1,4 +1,4 @@
-"""What can be refused of scoring a model on a text before a large model or torch is loaded; for eval and compare."""
+"""Checks for scoring a model on a text before a large model or torch is loaded; for eval and compare."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from training.errors import usage
 
 @dataclass(frozen=True)
 class Windows:
-    """How a text is cut; see benchmarks.quality.protocols."""
+    """How a text is cut into windows; see benchmarks.quality.protocols."""
 
     protocol: str
-    max_length: int | None  # tokens in a window
+    max_length: int | None  # window length in tokens
     stride: int | None  # predictions scored in each
 
     def check(self) -> None:
-        """Raise OptionError for windows that no model can have."""
+        """Raise OptionError for windows that are wrong for any model."""
         from benchmarks.quality.protocols import LONGEST_WINDOW
 
         with usage():
             self.check_context(max(self.max_length or 0, LONGEST_WINDOW))
 
     def check_context(self, context: int) -> None:
-        """Raise FieldError for windows that a model with this context, in tokens, cannot have."""
+        """Raise FieldError for windows that are impossible with this context, in tokens."""
         from benchmarks.quality.protocols import choose_windows
 
         choose_windows(context, self.max_length, self.stride, self.protocol)
@@ -44,7 +44,7 @@ def check_places(data: Sequence[str], folders: Sequence[str]) -> None:
 
 
 def check_scored(source: str, windows: Windows, mode: str | None = None, fast_k: int | None = None) -> None:
-    """Raise InputError for a model that cannot be scored so: in these windows, by this path mode, with this fast_k."""
+    """Raise InputError for a model that cannot be scored in these windows, in this path mode, with this fast_k."""
     from runtime.manifest_file import read_manifest
 
     if is_exported(source):

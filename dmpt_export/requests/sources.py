@@ -1,4 +1,4 @@
-"""What several verbs look at in their first second, before torch or ONNX is imported."""
+"""Checks shared by several verbs, run in the first second, before torch or ONNX is imported."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ if TYPE_CHECKING:
 
 
 def is_exported(source: str) -> bool:
-    """Whether it is an ONNX folder, which needs no torch."""
+    """Whether the source is an ONNX folder, which needs no torch."""
     return (Path(source) / "dmpt_manifest.json").is_file()
 
 
 def check_model(source: str) -> Shape:
-    """What a checkpoint, float or quantized, or a hub id is. Raises InputError where there is none."""
+    """The shape of a float or quantized checkpoint or a hub id. Raises InputError for anything else."""
     from training.checkpoints.files import resolve
     from training.checkpoints.folder import read_shape, tensor_files
 
@@ -26,7 +26,7 @@ def check_model(source: str) -> Shape:
 
 
 def check_tokenizer(source: str, vocab_size: int | None = None) -> None:
-    """Raise InputError when a folder or hub id has no tokenizer, a damaged one, or one of another model."""
+    """Raise InputError when a folder or hub id has no tokenizer, a damaged one, or one that does not fit."""
     from training.checkpoints.files import TOKENIZER_FILES, resolve
     from training.text.tokenizer import load_tokenizer
     from training.text.windows import check_vocabulary

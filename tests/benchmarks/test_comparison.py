@@ -256,7 +256,7 @@ def test_entries_that_cannot_be_compared_are_refused_first(tiny_gpt2: Path, tmp_
     (tmp_path / "mine" / "thesis.txt").touch()
     for entries, out, said in (
         ([], None, "nothing to compare"),
-        ([good, good], None, "called good"),
+        ([good, good], None, "have the name good"),
         ([good, Entry("gone", str(tmp_path / "gone"))], None, "gone"),
         ([good], tmp_path / "mine", "not empty"),
     ):

@@ -158,7 +158,7 @@ def test_a_cache_that_was_tampered_with_is_refused(
     else:
         half = len(data) // 2
         first.write_bytes(data[:half] + (b"" if fault == "cut" else bytes([data[half] ^ 1]) + data[half + 1 :]))
-    with pytest.raises(InputError, match=rf"{first.name} (is damaged|holds the log-probs of another).*delete"):
+    with pytest.raises(InputError, match=rf"{first.name} (is damaged|holds the log-probs of a different).*delete"):
         evaluate(model, IDS, 32, 16, base=base)
 
 

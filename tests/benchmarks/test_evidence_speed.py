@@ -85,7 +85,7 @@ def test_the_whole_command_on_small_models(
     ("error", "code", "said"),
     [
         (WorkerFailed("llama.cpp cannot be loaded", 5), 5, "Error: llama.cpp cannot be loaded"),
-        (InputError("onnx is no ONNX folder"), 3, "Error: onnx is no ONNX folder"),
+        (InputError("onnx is not an ONNX folder"), 3, "Error: onnx is not an ONNX folder"),
         (CalledProcessError(4, ["python", "-m", "dmpt_export", "onnx", "x"]), 4, "dmpt-export onnx failed"),
         (CalledProcessError(-9, ["python", "-m", "dmpt_export", "onnx", "x"]), 5, "dmpt-export onnx failed"),
     ],

@@ -193,7 +193,7 @@ def test_help_names_every_peer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 def test_absent_peers_are_told_of_without_being_asked_for(tiny_gpt2: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(tiny_gpt2)]) == 0
-    assert "--peers GPT2 measures those that are installed" in (out := capsys.readouterr().out)
+    assert "--peers GPT2 adds the installed ones" in (out := capsys.readouterr().out)
     assert "pip install gone" in out
 
 

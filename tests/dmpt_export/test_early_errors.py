@@ -1,4 +1,4 @@
-"""The first mistakes a user makes with each verb: told with the right exit code before torch or ONNX is imported."""
+"""Common mistakes with each verb: reported with the right exit code before torch or ONNX is imported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dmpt_export.cli.main import main
 
 HEAVY = ("torch", "transformers", "accelerate", "safetensors", "onnx", "onnx_ir", "onnxruntime")
 
-# Words of a command line -> exit code (2: the command line alone is wrong, 3: files are), what is said.
+# Words of a command line -> exit code (2: the command line alone is wrong, 3: files are), the message.
 # {gpt2} 4 blocks, 300 tokens, 64 positions; {dmpt}; {int8} quantized; {onnx} exported; {text}; {short}; {full} holds
 # somebody's {full}/file; {none} is not there; {out} neither.
 MISTAKES: list[tuple[str, int, str]] = [
@@ -28,7 +28,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("init {gpt2} {out} --fast-k 301", 3, "fast_k 301 must be from 1 to the vocabulary size 300"),
     ("init {gpt2} {out} --fast-k 0", 2, "--fast-k"),
     ("init {gpt2} {out} --heads 0", 2, "--heads"),
-    ("init {gpt2} {out} --noise nan", 2, "no finite number"),
+    ("init {gpt2} {out} --noise nan", 2, "is not a finite number"),
     ("init {dmpt} {out}", 3, "already has splits [2] and 4 head(s)"),
     ("init {int8} {out}", 3, "is already quantized"),
     ("init {onnx} {out}", 3, "is an exported model"),
@@ -68,7 +68,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("quantize {gpt2} {out} --scheme int8 --rule *=delta-r16", 3, "only a head can be a delta"),
     ("quantize {gpt2} {out} --scheme int4-gptq", 2, "needs calibration text: give some with --calib"),
     ("quantize {gpt2} {out} --scheme int4 --calib {none}", 3, "is not a file"),
-    # counting tokens takes a tokenizer, and that of a foreign folder takes Transformers
+    # counting tokens needs a tokenizer, and a foreign folder's needs Transformers
     ("quantize {dmpt} {out} --scheme int4 --calib {short}", 3, "calibration needs 64 or more"),
     ("quantize {gpt2} {out} --scheme int8 --smooth 0.5 --calib {text}", 2, "leave --smooth out"),
     ("quantize {gpt2} {out} --scheme int8-dynamic --smooth 0.5", 2, "give some with --calib"),
@@ -79,13 +79,13 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("quantize {gpt2} {out} --target-bits 3 --candidates int8 --calib {text}", 3, "no plan fits 3 bits per weight"),
     ("quantize {gpt2} {out} --target-bits 4 --candidates int7 --calib {text}", 2, "unknown scheme 'int7'"),
     ("quantize {gpt2} {out} --target-bits 9 --candidates nf4 --calib {text}", 3, ""),
-    ("quantize {gpt2} {out} --target-size nan --calib {text}", 2, "is no size"),
+    ("quantize {gpt2} {out} --target-size nan --calib {text}", 2, "is not a size"),
     ("onnx {none} {out}", 3, "does not exist: check the path"),
     ("onnx {onnx} {out}", 3, "is an exported model"),
     ("onnx {gpt2} {full}", 3, "is not empty and is not a dmpt-export onnx folder"),
     ("onnx {gpt2} {out} --fast-k 301", 3, "fast_k 301"),
     ("onnx {gpt2} {out} --target cuda --kv-cache int8", 2, "--target cpu"),
-    ("onnx {gpt2} {out} --atol nan", 2, "no finite number"),
+    ("onnx {gpt2} {out} --atol nan", 2, "is not a finite number"),
     ("onnx {gpt2} {out} --kv-cache int8 --calib {none}", 3, "does not exist"),
     ("runn {onnx} hello", 2, "No such command 'runn': did you mean run?"),
     ("run {none} hello", 3, "is not a folder"),
@@ -113,8 +113,8 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("compare {gpt2} --stride 70 --max-length 64 --data {text}", 2, "--stride 70 must be"),
     ("compare {gpt2} ovino:int8@{gpt2}", 2, "unknown peer 'ovino'"),
     ("compare {gpt2} openvino:int3@{gpt2}", 2, "not 'int3'"),
-    ("compare {gpt2} --control x", 2, "names no model here"),
-    ("compare {gpt2} --growth {text}", 2, "is not what `dmpt-export bench --json` prints"),
+    ("compare {gpt2} --control x", 2, "--control x is not among the models"),
+    ("compare {gpt2} --growth {text}", 2, "is not the output of `dmpt-export bench --json`"),
     ("compare {gpt2} --peers {none}", 3, "does not exist: check the path"),
     ("bench {none}", 3, "does not exist"),
     ("bench {gpt2}", 3, "export it first"),
@@ -155,7 +155,7 @@ def places(
 
 @pytest.fixture(scope="module")
 def told(places: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """What every mistake led to; all in one process, in which nothing heavy is imported by what came before."""
+    """The outcome of every mistake; all run in one process, which must stay free of heavy imports."""
     lines = [line.format(**places).split() for line, _, _ in MISTAKES]
     code = (
         "import contextlib, io, json, sys\n"
@@ -233,8 +233,7 @@ def test_phases_are_named_on_a_terminal_alone(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert main(line) == 0
     said = capsys.readouterr().err.splitlines()
-    assert said[0] == "loading PyTorch ..."
-    assert said[1].endswith("what the float model makes of it ...")
+    assert said[0] == "loading PyTorch ..." and said[1].endswith("and running the float model on it ...")
 
 
 def test_a_gpu_that_is_not_there_is_one_line(

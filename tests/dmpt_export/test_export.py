@@ -1,4 +1,4 @@
-"""The exported graph against torch: the parity ladder, storage, names, and what a failing check leaves behind."""
+"""The exported graph against torch: the parity ladder, storage, names, and cleanup after a failing check."""
 
 from __future__ import annotations
 
@@ -175,8 +175,8 @@ def test_stored_zero_points_reach_the_graph(scheme: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(("name", "ifs"), [("quad, fast-k", 7), ("dual, fast-k", 3), ("shared heads", 3)])
 @pytest.mark.parametrize("scheme", ["float", "int8", "int4"])
 def test_every_tensor_is_stored_once(name: str, ifs: int, scheme: str, tmp_path: Path) -> None:
-    """In the main graph, but for the scales of products in a branch. Those of a head that is one leaf's anchor and
-    a candidate in another are needed in both places."""
+    """Weights are in the main graph, except the scales of products in a branch. A head that is the anchor of one leaf
+    and scored on candidates in another needs them in both places."""
     folder = source = saved_model(tmp_path / "source", **TREES[name])
     if scheme != "float":
         folder = tmp_path / "quantized"
@@ -204,8 +204,8 @@ def test_every_tensor_is_stored_once(name: str, ifs: int, scheme: str, tmp_path:
 def test_products_in_a_branch_find_their_scales_there(
     name: str, scheme: str, asymmetric: bool, kv_cache: str, tmp_path: Path
 ) -> None:
-    """Kernels that read scales as they pack weights look in the same graph alone: on Arm processors with dot-product
-    instructions, onnxruntime 1.28 and earlier crash on what lies outside."""
+    """Kernels that read scales while packing weights only see the same graph: on Arm processors with dot-product
+    instructions, onnxruntime 1.28 and earlier crash on scales outside."""
     source = saved_model(tmp_path / "source", **TREES[name])
     rules = [parse_rule("heads.*=delta-r16")] if name == "dual, all heads" and not asymmetric else []
     save_quantized(source, tmp_path / "quantized", f"{scheme}:asymmetric" if asymmetric else scheme, rules)

@@ -1,4 +1,4 @@
-"""A missing optional dependency is one clear line, said before any work."""
+"""A missing optional dependency is reported in one clear line before any work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What verbs read and replace: no input inside OUT, places that cannot be, closed streams, pipes, odd names."""
+"""Inputs and outputs of verbs: no input inside OUT, impossible places, closed streams, pipes, odd names."""
 
 from __future__ import annotations
 
@@ -299,5 +299,5 @@ def test_a_prompt_that_begins_with_a_dash_names_the_way(
     export_onnx(tiny_gpt2, tmp_path / "device", verify=False)
     if prompt != "--":
         assert main(["run", str(tmp_path / "device"), prompt]) == 2
-        assert "goes after --" in capsys.readouterr().err
+        assert "that begins with - after --" in capsys.readouterr().err
     assert main(["run", str(tmp_path / "device"), "-n", "1", "--", prompt]) == 0

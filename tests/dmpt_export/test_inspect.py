@@ -1,4 +1,4 @@
-"""`dmpt-export inspect`: parts, tensors, operators, and what a text makes a model use."""
+"""`dmpt-export inspect`: parts, tensors, operators, and path usage on a text."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_bad_input_is_one_line_and_code_3(
         (broken / file.name).write_bytes(file.read_bytes())
     (broken / "model.onnx").write_bytes(b"\xff" * 100)
     for arguments, said in (
-        ([str(broken)], "no ONNX model"),
+        ([str(broken)], "is not an ONNX model"),
         ([folders["onnx"], "--data", str(tmp_path / "gone.txt")], "gone.txt"),
         ([folders["onnx"], "--data", ""], "data file"),
         ([str(tmp_path / "gone")], "gone"),

@@ -1,4 +1,4 @@
-"""An int8 KV cache: what its scales are, that the runtime drives it like any other, and what its check catches."""
+"""An int8 KV cache: its scales, that the runtime drives it like any other, and the faults that its check finds."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_given_text_sets_the_scales(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tree", TREES)
 def test_whole_stepwise_chunked_rewound_and_batched_are_one(tree: str, folders: dict[str, Path]) -> None:
-    """Codes do not depend on how the text arrives, so neither does what is said."""
+    """Codes do not depend on how the text arrives, so neither do the outputs."""
     with runtime.load(folders[tree], threads=1) as model:
         assert model.manifest.cache_dtype == "int8"
         want, routes = model.sequence().feed(IDS, last=60)
@@ -168,7 +168,7 @@ def test_the_command_calibrates_on_a_text(tiny_dmpt: Path, sample_text: str, tmp
 
 @pytest.mark.parametrize("scheme", [None, "int8"])
 def test_an_export_needs_less_than_two_float_models(scheme: str | None, tmp_path: Path) -> None:
-    """Calibrating, building and checking follow each other, none keeps what it loaded; seen in the process's peak.
+    """Calibrating, building and checking release their memory one after the other; measured by the process's peak.
 
     The model is large beside what the libraries take at first use, some 35 MB on some processors.
     """

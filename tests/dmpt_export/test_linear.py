@@ -63,7 +63,7 @@ def matmul_nbits(x: NDArray[np.float32], tensor: BlockwiseTensor, accuracy_level
 
 
 def rounding(x: NDArray[np.float32], matrix: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Most that a float32 product may be off: [rows, N]."""
+    """Bound on the error of a float32 product: [rows, N]."""
     return (x.shape[1] + 2) * EPS * (np.abs(x) @ np.abs(matrix).T)
 
 

@@ -1,4 +1,4 @@
-"""The command group: what it lists, how fast it starts, and what exit codes and messages mean."""
+"""The command group: its help, its start time, exit codes and messages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    """A verb that raises what it is told to; returns a function (error) -> exit code of main()."""
+    """A verb that raises a given error; returns a function (error) -> exit code of main()."""
 
     def raise_in_verb(error: BaseException) -> int:
         @click.command()

@@ -1,4 +1,4 @@
-"""What training does with packages that need not be installed: bitsandbytes and TensorBoard."""
+"""Training with optional packages: bitsandbytes and TensorBoard."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_a_resumed_run_with_adamw8bit_is_the_same_run(tmp_path: Path) -> None:
 
 
 class FakeWriter:
-    """Keeps what torch.utils.tensorboard.SummaryWriter would write."""
+    """Stores what torch.utils.tensorboard.SummaryWriter would write."""
 
     made: list[FakeWriter] = []
 

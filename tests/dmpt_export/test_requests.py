@@ -1,4 +1,4 @@
-"""Requests and commands: the same fields, the same defaults, and errors that name them as each of the two does."""
+"""Requests and commands have the same fields and defaults, and errors name fields or flags accordingly."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from training.cli.request import TrainRequest
 from training.errors import FieldError, OptionError
 from training.loop.options import TrainOptions
 
-# Verb -> what the least of its command lines means
+# Verb -> request of its shortest command line
 LEAST: dict[str, tuple[list[str], Any]] = {
     "init": (["m", "o"], InitRequest("m", Path("o"))),
     "train": (["m", "o"], TrainRequest("m", Path("o"))),
@@ -57,7 +57,7 @@ def context_of(verb: str) -> click.Context:
 
 
 def names(request: Any) -> set[str]:
-    """The fields that are asked for one by one; train's options are fields, too."""
+    """All fields of a request; train's options are fields, too."""
     own = {field.name for field in fields(request)}
     if isinstance(request, TrainRequest):
         return own - {"options", "given"} | {field.name for field in fields(TrainOptions)}
@@ -141,11 +141,11 @@ def test_the_command_line_has_its_own_names(capsys: pytest.CaptureFixture[str], 
     assert "Try 'dmpt-export quantize -" in err
     assert "Error: Missing argument 'OUT': the folder" in err
     assert main(["quantize", "in", "out", "--target-kl", "1", "--rule", "*=int8"]) == 2
-    assert "leave out --rule, or name what it may choose from with --candidates" in capsys.readouterr().err
+    assert "leave out --rule, or limit its choice with --candidates" in capsys.readouterr().err
     (tmp_path / "run" / "last").mkdir(parents=True)
     assert main(["train", "in", str(tmp_path / "run"), "--data", __file__]) == 3
     assert "continue it with --resume, or replace it with --overwrite\n" in capsys.readouterr().err
-    with pytest.raises(OptionError, match="leave out smooth, or name what it may choose from with candidates"):
+    with pytest.raises(OptionError, match="leave out smooth, or limit its choice with candidates"):
         QuantizeRequest("in", "out", smooth=0.0, target_bits=4, calib="text").check()
 
 

@@ -1,4 +1,4 @@
-"""`dmpt-export run`: what goes to stdout and stderr, exit codes, and that it needs no torch."""
+"""`dmpt-export run`: stdout and stderr, exit codes, and that it needs no torch."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def test_ctrl_c_is_130(model: str, monkeypatch: pytest.MonkeyPatch, capfd: pytes
 
 
 def cli(model: str, args: list[str], head: bool = False) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, where the training side cannot be imported."""
+    """The command in a separate process that cannot import the training packages."""
     blocked = ("torch", "transformers", "safetensors", "onnx", "onnx_ir", "accelerate", "training", "quant")
     code = (
         f"import sys\nfor name in {blocked}: sys.modules[name] = None\n"

@@ -1,4 +1,4 @@
-"""Every number of an export is held against the checkpoint: no tensor and no row is left out."""
+"""Every number of an export is compared with the checkpoint: no tensor and no row is left out."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_all_tensors_are_compared(source: Path, scheme: str, target: str, tmp_pa
 
 
 def last_row(weight: Any) -> Any:
-    """Another number in the last row: of a position or a token that the check's tokens do not meet."""
+    """A changed number in the last row: of a position or a token that the check's tokens do not use."""
     if isinstance(weight, np.ndarray):
         weight = weight.copy()
         weight[-1, 3] += 0.5
@@ -89,7 +89,7 @@ def test_a_row_that_no_token_meets_must_be_right_too(
     plant(tensor, monkeypatch)
     export_onnx(folder, tmp_path / "onnx", verify=False)
     last = 159 if "wpe" in tensor else 96
-    with pytest.raises(ValidationError, match=rf"holds of {tensor} is another from row {last} on"):
+    with pytest.raises(ValidationError, match=rf"{tensor} differs from the checkpoint, first at row {last}"):
         check_stored(tmp_path / "onnx" / "model.onnx", folder)
 
 
@@ -99,7 +99,7 @@ def test_an_export_with_wrong_positions_is_not_published(
     """The check's tokens end at position 95."""
     plant("transformer.wpe.weight", monkeypatch)
     assert main(["onnx", str(source), str(tmp_path / "onnx")]) == 4
-    assert "transformer.wpe.weight is another from row 159 on" in capsys.readouterr().err
+    assert "transformer.wpe.weight differs from the checkpoint, first at row 159" in capsys.readouterr().err
     assert not (tmp_path / "onnx").exists()
 
 

@@ -1,4 +1,4 @@
-"""DMPTOnnxForCausalLM does under generate() what the torch model does."""
+"""DMPTOnnxForCausalLM gives the same results under generate() as the torch model."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_what_cannot_be_done_is_said(pair: tuple[Any, Any], tmp_path: Path) -> N
         with pytest.raises(InputError, match="logits_to_keep"):
             model(IDS, logits_to_keep=keep)
     for unknown in ({"labels": IDS, "input_ids": IDS}, {"inputs_embeds": torch.zeros(3, 9, 32)}, {}):
-        with pytest.raises(InputError, match="neither labels nor inputs_embeds"):
+        with pytest.raises(InputError, match="not labels or inputs_embeds"):
             model(**unknown)
     assert model(IDS[:1], return_dict=True, labels=None).logits.shape == (1, 9, 97)
     with pytest.raises(RequestError, match="deterministic"):

@@ -106,7 +106,7 @@ def through(model: DMPTForCausalLM, node: str, ids: np.ndarray) -> torch.Tensor:
 
 @pytest.mark.parametrize(("steps", "forced"), [(ENOUGH - 1, ["right"]), (ENOUGH, [])])
 def test_a_few_tokens_do_not_speak_for_a_path(steps: int, forced: list[str], tmp_path: Path) -> None:
-    """Counted are those that are decoded one by one: a prompt that goes there does not try its caches."""
+    """Only tokens decoded one by one count: a prompt routed there does not test the node's caches."""
     model = random_model(**DUAL)
     ids = checked_ids(model)
     prompt = prompt_length(len(ids))
@@ -148,7 +148,7 @@ def test_a_fault_where_no_token_goes_is_caught_and_nothing_is_left(
     (said,) = capsys.readouterr().err.splitlines()
     assert re.search(f"{kernels}with all tokens sent to {message}", said)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
-    if scheme is None:  # for who insists
+    if scheme is None:  # for callers that insist
         assert main(["onnx", str(source), str(tmp_path / "onnx"), "--no-verify"]) == 0
         assert "not verified against torch" in capsys.readouterr().err
 
@@ -156,7 +156,7 @@ def test_a_fault_where_no_token_goes_is_caught_and_nothing_is_left(
 def test_wrong_scales_of_a_cache_that_no_token_fills_fail_the_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only the deployed graph has them, hence it is forced, too."""
+    """Only the deployed graph has them, so it is also run with forced gates."""
     source = one_way(tmp_path / "source", DUAL, root=0)
 
     def wrong(*args: Any) -> dict[str, np.ndarray]:
@@ -171,13 +171,12 @@ def test_the_command_names_the_paths_it_forced(tmp_path: Path, capsys: pytest.Ca
     source = stored(one_way(tmp_path / "source", DUAL, root=0), "int8")
     assert main(["onnx", str(source), str(tmp_path / "onnx")]) == 0
     said = capsys.readouterr().err
-    assert "with all sent there (right): within " in said
-    assert "warning" not in said
+    assert "with all tokens sent there (right): within " in said and "warning" not in said
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 def test_forcing_takes_every_token_to_the_node_and_changes_nothing_else(target: str, tmp_path: Path) -> None:
-    """Torch's own `<node>_only` modes are the oracle of both sides, however much a gate would prefer another way."""
+    """Torch's `<node>_only` modes are the reference for both sides, however strongly a gate prefers the other one."""
     model = random_model(**QUAD)
     with torch.no_grad():
         for gate in model.gates.values():

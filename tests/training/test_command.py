@@ -120,7 +120,7 @@ def test_the_recipes_can_be_read(name: str) -> None:
         ("--from-scratch {out} --data {text}", 2, "needs --tokenizer"),
         ("{gpt2} {out} more --data {text}", 2, "unexpected extra argument"),
         ("{gpt2} more --out {out} --model {gpt2} --data {text}", 2, "is too much"),
-        ("{gpt2} {out} --data {text} --splits six", 2, "is no list of block indices"),
+        ("{gpt2} {out} --data {text} --splits six", 2, "is neither a list of block indices"),
         ("{tmp}/none {out} --data {text}", 3, "does not exist"),
         ("{gpt2} {out} --data {tmp}/none.txt", 3, "does not exist: check the path"),
         ("{gpt2} {out} --data {empty}", 3, "is empty"),

@@ -226,7 +226,7 @@ BAD_INIT = [
     (["--head-allocation", "missing.json"], 3, "missing.json is missing"),
     (["--noise", "-1"], 2, "--noise"),
     (["--noise", "1e39"], 3, "NaN or infinity"),
-    (["--gate-bias", "nan"], 2, "no finite number"),
+    (["--gate-bias", "nan"], 2, "is not a finite number"),
     (["--heads", "1000000000000"], 5, "heads 1000000000000 needs"),
     (["--gate-hidden", "10000000000000000000"], 5, "gate_hidden"),
     (["--seed", "-1"], 2, "-1"),
