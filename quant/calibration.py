@@ -58,7 +58,7 @@ class Calibration:
         return self.perplexity > self.vocab_size
 
     def as_dict(self) -> dict[str, Any]:
-        """What a quantized folder records."""
+        """The record for a quantized folder."""
         return {"sha256": self.sha256, "tokens": self.windows.numel(), "perplexity": self.perplexity}
 
 

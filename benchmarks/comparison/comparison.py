@@ -118,7 +118,7 @@ def scored(entry: Entry, opener: Opener, texts: Texts, samples: list[dict[str, A
     settings = opener.settings
     try:
         scorer = opener.open(entry)
-    except Exception as error:  # noqa: BLE001  # reason() raises what is none
+    except Exception as error:  # noqa: BLE001  # reason() raises bugs again
         return failed_row(entry, reason(error))
     try:
         row = replace(row_of(entry, scorer), versions=opener.versions(entry))

@@ -29,7 +29,7 @@ def open_scorer(
     name: str | None = None,
     fast_k: int | None = None,
 ) -> Scorer:
-    """Load `source`, whatever kind of model it is.
+    """Load `source`, a model of any kind.
 
     fast_k: candidates of the anchor head instead of the checkpoint's; 0: every head is scored fully.
     Raises InputError (or the runtime's own errors, same exit code) for a model that cannot be loaded, and for a fast_k

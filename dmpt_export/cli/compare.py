@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.option("--protocol", type=TableChoice("protocol", protocols), default="stride-concat", show_default=True,
               help="What is scored after what, as in eval.")  # fmt: skip
 @click.option("--out", type=click.Path(file_okay=False),
-              help="Folder for report.html and comparison.json, .md, .csv and .png.")  # fmt: skip
+              help="Folder for report.html and comparison.json, .md, .csv and .svg.")  # fmt: skip
 @click.option("--control", multiple=True, metavar="NAME",
               help="Row with plain GPT-2 fine-tuned on the same tokens as the DMPT rows.")  # fmt: skip
 @click.option("--peers", metavar="GPT2",

@@ -26,7 +26,7 @@ def command(out: Path, data: tuple[Path, ...], seed: int, scale: float) -> None:
     fine-tunes it, and a dual-path DMPT made from it, on the same number of tokens; quantizes both to int8 and
     int4; exports all to ONNX and checks each export against torch; generates some text with the quantized DMPT; and
     prints a table of sizes, held-out perplexity and speed, also written as report.html and comparison.json, .md,
-    .csv and .png.
+    .csv and .svg.
 
     \b
     Examples:

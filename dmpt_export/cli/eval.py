@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--max-length", type=click.IntRange(min=2), metavar="N",
               help="Window length in tokens. Default: 1024, or the model's context if that is less.")  # fmt: skip
 @click.option("--stride", type=click.IntRange(min=1), metavar="N",
-              help="Predictions scored in each window. Default: half a window, or a whole disjoint one.")  # fmt: skip
+              help="Predictions scored in each window. Default: half a window, or all of a disjoint one.")  # fmt: skip
 @click.option("--mode", default="gate_hard", show_default=True,
               help="Path mode; checkpoints also take gate_soft, max_prob, random, left_only, ...")  # fmt: skip
 @click.option("--fast-k", type=click.IntRange(min=0), metavar="K",

@@ -14,7 +14,7 @@ from dmpt_export.requests.onnx import ExportRequest
 @click.argument("checkpoint")
 @click.argument("out", type=click.Path())
 @click.option("--target", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
-              help="cpu: fp32 activations; cuda: fp16.")  # fmt: skip
+              help="cpu: float32 activations; cuda: float16.")  # fmt: skip
 @click.option("--fast-k", type=click.IntRange(min=0), help="Candidates of the anchor head; 0 scores every head fully. "
               "Default: the checkpoint's.")  # fmt: skip
 @click.option("--head-topk", type=click.IntRange(min=0), help="Heads mixed per token; 0 mixes all of the path.")

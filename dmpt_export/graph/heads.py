@@ -21,7 +21,7 @@ from training.model.config import DMPTConfig
 def leaf_log_probs(
     b: Builder, config: DMPTConfig, weights: Weights, leaf: str, h: ir.Value
 ) -> tuple[ir.Value, ir.Value | None]:
-    """log P_leaf and log pi, fp32: normalised hidden rows [1, n, E] -> [1, n, V] and [n, H].
+    """log P_leaf and log pi in float32: normalised hidden rows [1, n, E] -> [1, n, V] and [n, H].
 
     A single head also takes [B, N, E] and has no log pi.
     """
@@ -74,7 +74,7 @@ def head(config: DMPTConfig, j: int) -> str:
 
 
 def _head_log_weights(b: Builder, config: DMPTConfig, weights: Weights, leaf: str, h: ir.Value) -> ir.Value:
-    """log pi over the leaf's heads: [n, E] -> [n, H], fp32; -inf for heads that head_topk leaves out."""
+    """log pi over the leaf's heads: [n, E] -> [n, H], float32; -inf for heads that head_topk leaves out."""
     prefix = f"head_gates.{leaf}"
     logits = gate_mlp(b, weights, prefix, h, "Gelu")  # exact GELU here, the tanh form in blocks
     temperature = b.weight("const.head_gate_temp", np.array(config.head_gate_temp, np.float32))
@@ -90,7 +90,7 @@ def _head_log_weights(b: Builder, config: DMPTConfig, weights: Weights, leaf: st
 
 
 def gate_mlp(b: Builder, weights: Weights, prefix: str, x: ir.Value, activation: str) -> ir.Value:
-    """Linear, activation, Linear: the form of gates (Tanh) and head gates (Gelu); weights are [out, in]. fp32 out."""
+    """Linear, activation, Linear: the form of gates (Tanh) and head gates (Gelu); weights [out, in]; float32 out."""
 
     def dense(i: int, y: ir.Value) -> ir.Value:
         weight, bias = (float_weight(b, weights, f"{prefix}.{i}.{part}") for part in ("weight", "bias"))

@@ -18,7 +18,7 @@ S = TypeVar("S", bound="Shape")
 class ExportOptions:
     """Options of an export."""
 
-    target: str = "cpu"  # "cpu" (fp32 activations) or "cuda" (fp16)
+    target: str = "cpu"  # "cpu" (float32 activations) or "cuda" (float16)
     fast_k: int | None = None  # fast_k and head_topk: 0 turns it off, None keeps the checkpoint's
     head_topk: int | None = None
     kv_cache: str = "float"  # of the activations' type, or "int8" (cpu): a quarter of the memory, for a small loss

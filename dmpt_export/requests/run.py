@@ -77,7 +77,7 @@ class RunRequest:
             yield Loaded(model, time.perf_counter() - started)
 
     def stream(self, loaded: Loaded, text: str) -> Generation | Generations:
-        """What continues a text, or with `batch` each of its lines; made as one iterates over it."""
+        """Iterate over the generated pieces that continue a text, or with `batch` each of its lines."""
         prompts = [line.removesuffix("\r") for line in text.split("\n")]
         return loaded.model.stream(
             prompts if self.batch else text, self.max_new_tokens,

@@ -38,7 +38,7 @@ def run(workplace: Path, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 def check(workplace: Path) -> dict[str, dict[str, Any]]:
-    """The rows of the table by name, checked for what makes them comparable."""
+    """The rows of the table by name, checked to be comparable."""
     report = json.loads((workplace / "out" / "report" / "comparison.json").read_text())
     rows = {row["name"]: row for row in report["rows"]}
     assert list(rows) == ["published", "control", "dmpt"]

@@ -49,7 +49,7 @@ class FakeHub:
 
 
 def write_wikitext(folder: Path, rows: list[str]) -> None:
-    """`folder` as Salesforce/wikitext lies on the hub: a card with configurations, Parquet files; {} is the place."""
+    """Lay out `folder` like Salesforce/wikitext on the hub: a card, Parquet files; {} in a row: name and split."""
     import pyarrow
     from pyarrow import parquet
 

@@ -1,4 +1,4 @@
-"""How far two ways to compute the same log-probs may be apart in tests. One table; no test has a number of its own."""
+"""Tolerances between two ways to compute the same log-probs. One table; no test has its own number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calibration text and what layers see of it, from tokens to the folder's record; and text that cannot be used."""
+"""Calibration text and the layers' inputs from it, from tokens to the folder's record; and unusable text."""
 
 from __future__ import annotations
 

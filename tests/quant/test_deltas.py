@@ -68,7 +68,7 @@ def test_factors_are_as_good_as_those_of_a_float64_svd(n: int, rank: int) -> Non
     best = float(np.linalg.norm(s[rank:]))
     got = left.dequantize().astype(np.float64) @ np.concatenate([right.dequantize() for right in rights], axis=1)
     error, kept = float(np.linalg.norm(deltas - got)), float(np.linalg.norm(s[:rank]))
-    # What rounding adds is about 4-bit rounding's share (0.1 for normal numbers) of what is kept, and independent.
+    # Rounding adds about 4-bit rounding's share (0.1 for normal numbers) of the kept part, independently of the rest.
     assert best * (1 - 1e-6) <= error <= np.hypot(best, 0.13 * kept)
     # The space is the best one: against the exact factors with the same rounding of the left one.
     scores = u[:, :rank] * s[:rank]

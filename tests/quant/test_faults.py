@@ -48,7 +48,7 @@ def quantize(tiny_dmpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     return run
 
 
-# --- remembered damages -------------------------------------------------------------------------------
+# --- cached damages -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ def test_a_plan_of_another_model_is_refused(quantize: Callable[..., tuple[int, s
     assert "the plan has no rule for heads.1.weight, " in err and "paths.left.h.2.attn.c_proj.weight and more" in err
     assert not (tmp_path / "out").exists()
     assert quantize("out", "--plan", tmp_path / "plan.json", "--scheme", "int8")[0] == 0
-    # but what is named float32 is meant to stay so
+    # but tensors with an explicit float32 rule stay float32
     (tmp_path / "plan.json").write_text(json.dumps({"rules": ["heads.*=float32", "*=int8"]}))
     (tmp_path / "kept.json").write_text(json.dumps({"rules": ["heads.*=float32", "transformer.h.*=int8"]}))
     assert quantize("kept", "--plan", tmp_path / "kept.json")[0] == 0

@@ -24,7 +24,7 @@ def seen(x: NDArray[np.float32]) -> Inputs:
 
 
 def correlated(rng: np.random.Generator, n: int, k: int) -> NDArray[np.float32]:
-    """Inputs as hidden states are: some directions dominate, and so do some inputs."""
+    """Inputs like hidden states: some directions dominate, and so do some inputs."""
     mixed = rng.normal(size=(n, k // 4)) @ rng.normal(size=(k // 4, k)) + 0.3 * rng.normal(size=(n, k))
     return (mixed * rng.lognormal(0, 1, k)).astype(np.float32)
 

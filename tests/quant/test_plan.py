@@ -1,4 +1,4 @@
-"""The plan: knapsack against brute force, damages against whole runs of the model, and what becomes of it on disk."""
+"""The plan: knapsack against brute force, damages against whole runs of the model, and the files on disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tensors are quantized: the defaults, overriding them, and rules that cannot be meant."""
+"""Which tensors are quantized: the defaults, overriding them, and mistaken rules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How close the schemes come: invariants for any input, and the scale search against brute force."""
+"""Accuracy of the schemes: invariants for any input, and the scale search against brute force."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Balancing: the float model says the same, and rounding it in int8 loses less."""
+"""Balancing: the float model stays equal, and rounding it in int8 loses less."""
 
 from __future__ import annotations
 

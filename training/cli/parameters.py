@@ -49,7 +49,7 @@ def parameters() -> list[click.Parameter]:
         option(["--text-field"], metavar="NAME", help="Text field of JSONL, Parquet and datasets.  [text]"),
         option(["--tokenizer"], metavar="FOLDER", help="Tokenizer for --from-scratch, or instead of MODEL's own."),
         option(["--resume"], is_flag=False, flag_value="", metavar="[RUN]", help="Continue OUT, or the given run."),
-        option(["--overwrite"], is_flag=True, help="Delete the run that OUT holds and start a new one."),
+        option(["--overwrite"], is_flag=True, help="Start a new run in OUT and delete the run that it holds."),
         option(["--recipe"], metavar="NAME",
                help=f"Settings and phases: {', '.join(names())} (see below), or a JSON file; options override them."),
         option(["--no-verify"], is_flag=True, expose_value=False, callback=_no_verify,

@@ -1,6 +1,6 @@
 """The peer OpenVINO: a stateful model exported by optimum-intel, run by openvino itself.
 
-It runs with its default settings: on processors with bf16 it computes in bf16 (also with "fp32" weights) and stores
+It runs with its default settings: on processors with bf16 it computes in bf16 (also with float32 weights) and stores
 keys and values as uint8. The exported graph computes the logits of every prompt token.
 """
 
