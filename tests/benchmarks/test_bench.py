@@ -222,7 +222,7 @@ def test_bad_input_is_one_line_and_code_3(
         (("eval", gpt2, "--data", text, "--max-length", "1000"), "64"),
         (("eval", gpt2, "--data", text, "--mode", "sideways"), "sideways"),
         (("eval", exported["gpt2"], "--data", text, "--mode", "gate_soft"), "evaluate its checkpoint"),
-        (("eval", exported["dmpt"], "--data", text, "--fast-k", "8"), "built in"),
+        (("eval", exported["dmpt"], "--data", text, "--fast-k", "8"), "has a fixed fast-k"),
         (("eval", gpt2, "--data", text, "--fast-k", "301"), "vocabulary size 300"),
         (("bench", gpt2), "dmpt-export onnx"),
         (("bench", exported["gpt2"], "--prompt", "64", "--gen", "1"), "do not fit"),

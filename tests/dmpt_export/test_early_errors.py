@@ -102,7 +102,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("eval {gpt2} --data {text} --mode sideways", 3, "unknown path mode 'sideways'"),
     ("eval {gpt2} --data {text} --fast-k 301", 3, "fast_k 301"),
     ("eval {onnx} --data {text} --max-length 65", 3, "from 2 to the model's context of 64"),
-    ("eval {onnx} --data {text} --fast-k 8", 3, "built in"),
+    ("eval {onnx} --data {text} --fast-k 8", 3, "has a fixed fast-k"),
     ("eval {onnx} --data {text} --base {none}", 3, "does not exist: check the path"),
     ("compare {none}", 3, "does not exist: check the path"),
     ("compare {gpt2} x={none}", 3, "does not exist: check the path"),
