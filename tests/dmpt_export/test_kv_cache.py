@@ -80,7 +80,7 @@ def test_given_text_sets_the_scales(tmp_path: Path) -> None:
     want, got = (calibrate(source, config, ids) for ids in (read, np.append(read, [97, -1])))  # illegal, and not read
     assert want.keys() == got.keys()
     assert all((got[key] == want[key]).all() for key in want)
-    for wrong, message in (([], "no text"), ([1, 97], "vocabulary of 97"), ([-1, 1], "vocabulary of 97")):
+    for wrong, message in (([], "text is empty"), ([1, 97], "vocabulary of 97"), ([-1, 1], "vocabulary of 97")):
         with pytest.raises(InputError, match=message):
             calibrate(source, config, np.array(wrong))
 
