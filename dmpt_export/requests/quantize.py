@@ -186,7 +186,7 @@ class QuantizeRequest:
 
         calibration = None
         if self.calib is not None:
-            say(f"reading {self.calib}, and what the float model makes of it")
+            say(f"reading {self.calib}, and running the float model on it")
             calibration = read_calibration(self.calib, self.checkpoint, self.calib_tokens, found.ids)
             self.judge(calibration, found)
         out = None if self.dry_run else self.out

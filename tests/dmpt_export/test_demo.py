@@ -154,7 +154,7 @@ def test_a_scale_is_a_number(scale: str, tmp_path: Path) -> None:
 def test_too_little_text_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("\n".join(f"line {i}" for i in range(60)))
-    with pytest.raises(InputError, match="more than 32 are needed"):
+    with pytest.raises(InputError, match="more than 32 each are needed"):
         Demo(tmp_path / "out", [short], seed=0, settings=TINY).run()
     assert not (tmp_path / "out").exists()
 
