@@ -137,6 +137,11 @@ def defined(file: Path) -> set[str]:
     return names
 
 
+def test_test_modules_import_no_other_test_module() -> None:
+    found = [entry for file in files("tests") for entry in imports(file)]
+    assert not [str(entry) for entry in found if entry.target.startswith("tests.") and ".test_" in entry.target]
+
+
 def test_runtime_needs_three_packages_only() -> None:
     known = DEVICE_ONLY | {"runtime"} | sys.stdlib_module_names
     found = [entry for file in files("runtime") for entry in imports(file)]

@@ -17,7 +17,7 @@ from benchmarks.comparison.result import Comparison
 from benchmarks.report import bench, growth, layers, svg
 from benchmarks.report.page import POLICY, page
 from benchmarks.speed.profiling import by_type
-from tests.benchmarks.test_comparison import BASE, DMPT, TUNED, row
+from tests.helpers.rows import BASE, DMPT, TUNED, row
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ROUTES = {

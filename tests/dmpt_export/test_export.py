@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,24 +29,11 @@ from quant.checkpoint import dequantized_model, load_weights, save_quantized
 from quant.forms.blockwise import BlockwiseTensor
 from quant.rules import parse_rule
 from quant.schemes import SCHEMES
+from tests.helpers.exports import TREES, all_scales, wrong_scale
 from tests.helpers.models import random_calibration, random_model, saved_model
 from training.errors import InputError, ValidationError
 
 FLOAT = TOLERANCES[("float32", "float")]
-TREES: dict[str, dict[str, Any]] = {
-    "gpt2": {"splits": [], "heads": 1},
-    "multi-head": {"splits": [], "heads": 3, "fast_k": 9, "head_topk": 2},
-    "dual, all heads": {"splits": [2], "heads": 4},
-    "dual, fast-k": {"splits": [2], "heads": 8, "fast_k": 16},
-    "dual, one head each": {"splits": [1], "heads": 2, "fast_k": 5},
-    "quad, fast-k": {"splits": [1, 2], "heads": 8, "fast_k": 16, "head_topk": 1},
-    "quad, all heads": {"splits": [2, 3], "heads": 4},
-    "eight leaves": {"splits": [1, 2, 3], "heads": 8, "fast_k": 16},
-    "shared heads": {
-        "splits": [2], "heads": 2, "fast_k": 7, "head_allocation": {"left": [0, 1, 2], "right": [2, 0]},
-    },
-    "odd sizes": {"splits": [1], "heads": 4, "fast_k": 3, "vocab_size": 53, "n_embd": 24, "n_head": 3, "n_layer": 3},
-}  # fmt: skip
 
 
 def reference(source: Path, ids: list[int]) -> tuple[np.ndarray, list[str]]:
@@ -252,22 +238,6 @@ def test_a_moved_artefact_still_runs(tmp_path: Path) -> None:
     want, _ = reference(source, [5, 6, 7])
     with runtime.load(tmp_path / "elsewhere") as model:
         np.testing.assert_allclose(model.log_probs([5, 6, 7]), want, rtol=0, atol=FLOAT.max_abs)
-
-
-def wrong_scale(weight: Any) -> Any:
-    """One block's scale 2 % off, or for a float tensor one row."""
-    if isinstance(weight, BlockwiseTensor):
-        return replace(weight, scales=wrong_scale(weight.scales))
-    return weight * np.where(np.arange(len(weight)) == 3, 1.02, 1).astype(np.float32)[:, None]
-
-
-def all_scales(weight: Any) -> Any:
-    """For heads: rows that are never candidates, or heads the gate hardly weighs, cannot be judged by 64 tokens."""
-    return (
-        replace(weight, scales=weight.scales * np.float32(1.02))
-        if isinstance(weight, BlockwiseTensor)
-        else weight * 1.02
-    )
 
 
 @pytest.mark.parametrize("scheme", [None, "int8", "int4", "int2"])

@@ -27,9 +27,9 @@ from quant.forms.half import HalfTensor
 from quant.reference import low_memory_model
 from quant.rules import parse_rule
 from quant.schemes import SCHEMES
-from tests.dmpt_export.test_export import TREES
-from tests.dmpt_export.test_linear import rounding, run
 from tests.helpers import fake_bitsandbytes
+from tests.helpers.exports import TREES
+from tests.helpers.graphs import rounding, run
 from tests.helpers.models import saved_model
 from training.errors import InputError, ValidationError
 

@@ -17,7 +17,7 @@ from quant.rules import parse_rule
 from runtime import processor, session
 from runtime.errors import ModelError, SetupError
 from runtime.manifest_file import MANIFEST_NAME, read_manifest
-from tests.dmpt_export.test_export import TREES
+from tests.helpers.exports import TREES
 from tests.helpers.models import saved_model
 
 INT8_ROWS = [parse_rule("transformer.wte=int8"), parse_rule("heads.*=int8")]
