@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]  # folder that contains the package benchmarks
+ROOT = Path(__file__).resolve().parents[2]  # folder that contains the package benchmarks
 INSTALLED = ("site-packages", "dist-packages")  # folders that pip installs to
 
 

@@ -267,6 +267,10 @@ def test_a_worker_scores_into_a_file_and_says_versions(tmp_path: Path) -> None:
     assert found["no-such-package"] is None
 
 
+def test_workers_find_the_package_whatever_the_folder() -> None:
+    assert (processes.ROOT / "benchmarks" / "speed" / "worker.py").is_file()
+
+
 def test_another_interpreter_needs_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "ROOT", Path("/venv/lib/python3.12/site-packages"))
     with pytest.raises(WorkerFailed, match="A: peers need a checkout: /venv/") as failed, worker("A", "/other/python"):
