@@ -1,23 +1,39 @@
-"""Command line and ONNX export of Dynamic Multiple Path Transformers. Importing the package imports nothing heavy."""
+"""Train, quantize and export Dynamic Multiple Path Transformers and GPT-2, and run them without torch.
+
+    load                  an exported folder, ready to run (runtime.load); needs no torch
+    Model                 what it returns (runtime.model.Model)
+    DMPTOnnxForCausalLM   an exported folder as a Transformers model
+    quantize, export, evaluate, compare    as the commands of these names (dmpt_export.api)
+
+Importing the package imports nothing heavy: each name is imported when it is asked for.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dmpt_export.api import compare, evaluate, export, quantize
     from dmpt_export.transformers_model import DMPTOnnxForCausalLM
+    from runtime import load
+    from runtime.model import Model
 
 __version__ = "0.1.0"
-__all__ = ["DMPTOnnxForCausalLM"]
+__all__ = ["DMPTOnnxForCausalLM", "Model", "compare", "evaluate", "export", "load", "quantize"]
+MODULES = {
+    "load": "runtime",
+    "Model": "runtime.model",
+    "DMPTOnnxForCausalLM": "dmpt_export.transformers_model",
+} | dict.fromkeys(("quantize", "export", "evaluate", "compare"), "dmpt_export.api")
 
 
 def __getattr__(name: str) -> Any:
-    """Import `DMPTOnnxForCausalLM` on first use. Raises MissingExtra when a package it needs is not installed."""
-    if name not in __all__:
+    """A public name, when it is asked for. Raises MissingExtra where a package it needs is not installed."""
+    if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from dmpt_export.extras import require
+    if name == "DMPTOnnxForCausalLM":
+        from dmpt_export.extras import require
 
-    require("train", "cpu")
-    from dmpt_export import transformers_model
-
-    return getattr(transformers_model, name)
+        require("train", "cpu")
+    return getattr(import_module(MODULES[name]), name)

@@ -54,5 +54,6 @@ def skip_verification(context: click.Context, _parameter: click.Parameter, value
     return value
 
 
+overwrite = click.option("--overwrite", is_flag=True, help="Replace an earlier result.")
 no_verify = click.option("--no-verify", is_flag=True, expose_value=False, callback=skip_verification,
                          help="Do not compare a GPT-2 folder with Transformers when it is first read.")  # fmt: skip

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dmpt_export.cli.checks import TableChoice, protocols
+from dmpt_export.cli.checks import TableChoice, overwrite, protocols
 from dmpt_export.requests.compare import CompareRequest
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 @click.option("--repetitions", default=5, show_default=True, type=click.IntRange(min=1), help="Measured rounds.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads. Default: all available to this process.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@overwrite
 def command(**fields: Any) -> None:
     """Compare any mix of models: GPT-2 folders or hub ids, DMPT and quantized folders, ONNX folders, peers.
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from dmpt_export.cli.checks import overwrite as overwrite_option
 from dmpt_export.extras import require
 from dmpt_export.requests.sources import check_tokenizer
 
@@ -19,8 +20,11 @@ from dmpt_export.requests.sources import check_tokenizer
               help="Heads of each leaf, as given in training. Only needed if neither FILE nor the head gates "
               "show them.")  # fmt: skip
 @click.option("--n-head", type=click.IntRange(min=1), metavar="N",
-              help="Attention heads per block. Default: from FILE, else width / 64 as in every GPT-2.")  # fmt: skip
-def command(file: Path, out: Path, tokenizer: str | None, head_allocation: Path | None, n_head: int | None) -> None:
+              help="Attention heads of a block. Default: as filed, else width / 64 as in every GPT-2.")  # fmt: skip
+@overwrite_option
+def command(
+    file: Path, out: Path, tokenizer: str | None, head_allocation: Path | None, n_head: int | None, overwrite: bool
+) -> None:
     """Convert FILE, a .pt checkpoint of the original DMPT project or of nanoGPT, to a checkpoint in the folder OUT.
 
     Dual path, quad path and several heads on one path are recognised by their tensor names; sizes and splits
@@ -40,10 +44,10 @@ def command(file: Path, out: Path, tokenizer: str | None, head_allocation: Path 
     require("train")
     from training.checkpoints.files import check_pt
     from training.checkpoints.folder import read_head_allocation
-    from training.checkpoints.places import check_inputs, check_replaceable
+    from training.checkpoints.places import check_inputs, check_new
     from training.progress import say
 
-    check_replaceable(out, "checkpoint")
+    check_new(out, "checkpoint", overwrite)
     check_inputs(out, file, tokenizer, head_allocation)
     check_pt(file)
     if tokenizer is not None:

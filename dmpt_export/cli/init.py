@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from dmpt_export.cli.checks import Finite, no_verify
+from dmpt_export.cli.checks import Finite, no_verify, overwrite
 from dmpt_export.requests.init import InitRequest
 
 
@@ -45,6 +45,7 @@ def parse_splits(context: click.Context, parameter: click.Parameter, text: str) 
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of noise and gates."
 )
 @no_verify
+@overwrite
 def command(**fields: Any) -> None:
     """Turn the GPT-2 SOURCE (a folder or a hub id) into a DMPT checkpoint in the folder OUT.
 

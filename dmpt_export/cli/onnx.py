@@ -6,29 +6,32 @@ from typing import Any
 
 import click
 
-from dmpt_export.cli.checks import Finite, skip_verification
+from dmpt_export.cli.checks import Finite, overwrite, skip_verification
+from dmpt_export.cli.storage import storage_options
 from dmpt_export.requests.onnx import ExportRequest
 
 
 @click.command("onnx", short_help="Export a checkpoint to ONNX and check the result.")
 @click.argument("checkpoint")
 @click.argument("out", type=click.Path())
+@storage_options
 @click.option("--target", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
               help="cpu: float32 activations; cuda: float16.")  # fmt: skip
 @click.option("--fast-k", type=click.IntRange(min=0), help="Candidates of the anchor head; 0 scores every head fully. "
               "Default: the checkpoint's.")  # fmt: skip
 @click.option("--head-topk", type=click.IntRange(min=0), help="Heads mixed per token; 0 mixes all of the path.")
 @click.option("--kv-cache", type=click.Choice(["float", "int8"]), default="float", show_default=True,
-              help="Storage of keys and values: int8 needs a quarter of the memory and less time at long contexts, "
-              "with a small loss (cpu only).")  # fmt: skip
-@click.option("--calib", metavar="FILE", help="Typical text to calibrate the scales of an int8 KV cache. "
-              "Default: random tokens.")  # fmt: skip
+              help="How keys and values are kept while running: int8 takes a quarter of the memory and less time at "
+              "long contexts, for a small loss (cpu only).")  # fmt: skip
+@click.option("--calib", metavar="FILE", help="Text like what the model will read: for quantizing, and to calibrate an "
+              "int8 KV cache (default there: random tokens).")  # fmt: skip
 @click.option("--opset", type=click.IntRange(20, 24), default=21, show_default=True,
               help="Version of the standard operators.")  # fmt: skip
 @click.option("--atol", type=Finite(min=0, min_open=True), help="Largest allowed difference of a log-prob "
               "from torch, with float kernels (cpu only). Default: the tolerance table's, 1e-4.")  # fmt: skip
 @click.option("--no-verify", is_flag=True, callback=skip_verification,
-              help="Publish without comparing the model with torch, or a GPT-2 with Transformers.")  # fmt: skip
+              help="Publish without running the model against torch or a GPT-2 against Transformers.")  # fmt: skip
+@overwrite
 def command(**fields: Any) -> None:
     """Export CHECKPOINT to the folder OUT: one graph for prefill, decoding and scoring.
 
@@ -37,10 +40,11 @@ def command(**fields: Any) -> None:
     run and compared with torch (routes first, then log-probs, on every path) before OUT appears. If it differs
     beyond tolerance, it is not published and the exit code is 4.
 
+    With --scheme, --target-size or --plan the weights are quantized on the way, as `dmpt-export quantize` does it.
+
     \b
     Example:
-      dmpt-export quantize tuned small --scheme int8
-      dmpt-export onnx small device
+      dmpt-export onnx gpt2 device --scheme int8
       dmpt-export run device "Once upon a time"
 
     OUT holds model.onnx, its data file, the tokenizer and dmpt_manifest.json; it can be moved anywhere, and

@@ -3,71 +3,26 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from dmpt_export.cli.checks import Finite, TableChoice, no_verify
+from dmpt_export.cli.checks import Finite, no_verify, overwrite
+from dmpt_export.cli.storage import storage_options
 from dmpt_export.requests.quantize import QuantizeRequest
-
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def schemes() -> Iterable[str]:
-    from quant.schemes import SCHEMES
-
-    return SCHEMES
-
-
-def deltas() -> Iterable[str]:
-    """Delta schemes, which are only for rules; the request's check reports that."""
-    from quant.schemes.low_rank import DELTAS
-
-    return DELTAS
-
-
-class Size(click.ParamType):  # type: ignore[type-arg]
-    """A number of bytes: 200MB, 1.5GB, 190MiB, 200000000."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        found = re.fullmatch(r"(\d+\.?\d*)\s*([A-Za-z]*)", str(value).strip())
-        if not found or found[2].upper() not in UNITS or float(found[1]) <= 0:
-            self.fail(f"'{value}' is not a size: give one such as 200MB, 1.5GB or 190MiB.", param, ctx)
-        return int(float(found[1]) * UNITS[found[2].upper()])
-
-
-def number(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
-    return None if value is None else int(value)
 
 
 @click.command("quantize", short_help="Store a checkpoint's weights in fewer bits.")
 @click.argument("checkpoint")
 @click.argument("out", type=click.Path(), required=False)
-@click.option("--scheme", type=TableChoice("scheme", schemes, deltas), help="How to store weights; see above.")
-@click.option("--block", type=click.Choice(["16", "32", "64", "128", "256"]), callback=number,
-              help="Weights that share a scale: "
-              "fewer give smaller errors and larger files. Default: 128 for int8, 64 for int2, nf4 and fp4, "
-              "else 32.")  # fmt: skip
-@click.option("--asymmetric", is_flag=True, help="Also store a zero point per block: smaller errors, slightly larger.")
-@click.option("--rule", "--layer-bits", "rules", metavar="PATTERN=SCHEME[:BLOCK][:asymmetric]", multiple=True,
-              help="Another scheme, or float32, for matching tensor names; may be repeated, the first match wins. "
-                   "A number of bits means the scheme of that width, with --calib GPTQ's.")  # fmt: skip
-@click.option("--calib", metavar="FILE", type=click.Path(), help="Calibration text, typical of the model's input: for "
+@storage_options
+@click.option("--calib", metavar="FILE", type=click.Path(), help="Calibration text, like what the model will read: for "
               "the gptq schemes, --smooth, plans, and the damage of each tensor in the report.")  # fmt: skip
 @click.option("--calib-tokens", type=click.IntRange(min=2), default=8192, show_default=True,
               help="Number of calibration tokens to use.")  # fmt: skip
 @click.option("--smooth", type=Finite(0, 1), metavar="ALPHA", help="For int8-dynamic: balance "
               "activations (1) against weights (0) first; 0.5 is usual.")  # fmt: skip
-@click.option(
-    "--target-size",
-    type=Size(),
-    help="Plan: least damage within this size of the weights' file, such as 200MB; graph and tokenizer are extra.",
-)
 @click.option("--target-kl", type=Finite(min=0, min_open=True), metavar="NATS",
               help="Plan: smallest model whose KL to the float model on that text is at most this.")  # fmt: skip
 @click.option("--target-bits", type=Finite(min=0, min_open=True), metavar="BITS",
@@ -75,15 +30,14 @@ def number(_context: click.Context, _parameter: click.Parameter, value: str | No
 @click.option("--candidates", metavar="SCHEME,...", help="Schemes that a plan chooses from for each group, such as "
               "int8,int4:32,int2-gptq; a number of bits means a scheme as in --rule.  [int8, and int4-gptq in "
               "blocks of 16 to 128]")  # fmt: skip
-@click.option("--plan", metavar="PLAN.json", type=click.Path(), help="Use the rules of an earlier plan. "
-              "Its gptq parts need --calib again, and only give the same bytes with the same text.")  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Print the result but write no model; OUT is optional.")
+@click.option("--dry-run", is_flag=True, help="Print what would be done, write no model; OUT may be left out.")
 @click.option("--cache-dir", type=click.Path(path_type=Path),
               help="Cache of measured damages: a killed plan continues, a new target is fast.  "
               "[default: ~/.cache/dmpt-export]")  # fmt: skip
 @no_verify
 @click.option("--tensors", is_flag=True, help="Also print a line for each tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with everything.")
+@overwrite
 def command(tensors: bool, as_json: bool, **fields: Any) -> None:
     """Quantize the weights of CHECKPOINT into the folder OUT and report the damage.
 

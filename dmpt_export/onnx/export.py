@@ -36,6 +36,7 @@ def export_onnx(
     *,
     verify: bool = True,
     calibration: np.ndarray | None = None,
+    name: str | None = None,
     say: Callable[[str], None] = lambda phase: None,
 ) -> dict[str, Any]:
     """Write the ONNX folder of a checkpoint and return its manifest.
@@ -45,8 +46,9 @@ def export_onnx(
         out: folder to create; an earlier export there is replaced, anything else is refused.
         options: deployment options; None: the defaults of ExportOptions.
         verify: run the result and compare it with torch before publishing.
-        calibration: token ids of typical text to calibrate an int8 cache; None: random ids.
-        say: called with the name of each phase.
+        calibration: token ids of typical text to scale an int8 cache by; random ids where there are none.
+        name: of the source in the manifest and the model card; None: its folder's.
+        say: told what begins, for it takes a while.
 
     Raises InputError (3) for an unusable source or option, ValidationError (4) when the exported model differs
     from the checkpoint beyond `dmpt_export.check.tolerances`; nothing is left behind then.
@@ -71,6 +73,7 @@ def export_onnx(
         if (folder / REPORT_NAME).is_file():  # so that a comparison can show each tensor's damage
             shutil.copyfile(folder / REPORT_NAME, temporary / REPORT_NAME)
         manifest = describe(config, weights, target, folder, kv_cache, opset)
+        manifest["source"]["name"] = name or folder.name
         manifest["text"] = text_rules(config, temporary)
         manifest["requires"] = {"onnxruntime": least_onnxruntime(model)}
         (temporary / "README.md").write_text(readme(manifest), encoding="utf-8")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmpt_export.extras import require
+from training.errors import FieldError
 from training.progress import say
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class BenchRequest:
     profile: bool = False  # also measure the time of a decoding step by node type
     report: str | None = None  # HTML file
     device: str = "cpu"  # cpu or cuda
+    overwrite: bool = False  # an existing report is replaced
 
     def workload(self) -> Workload:
         from benchmarks.speed.cases import Workload
@@ -62,6 +64,8 @@ class BenchRequest:
         self.workload().cases(min(context_of(t.path) for t in targets))
         if self.report is not None:
             check_place(Path(self.report))
+            if Path(self.report).exists() and not self.overwrite:
+                raise FieldError("{} exists: give another file, or replace it with {overwrite}", self.report)
             check_inputs(Path(self.report), *(t.path for t in targets))
         return targets
 

@@ -47,6 +47,7 @@ class CompareRequest:
     repetitions: int = 5  # measured rounds
     threads: int | None = None  # CPU threads; None: all available to this process
     device: str = "cpu"  # cpu or cuda
+    overwrite: bool = False  # an earlier result in `out` is replaced
 
     @property
     def needs_torch(self) -> bool:
@@ -64,14 +65,14 @@ class CompareRequest:
             "bench": bool(self.out and self.data),
         }
         require(*(extra for extra, needed in wanted.items() if needed))
-        from training.checkpoints.places import check_inputs, check_replaceable
+        from training.checkpoints.places import check_inputs, check_new
 
         pythons, entries = self.interpreters(), self.entries()
         windows = Windows(self.protocol, self.max_length, self.stride)
         windows.check()
         growth = [row for file in self.growth for row in bench_rows(file)]
         if self.out is not None:
-            check_replaceable(Path(self.out), "comparison")
+            check_new(Path(self.out), "comparison", self.overwrite)
             read = (*(entry.path for entry in entries), self.peers, *self.data, self.resume, *self.growth)
             check_inputs(Path(self.out), *read)
         check_places(self.data, [self.resume] if self.resume else [])

@@ -45,6 +45,7 @@ class InitRequest:
     gate_hidden: int = 256  # width of gates and head gates
     tie: bool | None = None  # head 0 is the embedding; None: as in the source
     seed: int = 0
+    overwrite: bool = False  # an earlier result in `out` is replaced
 
     def check(self) -> Found:
         """Raise OptionError for fields that exclude each other, then InputError for unusable files."""
@@ -52,10 +53,10 @@ class InitRequest:
             raise OptionError("{heads} and {head_allocation} exclude each other: the file already lists every head")
         require("train")
         from training.checkpoints.folder import float_folder, read_head_allocation, read_shape
-        from training.checkpoints.places import check_inputs, check_replaceable
+        from training.checkpoints.places import check_inputs, check_new
         from training.model.shape import NewShape, check_init
 
-        check_replaceable(self.out, "checkpoint")
+        check_new(self.out, "checkpoint", self.overwrite)
         check_inputs(self.out, self.source, self.head_allocation)
         allocation = None if self.head_allocation is None else read_head_allocation(self.head_allocation)
         shape = NewShape(self.splits, allocation, self.heads, self.fast_k, self.head_topk, self.gate_hidden, self.tie)

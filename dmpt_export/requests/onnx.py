@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmpt_export.extras import require
 from dmpt_export.onnx.exportable import ExportOptions, deployed
+from dmpt_export.requests.quantize import Found as Quantizing
+from dmpt_export.requests.quantize import QuantizeRequest
 from dmpt_export.requests.sources import check_model
+from training.errors import OptionError
 from training.progress import say
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+@dataclass(frozen=True)
+class Found:
+    """What check() read on its way."""
+
+    ids: np.ndarray | None  # tokens to calibrate an int8 KV cache with
+    quantizing: Quantizing | None  # what the check of quantizing found
 
 
 @dataclass(frozen=True)
@@ -23,35 +35,64 @@ class ExportRequest:
     fast_k: int | None = None  # candidates of the anchor head; 0: none, every head in full; None: the checkpoint's
     head_topk: int | None = None  # heads mixed per token; 0: all of the path; None: the checkpoint's
     kv_cache: str = ExportOptions.kv_cache  # float or int8
-    calib: str | None = None  # text file to calibrate an int8 KV cache; None: random tokens
+    scheme: str | None = None  # quantize first, as QuantizeRequest with this and the next fields
+    block: int | None = None  # weights that share a scale; None: the scheme's own
+    asymmetric: bool = False  # with a zero point for each block
+    rules: tuple[str, ...] = ()  # PATTERN=SCHEME[:BLOCK][:asymmetric], the first that matches wins
+    target_size: int | None = None  # bytes of the weights' file: a plan
+    plan: str | None = None  # plan.json of an earlier plan
+    calib: str | None = None  # text file for quantizing, and to calibrate an int8 KV cache; None: random tokens there
     opset: int = ExportOptions.opset  # version of the standard operators
-    atol: float | None = None  # largest allowed difference of a log-prob, in nats; None: the tolerance table's
-    no_verify: bool = False  # publish without comparing with torch
+    atol: float | None = None  # largest difference of a log-prob, in nats; None: the tolerance table's
+    no_verify: bool = False  # published without being run against torch
+    overwrite: bool = False  # an earlier result in `out` is replaced
 
     @property
     def options(self) -> ExportOptions:
         return ExportOptions(self.target, self.fast_k, self.head_topk, self.kv_cache, self.opset, self.atol)
 
-    def check(self) -> np.ndarray | None:
-        """Raise OptionError for fields that exclude each other, then InputError for unusable files.
+    @property
+    def quantizes(self) -> bool:
+        return bool(self.scheme or self.target_size is not None or self.plan)
 
-        Returns the token ids for calibration, if any.
-        """
-        self.options.check(verified=not self.no_verify, calibrated=self.calib is not None)
+    def quantization(self, out: str | None) -> QuantizeRequest:
+        """Quantizing `checkpoint` into `out`; None: only to check it."""
+        return QuantizeRequest(
+            self.checkpoint, out, self.scheme, self.block, self.asymmetric, self.rules, self.calib,
+            target_size=self.target_size, plan=self.plan, dry_run=out is None,
+        )  # fmt: skip
+
+    def check(self) -> Found:
+        """Raise OptionError for fields that do not go together, then InputError for what files cannot give."""
+        if not self.quantizes and (self.block or self.asymmetric or self.rules):
+            raise OptionError("{block}, {asymmetric} and {rules} need {scheme}")
+        self.options.check(verified=not self.no_verify, calibrated=self.calib is not None and not self.quantizes)
         require("train", "cpu")
-        from training.checkpoints.places import check_inputs, check_replaceable
+        from training.checkpoints.places import check_inputs, check_new
 
-        check_replaceable(Path(self.out), "onnx")
-        check_inputs(Path(self.out), self.checkpoint, self.calib)
+        check_new(Path(self.out), "onnx", self.overwrite)
+        check_inputs(Path(self.out), self.checkpoint, self.calib, self.plan)
         deployed(check_model(self.checkpoint), self.fast_k, self.head_topk)
-        return calibration_ids(self.checkpoint, self.calib) if self.calib is not None else None
+        found = self.quantization(None).check() if self.quantizes else None
+        wanted = self.calib is not None and self.kv_cache == "int8"
+        return Found(calibration_ids(self.checkpoint, str(self.calib)) if wanted else None, found)
 
-    def run(self, ids: np.ndarray | None) -> dict[str, Any]:
-        """Export, calibrated with the ids that check() returned; returns the manifest."""
-        say("loading PyTorch and ONNX")
+    def run(self, found: Found) -> dict[str, Any]:
+        """Export, quantized and calibrated with what check() found; returns the manifest."""
+        if found.quantizing is None:
+            say("loading PyTorch and ONNX")
+            return self.export(self.checkpoint, found.ids)
+        with tempfile.TemporaryDirectory(prefix="dmpt-export-") as place:
+            quantized = str(Path(place) / "quantized")
+            self.quantization(quantized).run(found.quantizing)
+            return self.export(quantized, found.ids)
+
+    def export(self, checkpoint: str, ids: np.ndarray | None) -> dict[str, Any]:
         from dmpt_export.onnx.export import export_onnx
 
-        return export_onnx(self.checkpoint, self.out, self.options, verify=not self.no_verify, calibration=ids, say=say)
+        name = Path(self.checkpoint).resolve().name if Path(self.checkpoint).is_dir() else self.checkpoint
+        verify = not self.no_verify
+        return export_onnx(checkpoint, self.out, self.options, verify=verify, calibration=ids, name=name, say=say)
 
 
 def calibration_ids(checkpoint: str, file: str) -> np.ndarray:

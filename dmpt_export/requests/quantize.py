@@ -57,7 +57,8 @@ class QuantizeRequest:
     candidates: str | None = None  # comma-separated schemes; None: quant.planning.plan.CANDIDATES
     plan: str | None = None  # plan.json of an earlier plan
     dry_run: bool = False  # nothing is written
-    cache_dir: Path | None = None  # cache of measured damages; None: the user's cache
+    cache_dir: Path | None = None  # where damages are remembered; None: the user's cache
+    overwrite: bool = False  # an earlier result in `out` is replaced
 
     @property
     def planned(self) -> bool:
@@ -118,7 +119,7 @@ class QuantizeRequest:
         from quant.schemes import check_installed
         from quant.text import read_ids
         from training.checkpoints.folder import float_folder, read_shape, tensor_shapes
-        from training.checkpoints.places import check_inputs, check_place, check_replaceable
+        from training.checkpoints.places import check_inputs, check_new, check_place
 
         calibrated = self.calib is not None
         earlier = read_plan(self.plan) if self.plan else None
@@ -128,7 +129,7 @@ class QuantizeRequest:
         chosen = [part.strip().partition(":")[0] for part in self.choice.split(",")] if self.planned else []
         check_installed([*filter(None, [self.scheme]), *chosen, *(rule.scheme for rule in rules)])
         if self.out is not None:
-            check_replaceable(Path(self.out), "quantized")
+            check_new(Path(self.out), "quantized", self.overwrite)
             check_inputs(Path(self.out), self.checkpoint, self.calib, self.plan, self.cache_dir)
         if self.planned:
             check_place(self.cache())

@@ -43,11 +43,16 @@ KINDS: dict[str, Callable[[Path], bool]] = {
 }
 
 
-def check_replaceable(out: Path, kind: str) -> None:
-    """Raise InputError unless `out` is absent, an empty folder, or holds only a product of the same kind.
+def check_new(out: Path, kind: str, overwrite: bool) -> None:
+    """check_replaceable() for commands: an earlier result is replaced only with `overwrite`. Raises InputError before
+    any work is done."""
+    check_replaceable(out, kind)
+    if not overwrite and out.is_dir() and any(out.iterdir()):
+        raise FieldError("{} holds an earlier result: give another folder, or replace it with {overwrite}", out)
 
-    Commands call it before long work, so that a wrong OUT is refused in the first second.
-    """
+
+def check_replaceable(out: Path, kind: str) -> None:
+    """Raise InputError unless `out` is absent, an empty folder, or holds only a product of the same kind."""
     if kind not in KINDS:
         raise ValueError(f"unknown kind of folder '{kind}': add it to KINDS")
     check_place(out)

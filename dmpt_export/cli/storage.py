@@ -1,0 +1,85 @@
+"""Options that say how weights are stored, shared by `quantize` and `onnx`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import click
+
+from dmpt_export.cli.checks import TableChoice
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def schemes() -> Iterable[str]:
+    from quant.schemes import SCHEMES
+
+    return SCHEMES
+
+
+def deltas() -> Iterable[str]:
+    """They are for rules alone, whose check says so."""
+    from quant.schemes.low_rank import DELTAS
+
+    return DELTAS
+
+
+class Size(click.ParamType):  # type: ignore[type-arg]
+    """A number of bytes: 200MB, 1.5GB, 190MiB, 200000000."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        found = re.fullmatch(r"(\d+\.?\d*)\s*([A-Za-z]*)", str(value).strip())
+        if not found or found[2].upper() not in UNITS or float(found[1]) <= 0:
+            self.fail(f"'{value}' is no size: give one like 200MB, 1.5GB or 190MiB.", param, ctx)
+        return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def number(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
+    return None if value is None else int(value)
+
+
+OPTIONS = [
+    click.option("--scheme", type=TableChoice("scheme", schemes, deltas), help="How to store weights; `dmpt-export quantize --help` describes each."),
+    click.option(
+        "--block",
+        type=click.Choice(["16", "32", "64", "128", "256"]),
+        callback=number,
+        help="Weights that share a scale: "
+        "fewer are closer to the original, and larger. Default: 128 for int8, 64 for int2, nf4 and fp4, "
+        "else 32.",
+    ),
+    click.option("--asymmetric", is_flag=True, help="Store a zero point per block, too: closer, and a little larger."),
+    click.option(
+        "--rule",
+        "--layer-bits",
+        "rules",
+        metavar="PATTERN=SCHEME[:BLOCK][:asymmetric]",
+        multiple=True,
+        help="Another scheme, or float32, for the tensors whose name matches; repeat for more, the first "
+        "that matches wins. A number of bits stands for a scheme, with --calib for GPTQ's.",
+    ),
+    click.option(
+        "--target-size",
+        type=Size(),
+        help="Plan: the least damage within this size, such as "
+        "200MB, of the weights' file; graph and tokenizer come on top.",
+    ),
+    click.option(
+        "--plan",
+        metavar="PLAN.json",
+        type=click.Path(),
+        help="Use the rules of an earlier plan. "
+        "Its gptq parts need --calib again, and give the same bytes on the same text alone.",
+    ),
+]
+
+
+def storage_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds OPTIONS to a command, in their order."""
+    for option in reversed(OPTIONS):
+        command = option(command)
+    return command
