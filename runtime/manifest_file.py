@@ -89,6 +89,10 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise ModelError(f"{folder} is not a folder: give the folder that `dmpt-export onnx` made")
     path = folder / MANIFEST_NAME
+    if not path.is_file() and (folder / "config.json").is_file():
+        raise ModelError(
+            f"{folder} is a checkpoint: export it with `dmpt-export onnx {folder} DEVICE`, then run DEVICE"
+        )
     if not path.is_file():
         raise ModelError(f"{folder} has no {MANIFEST_NAME}: make an ONNX folder with `dmpt-export onnx`")
     if path.stat().st_size > MOST_BYTES:

@@ -43,7 +43,11 @@ def number(_context: click.Context, _parameter: click.Parameter, value: str | No
 
 
 OPTIONS = [
-    click.option("--scheme", type=TableChoice("scheme", schemes, deltas), help="How to store weights; `dmpt-export quantize --help` describes each."),
+    click.option(
+        "--scheme",
+        type=TableChoice("scheme", schemes, deltas),
+        help="How to store weights; `dmpt-export quantize --help` describes each.",
+    ),
     click.option(
         "--block",
         type=click.Choice(["16", "32", "64", "128", "256"]),
