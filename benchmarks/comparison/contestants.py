@@ -13,7 +13,7 @@ from benchmarks.quality.open_scorer import context_of, open_scorer
 from benchmarks.quality.peer_scorer import PeerScorer
 from benchmarks.quality.progress import files_digest
 from benchmarks.quality.protocols import STRIDE_CONCAT
-from benchmarks.quality.scorer import DMPT, Scorer, family_of, kind_of, scheme_of_source
+from benchmarks.quality.scorer import DMPT, Scorer, family_of, kind_of, record_of_source, scheme_of_source
 from benchmarks.speed import timing
 from benchmarks.speed.processes import WorkerFailed
 from runtime.errors import ModelError
@@ -33,9 +33,9 @@ class Entry:
 
     name: str
     path: str
-    family: str | None = None  # determines the colour in the picture; None: read from the model
-    scheme: str | None = None  # None: read from the model
-    control: bool = False  # plain GPT-2 fine-tuned on the same tokens as the DMPT rows
+    family: str | None = None  # what a colour stands for in the picture; None: told from the model
+    scheme: str | None = None  # None: told from the model
+    control: bool = False  # plain GPT-2 that the DMPT rows are compared with
     peer: str | None = None  # another runtime (benchmarks.peers.registry) that runs the GPT-2 at `path`, in `scheme`
 
     @property
@@ -123,8 +123,18 @@ def row_of(entry: Entry, scorer: Scorer) -> Row:
         parameters=scorer.parameters,
         parameters_touched_per_token=scorer.parameters_touched_per_token,
         size_bytes=scorer.size_bytes,
+        training=None if entry.peer else record_of_source(scorer.folder),
+        graph=graph_of(entry),
         shape=shape_of(entry),
     )
+
+
+def graph_of(entry: Entry) -> str | None:
+    """sha256 of an exported graph, which does not depend on the values of its weights; None for other models."""
+    if entry.kind != "onnx":
+        return None
+    manifest = read_manifest(Path(entry.path))
+    return next(file.sha256 for file in manifest.files if file.name == manifest.model)
 
 
 def failed_row(entry: Entry, failure: str) -> Row:
@@ -199,7 +209,7 @@ def check(entries: list[Entry], out: str | Path | None) -> int:
         if entry.peer:
             registry.check_plain(entry.path)
         elif entry.control and described(entry.path)[0] == DMPT:
-            raise InputError(f"{entry.name} is a DMPT: a control must be plain GPT-2 trained on the same tokens")
+            raise InputError(f"{entry.name} is a DMPT: a control is plain GPT-2")
         check_tokenizer(entry.path)
     if out is not None:
         from training.checkpoints.places import check_replaceable

@@ -13,10 +13,11 @@ SURE = 2.0  # standard errors of the paired difference; anything closer to zero 
 
 
 def reading(rows: Sequence[Row]) -> str:
-    """DMPT rows against the control rows (plain GPT-2 fine-tuned on the same tokens) stored in the same scheme.
+    """DMPT rows against the control rows (plain GPT-2) stored in the same scheme, in one line.
 
-    One line. Without a control row the line reports the missing control instead of comparing with a model that had
-    less training.
+    A perplexity counts as a gain only where both models are recorded to come from the same base and to have been
+    trained on as many tokens. Without a DMPT row there is nothing to say; without a control row the line says that it
+    is missing.
     """
     subjects = [row for row in rows if row.is_dmpt]
     controls = {row.scheme: row for row in reversed(rows) if row.control and not row.is_dmpt}
@@ -24,17 +25,29 @@ def reading(rows: Sequence[Row]) -> str:
         return "None of these models is a DMPT, so this table does not show what DMPT gains."
     if not controls:
         return (
-            "The control is missing: none of these models is marked as a plain GPT-2 fine-tuned on the same tokens, "
-            "so this table does not show what DMPT's paths and heads gain."
+            "The control is missing: no plain GPT-2 is marked as the control among these models, "
+            "so this table does not say what DMPT's paths and heads gain."
         )
     schemes = [row.scheme for row in subjects]
     label = {row.name: row.scheme if schemes.count(row.scheme) == 1 else row.name for row in subjects}
     clauses = [f"{label[row.name]}: {clause(row, controls.get(row.scheme))}" for row in subjects]
     note = " (± two paired standard errors over tokens; other training runs may differ)"
+    pairs = [(row, controls[row.scheme]) for row in subjects if row.scheme in controls]
+    alike = {row.training.tokens for row, control in pairs if row.training and trained_alike(row, control)}
+    all_alike = len(alike) == 1 and all(trained_alike(*pair) for pair in pairs)
+    beside = f"GPT-2 trained on the same {alike.pop():,} tokens" if all_alike else "the control"
     return (
-        "DMPT against GPT-2 fine-tuned on the same tokens, at the same scheme: "
+        f"DMPT against {beside}, at the same scheme: "
         f"{'; '.join(clauses)}{note if any('±' in c for c in clauses) else ''}."
     )
+
+
+def trained_alike(row: Row, control: Row) -> bool | None:
+    """Whether both come from one base and saw as many tokens; None where that is not recorded."""
+    mine, its = row.training, control.training
+    if mine is None or its is None or not mine.phases or not its.phases:
+        return None
+    return mine.base == its.base and mine.tokens == its.tokens
 
 
 def clause(row: Row, control: Row | None) -> str:
@@ -43,12 +56,28 @@ def clause(row: Row, control: Row | None) -> str:
         return "no such GPT-2 row"
     if not row.size_bytes or not control.size_bytes:
         return f"{row.name if not row.size_bytes else control.name} failed"
-    parts = [perplexity_clause(row.quality, control.quality)] if row.quality and control.quality else []
+    parts = []
+    if row.quality and control.quality:
+        unlike = trained_alike(row, control) is False
+        parts.append(unequal(row, control) if unlike else perplexity_clause(row.quality, control.quality))
     parts.append(f"{row.size_bytes / control.size_bytes:.2f}x the size")
     if row.speed and control.speed:
         mine, its = (s.to_json()["decode_tokens_per_s"] for s in (row.speed, control.speed))
         parts.append(f"{mine / its:.2f}x the decode speed")
-    return ", ".join(parts)
+    unknown = " (equal training not recorded)" if row.quality and trained_alike(row, control) is None else ""
+    return f"{', '.join(parts)}{unknown}"
+
+
+def unequal(row: Row, control: Row) -> str:
+    """Why the perplexities of two models say nothing about paths and heads."""
+    assert row.training is not None
+    assert control.training is not None
+    if row.training.base != control.training.base:
+        return f"no verdict ({row.name} and {control.name} were trained from different models)"
+    return (
+        f"no verdict ({row.name} was trained on {row.training.tokens:,} tokens, "
+        f"{control.name} on {control.training.tokens:,})"
+    )
 
 
 def perplexity_clause(mine: Quality, its: Quality) -> str:

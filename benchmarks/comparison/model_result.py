@@ -9,7 +9,9 @@ from typing import Any
 
 from benchmarks.quality.perplexity import Quality
 from benchmarks.report.table import megabytes, readable
+from benchmarks.speed.noise import mark
 from benchmarks.speed.results import Speed
+from training.checkpoints.record import Record
 
 NONE = "-"
 REASON = 90  # characters of a failure in the table
@@ -39,7 +41,9 @@ class Row:
     speed: Speed | None = None
     failure: str | None = None  # why some or all figures are missing
     versions: dict[str, str] = field(default_factory=dict)  # of a peer's packages
-    shape: dict[str, int] = field(default_factory=dict)  # paths, heads, fast_k: factors that speed may depend on
+    graph: str | None = None  # sha256 of an exported graph, without its weights
+    training: Record | None = None  # what it was trained on; None: not recorded
+    shape: dict[str, int] = field(default_factory=dict)  # paths, heads, fast_k: what speed may depend on
 
     def figure(self, name: str) -> float | None:
         """One of FIGURES; None if not measured."""
@@ -53,6 +57,7 @@ class Row:
         own = ("name", "path", "kind", "family", "scheme", "control", "parameters", "parameters_touched_per_token")
         return {
             **{key: getattr(self, key) for key in (*own, "size_bytes", "failure", "versions", "shape")},
+            "training": self.training.to_json() if self.training else None,
             **(self.quality.to_json() if self.quality else {}),
             **(self.speed.to_json() if self.speed else {}),
         }
@@ -78,9 +83,14 @@ def cells(row: Row) -> dict[str, str]:
         "accuracy": f"{100 * scored.accuracy:.1f} %" if scored else NONE,
         "word perplexity": readable(scored.word_perplexity) if scored and scored.word_perplexity else NONE,
         BITS_PER_BYTE: f"{scored.bits_per_byte:.4f}" if scored and scored.bits_per_byte else NONE,
-        "decode tokens/s": f"{timed['decode_tokens_per_s']:.1f}" if timed else NONE,
-        "prefill tokens/s": f"{timed['prefill_tokens_per_s']:.0f}" if timed else NONE,
+        "decode tokens/s": f"{timed['decode_tokens_per_s']:.1f}{unsteady(row, 'tg')}" if timed else NONE,
+        "prefill tokens/s": f"{timed['prefill_tokens_per_s']:.0f}{unsteady(row, 'pp')}" if timed else NONE,
     }
+
+
+def unsteady(row: Row, kind: str) -> str:
+    """A mark behind a speed whose rounds scatter."""
+    return mark(row.speed.first(kind).tokens_per_s) if row.speed else ""
 
 
 def columns(rows: Sequence[Row]) -> list[str]:

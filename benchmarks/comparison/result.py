@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks import machine as this_machine
+from benchmarks.comparison.doubts import noise
 from benchmarks.comparison.findings import reading
 from benchmarks.comparison.model_result import PERPLEXITY, Row, cells, columns, merit
 from benchmarks.comparison.ranking import front, rankings
@@ -92,6 +93,7 @@ class Comparison:
             )
         if merit(self.rows) != PERPLEXITY:
             lines.append(self.unlike_tokens())
+        lines += noise(self.rows)
         lines += [f"{row.name} failed: {' '.join(row.failure.split())}" for row in self.rows if row.failure]
         return [*lines, *self.absent]
 

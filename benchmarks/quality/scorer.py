@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.manifest_file import MANIFEST_NAME, read_manifest
+from training.checkpoints.record import Record, recorded
 from training.errors import InputError
 
 if TYPE_CHECKING:
@@ -129,6 +130,13 @@ def scheme_of_source(source: str | Path) -> str:
         return scheme_of(read_manifest(Path(source)).raw)
     found: dict[str, str] = config_json(Path(source)).get("quantization") or {"scheme": "fp32"}
     return found["scheme"]
+
+
+def record_of_source(source: str | Path) -> Record | None:
+    """What a model was trained on, from its manifest or config.json; None where it is not recorded."""
+    if kind_of(source) == "onnx":
+        return recorded(read_manifest(Path(source)).raw)
+    return recorded(config_json(Path(source)))
 
 
 def scheme_of(manifest: dict[str, Any]) -> str:

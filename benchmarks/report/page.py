@@ -86,9 +86,7 @@ def beside_control(rows: list[Row]) -> Markup:
             body += [["DMPT", *picked(row, heads)], ["control", *other]]
     if not body:
         return Markup()
-    return svg.table(
-        ["", *heads], body, 2, "Each DMPT with the GPT-2 fine-tuned on the same tokens, in the same scheme"
-    )
+    return svg.table(["", *heads], body, 2, "Each DMPT with its control, stored alike")
 
 
 def models_table(rows: list[Row]) -> Markup:

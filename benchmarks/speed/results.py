@@ -39,6 +39,7 @@ class Speed:
     touched_bytes: int | None = None  # bytes of weights that one decoding step reads
     read_bytes_per_s: Mapping[int, list[float]] = field(default_factory=dict)  # threads -> bandwidth of each round
     idle_cpu_s: float = field(default=0.0)  # CPU time used during the turns of other models
+    load_average: float | None = None  # of the machine before timing began
     cold_load_s: list[float] = field(default_factory=list)  # with the files outside the page cache; empty: not measured
 
     @classmethod
@@ -102,6 +103,7 @@ class Speed:
             "repetitions": len(decode.tokens_per_s),
             "switches": decode.switches,
             "idle_cpu_s": self.idle_cpu_s,
+            "load_average": self.load_average,
             "touched_bytes": self.touched_bytes,
             "read_bytes_per_s": {str(t): statistics.median(rates) for t, rates in self.read_bytes_per_s.items()},
             "tests": [self.test_json(test, base) for test in self.tests],

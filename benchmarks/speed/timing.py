@@ -7,6 +7,7 @@ number of threads, one warm-up round that does not count, medians with their qua
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import time
@@ -22,6 +23,7 @@ from tqdm import tqdm
 from benchmarks.quality.scorer import kind_of, onnx_size
 from benchmarks.speed.bandwidth import buffer_bytes
 from benchmarks.speed.cases import Case, Workload
+from benchmarks.speed.noise import load_average
 from benchmarks.speed.processes import Worker, WorkerFailed, worker
 from benchmarks.speed.results import Speed
 from runtime.manifest_file import read_manifest
@@ -88,7 +90,7 @@ def measure(
     Without it WorkerFailed is raised, with the exit code of the failed process.
     """
     workload, schedule = workload or Workload(), schedule or Schedule()
-    crashed = Crashes(failures)
+    crashed, load = Crashes(failures), load_average()
     cold_s: dict[str, list[float]] = {}
     load_s: dict[str, list[float]] = {}
     players: dict[str, tuple[Worker, dict[str, Any]]] = {}  # name -> its process and its reply to "load"
@@ -114,13 +116,14 @@ def measure(
         for name in [*rounds]:
             with crashed.noted(name):
                 players[name][1].update(players[name][0].ask(do="finish"))
-    return [
+    speeds = [
         Speed.of(
             t.name, rounds[t.name], load_s[t.name], players[t.name][1], t.size_bytes, t.touched_bytes,
             roof.seen if roof else {}, cold_s[t.name],
         )
         for t in crashed.left(targets)
     ]  # fmt: skip
+    return [dataclasses.replace(speed, load_average=load) for speed in speeds]
 
 
 class Crashes:

@@ -61,13 +61,14 @@ class Counts(click.ParamType):  # type: ignore[type-arg]  # generic only from cl
 def command(form: str, as_json: bool, **fields: Any) -> None:
     """Time MODEL..., folders made by `dmpt-export onnx`; NAME=FOLDER sets the name of a model.
 
-    Each model runs in its own fresh process; several take turns in one interleaved schedule with the same prompt (fixed
-    random tokens) and number of threads. In the table, pp512 is prefill of 512 tokens and tg128 @ d512 is greedy
-    decoding of 128 tokens after 512 others, in tokens/s: median ± half the distance between the quartiles. Ratio: speed
-    relative to the first model, round by round. Roof: share of memory bandwidth, measured between the rounds, that
-    reading the touched weights uses (cpu only; above 100 % if the CPU's caches hold them). Python: share of a step
-    spent outside ONNX Runtime. Default sizes shrink to the smallest context; given sizes must fit it. Loading is timed
-    in fresh processes; cold means with the files dropped from the page cache (if the system supports that).
+    Each model runs in its own fresh process; several take turns in one interleaved schedule with the same prompt
+    (fixed random tokens) and number of threads. In the table, pp512 is prefill of 512 tokens and tg128 @ d512 is
+    greedy decoding of 128 tokens after 512 others, in tokens/s: median ± half the distance between the quartiles.
+    Ratio: speed relative to the first model, round by round. Unsteady: the quartiles are more than 10 % of the median
+    apart. Roof: share of memory bandwidth, measured between the rounds, that reading the touched weights uses (cpu
+    only; above 100 % if the CPU's caches hold them). Python: share of a step spent outside ONNX Runtime. Default
+    sizes shrink to the smallest context; given sizes must fit it. Loading is timed in fresh processes; cold means
+    with the files dropped from the page cache (if the system supports that).
 
     \b
     Examples:
@@ -117,6 +118,7 @@ def as_text(results: Sequence[Speed]) -> str:
     from statistics import median
 
     from benchmarks.report.table import markdown, megabytes
+    from benchmarks.speed.noise import busy
 
     rows, above = [], False
     for speed in results:
@@ -136,6 +138,8 @@ def as_text(results: Sequence[Speed]) -> str:
         conditions.append(f"memory bandwidth {each}")
     if above:
         conditions.append("roof above 100 %: the CPU's caches hold the weights")
+    if remark := busy(results[0].load_average):
+        conditions.append(remark)
     sizes = [
         [
             speed.name,
@@ -171,10 +175,11 @@ def plus_minus(test: Timings) -> str:
     """Median ± half the distance between the quartiles; a single disturbed round does not move it."""
     from statistics import median
 
+    from benchmarks.speed.noise import mark
     from benchmarks.speed.results import quartiles
 
     low, high = quartiles(test.tokens_per_s)
-    return f"{median(test.tokens_per_s):.1f} ± {(high - low) / 2:.1f}"
+    return f"{median(test.tokens_per_s):.1f} ± {(high - low) / 2:.1f}{mark(test.tokens_per_s)}"
 
 
 def percent(share: float | None) -> str:

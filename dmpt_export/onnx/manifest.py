@@ -18,6 +18,7 @@ from dmpt_export.onnx.sizes import n_parameters, parts_table, touched_per_token
 from quant.forms.form import Form
 from quant.forms.weights import Weights, form_of, quantized
 from runtime.manifest_file import FORMAT, FORMAT_VERSION, MANIFEST_NAME, TOKENIZER_NAME
+from training.checkpoints.record import FIELD
 from training.model.config import DMPTConfig
 from training.model.fields import tokens
 from training.text.tokenizer import load_tokenizer, prefix_ids
@@ -77,6 +78,7 @@ def describe(
         "files": {},
         "source": {"name": folder.name, "fingerprint": fingerprint(config, weights)},
         "tools": tool_versions(),
+        **({FIELD: record} if (record := getattr(config, FIELD, None)) else {}),
         "parity": None,
     }
 

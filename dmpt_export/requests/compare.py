@@ -35,7 +35,7 @@ class CompareRequest:
     text_field: str = "text"  # text field of JSONL, Parquet and datasets
     protocol: str = "stride-concat"  # of benchmarks.quality.protocols
     out: str | None = None  # folder
-    control: tuple[str, ...] = ()  # names of rows that are plain GPT-2 fine-tuned on the same tokens
+    control: tuple[str, ...] = ()  # names of plain GPT-2 rows that the DMPT rows are compared with
     peers: str | None = None  # GPT-2 folder or hub id that every installed peer runs
     peer_python: tuple[str, ...] = ()  # PEER=PYTHON, the interpreter that has a peer
     growth: tuple[str, ...] = ()  # files of `bench --json`

@@ -25,6 +25,7 @@ from benchmarks.report import frontier, placing, svg
 from benchmarks.report.page import page
 from benchmarks.report.table import markdown
 from tests.helpers.rows import BASE, DMPT, TUNED, quality, row
+from training.checkpoints.record import Phase, Record
 from training.errors import InputError
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -62,6 +63,26 @@ def test_no_claim_without_a_control() -> None:
     assert "x the" not in said
     assert "no such GPT-2 row" in reading([TUNED[0], *DMPT[:2]])
     assert "None of these models is a DMPT" in reading([BASE, *TUNED])
+
+
+def trained(tokens: int, base: str = "b") -> Record:
+    return Record(base, (Phase(tokens, 10, 1e9, 0, "d", 64),))
+
+
+def test_a_claim_about_equal_tokens_is_made_only_where_it_is_recorded() -> None:
+    control, dmpt = TUNED[0], DMPT[0]
+    alike = reading([replace(control, training=trained(4000)), replace(dmpt, training=trained(4000))])
+    assert "DMPT against GPT-2 trained on the same 4,000 tokens, at the same scheme: fp32: perplexity 4.00 %" in alike
+    more = reading([replace(control, training=trained(16_000)), replace(dmpt, training=trained(4000))])
+    assert "no verdict (DMPT fp32 was trained on 4,000 tokens, GPT-2 fine-tuned fp32 on 16,000)" in more
+    assert "4.00 %" not in more
+    assert "same" not in more.split("scheme: ")[1]
+    other = reading([replace(control, training=trained(4000, "c")), replace(dmpt, training=trained(4000))])
+    assert "no verdict (DMPT fp32 and GPT-2 fine-tuned fp32 were trained from different models)" in other
+    for unknown in (None, Record("b")):
+        said = reading([replace(control, training=unknown), replace(dmpt, training=trained(4000))])
+        assert "DMPT against the control, at the same scheme" in said
+        assert "equal training not recorded" in said
 
 
 def test_other_tokens_do_not_compare() -> None:

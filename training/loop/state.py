@@ -45,6 +45,7 @@ class Progress:
     options: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)  # determines the order of the data
     about: dict[str, Any] = field(default_factory=dict)  # the caller's own data
+    record: dict[str, Any] = field(default_factory=dict)  # training before this run (training.checkpoints.record)
     format_version: int = FORMAT
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from training.checkpoints.checkpoint import save_model
 from training.checkpoints.earlier import RUN, SAVED, settle
+from training.checkpoints.record import FIELD, Phase, Record, record_of
 from training.errors import FieldError
 from training.loop import setup, state
 from training.loop.evaluation import Evaluation, evaluate
@@ -31,6 +32,7 @@ from training.loop.options import TrainOptions, eval_windows, flag, read_freeze_
 from training.loop.watch import Meter, Watcher, perplexity
 from training.model.generation import DMPTForCausalLM
 from training.model.nonfinite import NonFiniteError, first_bad_tensor
+from training.model.shape import EMBEDDING, POSITIONS
 from training.text.batches import TokenBatches
 
 
@@ -133,7 +135,8 @@ class Trainer:
         self.optimizer = make_optimizer(model, options)
         data = {"tokens": len(tokens), "crc32": zlib.crc32(tokens.data), "length": self.length, "seed": options.seed}
         self.notes: list[str] = []
-        self.progress = state.Progress(options=dataclasses.asdict(options), data=data)
+        self.record = record_of(model.config, model.named_parameters())
+        self.progress = state.Progress(options=dataclasses.asdict(options), data=data, record=self.record.to_json())
         if folder is not None:
             self.restore(folder)
         self.meter = Meter(self.progress.meter, self.across)
@@ -158,6 +161,7 @@ class Trainer:
         state.restore_rng(self.accelerator, files["rng"])
         if self.objective.reference is not None and "tether" in files:
             self.objective.reference.copy_(files["tether"]["heads.0.weight"])
+        self.record = Record.from_json(saved.record) or self.record
         options, data = self.progress.options, self.progress.data
         self.progress = dataclasses.replace(saved, options=options, data=data, finished=saved.step >= self.total)
 
@@ -277,6 +281,7 @@ class Trainer:
         if best and math.isfinite(result.loss):
             progress.best_loss = result.loss
             if self.accelerator.is_main_process:
+                self.note_training()
                 save_model(self.model, self.out / "best", self.tokenizer_from)
             self.accelerator.wait_for_everyone()
 
@@ -284,10 +289,22 @@ class Trainer:
         self.progress.meter = dict(self.meter.sums)
         rng = state.rng_state(self.accelerator)
         if self.accelerator.is_main_process:
+            self.note_training()
             last, reference = self.out / "last", self.objective.reference
             state.save_run(last, self.model, self.optimizer, reference, self.progress, rng, self.tokenizer_from)
             settle(self.out, RUN, SAVED)
         self.accelerator.wait_for_everyone()
+
+    def note_training(self) -> None:
+        """Record this run, up to now, in the model's configuration."""
+        tokens, data = self.progress.position * self.length, self.progress.data
+        sizes = {name: parameter.numel() for name, parameter in self.model.named_parameters()}
+        computed = sum(size for name, size in sizes.items() if name not in (EMBEDDING, POSITIONS))
+        computed += sizes[EMBEDDING] * self.model.config.tie_word_embeddings  # as the head
+        operations = 6.0 * computed * tokens
+        seed, crc = self.options.seed, f"{data['crc32']:08x}"
+        phase = Phase(tokens, self.progress.step, operations, seed, crc, self.length)
+        setattr(self.model.config, FIELD, self.record.with_phase(phase).to_json())
 
     def publish(self) -> Path:
         """Publish the model to use in OUT itself."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from training.checkpoints.checkpoint import model_from_tensors
+from training.checkpoints.record import FIELD, record_of
 from training.errors import FieldError, InputError
 from training.model.config import DMPTConfig
 from training.model.fields import GPT2
@@ -40,7 +41,8 @@ def init_from_gpt2(
     """
     old = model.config
     changed = init_fields(old, shape or NewShape())
-    config = DMPTConfig(**{name: getattr(old, name) for name in GPT2} | changed)
+    record = {FIELD: record_of(old, model.named_parameters()).to_json()}
+    config = DMPTConfig(**{name: getattr(old, name) for name in GPT2} | changed | record)
     if not noise >= 0 or noise == float("inf"):
         raise InputError(f"noise {noise} must be a number from 0 on")
     source = {name: tensor.detach() for name, tensor in model.state_dict().items()}
