@@ -33,8 +33,8 @@ class Entry:
 
     name: str
     path: str
-    family: str | None = None  # what a colour stands for in the picture; None: told from the model
-    scheme: str | None = None  # None: told from the model
+    family: str | None = None  # determines the colour in the picture; None: read from the model
+    scheme: str | None = None  # None: read from the model
     control: bool = False  # plain GPT-2 that the DMPT rows are compared with
     peer: str | None = None  # another runtime (benchmarks.peers.registry) that runs the GPT-2 at `path`, in `scheme`
 
@@ -209,7 +209,7 @@ def check(entries: list[Entry], out: str | Path | None) -> int:
         if entry.peer:
             registry.check_plain(entry.path)
         elif entry.control and described(entry.path)[0] == DMPT:
-            raise InputError(f"{entry.name} is a DMPT: a control is plain GPT-2")
+            raise InputError(f"{entry.name} is a DMPT: a control must be plain GPT-2")
         check_tokenizer(entry.path)
     if out is not None:
         from training.checkpoints.places import check_replaceable

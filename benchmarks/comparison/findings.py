@@ -16,8 +16,7 @@ def reading(rows: Sequence[Row]) -> str:
     """DMPT rows against the control rows (plain GPT-2) stored in the same scheme, in one line.
 
     A perplexity counts as a gain only where both models are recorded to come from the same base and to have been
-    trained on as many tokens. Without a DMPT row there is nothing to say; without a control row the line says that it
-    is missing.
+    trained on as many tokens. Without a control row the line reports that it is missing.
     """
     subjects = [row for row in rows if row.is_dmpt]
     controls = {row.scheme: row for row in reversed(rows) if row.control and not row.is_dmpt}
@@ -25,8 +24,8 @@ def reading(rows: Sequence[Row]) -> str:
         return "None of these models is a DMPT, so this table does not show what DMPT gains."
     if not controls:
         return (
-            "The control is missing: no plain GPT-2 is marked as the control among these models, "
-            "so this table does not say what DMPT's paths and heads gain."
+            "The control is missing: none of these models is marked as the plain GPT-2 to compare with, "
+            "so this table does not show what DMPT's paths and heads gain."
         )
     schemes = [row.scheme for row in subjects]
     label = {row.name: row.scheme if schemes.count(row.scheme) == 1 else row.name for row in subjects}

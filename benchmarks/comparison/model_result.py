@@ -43,7 +43,7 @@ class Row:
     versions: dict[str, str] = field(default_factory=dict)  # of a peer's packages
     graph: str | None = None  # sha256 of an exported graph, without its weights
     training: Record | None = None  # what it was trained on; None: not recorded
-    shape: dict[str, int] = field(default_factory=dict)  # paths, heads, fast_k: what speed may depend on
+    shape: dict[str, int] = field(default_factory=dict)  # paths, heads, fast_k: factors that speed may depend on
 
     def figure(self, name: str) -> float | None:
         """One of FIGURES; None if not measured."""

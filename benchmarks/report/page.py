@@ -86,7 +86,7 @@ def beside_control(rows: list[Row]) -> Markup:
             body += [["DMPT", *picked(row, heads)], ["control", *other]]
     if not body:
         return Markup()
-    return svg.table(["", *heads], body, 2, "Each DMPT with its control, stored alike")
+    return svg.table(["", *heads], body, 2, "Each DMPT with its control, in the same scheme")
 
 
 def models_table(rows: list[Row]) -> Markup:

@@ -56,7 +56,7 @@ class Counts(click.ParamType):  # type: ignore[type-arg]  # generic only from cl
               "heads, paths and K (several models).")  # fmt: skip
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--format", "form", type=click.Choice(["md", "csv", "json"]), default="md", show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output; as --format json.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, like --format json.")
 @overwrite
 def command(form: str, as_json: bool, **fields: Any) -> None:
     """Time MODEL..., folders made by `dmpt-export onnx`; NAME=FOLDER sets the name of a model.

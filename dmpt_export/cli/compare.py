@@ -54,12 +54,11 @@ if TYPE_CHECKING:
 def command(**fields: Any) -> None:
     """Compare any mix of models: GPT-2 folders or hub ids, DMPT and quantized folders, ONNX folders, peers.
 
-    NAME=MODEL gives a model another name. All are scored on the same text in the same windows; ONNX folders and peers
-    are timed in one interleaved schedule, each in a process of its own; checkpoints have no speed (-). Where tokenizers
-    differ, perplexity per word and bits per byte stand in for what is per token.
-    Whether a DMPT gains anything shows only beside a GPT-2 that was trained alike: mark it with --control. Models
-    record what they were trained on (base, tokens); where these differ there is no verdict, and where they are not
-    recorded the line says so.
+    NAME=MODEL sets the name of a model. All are scored on the same text in the same windows; ONNX folders and peers are
+    timed in one interleaved schedule, each in its own process; checkpoints have no speed (-). If tokenizers differ, the
+    table has perplexity per word and bits per byte instead of figures per token.
+    Only a GPT-2 trained alike can show what a DMPT gains: mark it with --control. Models record what they were trained
+    on (base, tokens). If these differ there is no verdict; if they are not recorded, the line says so.
 
     A peer is another runtime for plain GPT-2, given as PEER:SCHEME@GPT2: transformers:fp32 :bf16,
     optimum:fp32 :int8, openvino:int8 :int4, llama.cpp:q8_0 :q4_0, ctranslate2:fp32 :int8, bitsandbytes:int8 :nf4.

@@ -20,7 +20,7 @@ from dmpt_export.requests.sources import check_tokenizer
               help="Heads of each leaf, as given in training. Only needed if neither FILE nor the head gates "
               "show them.")  # fmt: skip
 @click.option("--n-head", type=click.IntRange(min=1), metavar="N",
-              help="Attention heads of a block. Default: as filed, else width / 64 as in every GPT-2.")  # fmt: skip
+              help="Attention heads per block. Default: from FILE, else width / 64 as in every GPT-2.")  # fmt: skip
 @overwrite_option
 def command(
     file: Path, out: Path, tokenizer: str | None, head_allocation: Path | None, n_head: int | None, overwrite: bool

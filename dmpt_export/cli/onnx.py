@@ -21,16 +21,16 @@ from dmpt_export.requests.onnx import ExportRequest
               "Default: the checkpoint's.")  # fmt: skip
 @click.option("--head-topk", type=click.IntRange(min=0), help="Heads mixed per token; 0 mixes all of the path.")
 @click.option("--kv-cache", type=click.Choice(["float", "int8"]), default="float", show_default=True,
-              help="How keys and values are kept while running: int8 takes a quarter of the memory and less time at "
-              "long contexts, for a small loss (cpu only).")  # fmt: skip
-@click.option("--calib", metavar="FILE", help="Text like what the model will read: for quantizing, and to calibrate an "
-              "int8 KV cache (default there: random tokens).")  # fmt: skip
+              help="Storage of keys and values: int8 needs a quarter of the memory and less time at long contexts, "
+              "with a small loss (cpu only).")  # fmt: skip
+@click.option("--calib", metavar="FILE", help="Typical text: for quantizing, and to calibrate the scales of an int8 KV "
+              "cache (default there: random tokens).")  # fmt: skip
 @click.option("--opset", type=click.IntRange(20, 24), default=21, show_default=True,
               help="Version of the standard operators.")  # fmt: skip
 @click.option("--atol", type=Finite(min=0, min_open=True), help="Largest allowed difference of a log-prob "
               "from torch, with float kernels (cpu only). Default: the tolerance table's, 1e-4.")  # fmt: skip
 @click.option("--no-verify", is_flag=True, callback=skip_verification,
-              help="Publish without running the model against torch or a GPT-2 against Transformers.")  # fmt: skip
+              help="Publish without comparing the model with torch, or a GPT-2 with Transformers.")  # fmt: skip
 @overwrite
 def command(**fields: Any) -> None:
     """Export CHECKPOINT to the folder OUT: one graph for prefill, decoding and scoring.

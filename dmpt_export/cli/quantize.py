@@ -17,7 +17,7 @@ from dmpt_export.requests.quantize import QuantizeRequest
 @click.argument("checkpoint")
 @click.argument("out", type=click.Path(), required=False)
 @storage_options
-@click.option("--calib", metavar="FILE", type=click.Path(), help="Calibration text, like what the model will read: for "
+@click.option("--calib", metavar="FILE", type=click.Path(), help="Calibration text, typical of the model's input: for "
               "the gptq schemes, --smooth, plans, and the damage of each tensor in the report.")  # fmt: skip
 @click.option("--calib-tokens", type=click.IntRange(min=2), default=8192, show_default=True,
               help="Number of calibration tokens to use.")  # fmt: skip
@@ -30,7 +30,7 @@ from dmpt_export.requests.quantize import QuantizeRequest
 @click.option("--candidates", metavar="SCHEME,...", help="Schemes that a plan chooses from for each group, such as "
               "int8,int4:32,int2-gptq; a number of bits means a scheme as in --rule.  [int8, and int4-gptq in "
               "blocks of 16 to 128]")  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Print what would be done, write no model; OUT may be left out.")
+@click.option("--dry-run", is_flag=True, help="Print the result but write no model; OUT is optional.")
 @click.option("--cache-dir", type=click.Path(path_type=Path),
               help="Cache of measured damages: a killed plan continues, a new target is fast.  "
               "[default: ~/.cache/dmpt-export]")  # fmt: skip

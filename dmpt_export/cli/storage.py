@@ -20,7 +20,7 @@ def schemes() -> Iterable[str]:
 
 
 def deltas() -> Iterable[str]:
-    """They are for rules alone, whose check says so."""
+    """Delta schemes, which are only for rules; the request's check reports that."""
     from quant.schemes.low_rank import DELTAS
 
     return DELTAS
@@ -34,7 +34,7 @@ class Size(click.ParamType):  # type: ignore[type-arg]
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         found = re.fullmatch(r"(\d+\.?\d*)\s*([A-Za-z]*)", str(value).strip())
         if not found or found[2].upper() not in UNITS or float(found[1]) <= 0:
-            self.fail(f"'{value}' is no size: give one like 200MB, 1.5GB or 190MiB.", param, ctx)
+            self.fail(f"'{value}' is not a size: give one such as 200MB, 1.5GB or 190MiB.", param, ctx)
         return int(float(found[1]) * UNITS[found[2].upper()])
 
 
@@ -53,31 +53,32 @@ OPTIONS = [
         type=click.Choice(["16", "32", "64", "128", "256"]),
         callback=number,
         help="Weights that share a scale: "
-        "fewer are closer to the original, and larger. Default: 128 for int8, 64 for int2, nf4 and fp4, "
+        "fewer give smaller errors and larger files. Default: 128 for int8, 64 for int2, nf4 and fp4, "
         "else 32.",
     ),
-    click.option("--asymmetric", is_flag=True, help="Store a zero point per block, too: closer, and a little larger."),
+    click.option(
+        "--asymmetric", is_flag=True, help="Also store a zero point per block: smaller errors, slightly larger."
+    ),
     click.option(
         "--rule",
         "--layer-bits",
         "rules",
         metavar="PATTERN=SCHEME[:BLOCK][:asymmetric]",
         multiple=True,
-        help="Another scheme, or float32, for the tensors whose name matches; repeat for more, the first "
-        "that matches wins. A number of bits stands for a scheme, with --calib for GPTQ's.",
+        help="Another scheme, or float32, for matching tensor names; may be repeated, the first match wins. "
+        "A number of bits means the scheme of that width, with --calib GPTQ's.",
     ),
     click.option(
         "--target-size",
         type=Size(),
-        help="Plan: the least damage within this size, such as "
-        "200MB, of the weights' file; graph and tokenizer come on top.",
+        help="Plan: least damage within this size of the weights' file, such as 200MB; graph and tokenizer are extra.",
     ),
     click.option(
         "--plan",
         metavar="PLAN.json",
         type=click.Path(),
         help="Use the rules of an earlier plan. "
-        "Its gptq parts need --calib again, and give the same bytes on the same text alone.",
+        "Its gptq parts need --calib again, and only give the same bytes with the same text.",
     ),
 ]
 

@@ -46,9 +46,9 @@ def export_onnx(
         out: folder to create; an earlier export there is replaced, anything else is refused.
         options: deployment options; None: the defaults of ExportOptions.
         verify: run the result and compare it with torch before publishing.
-        calibration: token ids of typical text to scale an int8 cache by; random ids where there are none.
+        calibration: token ids of typical text to calibrate an int8 cache; None: random ids.
         name: of the source in the manifest and the model card; None: its folder's.
-        say: told what begins, for it takes a while.
+        say: called with the name of each phase.
 
     Raises InputError (3) for an unusable source or option, ValidationError (4) when the exported model differs
     from the checkpoint beyond `dmpt_export.check.tolerances`; nothing is left behind then.

@@ -26,8 +26,7 @@ class ExportOptions:
     atol: float | None = None  # largest allowed difference of a log-prob, instead of the tolerance table's
 
     def check(self, verified: bool, calibrated: bool) -> None:
-        """Raise OptionError for contradictions, also with whether the result is verified, and whether a text is given
-        for the cache alone."""
+        """Raise OptionError for options that exclude each other, or that need verification or a text for the cache."""
         if self.target == "cuda" and self.kv_cache == "int8":
             raise OptionError("an int8 KV cache is for {target} cpu: leave {kv_cache} out")
         if calibrated and self.kv_cache != "int8":

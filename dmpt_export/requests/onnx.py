@@ -43,8 +43,8 @@ class ExportRequest:
     plan: str | None = None  # plan.json of an earlier plan
     calib: str | None = None  # text file for quantizing, and to calibrate an int8 KV cache; None: random tokens there
     opset: int = ExportOptions.opset  # version of the standard operators
-    atol: float | None = None  # largest difference of a log-prob, in nats; None: the tolerance table's
-    no_verify: bool = False  # published without being run against torch
+    atol: float | None = None  # largest allowed difference of a log-prob, in nats; None: the tolerance table's
+    no_verify: bool = False  # publish without comparing with torch
     overwrite: bool = False  # an earlier result in `out` is replaced
 
     @property
@@ -63,7 +63,7 @@ class ExportRequest:
         )  # fmt: skip
 
     def check(self) -> Found:
-        """Raise OptionError for fields that do not go together, then InputError for what files cannot give."""
+        """Raise OptionError for fields that exclude each other, then InputError for unusable files."""
         if not self.quantizes and (self.block or self.asymmetric or self.rules):
             raise OptionError("{block}, {asymmetric} and {rules} need {scheme}")
         self.options.check(verified=not self.no_verify, calibrated=self.calib is not None and not self.quantizes)

@@ -57,7 +57,7 @@ class QuantizeRequest:
     candidates: str | None = None  # comma-separated schemes; None: quant.planning.plan.CANDIDATES
     plan: str | None = None  # plan.json of an earlier plan
     dry_run: bool = False  # nothing is written
-    cache_dir: Path | None = None  # where damages are remembered; None: the user's cache
+    cache_dir: Path | None = None  # cache of measured damages; None: the user's cache
     overwrite: bool = False  # an earlier result in `out` is replaced
 
     @property
