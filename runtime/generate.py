@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from collections.abc import Sequence as Many
 from typing import Protocol
 
 import numpy as np
@@ -89,15 +90,22 @@ class Generations:
     """Several texts generated together; iterate to get their tokens (`Token.row` is the prompt's index). `texts` are
     complete afterwards. At most 16 are in memory at once."""
 
-    def __init__(self, model: Generator, prompts: list[NDArray[np.int64]], sampling: Sampling, limits: Limits) -> None:
+    def __init__(
+        self, model: Generator, prompts: Many[NDArray[np.int64] | None], sampling: Sampling, limits: Limits
+    ) -> None:
+        """prompts: None is left out, and keeps its row."""
         if limits.speculate:
             raise RequestError("speculate works on one prompt at a time: leave it out, or give the prompts one by one")
         self.model = model
-        self.texts = [Writing(model, prompt, sampling, limits, row) for row, prompt in enumerate(prompts)]
+        self.texts = [
+            Writing(model, prompt, sampling, limits, row) for row, prompt in enumerate(prompts) if prompt is not None
+        ]
 
     def __iter__(self) -> Iterator[Token]:
         if any(text.ids for text in self.texts):
             raise RequestError("these texts were already generated: start new ones")
+        if not self.texts:
+            return
         waiting = deque(self.texts)
         active = [waiting.popleft() for _ in range(min(TOGETHER, len(waiting)))]
         batch = self.model.batch(len(active), max(len(text.prompt) for text in active))

@@ -23,7 +23,8 @@ from runtime.sequence import Sequence
 from runtime.session import Engine
 from runtime.text import TextCodec, utf8
 from runtime.threads import resolve_threads
-from runtime.writing import STOP, Limits
+from runtime.truncation import LEFT, check_side, shortened, shortened_text
+from runtime.writing import SLIDE, STOP, Limits
 
 # Positions per run when scoring. Each one returns a vocabulary row and gathers its fast_k candidates' rows of all other
 # heads: positions * fast_k * heads * n_embd values. For 64 positions of GPT-2 small with fast_k 256 and three other
@@ -80,25 +81,51 @@ class Model:
             raise RequestError(f"{self.folder} has no tokenizer: give token ids instead of text")
         return self.codec
 
-    def prompt_ids(self, prompt: str | ArrayLike) -> NDArray[np.int64]:
-        """Ids of a prompt that fits the context. Text that is too long is rejected before it is tokenised."""
+    def prompt_ids(
+        self, prompt: str | ArrayLike, truncate: str | None = None, room: int | None = None
+    ) -> NDArray[np.int64]:
+        """Ids of a prompt that fits the context. Text that is too long is rejected before it is tokenised.
+
+        truncate: of a prompt that does not fit, drop tokens "left", "middle" or "right" until `room` are left (the
+        whole context by default).
+        """
+        check_side(truncate)
+        room = self.context if room is None else room
         if isinstance(prompt, str):
+            if truncate is not None:
+                prompt = shortened_text(prompt, self.context * MOST_BYTES_PER_TOKEN // 4, truncate)
             size, most = len(utf8(prompt)), self.context * MOST_BYTES_PER_TOKEN
             if size > most:
                 raise RequestError(
-                    f"the prompt has {size} bytes, a context of {self.context} tokens holds at most {most}: shorten it"
+                    f"the prompt has {size} bytes, a context of {self.context} tokens holds at most {most}: shorten "
+                    "it, or choose where to cut it (truncate)"
                 )
             if not prompt:
                 raise RequestError("the prompt is empty: give some text")
             prompt = self.encode(prompt)
-        return check_ids(prompt, self.vocab_size, self.context)
+        if truncate is None:
+            return check_ids(prompt, self.vocab_size, self.context)
+        ids = check_ids(prompt, self.vocab_size, max(self.context, np.size(prompt)))
+        if len(ids) <= self.context:
+            return ids
+        prefix = len(self.manifest.prefix) if ids[: len(self.manifest.prefix)].tolist() == self.manifest.prefix else 0
+        return np.asarray(shortened(ids.tolist(), room, truncate, prefix), np.int64)
 
-    def many_ids(self, prompts: Many[str | ArrayLike]) -> list[NDArray[np.int64]]:
-        """prompt_ids() of each prompt. Errors name the prompt by its number, from 1."""
+    def prompt_for(self, prompt: str | ArrayLike, limits: Limits, truncate: str | None) -> NDArray[np.int64]:
+        """prompt_ids() with room for what is to be generated; on_full "slide" implies truncate "left".
+
+        A prompt that is cut keeps the context less max_new_tokens, at least half; to slide, half.
+        """
+        half, slides = max(1, self.context // 2), limits.on_full == SLIDE
+        room = half if slides else max(self.context - limits.max_new_tokens, half)
+        return self.prompt_ids(prompt, LEFT if slides and truncate is None else truncate, room)
+
+    def many_ids(self, prompts: Many[str | ArrayLike], limits: Limits, truncate: str | None) -> list[NDArray[np.int64]]:
+        """prompt_for() of each prompt. Errors name the prompt by its number, from 1."""
         ids = []
         for number, prompt in enumerate(prompts, start=1):
             try:
-                ids.append(self.prompt_ids(prompt))
+                ids.append(self.prompt_for(prompt, limits, truncate))
             except RequestError as error:
                 raise RequestError(f"prompt {number} of {len(prompts)}: {error}") from error
         return ids
@@ -167,6 +194,7 @@ class Model:
         stop: str | Many[str] = (),
         on_full: str = STOP,
         speculate: int = 0,
+        truncate: str | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Generation | Generations:
         """Generate text while you iterate over the result, one `Token(id, text, path, row)` at a time.
@@ -180,13 +208,14 @@ class Model:
         rounding (1e-5 for float weights, a few hundredths for int8 and int4, which round activations). After the
         iteration, the result's `ids`, `text` and `stop_reason` ("end_of_text", "stop_string", "max_new_tokens" or
         "context_full") are complete; for a list, those of each of its `texts`. Raises RequestError before computing
-        anything.
+        anything. truncate: where to cut a prompt that does not fit: "left" keeps its end, "right" its beginning,
+        "middle" both; on_full "slide" implies "left".
         """
         how = Sampling(**sampling)
         limits = Limits(max_new_tokens, stop, on_full, speculate)
         if is_many(prompt):
-            return Generations(self, self.many_ids(prompt), how, limits)
-        return Generation(self, self.prompt_ids(prompt), how, limits)
+            return Generations(self, self.many_ids(prompt, limits, truncate), how, limits)
+        return Generation(self, self.prompt_for(prompt, limits, truncate), how, limits)
 
     def generate(
         self,
@@ -197,6 +226,7 @@ class Model:
         stop: str | Many[str] = (),
         on_full: str = STOP,
         speculate: int = 0,
+        truncate: str | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> str | list[Any]:
         """Continue a prompt: returns the new text for a text, the list of new token ids for token ids.
@@ -206,7 +236,9 @@ class Model:
         pieces are the new text; no piece splits a character. An end-of-text token, if chosen, is the last id and has
         no text. For the other arguments, limits and errors see stream().
         """
-        made = self.stream(prompt, max_new_tokens, stop=stop, on_full=on_full, speculate=speculate, **sampling)
+        made = self.stream(
+            prompt, max_new_tokens, stop=stop, on_full=on_full, speculate=speculate, truncate=truncate, **sampling
+        )
         if on_token is not None and isinstance(made, Generations):
             raise RequestError("on_token is for one prompt: use stream() for several")
         for token in made:

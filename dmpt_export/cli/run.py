@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dmpt_export.cli.conversation import converse
 from dmpt_export.requests.run import RunRequest
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ MOST_INPUT = 64 << 20  # bytes read from standard input; the model checks whethe
 @click.option("--stop", multiple=True, help="Text that stops generation and is cut off; may be repeated.")
 @click.option("--on-full", type=click.Choice(["stop", "slide"]), default="stop", show_default=True,
               help="When the context is full: stop, or continue from its last half.")  # fmt: skip
+@click.option("--truncate", type=click.Choice(["left", "middle", "right"]), help="Where to cut a prompt that does "
+              "not fit the context: left keeps its end. Default: refuse it; with --on-full slide: left.")  # fmt: skip
 @click.option("--speculate", type=int, default=0, metavar="N", show_default=True, help="Guess up to N tokens from the "
               "text so far and check them in one run: faster for repetitive text.")  # fmt: skip
 @click.option("--batch", is_flag=True, help="Read one prompt per line from standard input, continue them "
@@ -44,10 +47,11 @@ MOST_INPUT = 64 << 20  # bytes read from standard input; the model checks whethe
               "text on every machine of a kind, with any number of CPUs.")  # fmt: skip
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--no-check", is_flag=True, help="Do not compare the files' sha256 with the manifest.")
+@click.option("--echo", is_flag=True, help="Print the prompt before the text.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with the text and statistics instead.")
 @click.option("-v", "--verbose", is_flag=True, help="Print speed and path usage on stderr, even if stderr is not a "
               "terminal.")  # fmt: skip
-def command(as_json: bool, verbose: bool, **fields: Any) -> None:
+def command(as_json: bool, verbose: bool, echo: bool, **fields: Any) -> None:
     """Continue PROMPT (default: standard input) with the exported folder MODEL.
 
     The new text is streamed to stdout, everything else goes to stderr. Needs neither torch nor Transformers:
@@ -63,20 +67,22 @@ def command(as_json: bool, verbose: bool, **fields: Any) -> None:
     Next: `dmpt-export eval MODEL --data FILE` for its perplexity, `dmpt-export bench MODEL` for its speed.
     """
     request = RunRequest(**fields)
-    if request.batch and (as_json or verbose):
-        raise click.UsageError("--batch prints a line of JSON per prompt and no statistics: leave --json and -v out")
+    if request.batch and (as_json or verbose or echo):
+        raise click.UsageError("--batch prints a line of JSON for each prompt: leave --json, --echo and -v out")
     request.check()
-    from runtime.generate import Generations
-
+    if request.prompt is None and not request.batch and not as_json and is_terminal(sys.stdin, sys.stdout):
+        with request.run() as loaded:
+            converse(loaded, request, lambda text: show(request.stream(loaded, text), Clock(0.0), False, echo and text))
+        return
     text = read_prompt() if request.prompt is None else as_utf8(request.prompt)
     with request.run() as loaded:
+        if request.batch:
+            show_batch(*request.stream_lines(loaded, text))
+            return
         clock = Clock(loaded.seconds)
         generation = request.stream(loaded, text)
-        if isinstance(generation, Generations):
-            show_batch(generation)
-            return
         try:
-            show(generation, clock, quiet=as_json)
+            show(generation, clock, as_json, echo and text)
         finally:
             if not as_json:
                 click.echo()
@@ -85,6 +91,10 @@ def command(as_json: bool, verbose: bool, **fields: Any) -> None:
         click.echo(json.dumps({"text": generation.text, "ids": generation.ids, **statistics}))
     elif verbose or sys.stderr.isatty():
         click.echo(summary(statistics), err=True)
+
+
+def is_terminal(*streams: Any) -> bool:
+    return all(stream is not None and stream.isatty() for stream in streams)
 
 
 def as_utf8(argument: str) -> str:
@@ -139,23 +149,43 @@ class Clock:
         }
 
 
-def show(generation: Generation, clock: Clock, quiet: bool) -> None:
-    """Generate the text and, unless quiet, print every piece at once; characters that a terminal lacks become "?"."""
+def show(generation: Generation, clock: Clock, quiet: bool, echo: str | bool = False) -> None:
+    """Generate the text; unless quiet, print each piece at once, after `echo`. A terminal that lacks a character shows
+    "?"."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+    if echo and not quiet:
+        click.echo(echo, nl=False)
     for token in generation:
         clock.tick(token.path)
         if token.text and not quiet:
             click.echo(token.text, nl=False)
 
 
-def show_batch(generations: Generations) -> None:
-    """Generate the texts together and print each one as soon as it and all before it are complete."""
-    unprinted = list(generations.texts)
+def show_batch(generations: Generations, wrong: dict[int, str]) -> None:
+    """Generate the texts together; print a line for each prompt as soon as it and those before it are complete.
+
+    wrong: by row, why a prompt cannot be continued; the exit code is then 3.
+    """
+    unprinted: dict[int, Any] = dict(sorted({**wrong, **{text.row: text for text in generations.texts}}.items()))
+
+    def flush() -> None:
+        for row, text in list(unprinted.items()):
+            if isinstance(text, str):
+                click.echo(json.dumps({"error": text}))
+            elif text.stop_reason is None:
+                return
+            else:
+                click.echo(json.dumps({"text": text.text, "ids": text.ids, "stop_reason": text.stop_reason}))
+            del unprinted[row]
+
     for _ in generations:
-        while unprinted and unprinted[0].stop_reason is not None:
-            text = unprinted.pop(0)
-            click.echo(json.dumps({"text": text.text, "ids": text.ids, "stop_reason": text.stop_reason}))
+        flush()
+    flush()
+    if wrong:
+        rows = ", ".join(str(row + 1) for row in sorted(wrong))
+        click.echo(f"Error: no text for prompt {rows}", err=True)
+        click.get_current_context().exit(3)
 
 
 def summary(statistics: dict[str, Any]) -> str:

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 from dmpt_export.extras import require
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from runtime.generate import Generation, Generations
     from runtime.model import Model
 
@@ -35,6 +38,7 @@ class RunRequest:
     seed: int | None = None  # None: another one each time
     stop: tuple[str, ...] = ()  # texts that end the output
     on_full: str = "stop"  # stop or slide
+    truncate: str | None = None  # where a prompt that does not fit is cut: left, middle or right
     speculate: int = 0  # tokens to guess at most
     batch: bool = False  # the prompt has one prompt a line
     threads: int | None = None  # of the CPU; None: what this process may use
@@ -52,11 +56,13 @@ class RunRequest:
         from runtime.errors import RequestError
         from runtime.sampling import Sampling
         from runtime.threads import resolve_threads
+        from runtime.truncation import check_side
         from runtime.writing import Limits
 
         try:
             sampling = Sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty, self.seed)
             Limits(self.max_new_tokens, self.stop, self.on_full, self.speculate)
+            check_side(self.truncate)
             resolve_threads(self.threads, self.deterministic)
             if self.speculate:
                 sampling.check_greedy()
@@ -76,12 +82,33 @@ class RunRequest:
         ) as model:
             yield Loaded(model, time.perf_counter() - started)
 
-    def stream(self, loaded: Loaded, text: str) -> Generation | Generations:
-        """Iterate over the generated pieces that continue a text, or with `batch` each of its lines."""
-        prompts = [line.removesuffix("\r") for line in text.split("\n")]
-        return loaded.model.stream(
-            prompts if self.batch else text, self.max_new_tokens,
-            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
+    def stream(self, loaded: Loaded, text: str) -> Generation:
+        """Iterate over the generated tokens that continue a text."""
+        made = loaded.model.stream(
+            text, self.max_new_tokens, stop=self.stop, on_full=self.on_full, speculate=self.speculate,
+            truncate=self.truncate, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
             repetition_penalty=self.repetition_penalty, seed=self.seed,
-            stop=self.stop, on_full=self.on_full, speculate=self.speculate,
         )  # fmt: skip
+        from runtime.generate import Generation
+
+        assert isinstance(made, Generation)
+        return made
+
+    def stream_lines(self, loaded: Loaded, text: str) -> tuple[Generations, dict[int, str]]:
+        """What continues each line of a text, and by line, from 0, why it cannot be continued."""
+        from runtime.errors import RequestError
+        from runtime.generate import Generations
+        from runtime.sampling import Sampling
+        from runtime.writing import Limits
+
+        limits = Limits(self.max_new_tokens, self.stop, self.on_full, self.speculate)
+        sampling = Sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty, self.seed)
+        ids: list[NDArray[np.int64] | None] = []
+        wrong = {}
+        for row, line in enumerate(text.split("\n")):
+            try:
+                ids.append(loaded.model.prompt_for(line.removesuffix("\r"), limits, self.truncate))
+            except RequestError as error:
+                ids.append(None)
+                wrong[row] = str(error)
+        return Generations(loaded.model, ids, sampling, limits), wrong
