@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from benchmarks.report import svg
 from benchmarks.report.svg import Markup, tag
-from quant.planning.plan import Group, Option, Plan
+from quant.planning.groups import Group
+from quant.planning.plan import Option, Plan
 from quant.quantize import TensorReport
 from quant.rules import FLOAT
 from quant.schemes import SCHEMES

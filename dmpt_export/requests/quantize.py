@@ -54,7 +54,7 @@ class QuantizeRequest:
     target_size: int | None = None  # bytes of the weights' file
     target_kl: float | None = None  # nats per token on the calibration text
     target_bits: float | None = None  # per weight, counting all tensors
-    candidates: str | None = None  # comma-separated schemes; None: quant.planning.plan.CANDIDATES
+    candidates: str | None = None  # comma-separated schemes; None: quant.planning.groups.CANDIDATES
     plan: str | None = None  # plan.json of an earlier plan
     dry_run: bool = False  # nothing is written
     cache_dir: Path | None = None  # cache of measured damages; None: the user's cache
@@ -102,7 +102,7 @@ class QuantizeRequest:
 
     def check_schemes(self) -> None:
         """Raise OptionError for schemes, blocks or rules that are wrong for any model."""
-        from quant.planning.plan import check_candidates
+        from quant.planning.groups import check_candidates
         from quant.rules import parse_rule
 
         with usage():
@@ -162,7 +162,7 @@ class QuantizeRequest:
     @property
     def choice(self) -> str:
         """The candidates of a plan."""
-        from quant.planning.plan import CANDIDATES
+        from quant.planning.groups import CANDIDATES
 
         return self.candidates or CANDIDATES
 

@@ -24,7 +24,8 @@ from quant.deltas import quantize_group
 from quant.forms.form import Form
 from quant.forms.weights import Weight, form_of
 from quant.planning.damage import Damage
-from quant.planning.plan import Group, Option
+from quant.planning.groups import Group
+from quant.planning.plan import Option
 from quant.quantize import TensorReport, delta_report, quantize_tensor
 from quant.rules import ROWS, Rule, parse_rule
 from quant.schemes import SCHEMES

@@ -13,13 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from quant.planning.groups import Group, candidates_of, check_candidates, groups_of
 from quant.planning.knapsack import Frontier
-from quant.rules import FLOAT, LINEAR, ROWS, Rule, parse_rule
+from quant.planning.ways_out import ways_out
+from quant.rules import Rule, parse_rule
 from quant.schemes import SCHEMES
 from quant.schemes.low_rank import DELTAS
 from training.errors import FieldError, InputError
 
-CANDIDATES = "int8,int4-gptq:16,int4-gptq:32,int4-gptq:64,int4-gptq:128"
 JOINT_TRIES = 8  # plans measured jointly for a target of divergence
 
 
@@ -33,19 +34,6 @@ class Option:
 
     def bits(self, weights: int) -> float:
         return 8 * self.bytes / weights
-
-
-@dataclass(frozen=True)
-class Group:
-    """Tensors that are stored the same way."""
-
-    patterns: tuple[str, ...]  # of the rules that match them
-    tensors: tuple[str, ...]
-    weights: int
-    anchor: str | None = None  # for heads that could be stored as deltas to it
-
-    def __str__(self) -> str:
-        return " ".join(self.patterns)
 
 
 @dataclass(frozen=True)
@@ -111,60 +99,6 @@ class Target:
         return f"a KL of {self.kl:g}" if self.kl is not None else f"{self.bits:g} bits per weight"
 
 
-def groups_of(shapes: Mapping[str, Sequence[int]], anchors: Mapping[str, set[str]]) -> list[Group]:
-    """Attention and MLP of each block, the embedding (with a tied head), each anchor, and a leaf's other heads.
-
-    anchors: see quant.rules.anchors_of. Trunk first, then paths, then heads.
-    """
-    members: dict[str, list[str]] = {}
-    for name in shapes:
-        if LINEAR.fullmatch(name):
-            block, _, _ = name.partition(".attn." if ".attn." in name else ".mlp.")
-            members.setdefault(f"{block}.{'attn' if '.attn.' in name else 'mlp'}.*", []).append(name)
-        elif ROWS.fullmatch(name):
-            shared = " ".join(sorted(anchors.get(name, ())))
-            members.setdefault(f"deltas to {shared}" if shared in shapes else name, []).append(name)
-    order = sorted(
-        members.items(),
-        key=lambda item: (bool(ROWS.fullmatch(item[1][0])), not item[0].startswith("transformer.")),
-    )
-    groups = []
-    for key, names in order:
-        anchor = key.removeprefix("deltas to ") if key.startswith("deltas to ") else None
-        rows = ROWS.fullmatch(names[0])
-        patterns = tuple(name.removesuffix(".weight") for name in names) if rows else (key,)
-        groups.append(Group(patterns, tuple(names), sum(math.prod(shapes[name]) for name in names), anchor))
-    return groups
-
-
-def candidates_of(group: Group, text: str) -> list[str]:
-    """The schemes of a comma-separated list that can store the group, each once and by name: "8" is int8.
-
-    A number of bits means GPTQ's scheme if there is one, as in rules with calibration text. Raises InputError when
-    no scheme fits.
-    """
-    looked_up = any(ROWS.fullmatch(name) for name in group.tensors)
-
-    def fits(rule: Rule) -> bool:
-        if rule.scheme in DELTAS:
-            return group.anchor is not None
-        return rule.scheme != FLOAT and (SCHEMES[rule.scheme].rows or not looked_up)
-
-    rules = [parse_rule(f"{group.patterns[0]}={scheme.strip()}", calibrated=True) for scheme in text.split(",")]
-    fit = list(dict.fromkeys(str(rule).partition("=")[2] for rule in rules if fits(rule)))
-    if not fit:
-        raise FieldError("none of {candidates} {} can store {}: add int8 or int4", text, group)
-    return fit
-
-
-def check_candidates(text: str) -> None:
-    """Raise InputError for a list of candidates that holds an unusable one."""
-    for scheme in text.split(","):
-        rule = parse_rule(f"*={scheme.strip()}")
-        if rule.scheme == "int8-dynamic":
-            raise InputError("int8-dynamic rounds activations, but a plan only measures weights: use int8")
-
-
 def check_target(
     shapes: Mapping[str, Sequence[int]], anchors: Mapping[str, set[str]], candidates: str, target: Target
 ) -> None:
@@ -181,20 +115,23 @@ def check_target(
         least += group.weights * bits // 8
     size = int(target.bits * weights / 8) if target.bits is not None else target.size
     if size is not None and size < least:
-        raise InputError(
-            f"no plan fits {target}: the least is {least / 1e6:.2f} MB ({8 * least / weights:.2f} bits per weight) and "
-            "scales with these candidates"
-        )
+        raise FieldError(
+            "no plan fits {}: with {candidates} {} the least is {} MB ({} bits per weight) and scales; {}",
+            target, candidates, f"{least / 1e6:.2f}", f"{8 * least / weights:.2f}",
+            ways_out(groups, shapes, size, least),
+        )  # fmt: skip
 
 
 def make_plan(
     groups: list[Group], options: list[list[Option]], target: Target, sizes: tuple[int, int, int],
     joint: Callable[[list[int]], float],
+    ways: Callable[[float, float], str] = lambda size, least: "give other candidates",
 ) -> Plan:  # fmt: skip
     """Choose an option for each group. Raises InputError for an impossible target and names the least possible one.
 
     sizes: bytes of the tensors outside all groups, weights of the whole model, and bytes of the file's header, which
-    count towards a target size. joint: the measured KL of a whole choice.
+    count towards a target size. joint: the measured KL of a whole choice. ways: says what would fit a size in bytes,
+    given the least (quant.planning.ways_out).
     """
     other, weights, header = sizes
     pairs = [[(option.bytes, option.kl) for option in group] for group in options]
@@ -214,13 +151,19 @@ def make_plan(
         if chosen is None and size >= least:  # the frontier rounds sizes up
             chosen = [min(range(len(group)), key=lambda i: group[i][0]) for group in pairs]
         if chosen is None:
-            raise InputError(
-                f"no plan fits {target}: the least is {(least + header) / 1e6:.2f} MB "
-                f"({8 * least / weights:.2f} bits per weight) with these candidates"
-            )
+            raise FieldError(
+                "no plan fits {}: with {candidates} {} the least is {} MB ({} bits per weight); {}",
+                target, tried(options), f"{(least + header) / 1e6:.2f}", f"{8 * least / weights:.2f}",
+                ways(size, least),
+            )  # fmt: skip
         return plan(chosen, joint(chosen))
     assert target.kl is not None
     return plan(*_within_kl(Frontier(pairs, largest), pairs, target.kl, joint))
+
+
+def tried(options: list[list[Option]]) -> str:
+    """All candidates, each once."""
+    return ",".join(dict.fromkeys(option.scheme for group in options for option in group))
 
 
 def _within_kl(

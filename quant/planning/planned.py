@@ -10,7 +10,9 @@ from quant.calibration import Calibration
 from quant.checkpoint import PLANNED, check_unquantized, note_of, write_quantized
 from quant.forms.weights import Weight
 from quant.planning.damage_table import Measurements
-from quant.planning.plan import CANDIDATES, Plan, Target, candidates_of, check_candidates, groups_of, make_plan
+from quant.planning.groups import CANDIDATES, candidates_of, check_candidates, groups_of
+from quant.planning.plan import Plan, Target, make_plan
+from quant.planning.ways_out import ways_out
 from quant.quantize import TensorReport, float_report
 from quant.rules import anchors_of
 from training.checkpoints.checkpoint import load_state
@@ -54,6 +56,7 @@ def save_planned(
     plan = make_plan(
         groups, options, target, sizes,
         lambda chosen: measured.joint(groups, [schemes[g][i] for g, i in enumerate(chosen)]),
+        lambda size, least: ways_out(groups, {name: array.shape for name, array in arrays.items()}, size, least),
     )  # fmt: skip
     plan = replace(plan, calibration=calibration.as_dict())
     quantized = measured.quantized(groups, plan.schemes())

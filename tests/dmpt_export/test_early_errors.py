@@ -75,7 +75,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("quantize {gpt2} {out} --plan {none}", 3, "is missing"),
     ("quantize {gpt2} {out} --plan {gpt2}/config.json", 3, "is not a plan"),
     ("quantize {gpt2} {out} --target-size 1MB", 2, "give some with --calib"),
-    ("quantize {gpt2} {out} --target-size 1KB --calib {text}", 3, "no plan fits 0.001 MB: the least is"),
+    ("quantize {gpt2} {out} --target-size 1KB --calib {text}", 3, "no plan fits 0.001 MB: with --candidates"),
     ("quantize {gpt2} {out} --target-bits 3 --candidates int8 --calib {text}", 3, "no plan fits 3 bits per weight"),
     ("quantize {gpt2} {out} --target-bits 4 --candidates int7 --calib {text}", 2, "unknown scheme 'int7'"),
     ("quantize {gpt2} {out} --target-bits 9 --candidates nf4 --calib {text}", 3, ""),

@@ -1,0 +1,82 @@
+"""Groups of tensors that are stored the same way, and the schemes that each can choose from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from quant.rules import FLOAT, LINEAR, ROWS, Rule, parse_rule
+from quant.schemes import SCHEMES
+from quant.schemes.low_rank import DELTAS
+from training.errors import FieldError, InputError
+
+# Of a group that cannot be deltas to an anchor, the last two are left out.
+CANDIDATES = "int8,int4-gptq:16,int4-gptq:32,int4-gptq:64,int4-gptq:128,delta-r64,delta-r16"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors that are stored the same way."""
+
+    patterns: tuple[str, ...]  # of the rules that match them
+    tensors: tuple[str, ...]
+    weights: int
+    anchor: str | None = None  # for heads that could be stored as deltas to it
+
+    def __str__(self) -> str:
+        return " ".join(self.patterns)
+
+
+def groups_of(shapes: Mapping[str, Sequence[int]], anchors: Mapping[str, set[str]]) -> list[Group]:
+    """Attention and MLP of each block, the embedding (with a tied head), each anchor, and a leaf's other heads.
+
+    anchors: see quant.rules.anchors_of. Trunk first, then paths, then heads.
+    """
+    members: dict[str, list[str]] = {}
+    for name in shapes:
+        if LINEAR.fullmatch(name):
+            block, _, _ = name.partition(".attn." if ".attn." in name else ".mlp.")
+            members.setdefault(f"{block}.{'attn' if '.attn.' in name else 'mlp'}.*", []).append(name)
+        elif ROWS.fullmatch(name):
+            shared = " ".join(sorted(anchors.get(name, ())))
+            members.setdefault(f"deltas to {shared}" if shared in shapes else name, []).append(name)
+    order = sorted(
+        members.items(),
+        key=lambda item: (bool(ROWS.fullmatch(item[1][0])), not item[0].startswith("transformer.")),
+    )
+    groups = []
+    for key, names in order:
+        anchor = key.removeprefix("deltas to ") if key.startswith("deltas to ") else None
+        rows = ROWS.fullmatch(names[0])
+        patterns = tuple(name.removesuffix(".weight") for name in names) if rows else (key,)
+        groups.append(Group(patterns, tuple(names), sum(math.prod(shapes[name]) for name in names), anchor))
+    return groups
+
+
+def candidates_of(group: Group, text: str) -> list[str]:
+    """The schemes of a comma-separated list that can store the group, each once and by name: "8" is int8.
+
+    A number of bits means GPTQ's scheme if there is one, as in rules with calibration text. Raises InputError when
+    no scheme fits.
+    """
+    looked_up = any(ROWS.fullmatch(name) for name in group.tensors)
+
+    def fits(rule: Rule) -> bool:
+        if rule.scheme in DELTAS:
+            return group.anchor is not None
+        return rule.scheme != FLOAT and (SCHEMES[rule.scheme].rows or not looked_up)
+
+    rules = [parse_rule(f"{group.patterns[0]}={scheme.strip()}", calibrated=True) for scheme in text.split(",")]
+    fit = list(dict.fromkeys(str(rule).partition("=")[2] for rule in rules if fits(rule)))
+    if not fit:
+        raise FieldError("none of {candidates} {} can store {}: add int8 or int4", text, group)
+    return fit
+
+
+def check_candidates(text: str) -> None:
+    """Raise InputError for a list of candidates that holds an unusable one."""
+    for scheme in text.split(","):
+        rule = parse_rule(f"*={scheme.strip()}")
+        if rule.scheme == "int8-dynamic":
+            raise InputError("int8-dynamic rounds activations, but a plan only measures weights: use int8")
