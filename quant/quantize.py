@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from quant.calibration import Inputs
 from quant.deltas import groups, quantize_group
@@ -19,6 +18,7 @@ from quant.forms.weights import Weight
 from quant.rules import FLOAT, Rule, is_transposed
 from quant.schemes import SCHEMES
 from training.errors import InputError
+from training.progress import Bar
 
 ERROR_ROWS = 4096  # output rows compared at a time, so that a large embedding is never in memory twice in float
 
@@ -62,7 +62,7 @@ def quantize_tensors(
     deltas = list(groups(plan, anchors))
     late = {name for _, _, names in deltas for name in names}
     total = sum(arrays[name].size for name in plan)
-    with tqdm(total=total, unit=" weights", unit_scale=True, desc="quantize", leave=False, disable=None) as bar:
+    with Bar(total=total, unit=" weights", unit_scale=True, desc="quantize", leave=False) as bar:
 
         def take(name: str, inputs: Inputs | None) -> None:
             bar.set_postfix_str(name)

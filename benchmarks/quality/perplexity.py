@@ -25,6 +25,7 @@ from benchmarks.quality.progress import Findings, fingerprint, key_of
 from benchmarks.quality.protocols import PROTOCOLS, STRIDE_CONCAT, Text, choose_windows, plan
 from benchmarks.quality.scorer import Piece, Scorer, pieces
 from training.errors import InputError, ValidationError
+from training.progress import Bar
 from training.text.sources import FIELD
 from training.text.windows import check_vocabulary, encode_lines
 
@@ -188,7 +189,7 @@ def run(
 ) -> None:
     """The loop: continue filling the findings. A batch always holds the same windows."""
     total = sum(n for _, _, n in windows)
-    with tqdm(total=total, initial=findings.done, desc=f"eval {scorer.name}", unit="tok", disable=None) as bar:
+    with Bar(total=total, initial=findings.done, desc=f"eval {scorer.name}", unit="tok") as bar:
         for first in range(findings.windows, len(windows), batch):
             group = windows[first : first + batch]
             asked = [(ids[start : stop - 1], n) for start, stop, n in group]

@@ -28,6 +28,7 @@ from benchmarks.speed.processes import Worker, WorkerFailed, worker
 from benchmarks.speed.results import Speed
 from runtime.manifest_file import read_manifest
 from training.errors import InputError
+from training.progress import Bar
 
 DMPT_ONNX = "benchmarks.peers.adapters.dmpt_onnx"
 SEED = 0  # of the random prompt, used without a text
@@ -173,7 +174,7 @@ def play(
 ) -> dict[str, dict[Case, list[dict[str, Any]]]]:
     """The interleaved schedule: for each worker that survives, its replies by test, without the warm-up."""
     turns: dict[str, dict[Case, list[dict[str, Any]]]] = {name: {case: [] for case in tests} for name in workers}
-    with tqdm(total=(1 + repetitions) * len(workers) * len(tests), desc="bench", unit="turn", disable=None) as bar:
+    with Bar(total=(1 + repetitions) * len(workers) * len(tests), desc="bench", unit="turn") as bar:
         for number in range(1 + repetitions):
             if memory is not None and number > 1 and turns:
                 with crashed.noted(last := [*turns][-1]):

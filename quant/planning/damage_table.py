@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from quant.calibration import Calibration, Inputs, observe
 from quant.deltas import quantize_group
@@ -34,6 +33,7 @@ from training.checkpoints.atomic import atomic_file
 from training.checkpoints.checkpoint import model_from_tensors
 from training.model.config import DMPTConfig
 from training.model.generation import DMPTForCausalLM
+from training.progress import Bar
 
 DAMAGE_TOKENS = 1024  # tokens of the calibration text that damage is measured on
 LOGITS = 2**28  # at most this many log-probs in memory (1 GB): fewer tokens for a larger vocabulary
@@ -63,7 +63,7 @@ class Measurements:
         """Measure every candidate of every group alone, with a progress bar and an estimate of the time left."""
         pairs = [(group, scheme) for group, schemes in zip(groups, candidates, strict=True) for scheme in schemes]
         wanted = [pair for pair in pairs if key(*pair) not in self.known]
-        with tqdm(total=len(wanted), desc="measure damage", unit=" groups", leave=False, disable=None) as bar:
+        with Bar(total=len(wanted), desc="measure damage", unit=" groups", leave=False) as bar:
             for group, scheme in self._quantized(wanted):
                 bar.set_postfix_str(key(group, scheme))
                 tensors = (
@@ -193,7 +193,7 @@ def with_damage(
 ) -> list[TensorReport]:
     """The reports with the KL of each quantized tensor alone, all others float; a progress bar on a terminal."""
     damage, out = damage_on(model, calibration), []
-    for report in tqdm(reports, desc="measure damage", unit=" tensors", leave=False, disable=None):
+    for report in Bar(reports, desc="measure damage", unit=" tensors", leave=False):
         form = form_of(weights[report.name])
         if not form.is_float:
             report = replace(report, kl=damage.of({report.name: form.dequantize()}))

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from training.loop.losses import Across, alone
 from training.loop.objective import Loss
+from training.progress import Bar
 
 COLLAPSED = 0.05  # warn about a path below this share of the tokens ...
 PATIENCE = 3  # ... for this many log lines in a row
@@ -69,7 +70,7 @@ class Watcher:
         self, out: Path, leaves: list[str], total: int, start: int, title: str | None, main: bool, board: bool
     ) -> None:
         self.leaves, self.main, self.path = leaves, main, out / "metrics.jsonl"
-        self.bar: tqdm[Any] = tqdm(
+        self.bar: tqdm[Any] = Bar(
             total=total, initial=start, desc=title, unit="step", disable=None if main and title else True, leave=True
         )
         self.low = dict.fromkeys(leaves, 0)  # consecutive log lines with a nearly unused leaf

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from tqdm import tqdm
 
 from training.checkpoints.atomic import atomic_file
 from training.errors import InputError
 from training.model.fields import tokens
+from training.progress import Bar
 from training.text.sources import FIELD, content_hash, read_lines
 from training.text.tokenizer import END_OF_TEXT, prefix_ids
 
@@ -83,7 +83,7 @@ def token_chunks(
     items = [sources] if isinstance(sources, (str, Path)) else list(sources)
     total = sum(os.path.getsize(item) for item in items if isinstance(item, Path) and item.is_file())
     bar: dict[str, Any] = {"desc": "tokenising", "unit": "B", "unit_scale": True, "delay": SHORT_S}
-    with tqdm(total=total or None, disable=None, **bar) as progress:
+    with Bar(total=total or None, **bar) as progress:
         batch: list[str] = []
         for item in items:
             for line in read_lines(item, progress, field) if isinstance(item, Path) else _lines(item):
