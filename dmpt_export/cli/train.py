@@ -20,21 +20,29 @@ class TrainCommand(click.Command):
         return super().get_params(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from training.cli.parameters import SECTIONS
+        from training.cli.parameters import ABOUT, COMMON, SECTIONS
 
-        title = "Options"
-        rows: list[tuple[str, str]] = []
+        every = bool(ctx.meta.get("all options"))
+        helps = {"help", "help_all", "_click_default_help"}  # the last as click 8.2 calls it
+        sections: dict[str, list[tuple[str, str]]] = {}
+        title, left_out = "", 0
         for parameter in self.get_params(ctx):
-            if parameter.name in SECTIONS or parameter.name == "help":
-                if rows:
-                    with formatter.section(title):
-                        formatter.write_dl(rows)
-                title, rows = SECTIONS.get(parameter.name or "", "Other"), []
+            title = "Other" if parameter.name in helps else SECTIONS.get(parameter.name or "", title)
             record = parameter.get_help_record(ctx)
-            if record is not None and isinstance(parameter, click.Option):
-                rows.append(record)
-        with formatter.section(title):
-            formatter.write_dl(rows)
+            if record is None or not isinstance(parameter, click.Option):
+                continue
+            if every or parameter.name in COMMON | helps:
+                sections.setdefault(title, []).append(record)
+            else:
+                left_out += 1
+        for title, rows in sorted(sections.items(), key=lambda item: item[0] == "Other"):
+            with formatter.section(title):
+                if every and title in ABOUT:
+                    formatter.write_text(ABOUT[title])
+                formatter.write_dl(rows)
+        if left_out:
+            formatter.write_paragraph()
+            formatter.write_text(f"--help-all shows {left_out} more options, with what they do.")
         from training.cli.recipes import described
 
         with formatter.section("Recipes"):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dmpt_export.cli.main import main
+from training.cli.parameters import ABOUT, COMMON, SECTIONS, parameters
 
 HEAVY = ("torch", "transformers", "accelerate", "safetensors", "onnx", "onnx_ir", "onnxruntime")
 
@@ -218,6 +219,23 @@ def test_the_help_of_train_says_what_recipes_hold(capsys: pytest.CaptureFixture[
     for name, steps in (("deployed", "steps set by --epochs or --max-steps"), ("quad", "2 phases, 42,000 steps")):
         assert f"{name} " in said.partition("Recipes:")[2]
         assert f"[{steps}]" in said
+
+
+def test_the_help_of_train_shows_what_people_use_and_help_all_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    short = capsys.readouterr().out
+    assert main(["train", "--help-all"]) == 0
+    whole = capsys.readouterr().out
+    options = [name for parameter in parameters() for name in parameter.opts[:1] if name.startswith("--")]
+    missing = [name for name in options if f"  {name}" not in whole and f", {name}" not in whole]
+    assert missing == []
+    used = [name for name in options if f"  {name}" in short]
+    assert 18 <= len(used) <= 26
+    assert f"--help-all shows {len(options) - len(used)} more options" in short
+    assert "--gold-aux-coef teaches gates" in " ".join(whole.split())
+    assert "--help" in short.replace("--help-all", "")
+    assert set(ABOUT) <= set(SECTIONS.values())
+    assert {parameter.name for parameter in parameters()} >= COMMON
 
 
 def test_phases_are_named_on_a_terminal_alone(

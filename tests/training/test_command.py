@@ -84,6 +84,8 @@ def test_a_new_gpt2_can_be_started_from_nothing(tokenizer_folder: Path, text: st
     assert (config.n_layer, config.n_embd, config.n_positions, config.vocab_size) == (2, 16, 32, 300)
     assert config.splits == []
     assert config.tie_word_embeddings
+    given = options_of(out)  # defaults that fit random weights, unless the command line says otherwise
+    assert (given["head_lr"], given["freeze_head0_steps"], given["tether_coef"]) == (6e-4, 0, 0.0)
 
 
 def test_a_recipe_trains_its_phases_and_the_command_line_wins(tiny_gpt2: Path, text: str, tmp_path: Path) -> None:
@@ -154,7 +156,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 
 def test_help_needs_no_torch() -> None:
     code = (
-        "import sys\nfrom dmpt_export.cli.main import main\nassert main(['train', '--help']) == 0\n"
+        "import sys\nfrom dmpt_export.cli.main import main\nassert main(['train', '--help-all']) == 0\n"
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

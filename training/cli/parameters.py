@@ -29,6 +29,29 @@ SECTIONS = {
     "bf16": "Machine",
 }
 
+# What `train --help` shows; --help-all shows all of them, with ABOUT each section.
+COMMON = {
+    "data", "eval_data", "tokenizer", "resume", "overwrite", "recipe", "splits", "heads", "from_scratch", "n_layer",
+    "n_embd", "n_head", "n_positions", "epochs", "max_steps", "max_length", "batch_size", "seed", "lr", "head_lr",
+    "eval_every", "save_every", "bf16",
+}  # fmt: skip
+ABOUT = {
+    "Converting a GPT-2 to a DMPT first": "As `dmpt-export init`; nothing is converted without --splits, --heads or a "
+    "recipe that has them.",
+    "Training from scratch": "A new GPT-2. Defaults then: --lr, --head-lr and --gate-lr 6e-4, --warmup-steps 200, "
+    "--max-length the context, --freeze-head0-steps 0, --tether-coef 0.",
+    "Optimizer": "Blocks, heads and gates have learning rates of their own. Small models need larger ones than these, "
+    "which the original project chose for GPT-2 small.",
+    "Training loss": "The loss is the mean negative log-likelihood plus coefficient times term for each term below; a "
+    "coefficient of 0 leaves its term out. --lb-coef keeps both paths in use, --gold-aux-coef teaches gates which path "
+    "predicts better, --tether-coef keeps paths near the GPT-2 they came from, --head-lb-coef and --head-entropy-coef "
+    "keep all heads in use.",
+    "Model settings": "Stored in the model; they change what it computes. --head-topk mixes only the heads with the "
+    "largest weights.",
+    "Freezing": "Frozen parameters keep their values. Head 0 is frozen at first, because it starts as GPT-2's own.",
+    "Logging and saving": "OUT/metrics.jsonl gets a line per --log-every steps; OUT/last is what --resume continues.",
+}
+
 
 def parameters() -> list[click.Parameter]:
     """Arguments and options. Underscores and dashes in option names are equivalent."""
@@ -37,6 +60,8 @@ def parameters() -> list[click.Parameter]:
     option = click.Option
     # fmt: off
     return [
+        click.Option(["--help-all"], is_flag=True, is_eager=True, expose_value=False, callback=_help_all,
+                     help="Show all options, with what they do, and exit."),
         click.Argument(["model_argument"], required=False, metavar="[MODEL]"),
         click.Argument(["out_argument"], required=False, type=path, metavar="[OUT]"),
         option(["--model", "--pretrained-model", "--init-from-dual", "model"], metavar="MODEL", help="Same as MODEL."),
@@ -61,7 +86,8 @@ def parameters() -> list[click.Parameter]:
         option(["--head-allocation"], type=path, metavar="FILE.json", help="As in init: the heads of each leaf."),
         option(["--use-head-mixture/--no-use-head-mixture"], default=None, help="no: a single head per leaf."),
         option(["--gate-hidden"], **size, default=256, show_default=True, help="As in init: width of the gates."),
-        option(["--from-scratch"], is_flag=True, help="Start from a new GPT-2 with random weights instead of MODEL."),
+        option(["--from-scratch"], is_flag=True, help="Start from a new GPT-2 with random weights instead of MODEL; "
+               "sets other defaults (see --help-all)."),
         option(["--n-layer"], **size, default=12, show_default=True, help="Number of its blocks."),
         option(["--n-embd"], **size, default=768, show_default=True, help="Its width."),
         option(["--n-head"], **size, default=12, show_default=True, help="Number of its attention heads."),
@@ -69,6 +95,13 @@ def parameters() -> list[click.Parameter]:
         *(_option(field) for field in fields(TrainOptions)),
     ]
     # fmt: on
+
+
+def _help_all(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if value:
+        context.meta["all options"] = True
+        click.echo(context.get_help())
+        context.exit()
 
 
 def _no_verify(context: click.Context, _parameter: click.Parameter, value: bool) -> None:

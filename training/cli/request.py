@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 PHASE = "phase-{}"  # folder of a recipe's phase, by its number from 1
 DEFAULT_TEXTS = {"data": ["wikitext-103"], "eval_data": ["wikitext-103:validation"]}
 
+# Learning rate and warm-up as usual for GPT-2 small and smaller; there is no trained head to stay near.
+SCRATCH: dict[str, Any] = {
+    "lr": 6e-4, "head_lr": 6e-4, "gate_lr": 6e-4, "warmup_steps": 200, "freeze_head0_steps": 0, "tether_coef": 0.0,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Found:
@@ -100,7 +105,8 @@ class TrainRequest:
         saved = {} if resumed is None or len(recipe.phases) > 1 else saved_state(resumed)
         about = self.texts(saved.get("about", {"model": self.model}))
         phases = [
-            TrainOptions.from_dict(saved.get("options", {}) | phase | chosen, "the run") for phase in recipe.phases
+            TrainOptions.from_dict(self.usual() | saved.get("options", {}) | phase | chosen, "the run")
+            for phase in recipe.phases
         ]
         if resumed is None:
             check_run(out, self.overwrite)
@@ -120,6 +126,10 @@ class TrainRequest:
         default = vars(TrainOptions())
         given = {n for n, v in vars(self.options).items() if v != default[n]} if self.given is None else self.given
         return {name: getattr(self.options, name) for name in given}
+
+    def usual(self) -> dict[str, Any]:
+        """Defaults of a model with random weights, which those of fine-tuning do not suit."""
+        return SCRATCH | {"max_length": self.n_positions} if self.from_scratch else {}
 
     def place(self) -> Path:
         """The run's folder. Raises OptionError when it or the model is missing."""
