@@ -181,7 +181,7 @@ def checkpoint_shape(source: str | Path) -> dict[str, int]:
 def peers_of(
     source: str | None, pythons: Mapping[str, str], asked: Collection[str] = ()
 ) -> tuple[list[Entry], list[str]]:
-    """Every installed peer in each of its schemes on the GPT-2 at `source`, and lines on how to install the others.
+    """Every installed peer in each of its schemes on the GPT-2 at `source`, and a line on how to install the others.
 
     source: None for no rows. asked: peers that already have rows, which report missing packages themselves.
     """
@@ -192,10 +192,10 @@ def peers_of(
         except WorkerFailed as error:
             raise InputError(str(error)) from error
         if lacking and name not in asked:
-            absent.append(f"{name} is not measured: {registry.absence(peer, lacking)}")
+            absent.append(f"{name} ({peer.install})")
         elif source and not lacking:
             found += [Entry(f"{name} {scheme}", source, scheme=scheme, peer=name) for scheme in peer.schemes]
-    return found, absent
+    return found, [f"Peers that are not installed: {'; '.join(absent)}."] if absent else []
 
 
 def check(entries: list[Entry], out: str | Path | None) -> int:

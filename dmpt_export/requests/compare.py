@@ -147,8 +147,7 @@ def with_peers(named: Found, source: str | None) -> tuple[list[Entry], list[str]
         known = {(entry.peer, entry.scheme, entry.path) for entry in named.entries}
         new = (entry for entry in found if (entry.peer, entry.scheme, entry.path) not in known)
         return [*named.entries, *new], absent
-    here = "No other runtime was measured: --peers GPT2 adds the installed ones."
-    return named.entries, [here, *absent]
+    return named.entries, []
 
 
 def bench_rows(file: str) -> list[dict[str, Any]]:

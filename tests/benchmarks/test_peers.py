@@ -104,7 +104,7 @@ def test_a_peer_that_fails_is_a_row_that_says_why(tiny_gpt2: Path, text: Path) -
 def test_absent_peers_are_listed_with_how_to_get_them(tiny_gpt2: Path) -> None:
     found, absent = peers_of(str(tiny_gpt2), {})
     assert [entry.name for entry in found] == [f"here {GOOD}", f"here {DIES}"]
-    assert absent == ["gone is not measured: it lacks no-such-package; pip install gone"]
+    assert absent == ["Peers that are not installed: gone (pip install gone)."]
     assert absent[0] in Comparison([], [], [], absent=absent).as_markdown()
     assert peers_of(None, {}) == ([], absent)
     assert peers_of(None, {}, asked={"gone"}) == ([], [])

@@ -271,11 +271,36 @@ def test_workers_find_the_package_whatever_the_folder() -> None:
     assert (processes.ROOT / "benchmarks" / "speed" / "worker.py").is_file()
 
 
-def test_another_interpreter_needs_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "ROOT", Path("/venv/lib/python3.12/site-packages"))
-    with pytest.raises(WorkerFailed, match="A: peers need a checkout: /venv/") as failed, worker("A", "/other/python"):
-        pass
-    assert failed.value.exit_code == 3
+def test_another_interpreter_sees_only_our_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installed from a wheel, the packages lie beside all others of this Python."""
+    site = tmp_path / "lib" / "site-packages"
+    site.mkdir(parents=True)
+    for name in processes.OURS:
+        (site / name).symlink_to(processes.ROOT / name)
+    (site / "numpy").mkdir()
+    (site / "numpy" / "__init__.py").write_text("raise ImportError('of the other Python')")
+    monkeypatch.setattr(processes, "ROOT", site)
+    processes.our_packages.cache_clear()
+    other = tmp_path / "python"  # another interpreter, as far as the path tells
+    other.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    other.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    with worker("A", str(other)) as w:
+        assert w.ask(do="versions", packages=["numpy"])["numpy"] == np.__version__
+    assert {path.name for path in processes.our_packages().iterdir()} == set(processes.OURS)
+    processes.our_packages.cache_clear()
+
+
+def test_standard_error_is_shown_only_by_a_worker_that_fails(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    noisy = tmp_path / "python"
+    noisy.write_text(f'#!/bin/sh\necho "a warning of the peer" >&2\nexec {sys.executable} "$@"\n')
+    noisy.chmod(0o755)
+    with worker("A", str(noisy)) as w:
+        w.ask(do="versions", packages=[])
+    assert capfd.readouterr().err == ""
+    with pytest.raises(WorkerFailed), worker("A", str(noisy)) as w:
+        w.ask(do="load", adapter="no.such.module", path="", threads=1, device="cpu")
+    assert "A wrote:\na warning of the peer" in capfd.readouterr().err
 
 
 def test_an_interpreter_that_is_not_there_is_one_line() -> None:
