@@ -12,7 +12,7 @@ from dmpt_export.extras import require
 
 @click.command("demo", short_help="Train, quantize, export, run and compare small models.")
 @click.option("--out", type=click.Path(file_okay=True, path_type=Path), default=Path("demo-out"), show_default=True,
-              help="Folder for all results; an earlier demo there is replaced.")  # fmt: skip
+              help="Folder for all results; a stopped demo there goes on, a finished one is replaced.")  # fmt: skip
 @click.option("--data", multiple=True, type=click.Path(path_type=Path), metavar="FILE",
               help="Text to train and test on instead (plain, .xz, .gz); may be repeated.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True,

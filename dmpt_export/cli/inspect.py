@@ -15,10 +15,12 @@ from dmpt_export.requests.sources import check_model, is_exported
 @click.command("inspect", short_help="Show a model's tree, parts, sizes and bits.")
 @click.argument("model")
 @click.option("--data", metavar="FILE", help="Text to measure path usage and head weights on.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(model: str, data: str | None, as_json: bool) -> None:
-    """Show the parts of MODEL: the tree of paths, parameters, bytes and bits of each part, the storage of each tensor,
-    and for an ONNX folder its operators; with --data also path usage and head weights on a text's first 4096 tokens.
+@click.option("--all", "full", is_flag=True, help="Show each tensor and operator too.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with everything.")
+def command(model: str, data: str | None, full: bool, as_json: bool) -> None:
+    """Show the parts of MODEL: the tree of paths, parameters, bytes and bits of each part, and how much is stored in
+    which form; with --all each tensor and, for an ONNX folder, its operators; with --data also path usage and head
+    weights on a text's first 4096 tokens.
 
     MODEL is a DMPT folder, a quantized folder, an ONNX folder, or a GPT-2 folder or hub id; an ONNX folder
     is read without torch.
@@ -45,7 +47,7 @@ def command(model: str, data: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({**summary, "usage": used} if used else summary))
     else:
-        click.echo("\n".join([as_text(summary), *(["", *usage_lines(used)] if used else [])]))
+        click.echo("\n".join([as_text(summary, full=full), *(["", *usage_lines(used)] if used else [])]))
 
 
 def follow(model: str, text: str) -> dict[str, Any]:

@@ -6,22 +6,22 @@ corpus -> tokenizer -> base GPT-2 --+--> fine-tuned GPT-2 --------+--> int8, int
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dmpt_export import __version__
 from dmpt_export.demo.corpus import Corpus, documentation_corpus, text_corpus
+from dmpt_export.demo.folder import begin, check_out, finish, publish, write
 from dmpt_export.demo.settings import Settings
 from training.errors import FieldError
 from training.text.sources import read_text
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
     from training.loop.options import TrainOptions
     from training.model.generation import DMPTForCausalLM
 
-MARKER = "demo.json"  # marks a folder as a demo's
-FOLDERS = ("corpus", "tokenizer", "checkpoints", "quantized", "onnx")
-RESULTS = ("comparison.json", "comparison.md", "comparison.csv", "comparison.svg", "report.html")
 BASE, TUNED, INIT, DMPT = "gpt2-base", "gpt2-tuned", "dmpt-init", "dmpt"  # checkpoints, in the order they are made
 LABELS = {BASE: "GPT-2 base", TUNED: "GPT-2 fine-tuned", DMPT: "DMPT"}
 N_STAGES = 9
@@ -77,7 +74,9 @@ class Demo:
         with self.heading(f"Text written by the {self.settings.schemes[0]} DMPT through ONNX Runtime"):
             self.generate(corpus.held_out)
         with self.heading("Comparison on held-out text"):
-            return self.compare(texts)
+            result = self.compare(texts)
+        finish(self.out, self.record(corpus))
+        return result
 
     @contextmanager
     def heading(self, title: str) -> Iterator[None]:
@@ -104,9 +103,8 @@ class Demo:
                 "{data}",
                 f"{len(train):,}", f"{len(held_out):,}", self.settings.context,
             )  # fmt: skip
-        clear(self.out)
-        marker = {"version": __version__, "seed": self.seed, **asdict(self.settings)}
-        write(self.out / MARKER, json.dumps(marker, indent=1) + "\n")
+        if begin(self.out, self.record(corpus)):
+            say(f"      going on with the demo that was stopped in {self.out}")
         write(self.out / "tokenizer" / "tokenizer.json", tokenizer.to_str())
         train_file, held_out_file = (self.out / "corpus" / name for name in ("train.txt", "held_out.txt"))
         write(train_file, corpus.train)
@@ -116,6 +114,12 @@ class Demo:
             f"{len(held_out):,} held out, {len(corpus.train.encode()) / len(train):.2f} bytes per token"
         )
         return Texts(train_file, held_out_file, train, held_out)
+
+    def record(self, corpus: Corpus) -> dict[str, Any]:
+        """What a run depends on, as JSON gives it back; a stopped run goes on only where all of it is the same."""
+        text = hashlib.sha256(f"{len(corpus.train)} {corpus.train}{corpus.held_out}".encode()).hexdigest()
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self.settings)))
+        return {"version": __version__, "seed": self.seed, "text_sha256": text, **values}
 
     # --- models -------------------------------------------------------------------------------
 
@@ -167,15 +171,20 @@ class Demo:
         from training.loop.trainer import Extras, train
 
         folder = self.checkpoint(name)
+        goes_on = (folder / "last").is_dir()
+        if (folder / "config.json").is_file() and not goes_on:
+            say(f"      {name}: trained before the demo was stopped")
+            return
         try:
             extras = Extras(self.out / "tokenizer", title=name)
-            result = train(model, texts.train_tokens, options, folder, extras=extras)
-        except Interrupted:  # its message is about resuming `train`, but the demo starts from the beginning
+            result = train(model, texts.train_tokens, options, folder, resume=goes_on, extras=extras)
+        except Interrupted:  # its message is about `train`
+            say("      the training so far is saved: the same command goes on from here")
             raise KeyboardInterrupt from None
         shutil.rmtree(folder / "last")
         say(
-            f"      {name}: {model.num_parameters():,} parameters, {result.tokens:,} tokens in "
-            f"{result.seconds:.0f} s ({result.tokens / result.seconds:,.0f} tokens/s), training loss {result.loss:.3f}"
+            f"      {name}: {model.num_parameters():,} parameters, {result.tokens:,} tokens, {result.seconds:.0f} s, "
+            f"training loss {result.loss:.3f}"
         )
 
     # --- artefacts ----------------------------------------------------------------------------
@@ -186,6 +195,8 @@ class Demo:
         for name in (TUNED, DMPT):
             for scheme in self.settings.schemes:
                 out = self.out / "quantized" / f"{name}-{scheme}"
+                if out.exists():
+                    continue
                 reports = save_quantized(self.checkpoint(name), out, scheme)
                 before, after = (sum(getattr(r, f) for r in reports) for f in ("bytes_before", "bytes_after"))
                 say(f"      {out.name}: {before / 1e6:.1f} -> {after / 1e6:.1f} MB")
@@ -203,6 +214,8 @@ class Demo:
         from dmpt_export.onnx.export import export_onnx
 
         for name, scheme, source in self.variants():
+            if self.exported(name, scheme).exists():
+                continue
             manifest = export_onnx(source, self.exported(name, scheme))
             say("      " + report(manifest, f"{name}-{scheme}").replace("\n", "\n        "))
 
@@ -256,36 +269,3 @@ def opening(text: str) -> str:
     """The first words of the first line that looks like a sentence."""
     lines = [line for line in text.split("\n") if len(line.split()) >= 12 and line[0].isupper()]
     return " ".join((lines or text.split("\n"))[0].split()[:5])
-
-
-def check_out(out: Path) -> None:
-    """Raise InputError unless `out` is absent, empty, or an earlier demo's folder."""
-    from training.checkpoints.places import check_place
-
-    check_place(out)
-    if out.exists() and not out.is_dir():
-        raise FieldError("{} is a file: give a folder with {out}", out)
-    if out.is_dir() and any(out.iterdir()) and not (out / MARKER).is_file():
-        raise FieldError("{} is not empty and was not made by `dmpt-export demo`: give another folder with {out}", out)
-
-
-def clear(out: Path) -> None:
-    """Remove the files of an earlier demo, and nothing else."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name in FOLDERS:
-        shutil.rmtree(out / name, ignore_errors=True)
-    for name in RESULTS:
-        (out / name).unlink(missing_ok=True)
-
-
-def write(file: Path, text: str) -> None:
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(text, encoding="utf-8")
-
-
-def publish(write: Callable[[Path], None], out: Path) -> None:
-    """Call `write` with a temporary folder inside `out`, then move its files up, each in one step."""
-    with tempfile.TemporaryDirectory(dir=out, prefix=".comparison-") as folder:
-        write(Path(folder))
-        for file in sorted(Path(folder).iterdir()):
-            os.replace(file, out / file.name)

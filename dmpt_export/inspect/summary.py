@@ -63,8 +63,8 @@ def _common(manifest: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def as_text(summary: dict[str, Any]) -> str:
-    """The summary as text: the tree, then a table of parts."""
+def as_text(summary: dict[str, Any], *, full: bool = False) -> str:
+    """The summary as text: the tree, a table of parts and one of storage; in `full` also each tensor and operator."""
     config, parameters = summary["config"], summary["parameters"]
     lines = [
         f"{summary['name']}: {summary['kind']}, weights {summary['scheme']}, {config['n_layer']} blocks deep, "
@@ -78,20 +78,37 @@ def as_text(summary: dict[str, Any]) -> str:
         lines.append(_row(part, counts["parameters"], counts["bytes"]))
     lines.append(_row("total", parameters["total"], summary["bytes"]))
     lines.append(_row("touched per token", parameters["touched_per_token"], summary["bytes_touched_per_token"]))
-    lines += ["", *_tensor_lines(summary["tensors"])]
-    if operators := summary.get("operators"):
-        lines += ["", *_operator_lines(operators)]
-    elif summary["kind"] == "onnx":
+    lines += ["", *_storage_lines(summary["tensors"])]
+    if full:
+        lines += ["", *_tensor_lines(summary["tensors"])]
+        if operators := summary.get("operators"):
+            lines += ["", *_operator_lines(operators)]
+    if summary["kind"] == "onnx" and not summary["operators"]:
         lines += ["", "to show operators, and tensors stored as floats: pip install onnx"]
     return "\n".join(lines)
+
+
+def _storage_lines(tensors: dict[str, dict[str, Any]]) -> list[str]:
+    """What is stored in which form, the largest first."""
+    groups: dict[str, list[int]] = {}
+    for tensor in tensors.values():
+        groups.setdefault(_stored(tensor), []).append(tensor["bytes"])
+    rows = sorted(groups.items(), key=lambda row: -sum(row[1]))
+    return [
+        f"{'stored as':<28}{'tensors':>14}{'MB':>10}",
+        *(f"{stored:<28}{len(sizes):>14,}{sum(sizes) / 1e6:>10.2f}" for stored, sizes in rows),
+    ]
+
+
+def _stored(tensor: dict[str, Any]) -> str:
+    return tensor["scheme"] + (f":{tensor['block']}" if tensor["block"] else "")
 
 
 def _tensor_lines(tensors: dict[str, dict[str, Any]]) -> list[str]:
     """Storage of tensors, one line for those that differ only in their block."""
     groups: dict[tuple[str, str], list[int]] = {}
     for name, tensor in tensors.items():
-        stored = tensor["scheme"] + (f":{tensor['block']}" if tensor["block"] else "")
-        groups.setdefault((BLOCK.sub(".h.*.", name), stored), []).append(tensor["bytes"])
+        groups.setdefault((BLOCK.sub(".h.*.", name), _stored(tensor)), []).append(tensor["bytes"])
     lines = [f"{'tensors':<42}{'stored as':<18}{'bits':>4}{'count':>7}{'MB':>10}"]
     bits = {tensor["scheme"]: tensor["bits"] for tensor in tensors.values()}
     for (name, stored), sizes in groups.items():

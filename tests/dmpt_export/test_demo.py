@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from dmpt_export.cli import main as cli
-from dmpt_export.demo import pipeline
+from dmpt_export.demo import folder
 from dmpt_export.demo.pipeline import Demo, opening
 from dmpt_export.demo.settings import Settings
 from training.checkpoints.checkpoint import load_state, read_config
@@ -61,7 +62,7 @@ def test_every_row_is_measured(made: Path) -> None:
 
 
 def test_only_results_stay(made: Path) -> None:
-    assert sorted(p.name for p in made.iterdir()) == sorted([pipeline.MARKER, *pipeline.FOLDERS, *pipeline.RESULTS])
+    assert sorted(p.name for p in made.iterdir()) == sorted([folder.MARKER, *folder.FOLDERS, *folder.RESULTS])
     assert not list(made.rglob("trainer_state"))
     assert len(list((made / "onnx").iterdir())) == len(ROWS)
 
@@ -124,6 +125,70 @@ def test_running_again_replaces_its_own_and_keeps_the_rest(
     assert not (out / "onnx").exists()
     assert not (out / "comparison.json").exists()
     assert (out / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("stage", ["gpt2-base", "gpt2-tuned", "dmpt", "export"])
+def test_a_stopped_demo_goes_on_and_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: Path, made: Path, stage: str
+) -> None:
+    from dmpt_export.onnx import export
+    from training.loop.trainer import Trainer
+
+    steps: dict[str, int] = {}
+    step, export_onnx = Trainer.step, export.export_onnx
+
+    def counted(self: Trainer) -> float:
+        name = self.out.name
+        steps[name] = steps.get(name, 0) + 1
+        if (name, steps[name]) == (stage, 2):
+            signal.raise_signal(signal.SIGINT)
+        return step(self)
+
+    def stopped(source: Path, out: Path) -> None:
+        if out.name == "dmpt-fp32" and not (tmp_path / "again").exists():
+            (tmp_path / "again").touch()
+            raise KeyboardInterrupt
+        return export_onnx(source, out)
+
+    monkeypatch.setattr(Trainer, "step", counted)
+    if stage == "export":
+        monkeypatch.setattr(export, "export_onnx", stopped)
+    monkeypatch.setattr(Demo, "generate", lambda self, *args: None)
+    monkeypatch.setattr(Demo, "compare", lambda self, *args: None)
+    with pytest.raises(KeyboardInterrupt):
+        Demo(tmp_path / "out", [text], seed=3, settings=TINY).run()
+    Demo(tmp_path / "out", [text], seed=3, settings=TINY).run()
+    assert steps == {"gpt2-base": TINY.base_steps, "gpt2-tuned": TINY.tune_steps, "dmpt": TINY.tune_steps}
+    for name in ("gpt2-tuned", "dmpt"):
+        for room in (
+            "checkpoints/{}/model.safetensors",
+            "quantized/{}-int4/model.safetensors",
+            "onnx/{}-int8/model.onnx",
+        ):
+            file = room.format(name)
+            assert (tmp_path / "out" / file).read_bytes() == (made / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("change", ["seed", "settings", "text", "finished"])
+def test_another_demo_does_not_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: Path, change: str) -> None:
+    def stopped(self: Demo) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("train_models", "export", "generate", "compare"):
+        monkeypatch.setattr(Demo, name, lambda self, *args: None)
+    monkeypatch.setattr(Demo, "quantize", stopped)
+    out, other = tmp_path / "out", tmp_path / "other.txt"
+    other.write_text(text.read_text() + "One more line of the mill by the river and the evening tide.\n")
+    with pytest.raises(KeyboardInterrupt):
+        Demo(out, [text], seed=3, settings=TINY).run()
+    (out / "onnx").mkdir()
+    monkeypatch.setattr(Demo, "quantize", lambda self: None)
+    if change == "finished":
+        Demo(out, [text], seed=3, settings=TINY).run()
+        assert (out / "onnx").exists()
+    settings = TINY.scaled(2) if change == "settings" else TINY
+    Demo(out, [other if change == "text" else text], seed=4 if change == "seed" else 3, settings=settings).run()
+    assert not (out / "onnx").exists()
 
 
 def test_a_folder_that_is_no_demo_is_refused(tmp_path: Path, text: Path) -> None:

@@ -129,12 +129,27 @@ def test_usage_against_a_slow_reference(tiny_quad: Path, text: str, capsys: pyte
 
 
 def test_people_see_it_too(folders: dict[str, str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", folders["onnx-int8"], "--data", text]) == 0
+    assert main(["inspect", folders["onnx-int8"], "--data", text, "--all"]) == 0
     shown = capsys.readouterr().out
     for words in ("MatMulNBits", "branches", "int8:32", ".h.*.mlp.c_fc.weight", "% of tokens", "another path"):
         assert words in shown
     assert main(["inspect", folders["checkpoint"], "--data", text]) == 0
     assert "heads 0: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["checkpoint-8", "onnx-8-int8", "onnx-quad"])
+def test_without_all_it_fits_on_a_screen(
+    name: str, folders: dict[str, str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", folders[name], "--data", text]) == 0
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) <= 40
+    assert ".h.*" not in shown
+    assert main(["inspect", folders[name], "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    stored = shown.split("stored as")[1].split("\n\n")[0].splitlines()[1:]
+    assert sum(int(line.split()[1].replace(",", "")) for line in stored) == len(found["tensors"])
+    assert {line.split()[0].split(":")[0] for line in stored} == {t["scheme"] for t in found["tensors"].values()}
 
 
 def test_without_onnx_and_torch_the_rest_is_shown(folders: dict[str, str], text: str) -> None:
