@@ -44,9 +44,9 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def install(extra: str) -> str:
-    """The command that adds an extra of this project.
+    """The command that adds an extra to this installed package, which pip then takes from no index.
 
     >>> install("cpu")
-    "pip install '.[cpu]' in the checkout of dmpt-export"
+    "pip install 'dmpt-export[cpu]'"
     """
-    return f"pip install '.[{extra}]' in the checkout of dmpt-export"
+    return f"pip install 'dmpt-export[{extra}]'"

@@ -79,9 +79,9 @@ def usage() -> Iterator[None]:
 
 
 def install(*extras: str) -> str:
-    """The command that installs extras of this project from a checkout: it is in no package index.
+    """The command that adds extras to this installed package, which pip then takes from no index.
 
     >>> install("train", "cpu")
-    "pip install '.[train,cpu]' in the checkout of dmpt-export"
+    "pip install 'dmpt-export[train,cpu]'"
     """
-    return f"pip install '.[{','.join(extras)}]' in the checkout of dmpt-export"
+    return f"pip install 'dmpt-export[{','.join(extras)}]'"

@@ -55,7 +55,7 @@ def command(as_json: bool, verbose: bool, echo: bool, **fields: Any) -> None:
     """Continue PROMPT (default: standard input) with the exported folder MODEL.
 
     The new text is streamed to stdout, everything else goes to stderr. Needs neither torch nor Transformers:
-    pip install '.[cpu]' in a checkout is enough.
+    the extra [cpu] is enough.
 
     \b
     Examples:

@@ -190,14 +190,16 @@ class Demo:
     # --- artefacts ----------------------------------------------------------------------------
 
     def quantize(self) -> None:
+        from benchmarks.report.quantization import report_files
         from quant.checkpoint import save_quantized
 
+        files = partial(report_files, plan=None)
         for name in (TUNED, DMPT):
             for scheme in self.settings.schemes:
                 out = self.out / "quantized" / f"{name}-{scheme}"
                 if out.exists():
                     continue
-                reports = save_quantized(self.checkpoint(name), out, scheme)
+                reports = save_quantized(self.checkpoint(name), out, scheme, files=files)
                 before, after = (sum(getattr(r, f) for r in reports) for f in ("bytes_before", "bytes_after"))
                 say(f"      {out.name}: {before / 1e6:.1f} -> {after / 1e6:.1f} MB")
 

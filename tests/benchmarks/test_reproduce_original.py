@@ -71,7 +71,7 @@ def test_the_script_makes_the_table_from_local_files(workplace: Path, sample_tex
 def test_the_script_as_documented_with_a_copy_of_the_hubs_dataset(workplace: Path, sample_text: str) -> None:
     """Nothing named: `gpt2` and `Salesforce/wikitext` are found as folders, laid out as on the hub."""
     if importlib.util.find_spec("datasets") is None:
-        pytest.skip("datasets is not installed: pip install '.[data]' in the checkout of dmpt-export")
+        pytest.skip("datasets is not installed: pip install 'dmpt-export[data]'")
     write_wikitext(workplace / "Salesforce" / "wikitext", [f"{line}\n" for line in sample_text.split("\n")])
     done = run(workplace)
     assert done.returncode == 0, done.stderr

@@ -61,6 +61,19 @@ def test_every_row_is_measured(made: Path) -> None:
     assert (made / "comparison.svg").read_text().startswith("<svg")
 
 
+def test_the_report_maps_the_layers_of_all_that_is_quantized(made: Path) -> None:
+    page = (made / "report.html").read_text()
+    for name in ROWS:
+        assert (f"<summary>{name}</summary>" in page) == (not name.endswith("fp32")), name
+    for folder_ in (made / "onnx").iterdir():
+        report = folder_ / "quantization_report.json"
+        assert report.is_file() == (not folder_.name.endswith("fp32"))
+        if report.is_file():
+            damages = [t["relative_error"] for t in json.loads(report.read_text())["tensors"] if t["scheme"] != "float"]
+            assert damages
+            assert all(0 < damage < 0.5 for damage in damages)
+
+
 def test_only_results_stay(made: Path) -> None:
     assert sorted(p.name for p in made.iterdir()) == sorted([folder.MARKER, *folder.FOLDERS, *folder.RESULTS])
     assert not list(made.rglob("trainer_state"))

@@ -25,7 +25,7 @@ def test_missing_modules_are_named_with_the_command_that_installs_them(monkeypat
         extras.require("train", "cpu", "bench")
     needed, how = "no_such_torch, no_such_onnx, no_such_plot", install("train", "bench")
     assert str(caught.value) == f"this command needs {needed}: {how}"
-    assert how == "pip install '.[train,bench]' in the checkout of dmpt-export"
+    assert how == "pip install 'dmpt-export[train,bench]'"
     assert caught.value.exit_code == 3
 
 

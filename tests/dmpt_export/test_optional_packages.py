@@ -43,7 +43,7 @@ def losses(run: Path) -> list[float]:
     [
         (
             ["--optimizer", "adamw8bit"],
-            "--optimizer adamw8bit needs bitsandbytes: pip install '.[bnb]' in the checkout of dmpt-export",
+            "--optimizer adamw8bit needs bitsandbytes: pip install 'dmpt-export[bnb]'",
         ),
         (["--tensorboard"], "--tensorboard needs tensorboard: pip install tensorboard"),
     ],
@@ -73,7 +73,7 @@ def test_a_missing_package_is_one_line_before_anything_is_written(
 def eight_bit() -> Any:
     """Runs on the CPU as on a GPU. One thread: sums in one order."""
     if not HAVE_BNB:
-        pytest.skip("bitsandbytes is not installed: pip install '.[bnb]' in the checkout of dmpt-export")
+        pytest.skip("bitsandbytes is not installed: pip install 'dmpt-export[bnb]'")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

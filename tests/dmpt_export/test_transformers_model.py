@@ -204,4 +204,4 @@ def test_importing_the_package_imports_nothing_heavy_and_a_missing_package_is_on
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "this command needs transformers: pip install '.[train]' in the checkout of dmpt-export\n"
+    assert done.stdout == "this command needs transformers: pip install 'dmpt-export[train]'\n"

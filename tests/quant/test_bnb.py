@@ -248,7 +248,7 @@ def test_without_bitsandbytes_one_line_says_how_to_get_it(
     monkeypatch.setattr("quant.schemes.find_spec", lambda name: None)
     assert main(["quantize", str(source), str(tmp_path / "out"), *arguments]) == 3
     captured = capsys.readouterr()
-    assert "pip install '.[bnb]' in the checkout of dmpt-export" in captured.err
+    assert "pip install 'dmpt-export[bnb]'" in captured.err
     assert captured.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 

@@ -321,7 +321,7 @@ def test_what_the_hub_answers_is_one_line(answer: Any, message: str, hub: FakeHu
 @pytest.mark.filterwarnings("ignore")  # of the library and what it imports
 def test_the_real_datasets_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if importlib.util.find_spec("datasets") is None:
-        pytest.skip("datasets is not installed: pip install '.[data]' in the checkout of dmpt-export")
+        pytest.skip("datasets is not installed: pip install 'dmpt-export[data]'")
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)

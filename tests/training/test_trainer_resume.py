@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -68,6 +69,22 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_run(tmp_path: Path, splits: 
 
     assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
     assert not changed(resumed, parameters(whole))
+
+
+def test_the_time_is_of_the_whole_run(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(random_model([], 1), TOKENS, options(max_steps=2), run)
+    state = run / "last" / "trainer_state" / "state.json"
+    saved = json.loads(state.read_text())
+    assert 0 < saved["seconds"] < 60
+    state.write_text(json.dumps(saved | {"seconds": 1000.0}))
+    result = train(random_model([], 1), TOKENS, options(max_steps=4), run, resume=True)
+    assert 1000 < result.seconds < 1060
+    assert 1000 < metrics(run)[-1]["seconds"] < 1060
+    assert json.loads(state.read_text())["seconds"] > 1000
+    del saved["seconds"]  # a run that an earlier version saved
+    state.write_text(json.dumps(saved))
+    assert train(random_model([], 1), TOKENS, options(max_steps=5), run, resume=True).seconds < 60
 
 
 def test_resuming_drops_metrics_that_it_will_write_again(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ class Progress:
 
     step: int = 0  # optimizer steps done
     position: int = 0  # sequences taken from the data, over all passes
+    seconds: float = 0.0  # that the run has taken, without pauses between calls
     best_loss: float | None = None  # lowest held-out loss so far
     finished: bool = False
     meter: dict[str, float] = field(default_factory=dict)  # sums since the last log line

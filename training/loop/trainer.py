@@ -44,7 +44,7 @@ class TrainResult:
     loss: float  # training nll per token, mean since the last log line
     eval_loss: float | None  # held-out nll of the last model; None without evaluation data
     best_loss: float | None  # held-out nll of the best model
-    seconds: float  # of this call
+    seconds: float  # over the whole run
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ def train(
     try:
         trainer = Trainer(model, tokens, options, Path(out), eval_tokens, resume, overwrite, extras)
         trainer.progress.about = extras.about or trainer.progress.about
+        started -= trainer.progress.seconds  # of earlier calls, which this one continues
         with contextlib.closing(trainer.watcher(extras.title)) as watcher, stop_on_signals() as stop:
             return trainer.run(watcher, stop, started)
     finally:
@@ -182,7 +183,7 @@ class Trainer:
 
     def run(self, watcher: Watcher, stop: StopRequest, started: float) -> TrainResult:
         progress, options = self.progress, self.options
-        loss = math.nan
+        loss, self.started = math.nan, started
         while progress.step < self.total:
             loss = self.step()
             watcher.step(self.per_step * self.length, loss, self.meter)
@@ -286,7 +287,7 @@ class Trainer:
             self.accelerator.wait_for_everyone()
 
     def save(self) -> None:
-        self.progress.meter = dict(self.meter.sums)
+        self.progress.meter, self.progress.seconds = dict(self.meter.sums), time.monotonic() - self.started
         rng = state.rng_state(self.accelerator)
         if self.accelerator.is_main_process:
             self.note_training()

@@ -1,0 +1,90 @@
+"""The wheel: it holds the whole package and runs a model where no checkout is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from dmpt_export import __version__
+from dmpt_export.onnx.export import export_onnx
+from tests.helpers.paths import REPOSITORY
+
+PACKAGES = ("dmpt_export", "training", "quant", "runtime", "benchmarks")
+
+
+def packaged(folder: Path) -> dict[str, bytes]:
+    """Files of the five packages by their path, as a wheel should have them."""
+    files = (file for name in PACKAGES for file in (folder / name).rglob("*") if file.is_file())
+    kinds = (".py", ".json", ".toml", ".md", ".typed")
+    return {
+        file.relative_to(folder).as_posix(): file.read_bytes()
+        for file in files
+        if file.suffix in kinds and "__pycache__" not in file.parts
+    }
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("setuptools", minversion="70.1", reason="setuptools 70.1 builds the wheel: install [dev]")
+    source = tmp_path_factory.mktemp("source")  # building writes into its folder
+    for name in PACKAGES:
+        shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copyfile(REPOSITORY / name, source / name)
+    out = tmp_path_factory.mktemp("wheel")
+    build = [
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--quiet",
+        "--wheel-dir",
+        str(out),
+        str(source),
+    ]
+    done = subprocess.run([sys.executable, "-m", "pip", *build], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out / f"dmpt_export-{__version__}-py3-none-any.whl"
+
+
+def test_the_wheel_holds_every_file_of_the_packages(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    assert packaged(tmp_path) == packaged(REPOSITORY)
+    metadata = (tmp_path / f"dmpt_export-{__version__}.dist-info" / "METADATA").read_text()
+    for extra in ("cpu", "cuda", "train", "bench", "data", "bnb"):
+        assert f"Provides-Extra: {extra}\n" in metadata
+
+
+def test_an_installed_wheel_runs_a_model(wheel: Path, tiny_dmpt: Path, tmp_path: Path) -> None:
+    export_onnx(tiny_dmpt, tmp_path / "device", verify=False)
+    site = tmp_path / "site"
+    install = ["install", "--no-deps", "--no-index", "--quiet", "--target", str(site), str(wheel)]
+    done = subprocess.run([sys.executable, "-m", "pip", *install], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'onnx', 'onnx_ir', 'safetensors'):\n"
+        "    sys.modules[name] = None\n"
+        "import dmpt_export, runtime\n"
+        "print(dmpt_export.__file__); print(runtime.__file__)\n"
+        "with dmpt_export.load('device') as model:\n"
+        "    print(len(model.generate('The mill', max_new_tokens=3).ids))\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    first, second, tokens = done.stdout.splitlines()
+    assert Path(first).is_relative_to(site)
+    assert Path(second).is_relative_to(site)
+    assert tokens == "3"
+    run = [sys.executable, "-m", "dmpt_export", "run", "device", "The mill", "--max-new-tokens", "3"]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
