@@ -35,4 +35,4 @@ train "$OUT/dmpt" "$@"
 train "$OUT/control" --splits none --heads 1 --freeze-schedule '{}' "$@"
 
 $DMPT compare "published=$GPT2" "control=$OUT/control" "dmpt=$OUT/dmpt" --control control --data "$TEST" \
-    --out "$OUT/report"
+    --out "$OUT/report" --overwrite

@@ -11,7 +11,7 @@ from quant.schemes import SCHEMES
 from quant.schemes.low_rank import DELTAS
 from training.errors import FieldError, InputError
 
-# Of a group that cannot be deltas to an anchor, the last two are left out.
+# Deltas are left out for a group that has no anchor, or whose heads are too few or too narrow for their rank.
 CANDIDATES = "int8,int4-gptq:16,int4-gptq:32,int4-gptq:64,int4-gptq:128,delta-r64,delta-r16"
 
 
@@ -23,6 +23,7 @@ class Group:
     tensors: tuple[str, ...]
     weights: int
     anchor: str | None = None  # for heads that could be stored as deltas to it
+    rank: int = 0  # the highest of such deltas
 
     def __str__(self) -> str:
         return " ".join(self.patterns)
@@ -50,7 +51,9 @@ def groups_of(shapes: Mapping[str, Sequence[int]], anchors: Mapping[str, set[str
         anchor = key.removeprefix("deltas to ") if key.startswith("deltas to ") else None
         rows = ROWS.fullmatch(names[0])
         patterns = tuple(name.removesuffix(".weight") for name in names) if rows else (key,)
-        groups.append(Group(patterns, tuple(names), sum(math.prod(shapes[name]) for name in names), anchor))
+        weights = sum(math.prod(shapes[name]) for name in names)
+        rank = min(shapes[names[0]][0], weights // shapes[names[0]][0]) if anchor else 0
+        groups.append(Group(patterns, tuple(names), weights, anchor, rank))
     return groups
 
 
@@ -64,7 +67,7 @@ def candidates_of(group: Group, text: str) -> list[str]:
 
     def fits(rule: Rule) -> bool:
         if rule.scheme in DELTAS:
-            return group.anchor is not None
+            return DELTAS[rule.scheme] <= group.rank
         return rule.scheme != FLOAT and (SCHEMES[rule.scheme].rows or not looked_up)
 
     rules = [parse_rule(f"{group.patterns[0]}={scheme.strip()}", calibrated=True) for scheme in text.split(",")]

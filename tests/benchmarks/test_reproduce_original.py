@@ -62,7 +62,7 @@ def test_the_script_makes_the_table_from_local_files(workplace: Path, sample_tex
     assert done.returncode == 0, done.stderr
     rows = check(workplace)
     assert rows["published"]["perplexity"] != rows["control"]["perplexity"]
-    assert "GPT-2 fine-tuned on the same tokens" in done.stdout
+    assert "DMPT against GPT-2 trained on the same 128 tokens" in done.stdout
     again = run(workplace, **names)
     assert again.returncode == 0, again.stderr
     assert [row["perplexity"] for row in check(workplace).values()] == [row["perplexity"] for row in rows.values()]

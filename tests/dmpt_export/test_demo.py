@@ -69,7 +69,9 @@ def test_the_report_maps_the_layers_of_all_that_is_quantized(made: Path) -> None
         report = folder_ / "quantization_report.json"
         assert report.is_file() == (not folder_.name.endswith("fp32"))
         if report.is_file():
-            damages = [t["relative_error"] for t in json.loads(report.read_text())["tensors"] if t["scheme"] != "float"]
+            damages = [
+                t["relative_error"] for t in json.loads(report.read_text())["tensors"] if t["scheme"] != "float32"
+            ]
             assert damages
             assert all(0 < damage < 0.5 for damage in damages)
 

@@ -90,7 +90,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("onnx {gpt2} {out} --kv-cache int8 --calib {none}", 3, "does not exist"),
     ("runn {onnx} hello", 2, "No such command 'runn': did you mean run?"),
     ("run {none} hello", 3, "is not a folder"),
-    ("run {gpt2} hello", 3, "make an ONNX folder with `dmpt-export onnx`"),
+    ("run {gpt2} hello", 3, "is a checkpoint: export it with `dmpt-export onnx"),
     ("run {onnx} hello --top-p 2", 2, "top_p 2.0 must be"),
     ("run {onnx} hello --temperature -1", 2, "temperature -1.0 must be"),
     ("run {onnx} hello --threads 0", 2, "threads 0 must be"),

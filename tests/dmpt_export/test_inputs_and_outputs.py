@@ -141,7 +141,7 @@ def test_other_verbs_keep_what_they_are_given(
         (out / "original.json").write_bytes(b"PK\x05\x06" + bytes(18))  # an empty archive
         arguments = [str(out / "original.json"), str(out)]
     before = tree(out)
-    assert main([verb, *arguments]) == 3
+    assert main([verb, *arguments, "--overwrite"]) == 3
     assert "which would be replaced" in capsys.readouterr().err
     assert tree(out) == before
 
@@ -149,7 +149,10 @@ def test_other_verbs_keep_what_they_are_given(
 def test_a_report_does_not_replace_a_model(tiny_gpt2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     export_onnx(tiny_gpt2, tmp_path / "device", verify=False)
     before = tree(tmp_path / "device")
-    assert main(["bench", str(tmp_path / "device"), "--report", str(tmp_path / "device" / "model.onnx")]) == 3
+    assert (
+        main(["bench", str(tmp_path / "device"), "--report", str(tmp_path / "device" / "model.onnx"), "--overwrite"])
+        == 3
+    )
     assert "is a file of" in capsys.readouterr().err
     assert tree(tmp_path / "device") == before
 

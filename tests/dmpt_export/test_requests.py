@@ -40,7 +40,7 @@ LEAST: dict[str, tuple[list[str], Any]] = {
     "bench": (["m", "n"], BenchRequest(("m", "n"))),
     "compare": (["m", "n"], CompareRequest(("m", "n"))),
 }
-SHOWN = {"as_json", "form", "tensors", "verbose"}  # how a result is printed
+SHOWN = {"as_json", "echo", "form", "tensors", "verbose"}  # how a result is printed
 PLACES = {"model_argument", "out_argument"}  # of train, which takes model and out in two ways
 PACKAGES = ("benchmarks", "dmpt_export", "quant", "training")
 ERRORS = ("FieldError", "OptionError")

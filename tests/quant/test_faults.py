@@ -184,13 +184,13 @@ def test_a_replay_asks_for_the_text_of_its_plan(
     other = tmp_path / "other.txt"
     other.write_text(text.read_text() + "!", encoding="utf-8")
     for different in (("--calib", other, "--calib-tokens", 128), ("--calib", text, "--calib-tokens", 192)):
-        code, err = quantize("other", "--plan", plan, *different)
+        code, err = quantize(f"other-{different[-1]}", "--plan", plan, *different)
         assert code == 0
         assert f"warning: {made}, not with these {different[-1]} of " in err
     code, err = quantize("same", "--plan", plan, *calib)
     assert code == 0
     assert "made with" not in err
-    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("planned", "same", "other")]
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("planned", "same", "other-192")]
     assert files[0] == files[1] != files[2]
     plan.write_text(json.dumps({**json.loads(plan.read_text()), "calibration": {"sha256": 5}}))
     code, err = quantize("broken", "--plan", plan, *calib)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from quant.checkpoint import save_quantized
-from quant.planning.groups import groups_of
+from quant.planning.groups import CANDIDATES, candidates_of, groups_of
 from quant.planning.ways_out import estimate, ways_out
 from quant.rules import anchors_of, parse_rule
+from quant.schemes.low_rank import DELTAS
 from training.checkpoints.checkpoint import load_state
 from training.errors import InputError
 
@@ -66,3 +67,16 @@ def text_file(sample_text: str, tmp_path: Path) -> Path:
 
 def test_shapes_of_any_kind_are_estimated() -> None:
     assert estimate(parse_rule("*=fp16"), "heads.0.weight", (7, 33), 1) == 7 * np.float16().nbytes * 33
+
+
+def test_default_candidates_are_limited_to_ranks_that_the_heads_have(tiny_dmpt: Path) -> None:
+    """32 wide with one further head of a leaf: no delta of rank 64."""
+    config, arrays = load_state(tiny_dmpt)
+    groups = groups_of({name: array.shape for name, array in arrays.items()}, anchors_of(config))
+    heads = [group for group in groups if group.anchor is not None]
+    assert heads
+    for group in heads:
+        assert group.rank == 32 * len(group.tensors)
+        assert [name for name in candidates_of(group, CANDIDATES) if name in DELTAS] == ["delta-r16"]
+    with pytest.raises(InputError, match="can store"):
+        candidates_of(heads[0], "delta-r64")

@@ -189,7 +189,9 @@ def test_init_command(
     with torch.no_grad():
         torch.testing.assert_close(model.log_probs(IDS, fast_k=20), gpt2_log_probs, atol=LIMIT, rtol=0)
     assert (out / "tokenizer.json").read_bytes() == (tiny_gpt2 / "tokenizer.json").read_bytes()
-    assert run("init", tiny_gpt2, out) == 0  # a checkpoint of ours may be replaced
+    assert run("init", tiny_gpt2, out) == 3
+    assert load_model(out).config.splits == [1, 2]
+    assert run("init", tiny_gpt2, out, "--overwrite") == 0
     assert load_model(out).config.splits == [2]
 
 

@@ -121,7 +121,7 @@ def test_convert_says_what_it_had_to_infer(tmp_path: Path, capsys: pytest.Captur
         assert text in told
         assert text in card
     assert "--tokenizer" in told
-    assert run("convert", tmp_path / "file.pt", tmp_path / "out", "--n-head", 8) == 0
+    assert run("convert", tmp_path / "file.pt", tmp_path / "out", "--n-head", 8, "--overwrite") == 0
     assert load_state(tmp_path / "out")[0].n_head == 8
 
 
