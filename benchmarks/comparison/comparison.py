@@ -19,7 +19,7 @@ from benchmarks.comparison.contestants import (
     failed_row,
     row_of,
 )
-from benchmarks.comparison.model_result import Row
+from benchmarks.comparison.model_result import FIGURES, Row
 from benchmarks.comparison.output import save
 from benchmarks.comparison.result import Comparison
 from benchmarks.quality import perplexity
@@ -30,6 +30,7 @@ from benchmarks.speed import timing
 from benchmarks.speed.cases import Workload, fit
 from runtime.errors import is_out_of_memory
 from training.errors import InputError
+from training.progress import tell
 
 
 def compare(
@@ -48,32 +49,50 @@ def compare(
     data: text files to score; without any, quality is left out. The prompt is the start of the text; with `out`,
     decoding is also timed at the end of the context. seeds: recorded unchanged, with the prompt's. absent: lines about
     peers that are not installed. growth: rows of `bench --json` for the growth curves. show: called with the result
-    before it is written, so that a full disk does not lose it. Raises InputError for unusable entries before long
-    work, and for an unusable text; a model that fails later becomes a row with the reason.
+    before it is written, so that a full disk does not lose it, and with the rows so far on a KeyboardInterrupt, which
+    is raised again. Raises InputError for unusable entries before long work, and for an unusable text; a model that
+    fails later becomes a row with the reason.
     """
     settings, context = settings or Settings(), check(list(entries), out)
     # the same windows for all models
     windows = choose_windows(context, settings.max_length, settings.stride, settings.protocol)
     texts = Texts(data, settings, windows)
-    samples: list[dict[str, Any]] = []
-    with workplace(settings) as work:
-        opener = Opener(work, settings)
-        rows = [scored(entry, opener, texts, samples) for entry in entries]
-        rows = timed(entries, rows, opener, texts.in_common(), context, at_the_end=out is not None)
+    rows: list[Row] = []
     result = Comparison(
         rows=rows,
         data=[str(path) for path in data],
         command=list(this_machine.command_line()),
         seeds={"prompt": timing.SEED, **(seeds or {})},
         absent=list(absent),
-        routes=max(samples, key=lambda sample: sample["heads"], default=None),
         growth=list(growth),
     )
+    samples: list[dict[str, Any]] = []
+    try:
+        with workplace(settings) as work:
+            opener = Opener(work, settings)
+            for entry in entries:
+                rows.append(scored(entry, opener, texts, samples))
+                tell(progress(rows, len(entries)))
+            measured = timed(entries, rows, opener, texts.in_common(), context, at_the_end=out is not None)
+    except KeyboardInterrupt:
+        if show is not None and rows:
+            show(result)
+        raise
+    routes_of = max(samples, key=lambda sample: sample["heads"], default=None)
+    result = replace(result, rows=measured, routes=routes_of)
     if show is not None:
         show(result)
     if out is not None:
         save(result, out)
     return result
+
+
+def progress(rows: Sequence[Row], total: int) -> str:
+    """One line about the newest row."""
+    row = rows[-1]
+    found = [f"{name} {figure:.2f}" for name in FIGURES if (figure := row.figure(name)) is not None]
+    told = row.failure or ", ".join([*found, f"{row.size_bytes / 1e6:.1f} MB"])
+    return f"{len(rows)} of {total}: {row.name}: {told}"
 
 
 @contextmanager

@@ -25,7 +25,12 @@ svg{display:block;width:100%;max-width:36rem;height:auto;font-family:inherit}
 .swatch{display:inline-block;width:.8em;height:.8em;border-radius:50%;margin-right:.4em;
 background:var(--own);border:2px solid var(--own)}
 .dashed{background:none;border-style:dashed}
-.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.875rem}
+.scroll{overflow-x:auto;background:
+linear-gradient(to right,var(--paper) 40%,transparent) left/3rem 100% no-repeat local,
+linear-gradient(to left,var(--paper) 40%,transparent) right/3rem 100% no-repeat local,
+linear-gradient(to right,color-mix(in srgb,var(--soft) 45%,transparent),transparent) left/.8rem 100% no-repeat,
+linear-gradient(to left,color-mix(in srgb,var(--soft) 45%,transparent),transparent) right/.8rem 100% no-repeat}
+table{border-collapse:collapse;font-size:.875rem}
 .caption{color:var(--soft);font-size:.875rem;margin:.5rem 0 0}
 .facts td{white-space:normal;overflow-wrap:anywhere}
 th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}

@@ -7,10 +7,12 @@ import math
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
+from benchmarks.comparison import comparison
 from benchmarks.comparison.comparison import compare
 from benchmarks.comparison.contestants import Entry, Settings
 from benchmarks.comparison.findings import reading
@@ -18,12 +20,14 @@ from benchmarks.comparison.model_result import Row
 from benchmarks.comparison.output import save
 from benchmarks.comparison.ranking import rankings
 from benchmarks.comparison.result import Comparison
+from benchmarks.quality import perplexity
 from benchmarks.quality.open_scorer import open_scorer
 from benchmarks.quality.perplexity import evaluate, read_text
 from benchmarks.quality.scorer import named
 from benchmarks.report import frontier, placing, svg
 from benchmarks.report.page import page
 from benchmarks.report.table import markdown
+from dmpt_export.cli.main import main
 from tests.helpers.rows import BASE, DMPT, TUNED, quality, row
 from training.checkpoints.record import Phase, Record
 from training.errors import InputError
@@ -206,6 +210,36 @@ def test_checkpoints_are_scored_on_the_same_windows(
     assert result.seeds == {"prompt": 0, "training": 3}
     assert set(ours.quality.route_shares) == {"left", "right"}
     assert (tmp_path / "out" / "comparison.json").is_file()
+
+
+@pytest.mark.parametrize("stopped", ["scoring", "timing"])
+def test_rows_are_told_as_they_come_and_survive_an_interrupt(
+    tiny_gpt2: Path, tiny_dmpt: Path, sample_text: str, tmp_path: Path, stopped: str,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    text, scored = tmp_path / "text.txt", []
+    text.write_text(sample_text)
+    evaluate = perplexity.evaluate
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        scored.append(args)
+        if stopped == "scoring" and len(scored) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*args, **kwargs)
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(perplexity, "evaluate", counted)
+    if stopped == "timing":
+        monkeypatch.setattr(comparison, "timed", interrupted)
+    models = [f"first={tiny_gpt2}", f"second={tiny_dmpt}"]
+    assert main(["compare", *models, "--data", str(text), "--max-length", "40", "--out", str(tmp_path / "out")]) == 130
+    out, err = capsys.readouterr()
+    assert "1 of 2: first: perplexity " in err
+    assert "| first " in out
+    assert ("| second " in out) == ("2 of 2: second: perplexity " in err) == (stopped == "timing")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_comparison_follows_the_protocol(tiny_gpt2: Path, sample_text: str, tmp_path: Path) -> None:
