@@ -166,7 +166,7 @@ def test_cuda_that_is_not_there_is_one_clear_error(folder: Path) -> None:
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
     edit_manifest(folder, lambda raw: raw.update(target="cuda"))
-    with pytest.raises(SetupError, match=r"has no CUDA.*pip install '\.\[cuda\]'") as caught:
+    with pytest.raises(SetupError, match=r"has no CUDA.*pip install 'dmpt-export\[cuda\]'") as caught:
         runtime.load(folder, device="cuda")
     assert caught.value.exit_code == 3
 
@@ -182,7 +182,7 @@ def test_a_silent_fallback_to_the_cpu_is_an_error(folder: Path, monkeypatch: pyt
 
 def test_missing_onnxruntime_is_one_clear_error(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(SetupError, match=r"pip install '\.\[cpu\]'") as caught:
+    with pytest.raises(SetupError, match=r"pip install 'dmpt-export\[cpu\]'") as caught:
         runtime.load(exported)
     assert caught.value.exit_code == 3
 
