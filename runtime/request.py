@@ -29,7 +29,10 @@ def check_ids(ids: ArrayLike, vocab_size: int, context: int, used: int = 0) -> N
         )
     if used + len(tokens) > context:
         after = f" after {used} that are already there" if used else ""
-        raise RequestError(f"{len(tokens)} tokens{after} do not fit the context of {context}: give fewer")
+        raise RequestError(
+            f"{len(tokens)} tokens{after} do not fit the context of {context}: give fewer, or let "
+            "truncate (left, middle or right) cut them"
+        )
     return tokens.astype(np.int64, copy=False)
 
 

@@ -76,6 +76,7 @@ def compare(
             measured = timed(entries, rows, opener, texts.in_common(), context, at_the_end=out is not None)
     except KeyboardInterrupt:
         if show is not None and rows:
+            tell(f"stopped: the table has {len(rows)} of {len(entries)} models, and is not written to a folder")
             show(result)
         raise
     routes_of = max(samples, key=lambda sample: sample["heads"], default=None)

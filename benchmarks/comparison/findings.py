@@ -16,7 +16,7 @@ def reading(rows: Sequence[Row]) -> str:
     """DMPT rows against the control rows (plain GPT-2) stored in the same scheme, in one line.
 
     A perplexity counts as a gain only where both models are recorded to come from the same base and to have been
-    trained on as many tokens. Without a control row the line reports that it is missing.
+    trained on as many tokens of the same text. Without a control row the line reports that it is missing.
     """
     subjects = [row for row in rows if row.is_dmpt]
     controls = {row.scheme: row for row in reversed(rows) if row.control and not row.is_dmpt}
@@ -42,17 +42,17 @@ def reading(rows: Sequence[Row]) -> str:
 
 
 def trained_alike(row: Row, control: Row) -> bool | None:
-    """Whether both come from one base and saw as many tokens; None where that is not recorded."""
+    """Whether both come from one base and saw as many tokens of each text; None where that is not recorded."""
     mine, its = row.training, control.training
     if mine is None or its is None or not mine.phases or not its.phases:
         return None
-    return mine.base == its.base and mine.tokens == its.tokens
+    return mine.base == its.base and mine.tokens_by_text == its.tokens_by_text
 
 
 def clause(row: Row, control: Row | None) -> str:
     """One DMPT row beside its control, as in "perplexity 4.1 % ± 0.6 % lower, 1.82x the size, ..."."""
     if control is None:
-        return "no such GPT-2 row"
+        return f"no control is stored as {row.scheme}"
     if not row.size_bytes or not control.size_bytes:
         return f"{row.name if not row.size_bytes else control.name} failed"
     parts = []
@@ -73,6 +73,8 @@ def unequal(row: Row, control: Row) -> str:
     assert control.training is not None
     if row.training.base != control.training.base:
         return f"no verdict ({row.name} and {control.name} were trained from different models)"
+    if row.training.tokens == control.training.tokens:
+        return f"no verdict ({row.name} and {control.name} were trained on different text)"
     return (
         f"no verdict ({row.name} was trained on {row.training.tokens:,} tokens, "
         f"{control.name} on {control.training.tokens:,})"

@@ -65,12 +65,12 @@ def test_no_claim_without_a_control() -> None:
     assert "control is missing" in said
     assert "%" not in said
     assert "x the" not in said
-    assert "no such GPT-2 row" in reading([TUNED[0], *DMPT[:2]])
+    assert "no control is stored as int8" in reading([TUNED[0], *DMPT[:2]])
     assert "None of these models is a DMPT" in reading([BASE, *TUNED])
 
 
-def trained(tokens: int, base: str = "b") -> Record:
-    return Record(base, (Phase(tokens, 10, 1e9, 0, "d", 64),))
+def trained(tokens: int, base: str = "b", data: str = "d") -> Record:
+    return Record(base, (Phase(tokens, 10, 1e9, 0, data, 64),))
 
 
 def test_a_claim_about_equal_tokens_is_made_only_where_it_is_recorded() -> None:
@@ -83,6 +83,12 @@ def test_a_claim_about_equal_tokens_is_made_only_where_it_is_recorded() -> None:
     assert "same" not in more.split("scheme: ")[1]
     other = reading([replace(control, training=trained(4000, "c")), replace(dmpt, training=trained(4000))])
     assert "no verdict (DMPT fp32 and GPT-2 fine-tuned fp32 were trained from different models)" in other
+    text = reading([replace(control, training=trained(4000, data="e")), replace(dmpt, training=trained(4000))])
+    assert "no verdict (DMPT fp32 and GPT-2 fine-tuned fp32 were trained on different text)" in text
+    assert "4.00 %" not in text
+    assert "same" not in text.split("scheme: ")[1]
+    halves = replace(control, training=Record("b", 2 * trained(2000).phases))  # two phases on one text
+    assert reading([halves, replace(dmpt, training=trained(4000))]).count("4,000 tokens") == 1
     for unknown in (None, Record("b")):
         said = reading([replace(control, training=unknown), replace(dmpt, training=trained(4000))])
         assert "DMPT against the control, at the same scheme" in said

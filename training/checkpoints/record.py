@@ -41,6 +41,14 @@ class Record:
     def tokens(self) -> int:
         return sum(phase.tokens for phase in self.phases)
 
+    @property
+    def tokens_by_text(self) -> dict[str, int]:
+        """Tokens trained on, of each text."""
+        sums: dict[str, int] = {}
+        for phase in self.phases:
+            sums[phase.data] = sums.get(phase.data, 0) + phase.tokens
+        return sums
+
     def with_phase(self, phase: Phase) -> Record:
         return Record(self.base, (*self.phases, phase))
 
