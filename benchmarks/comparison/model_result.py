@@ -25,7 +25,7 @@ FIGURES: Mapping[str, Callable[[Quality], float | None]] = {
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One row of the table; quality is None without a text, speed for a checkpoint, both if the model failed."""
+    """One row of the table: without a text no quality, for a checkpoint no speed, for a failed model neither."""
 
     name: str
     path: str

@@ -32,7 +32,7 @@ class Row:
 
 
 class Figures:
-    """The models of one run by name; a figure that needs a missing model is None."""
+    """The models of one run by name; there is no figure (None) where a model that it needs is missing."""
 
     def __init__(self, speeds: Sequence[Speed]) -> None:
         self.by_name = {speed.name: speed for speed in speeds}

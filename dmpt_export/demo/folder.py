@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from training.checkpoints.atomic import atomic_file
 from training.errors import FieldError
 
 MARKER = "demo.json"  # marks a folder as a demo's
@@ -41,9 +42,9 @@ def begin(out: Path, run: dict[str, Any]) -> bool:
     return False
 
 
-def finish(out: Path, run: dict[str, Any]) -> None:
+def finish(out: Path) -> None:
     """The same command starts anew from now on."""
-    _mark(out, run, finished=True)
+    _mark(out, _read(out), finished=True)
 
 
 def write(file: Path, text: str) -> None:
@@ -67,6 +68,5 @@ def _read(out: Path) -> Any:
 
 
 def _mark(out: Path, run: dict[str, Any], *, finished: bool) -> None:
-    temporary = out / f".{MARKER}"
-    write(temporary, json.dumps({**run, "finished": finished}, indent=1) + "\n")
-    os.replace(temporary, out / MARKER)
+    with atomic_file(out / MARKER) as file:
+        write(file, json.dumps({**run, "finished": finished}, indent=1) + "\n")

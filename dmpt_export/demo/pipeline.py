@@ -75,7 +75,7 @@ class Demo:
             self.generate(corpus.held_out)
         with self.heading("Comparison on held-out text"):
             result = self.compare(texts)
-        finish(self.out, self.record(corpus))
+        finish(self.out)
         return result
 
     @contextmanager

@@ -73,7 +73,8 @@ def export_onnx(
         if (folder / REPORT_NAME).is_file():  # so that a comparison can show each tensor's damage
             shutil.copyfile(folder / REPORT_NAME, temporary / REPORT_NAME)
         manifest = describe(config, weights, target, folder, kv_cache, opset)
-        manifest["source"]["name"] = name or folder.name
+        if name is not None:
+            manifest["source"]["name"] = name
         manifest["text"] = text_rules(config, temporary)
         manifest["requires"] = {"onnxruntime": least_onnxruntime(model)}
         (temporary / "README.md").write_text(readme(manifest), encoding="utf-8")

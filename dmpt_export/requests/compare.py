@@ -138,16 +138,17 @@ class CompareRequest:
 
 
 def with_peers(named: Found, source: str | None) -> tuple[list[Entry], list[str]]:
-    """The entries, then all installed peers on the GPT-2 `source`; and lines about peers that are not installed."""
+    """The entries, then all installed peers on the GPT-2 `source`; and, where any peer is asked for, a line about those
+    that are not installed."""
     from benchmarks.comparison.contestants import peers_of
 
     asked = {entry.peer for entry in named.entries if entry.peer}
+    if not source and not asked:
+        return named.entries, []
     found, absent = peers_of(source, named.pythons, asked)
-    if source or asked:
-        known = {(entry.peer, entry.scheme, entry.path) for entry in named.entries}
-        new = (entry for entry in found if (entry.peer, entry.scheme, entry.path) not in known)
-        return [*named.entries, *new], absent
-    return named.entries, []
+    known = {(entry.peer, entry.scheme, entry.path) for entry in named.entries}
+    new = (entry for entry in found if (entry.peer, entry.scheme, entry.path) not in known)
+    return [*named.entries, *new], absent
 
 
 def bench_rows(file: str) -> list[dict[str, Any]]:

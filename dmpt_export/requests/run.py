@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from runtime.generate import Generation, Generations
     from runtime.model import Model
+    from runtime.sampling import Sampling
+    from runtime.writing import Limits
 
 
 @dataclass(frozen=True)
@@ -54,14 +56,12 @@ class RunRequest:
             raise OptionError("{batch} reads its prompts from standard input, one a line: leave {prompt} out")
         require(self.device)
         from runtime.errors import RequestError
-        from runtime.sampling import Sampling
         from runtime.threads import resolve_threads
         from runtime.truncation import check_side
-        from runtime.writing import Limits
 
         try:
-            sampling = Sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty, self.seed)
-            Limits(self.max_new_tokens, self.stop, self.on_full, self.speculate)
+            sampling = self.sampling()
+            self.limits()
             check_side(self.truncate)
             resolve_threads(self.threads, self.deterministic)
             if self.speculate:
@@ -82,6 +82,16 @@ class RunRequest:
         ) as model:
             yield Loaded(model, time.perf_counter() - started)
 
+    def sampling(self) -> Sampling:
+        from runtime.sampling import Sampling
+
+        return Sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty, self.seed)
+
+    def limits(self) -> Limits:
+        from runtime.writing import Limits
+
+        return Limits(self.max_new_tokens, self.stop, self.on_full, self.speculate)
+
     def stream(self, loaded: Loaded, text: str) -> Generation:
         """Iterate over the generated tokens that continue a text."""
         made = loaded.model.stream(
@@ -98,11 +108,8 @@ class RunRequest:
         """What continues each line of a text, and by line, from 0, why it cannot be continued."""
         from runtime.errors import RequestError
         from runtime.generate import Generations
-        from runtime.sampling import Sampling
-        from runtime.writing import Limits
 
-        limits = Limits(self.max_new_tokens, self.stop, self.on_full, self.speculate)
-        sampling = Sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty, self.seed)
+        sampling, limits = self.sampling(), self.limits()
         ids: list[NDArray[np.int64] | None] = []
         wrong = {}
         for row, line in enumerate(text.split("\n")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from inspect import signature
 
@@ -23,7 +24,7 @@ def ways_out(groups: Sequence[Group], shapes: Mapping[str, Sequence[int]], size:
 
     shapes: as in the checkpoint; size, least: bytes, with everything that stays float32.
     """
-    rest = sum(_size(shape) for shape in shapes.values()) - sum(group.weights for group in groups)
+    rest = sum(math.prod(shape) for shape in shapes.values()) - sum(group.weights for group in groups)
     found: list[tuple[str, int]] = []
     for candidates in TRIES:
         try:
@@ -63,10 +64,3 @@ def estimate(rule: Rule, name: str, shape: Sequence[int], sharers: int) -> int:
 def _blocks(rows: int, width: int, bits: int, block: int) -> int:
     blocks = -(-width // block)
     return rows * blocks * (block * bits // 8 + SCALE)
-
-
-def _size(shape: Sequence[int]) -> int:
-    out = 1
-    for side in shape:
-        out *= side
-    return out

@@ -37,13 +37,6 @@ OPTIONS = st.lists(
 )
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory, sample_text: str) -> Path:
-    path = tmp_path_factory.mktemp("calib") / "calib.txt"
-    path.write_text(sample_text * 2, encoding="utf-8")
-    return path
-
-
 @pytest.fixture
 def quantize(tiny_dmpt: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
     """quantize(OUT, *options) runs the verb on the tiny DMPT and returns (exit code, stdout, stderr)."""

@@ -48,21 +48,14 @@ def test_smaller_candidates_are_named_with_their_size(tiny_dmpt: Path) -> None:
     assert ways_out(groups, shapes, 10, 100) == "no other candidates are smaller"
 
 
-def test_the_error_shows_the_way_out(tiny_dmpt: Path, text_file: Path, tmp_path: Path) -> None:
+def test_the_error_shows_the_way_out(tiny_dmpt: Path, text: Path, tmp_path: Path) -> None:
     from dmpt_export.requests.quantize import QuantizeRequest
 
     request = QuantizeRequest(
-        str(tiny_dmpt), str(tmp_path / "out"), target_bits=4.0, candidates="int8", calib=str(text_file)
+        str(tiny_dmpt), str(tmp_path / "out"), target_bits=4.0, candidates="int8", calib=str(text)
     )
     with pytest.raises(InputError, match=r"with candidates int8 the least is .* int4-gptq:128: 0\.\d+ MB"):
         request.check()
-
-
-@pytest.fixture
-def text_file(sample_text: str, tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(sample_text, encoding="utf-8")
-    return path
 
 
 def test_shapes_of_any_kind_are_estimated() -> None:
