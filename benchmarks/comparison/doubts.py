@@ -1,4 +1,5 @@
-"""Why speeds of a comparison may be off: a busy machine, rounds that scatter, equal graphs with unequal times."""
+"""Why speeds of a comparison may be off: a busy machine or one that drifted, rounds that scatter, equal graphs with
+unequal times."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from collections.abc import Sequence
 from itertools import combinations
 
 from benchmarks.comparison.model_result import Row
-from benchmarks.speed.noise import UNSTEADY, busy, scatter
+from benchmarks.speed.noise import UNSTEADY, busy, drift, scatter
 
 
 def noise(rows: Sequence[Row]) -> list[str]:
@@ -15,6 +16,8 @@ def noise(rows: Sequence[Row]) -> list[str]:
     lines = []
     if timed and timed[0].speed and (remark := busy(timed[0].speed.load_average)):
         lines.append(f"{remark[0].upper()}{remark[1:]}; repeat the timing on a quiet one.")
+    if remark := drift([row.speed for row in timed if row.speed]):
+        lines.append(f"{remark[0].upper()}{remark[1:]}; compare these speeds only with each other.")
     for row in timed:
         assert row.speed is not None
         share = scatter(row.speed.first("tg").tokens_per_s)

@@ -65,10 +65,11 @@ def command(form: str, as_json: bool, **fields: Any) -> None:
     (fixed random tokens) and number of threads. In the table, pp512 is prefill of 512 tokens and tg128 @ d512 is
     greedy decoding of 128 tokens after 512 others, in tokens/s: median ± half the distance between the quartiles.
     Ratio: speed relative to the first model, round by round. Unsteady: the quartiles are more than 10 % of the median
-    apart. Roof: share of memory bandwidth, measured between the rounds, that reading the touched weights uses (cpu
-    only; above 100 % if the CPU's caches hold them). Python: share of a step spent outside ONNX Runtime. Default
-    sizes shrink to the smallest context; given sizes must fit it. Loading is timed in fresh processes; cold means
-    with the files dropped from the page cache (if the system supports that).
+    apart. The last line names a busy machine, and one that became more than 10 % faster or slower meanwhile. Roof:
+    share of memory bandwidth, measured between the rounds, that reading the touched weights uses (cpu only; above
+    100 % if the CPU's caches hold them). Python: share of a step spent outside ONNX Runtime. Default sizes shrink to
+    the smallest context; given sizes must fit it. Loading is timed in fresh processes; cold means with the files
+    dropped from the page cache (if the system supports that).
 
     \b
     Examples:
@@ -118,7 +119,7 @@ def as_text(results: Sequence[Speed]) -> str:
     from statistics import median
 
     from benchmarks.report.table import markdown, megabytes
-    from benchmarks.speed.noise import busy
+    from benchmarks.speed.noise import busy, drift
 
     rows, above = [], False
     for speed in results:
@@ -138,8 +139,7 @@ def as_text(results: Sequence[Speed]) -> str:
         conditions.append(f"memory bandwidth {each}")
     if above:
         conditions.append("roof above 100 %: the CPU's caches hold the weights")
-    if remark := busy(results[0].load_average):
-        conditions.append(remark)
+    conditions += filter(None, (busy(results[0].load_average), drift(results)))
     sizes = [
         [
             speed.name,

@@ -242,6 +242,7 @@ class Demo:
     def compare(self, texts: Texts) -> Comparison:
         from benchmarks.comparison.comparison import compare
         from benchmarks.comparison.contestants import Entry, Settings
+        from benchmarks.comparison.doubts import noise
         from benchmarks.comparison.output import write as write_comparison
 
         s = self.settings
@@ -258,7 +259,7 @@ class Demo:
         settings = Settings(prompt=s.prompt, gen=s.gen, repetitions=s.repetitions)
         result = compare(entries, [texts.held_out], settings=settings, seeds={"demo": self.seed})
         publish(partial(write_comparison, result), self.out)
-        click.echo(f"{result.table()}\n\n{result.reading}\n{result.conditions()}")
+        click.echo("\n".join([f"{result.table()}\n", result.reading, *noise(result.rows), result.conditions()]))
         return result
 
 
