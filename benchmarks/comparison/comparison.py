@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,6 +32,9 @@ from benchmarks.speed.cases import Workload, fit
 from runtime.errors import is_out_of_memory
 from training.errors import InputError
 from training.progress import tell
+
+SLOW_S = 60.0  # a DMPT checkpoint scored for longer than this gets a hint
+FASTER = "hint: a checkpoint runs all paths of each token; an export (`dmpt-export onnx`) runs one and is scored faster"
 
 
 def compare(
@@ -70,14 +74,13 @@ def compare(
     try:
         with workplace(settings) as work:
             opener = Opener(work, settings)
-            for entry in entries:
-                rows.append(scored(entry, opener, texts, samples))
-                tell(progress(rows, len(entries)))
+            score_all(entries, opener, texts, rows, samples)
             measured = timed(entries, rows, opener, texts.in_common(), context, at_the_end=out is not None)
     except KeyboardInterrupt:
-        if show is not None and rows:
-            tell(f"stopped: the table has {len(rows)} of {len(entries)} models, and is not written to a folder")
-            show(result)
+        if show is not None:
+            tell(stopped(len(rows), len(entries), settings.resume))
+            if rows:
+                show(replace(result, unscored=[entry.name for entry in entries[len(rows) :]]))
         raise
     routes_of = max(samples, key=lambda sample: sample["heads"], default=None)
     result = replace(result, rows=measured, routes=routes_of)
@@ -86,6 +89,17 @@ def compare(
     if out is not None:
         save(result, out)
     return result
+
+
+def stopped(done: int, total: int, resume: str | Path | None) -> str:
+    """One line for a comparison that was stopped: what the table has, and how to go on."""
+    if done:
+        has = f"stopped: the table has {done} of {total} models, and is not written to a folder"
+    else:
+        has = "stopped before a model was scored"
+    if resume is None:
+        return f"{has}; with --resume FOLDER scores are kept, and the same command goes on"
+    return f"{has}; the same command goes on with the scores in {resume}"
 
 
 def progress(rows: Sequence[Row], total: int) -> str:
@@ -131,6 +145,21 @@ class Texts:
     def in_common(self) -> list[int] | None:
         """The tokens that prompts are taken from; None with several tokenizers, which share no token ids."""
         return next(iter(self.read.values())).ids.tolist() if len(self.read) == 1 else None
+
+
+def score_all(
+    entries: Sequence[Entry], opener: Opener, texts: Texts, rows: list[Row], samples: list[dict[str, Any]]
+) -> None:
+    """Append a row for each entry, with a line about it; once, a hint when a DMPT checkpoint was slow."""
+    hinted = False
+    for entry in entries:
+        began = time.monotonic()
+        rows.append(scored(entry, opener, texts, samples))
+        tell(progress(rows, len(entries)))
+        slow = time.monotonic() - began > SLOW_S
+        if slow and not hinted and rows[-1].is_dmpt and rows[-1].is_checkpoint:
+            tell(FASTER)
+            hinted = True
 
 
 def scored(entry: Entry, opener: Opener, texts: Texts, samples: list[dict[str, Any]]) -> Row:

@@ -29,7 +29,10 @@ def reading(rows: Sequence[Row]) -> str:
         )
     schemes = [row.scheme for row in subjects]
     label = {row.name: row.scheme if schemes.count(row.scheme) == 1 else row.name for row in subjects}
-    clauses = [f"{label[row.name]}: {clause(row, controls.get(row.scheme))}" for row in subjects]
+    clauses = [
+        f"{label[row.name]}: {clause(row, control) if (control := controls.get(row.scheme)) else apart(row, controls)}"
+        for row in subjects
+    ]
     note = " (± two paired standard errors over tokens; other training runs may differ)"
     pairs = [(row, controls[row.scheme]) for row in subjects if row.scheme in controls]
     alike = {row.training.tokens for row, control in pairs if row.training and trained_alike(row, control)}
@@ -49,10 +52,14 @@ def trained_alike(row: Row, control: Row) -> bool | None:
     return mine.base == its.base and mine.tokens_by_text == its.tokens_by_text
 
 
-def clause(row: Row, control: Row | None) -> str:
+def apart(row: Row, controls: dict[str, Row]) -> str:
+    """Why a DMPT row has no verdict beside controls stored otherwise: size and speed would measure the storage."""
+    stored = ", ".join(f"{control.name} as {scheme}" for scheme, control in reversed(controls.items()))
+    return f"no verdict ({stored}: a control must be stored as {row.scheme} too)"
+
+
+def clause(row: Row, control: Row) -> str:
     """One DMPT row beside its control, as in "perplexity 4.1 % ± 0.6 % lower, 1.82x the size, ..."."""
-    if control is None:
-        return f"no control is stored as {row.scheme}"
     if not row.size_bytes or not control.size_bytes:
         return f"{row.name if not row.size_bytes else control.name} failed"
     parts = []
@@ -63,6 +70,8 @@ def clause(row: Row, control: Row | None) -> str:
     if row.speed and control.speed:
         mine, its = (s.to_json()["decode_tokens_per_s"] for s in (row.speed, control.speed))
         parts.append(f"{mine / its:.2f}x the decode speed")
+    elif row.speed and control.is_checkpoint:
+        parts.append(f"no decode speed ({control.name} is a checkpoint: export it to time it)")
     unknown = " (equal training not recorded)" if row.quality and trained_alike(row, control) is None else ""
     return f"{', '.join(parts)}{unknown}"
 

@@ -45,6 +45,11 @@ class Row:
     training: Record | None = None  # what it was trained on; None: not recorded
     shape: dict[str, int] = field(default_factory=dict)  # paths, heads, fast_k: factors that speed may depend on
 
+    @property
+    def is_checkpoint(self) -> bool:
+        """Not exported, and so not timed."""
+        return self.kind in ("float", "quantized")
+
     def figure(self, name: str) -> float | None:
         """One of FIGURES; None if not measured."""
         return FIGURES[name](self.quality) if self.quality else None

@@ -31,7 +31,8 @@ def rankings(rows: Sequence[Row]) -> dict[str, list[str]]:
 
 
 def front(rows: Sequence[Row], timed: bool = True) -> list[str]:
-    """Names on the Pareto front: no other row is at least as good in quality, decode time and size and better in one.
+    """Names of the best trade-offs (the Pareto front): no other row is at least as good in quality, decode time and
+    size, and better in one of them.
 
     timed: whether decode time counts.
 

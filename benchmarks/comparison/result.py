@@ -42,6 +42,7 @@ class Comparison:
     absent: list[str] = field(default_factory=list)  # peers that are not installed, and how to install them
     routes: dict[str, Any] | None = None  # see benchmarks.report.routes.sample
     growth: list[dict[str, Any]] = field(default_factory=list)  # rows of `bench --json`, drawn in the growth curves
+    unscored: list[str] = field(default_factory=list)  # names of the models without a row yet, when stopped early
 
     @property
     def failed(self) -> list[str]:
@@ -50,7 +51,9 @@ class Comparison:
 
     @property
     def reading(self) -> str:
-        """What the table shows about DMPT, in one line; no claim without the control."""
+        """What the table shows about DMPT, in one line; no claim without the control, or from a part of the table."""
+        if self.unscored:
+            return f"Not scored when stopped: {', '.join(self.unscored)}. A complete table compares DMPT and control."
         return reading(self.rows)
 
     def table(self) -> str:
@@ -88,9 +91,9 @@ class Comparison:
         ordered = {what: names for what, names in rankings(self.rows).items() if len(names) > 1}
         lines = [f"Best first by {what}: {listed(names)}." for what, names in ordered.items()]
         if (ahead := front(self.rows)) and len(self.rows) > 1:
-            lines.append(
-                f"No other model is better in {merit(self.rows)}, decode time and size at once: {listed(ahead)}."
-            )
+            line = f"Best trade-offs of {merit(self.rows)}, decode time and size: {listed(ahead)}."
+            others = len([row for row in self.rows if row.quality and row.speed]) > len(ahead)
+            lines.append(line + " For each other timed model, one of these is at least as good in all three." * others)
         if merit(self.rows) != PERPLEXITY:
             lines.append(self.unlike_tokens())
         lines += noise(self.rows)

@@ -1,4 +1,4 @@
-"""Plot of size against perplexity, with speed as marker area and a line along the Pareto front."""
+"""Plot of size against perplexity, with speed as marker area and a line along the best trade-offs (Pareto front)."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def drawn(rows: Sequence[Row]) -> Drawing | None:
     name = f"Size, {quality} and speed: " + "; ".join(said(row, quality) for row in shown)
     note = (
         "Better: lower, further left, larger. Marker area: decode tokens/s; hollow: not timed. "
-        "Dashed line: Pareto front of size and quality."
+        f"Dashed line: best trade-offs of size and {quality}."
     )
     used = [(family, index) for family, index in colours.items() if any(row.family == family for row in shown)]
     return Drawing(name, parts, used, note)

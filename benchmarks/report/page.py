@@ -106,9 +106,9 @@ def models_table(rows: list[Row]) -> Markup:
         body.append([str(i), *values, "yes" if row.name in ahead else "-"])
     caption = (
         "Speeds: medians, with quartiles over the rounds in brackets. "
-        f"Pareto front: no other model is better in {merit(rows)}, decode time and size at once."
+        f"Best trade-off: no other model is at least as good in {merit(rows)}, decode time and size, and better in one."
     )
-    return svg.table(["#", *heads, "front"], body, 2, caption)
+    return svg.table(["#", *heads, "best trade-off"], body, 2, caption)
 
 
 def ordered(rows: Sequence[Row]) -> list[str]:

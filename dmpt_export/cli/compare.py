@@ -67,7 +67,7 @@ def command(**fields: Any) -> None:
 
     \b
     Examples:
-      dmpt-export compare tuned=gpt2-device device --control tuned --data wiki.test.raw --out report
+      dmpt-export compare control=gpt2-device device --control control --data wiki.test.raw --out report
       dmpt-export compare gpt2-device device openvino:int8@./gpt2 --data wiki.test.raw --out report
       dmpt-export compare gpt2-device device --peers ./gpt2 --peer-python openvino=/venv/bin/python --out report
     """

@@ -1,9 +1,8 @@
-"""Texts and pictures of a comparison; it never claims more than was measured."""
+"""Tables, files and pictures of a comparison, and how its models are measured."""
 
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -15,116 +14,20 @@ import pytest
 from benchmarks.comparison import comparison
 from benchmarks.comparison.comparison import compare
 from benchmarks.comparison.contestants import Entry, Settings
-from benchmarks.comparison.findings import reading
 from benchmarks.comparison.model_result import Row
 from benchmarks.comparison.output import save
-from benchmarks.comparison.ranking import rankings
 from benchmarks.comparison.result import Comparison
 from benchmarks.quality import perplexity
 from benchmarks.quality.open_scorer import open_scorer
 from benchmarks.quality.perplexity import evaluate, read_text
 from benchmarks.quality.scorer import named
 from benchmarks.report import frontier, placing, svg
-from benchmarks.report.page import page
 from benchmarks.report.table import markdown
 from dmpt_export.cli.main import main
-from tests.helpers.rows import BASE, DMPT, TUNED, quality, row
-from training.checkpoints.record import Phase, Record
+from tests.helpers.rows import BASE, DMPT, TUNED, row
 from training.errors import InputError
 
 SVG = "{http://www.w3.org/2000/svg}"
-
-
-# --- the line under the table -----------------------------------------------------------------------
-
-
-def test_dmpt_is_read_against_its_control_of_the_same_scheme() -> None:
-    said = reading([BASE, *TUNED, *DMPT])
-    assert "\n" not in said
-    fp32, int8, int4 = said.split("scheme: ")[1].split(" (± two")[0].split("; ")
-    assert "perplexity 4.00 % ± 0." in fp32
-    assert "lower, 3.00x the size, 0.80x the decode speed" in fp32
-    assert "perplexity 5.88 % ± 0." in int8
-    assert "higher, 2.50x the size, 0.75x" in int8
-    assert "perplexity no different (+0.02 % ±" in int4
-    assert "1.10x the decode speed" in int4
-
-
-def test_the_margin_is_two_paired_standard_errors() -> None:
-    said = reading([TUNED[0], DMPT[0]])
-    assert TUNED[0].quality
-    assert DMPT[0].quality
-    difference = DMPT[0].quality.nll - TUNED[0].quality.nll
-    margin = 100 * 2 * difference.std(ddof=1) / math.sqrt(4000) * 48 / 50
-    assert f"± {margin:.2f} %" in said
-    assert margin < 1  # unpaired it would be ten times as much: what makes tokens hard cancels
-
-
-def test_no_claim_without_a_control() -> None:
-    said = reading([BASE, *DMPT])
-    assert "control is missing" in said
-    assert "%" not in said
-    assert "x the" not in said
-    assert "no control is stored as int8" in reading([TUNED[0], *DMPT[:2]])
-    assert "None of these models is a DMPT" in reading([BASE, *TUNED])
-
-
-def trained(tokens: int, base: str = "b", data: str = "d") -> Record:
-    return Record(base, (Phase(tokens, 10, 1e9, 0, data, 64),))
-
-
-def test_a_claim_about_equal_tokens_is_made_only_where_it_is_recorded() -> None:
-    control, dmpt = TUNED[0], DMPT[0]
-    alike = reading([replace(control, training=trained(4000)), replace(dmpt, training=trained(4000))])
-    assert "DMPT against GPT-2 trained on the same 4,000 tokens, at the same scheme: fp32: perplexity 4.00 %" in alike
-    more = reading([replace(control, training=trained(16_000)), replace(dmpt, training=trained(4000))])
-    assert "no verdict (DMPT fp32 was trained on 4,000 tokens, GPT-2 fine-tuned fp32 on 16,000)" in more
-    assert "4.00 %" not in more
-    assert "same" not in more.split("scheme: ")[1]
-    other = reading([replace(control, training=trained(4000, "c")), replace(dmpt, training=trained(4000))])
-    assert "no verdict (DMPT fp32 and GPT-2 fine-tuned fp32 were trained from different models)" in other
-    text = reading([replace(control, training=trained(4000, data="e")), replace(dmpt, training=trained(4000))])
-    assert "no verdict (DMPT fp32 and GPT-2 fine-tuned fp32 were trained on different text)" in text
-    assert "4.00 %" not in text
-    assert "same" not in text.split("scheme: ")[1]
-    halves = replace(control, training=Record("b", 2 * trained(2000).phases))  # two phases on one text
-    assert reading([halves, replace(dmpt, training=trained(4000))]).count("4,000 tokens") == 1
-    for unknown in (None, Record("b")):
-        said = reading([replace(control, training=unknown), replace(dmpt, training=trained(4000))])
-        assert "DMPT against the control, at the same scheme" in said
-        assert "equal training not recorded" in said
-
-
-def test_other_tokens_do_not_compare() -> None:
-    other = replace(TUNED[0], quality=quality(50, text="another"))
-    assert "do not compare" in reading([other, DMPT[0]])
-
-
-def test_other_tokenizers_are_ranked_by_bytes() -> None:
-    """Half as many tokens for the same text: twice the loss of each is no worse."""
-    coarse = replace(TUNED[0], name="coarse", quality=quality(200, text="another", n_bytes=32_000))
-    rows = [TUNED[0], DMPT[0], coarse]  # perplexities 50, 48, 200
-    assert rankings(rows)["bits per byte"] == ["coarse", "DMPT fp32", "GPT-2 fine-tuned fp32"]
-    assert "perplexity" not in rankings(rows)
-    assert rankings(rows[:2])["perplexity"][0] == "DMPT fp32"
-    result = Comparison(rows, ["text"], [])
-    header, _, line = result.table().splitlines()[:3]
-    assert "| word perplexity | bits per byte |" in header
-    assert "accuracy" not in header
-    assert line.split("|")[5:7] == [f"{math.exp(math.log(50) * 4 / 3):16.2f} ", f"{math.log2(50) / 4:14.4f} "]
-    text = result.as_markdown()
-    assert "perplexities per token do not compare" in text
-    assert "Best first by bits per byte: coarse" in text
-    assert "in bits per byte, decode time" in text
-    assert "Size, bits per byte and speed" in (drawn := page(result))
-    assert "Size, perplexity" not in drawn
-    assert "coarse: 20 MB, bits per byte 0.9555" in drawn
-    assert "They scored 16,000 to 32,000 bytes" in text  # the note on stride-concat
-
-
-def test_without_text_or_speed_only_what_is_known_is_said() -> None:
-    said = reading([row("GPT-2 fine-tuned", "fp32", 20, None, None), row("DMPT", "fp32", 60, None, 80)])
-    assert said.endswith("fp32: 3.00x the size.")
 
 
 # --- table, JSON, Markdown --------------------------------------------------------------------------
@@ -245,7 +148,51 @@ def test_rows_are_told_as_they_come_and_survive_an_interrupt(
     assert "1 of 2: first: perplexity " in err
     assert "| first " in out
     assert ("| second " in out) == ("2 of 2: second: perplexity " in err) == (stopped == "timing")
+    assert ("Not scored when stopped: second." in out) == (stopped == "scoring")
+    assert "is a DMPT" not in out
+    assert "with --resume FOLDER scores are kept" in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ((), "stopped before a model was scored; with --resume FOLDER scores are kept, and the same command goes on"),
+        (("--resume", "kept"), "stopped before a model was scored; the same command goes on with the scores in kept"),
+    ],
+)
+def test_an_interrupt_before_the_first_row_says_how_to_go_on(
+    tiny_gpt2: Path, sample_text: str, tmp_path: Path, more: tuple[str, ...], told: str,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    (tmp_path / "text.txt").write_text(sample_text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(perplexity, "evaluate", interrupted)
+    assert main(["compare", str(tiny_gpt2), "--data", "text.txt", "--max-length", "40", *more]) == 130
+    out, err = capsys.readouterr()
+    assert told in err
+    assert out == ""
+
+
+def test_a_slow_dmpt_checkpoint_gets_one_hint(
+    tiny_gpt2: Path, tiny_dmpt: Path, sample_text: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    text = tmp_path / "text.txt"
+    text.write_text(sample_text)
+    entries = [Entry("base", str(tiny_gpt2)), Entry("one", str(tiny_dmpt)), Entry("two", str(tiny_dmpt))]
+    compare(entries, [text], settings=Settings(max_length=40, stride=10))
+    assert comparison.FASTER not in capsys.readouterr().err
+    monkeypatch.setattr(comparison, "SLOW_S", 0.0)
+    compare(entries, [text], settings=Settings(max_length=40, stride=10))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines.count(comparison.FASTER) == 1
+    assert lines.index(comparison.FASTER) > next(i for i, line in enumerate(lines) if line.startswith("2 of 3: one"))
+    compare(entries[:1], [text], settings=Settings(max_length=40, stride=10))
+    assert comparison.FASTER not in capsys.readouterr().err
 
 
 def test_a_comparison_follows_the_protocol(tiny_gpt2: Path, sample_text: str, tmp_path: Path) -> None:
