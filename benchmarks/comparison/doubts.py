@@ -18,14 +18,9 @@ def noise(rows: Sequence[Row]) -> list[str]:
         lines.append(f"{remark[0].upper()}{remark[1:]}; repeat the timing on a quiet one.")
     if remark := drift([row.speed for row in timed if row.speed]):
         lines.append(f"{remark[0].upper()}{remark[1:]}; compare these speeds only with each other.")
-    for row in timed:
-        assert row.speed is not None
-        share = scatter(row.speed.first("tg").tokens_per_s)
-        if share > UNSTEADY:
-            lines.append(
-                f"{row.name}: the decode speed is unsteady; the middle half of its rounds spans {share:.0%} of the "
-                "median."
-            )
+    shares = {row.name: scatter(row.speed.first("tg").tokens_per_s) for row in timed if row.speed}
+    if unsteady := [f"{name} {share:.0%}" for name, share in shares.items() if share > UNSTEADY]:
+        lines.append(f"Unsteady decode speeds (spread of the middle half of the rounds): {', '.join(unsteady)}.")
     for one, other in combinations(timed, 2):
         a, b = sorted((one.decode_tokens_per_s or 0.0, other.decode_tokens_per_s or 0.0))
         if one.graph is not None and one.graph == other.graph and b > (1 + UNSTEADY) * a:

@@ -55,7 +55,7 @@ def trained_alike(row: Row, control: Row) -> bool | None:
 def apart(row: Row, controls: dict[str, Row]) -> str:
     """Why a DMPT row has no verdict beside controls stored otherwise: size and speed would measure the storage."""
     stored = ", ".join(f"{control.name} as {scheme}" for scheme, control in reversed(controls.items()))
-    return f"no verdict ({stored}: a control must be stored as {row.scheme} too)"
+    return f"no verdict (stored as {row.scheme}, but {stored})"
 
 
 def clause(row: Row, control: Row) -> str:

@@ -21,7 +21,7 @@ def page(rows: Sequence[Mapping[str, Any]], nodes: Mapping[str, Mapping[str, flo
     parts = [tag("h1", "Decode speed"), tag("div", curves, class_="plots") if curves else nothing]
     if nodes:
         parts.append(tag("h2", "Time per decoded token by node type"))
-        parts += [bars(name, own) for name, own in nodes.items()]
+        parts.append(tag("div", *(bars(name, own) for name, own in nodes.items()), class_="plots"))
     return document("Decode speed", together(*parts, tag("h2", "How this was measured"), facts_table(facts)))
 
 

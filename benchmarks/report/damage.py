@@ -13,10 +13,10 @@ from quant.quantize import TensorReport
 from quant.rules import FLOAT
 from quant.schemes import SCHEMES
 
-ROW, TOP, LEFT, WIDTH, RIGHT = 18.0, 64.0, 250.0, 900.0, 30.0  # pixels
+ROW, TOP, PLOT, RIGHT = 18.0, 84.0, 480.0, 30.0  # pixels
 DELTA = 0  # used instead of bits for a low-rank delta
 OTHER = 7  # colour of any other number of bits
-COLOURS = {2: 4, 3: 5, 4: 2, 8: 1, 16: 3, DELTA: 6}  # bits of a code -> index of a colour
+COLOURS = {2: 4, 3: 5, 4: 2, 8: 1, 16: 3, DELTA: 0}  # bits of a code -> index of a colour
 Dot = tuple[float, float, str, bool]  # (damage, bits per weight, scheme, whether it was chosen)
 
 
@@ -43,32 +43,45 @@ def chart(rows: Sequence[tuple[str, Sequence[Dot]]], what: str) -> str:
     values = [dot[0] for _, own in rows for dot in own if dot[0] > 0] or [1.0]
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     powers = range(low, max(high, low + 1) + 1)
-    x = svg.Scale(10.0 ** powers[0], 10.0 ** powers[-1], LEFT, WIDTH - RIGHT, log=True)
-    height = TOP + ROW * len(rows) + 40
-    parts = [tag("text", f"{what} (log scale)", x=LEFT, y=20, font_size=14), *legend()]
+    left = 20 + svg.LETTER * max([len(label) for label, _ in rows], default=0)
+    width, height = left + PLOT + RIGHT, TOP + ROW * len(rows) + 40
+    x = svg.Scale(10.0 ** powers[0], 10.0 ** powers[-1], left, left + PLOT, log=True)
+    note = "Filled: chosen; hollow: measured" if any(not dot[3] for _, own in rows for dot in own) else ""
+    if any(dot[0] <= 0 for _, own in rows for dot in own):
+        note += f"{'; at' if note else 'At'} the left edge: no damage measured"
+    parts = [tag("text", f"{what} (log scale)", x=left, y=20, font_size=14), *legend(rows, left)]
+    parts.append(tag("text", note, x=left, y=64, class_="tick"))
     for power in powers:
         at = x(10.0**power)
         parts.append(tag("line", x1=at, x2=at, y1=TOP - 4, y2=height - 30, class_="grid"))
         parts.append(tag("text", f"1e{power}", x=at, y=height - 12, text_anchor="middle", class_="tick"))
     for i, (label, own) in enumerate(rows):
         y = TOP + ROW * (i + 0.5)
-        parts.append(tag("text", label, x=LEFT - 10, y=y + 4, text_anchor="end"))
-        parts.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y, class_="grid"))
+        parts.append(tag("text", label, x=left - 10, y=y + 4, text_anchor="end"))
+        parts.append(tag("line", x1=left, x2=left + PLOT, y1=y, y2=y, class_="grid"))
         parts += [circle(x(max(dot[0], x.low)), y, dot, label) for dot in sorted(own, key=lambda dot: dot[3])]
-    return svg.picture_file(f"Damage by group and bits: {what}", WIDTH, height, *parts)
+    return svg.picture_file(f"Damage by group and bits: {what}", width, height, *parts)
 
 
-def legend() -> list[Markup]:
+def legend(rows: Sequence[tuple[str, Sequence[Dot]]], left: float) -> list[Markup]:
+    """The bits that occur, fewest first, deltas last."""
     parts = []
-    for i, (bits, label) in enumerate(((2, "2 bits"), (3, "3"), (4, "4"), (8, "8"), (16, "16"), (DELTA, "delta"))):
-        parts.append(tag("circle", cx=LEFT + 8 + 60 * i, cy=40, r=5, fill=svg.colour(COLOURS[bits])))
-        parts.append(tag("text", label, x=LEFT + 18 + 60 * i, y=44))
-    return [*parts, tag("text", "filled: chosen; hollow: measured", x=LEFT + 380, y=44)]
+    found = {bits_of(dot[2]) for _, own in rows for dot in own}
+    for i, bits in enumerate(sorted(found, key=lambda bits: (bits == DELTA, bits))):
+        at = left + 8 + 70 * i
+        parts.append(tag("circle", cx=at, cy=40, r=5, fill=svg.colour(COLOURS.get(bits, OTHER))))
+        parts.append(tag("text", "delta" if bits == DELTA else f"{bits} bits", x=at + 10, y=44))
+    return parts
+
+
+def bits_of(scheme: str) -> int:
+    """Bits of a code; DELTA for a low-rank delta."""
+    name = scheme.partition(":")[0]
+    return SCHEMES[name].bits if name in SCHEMES else DELTA
 
 
 def circle(x: float, y: float, dot: Dot, label: str) -> Markup:
     damage, bits, scheme, chosen = dot
-    name = scheme.partition(":")[0]
-    shade = svg.colour(COLOURS.get(SCHEMES[name].bits, OTHER) if name in SCHEMES else COLOURS[DELTA])
+    shade = svg.colour(COLOURS.get(bits_of(scheme), OTHER))
     about = tag("title", f"{label}: {scheme}, {bits:.2f} bits per weight, {damage:.3g}")
     return tag("circle", about, cx=x, cy=y, r=5, fill=shade if chosen else "none", stroke=shade)

@@ -12,7 +12,8 @@ from benchmarks.comparison.ranking import front
 from benchmarks.report import svg
 from benchmarks.report.placing import Box, best_spot, distance
 
-WIDTH, HEIGHT = 460.0, 400.0
+WIDTH, HEIGHT = NARROW = 460.0, 400.0  # of the file, and of a page on a phone
+WIDE = 880.0, 400.0  # of a page on a desktop
 LARGEST, SMALLEST, RING = 20.0, 4.0, 5.0  # radii
 KNOWN = {"GPT-2": 0, "GPT-2 base": 0, "GPT-2 fine-tuned": 1, "DMPT": 2}  # family -> colour
 NAMED = 9  # with more models than this the markers have numbers
@@ -42,7 +43,13 @@ def draw(rows: Sequence[Row]) -> svg.Markup:
     """The figure and its legend for a page; empty if no model has a quality."""
     if not (drawing := drawn(rows)):
         return svg.Markup()
-    figure = svg.picture(drawing.name, WIDTH, HEIGHT, *drawing.parts)
+
+    def draw(width: float, height: float, class_: str) -> svg.Markup:
+        again = drawn(rows, width, height)
+        assert again is not None
+        return svg.picture(again.name, width, height, *again.parts, class_=class_)
+
+    figure = svg.sized(draw, NARROW, WIDE)
     key = svg.legend([family for family, _ in drawing.families], [index for _, index in drawing.families])
     return svg.tag("figure", key, figure, svg.tag("figcaption", drawing.note), aria_label=title(rows))
 
@@ -54,7 +61,7 @@ def draw_file(rows: Sequence[Row]) -> str:
     key, height = svg.legend_rows(drawing.families, WIDTH)
     top = 26 + height
     heading = svg.tag("text", title(rows), x=4, y=18, font_size=15, font_weight="bold")
-    lines = [line.strip() for line in drawing.note.split(". ")]
+    lines = [line.strip(" .") for line in drawing.note.split(". ")]
     notes = [svg.tag("text", line, x=4, y=top + HEIGHT + 14 * i, class_="tick") for i, line in enumerate(lines, 1)]
     body = [heading, svg.tag("g", key, transform="translate(0,26)")]
     body.append(svg.tag("g", *drawing.parts, transform=f"translate(0,{svg.number(top)})"))
@@ -65,26 +72,26 @@ def title(rows: Sequence[Row]) -> str:
     return f"Size, {merit(rows)} and speed"
 
 
-def drawn(rows: Sequence[Row]) -> Drawing | None:
+def drawn(rows: Sequence[Row], width: float = WIDTH, height: float = HEIGHT) -> Drawing | None:
     """Rows are numbered from 1 as in the table; rows without quality are left out."""
     quality = merit(rows)
     numbered = [(str(i), row) for i, row in enumerate(rows, 1) if row.figure(quality) is not None]
     shown = [row for _, row in numbered]
     if not shown:
         return None
-    x = svg.Scale.around([row.size_bytes / 1e6 for row in shown], 50, WIDTH - 16, log=True)
-    height = {row.name: value for row in shown if (value := row.figure(quality)) is not None}
-    wide = max(height.values()) > 3 * min(height.values())
-    y = svg.Scale.around([*height.values()], HEIGHT - 46, 28, log=wide)
+    x = svg.Scale.around([row.size_bytes / 1e6 for row in shown], 50, width - 16, log=True)
+    merits = {row.name: value for row in shown if (value := row.figure(quality)) is not None}
+    far = max(merits.values()) > 3 * min(merits.values())
+    y = svg.Scale.around([*merits.values()], height - 46, 28, log=far)
     colours = colour_numbers([row.family for row in rows])
     best = max((row.decode_tokens_per_s or 0.0 for row in shown), default=0.0) or 1.0
-    parts = [svg.axes(x, y, "file size, MB (log scale)", f"{quality}{' (log scale)' if wide else ''}")]
+    parts = [svg.axes(x, y, "file size, MB (log scale)", f"{quality}{' (log scale)' if far else ''}")]
     best_of_all = set(front(shown, timed=False))
-    ahead = sorted((row.size_bytes / 1e6, height[row.name]) for row in shown if row.name in best_of_all)
+    ahead = sorted((row.size_bytes / 1e6, merits[row.name]) for row in shown if row.name in best_of_all)
     points = [(x(a), y(b)) for a, b in ahead]
     path = " ".join(f"{svg.number(a)},{svg.number(b)}" for a, b in points)
     parts.append(svg.tag("polyline", points=path, fill="none", class_="front"))
-    centres = {row.name: (x(row.size_bytes / 1e6), y(height[row.name])) for row in shown}
+    centres = {row.name: (x(row.size_bytes / 1e6), y(merits[row.name])) for row in shown}
     radii = {row.name: radius(row, best) for row in shown}
     on_top = sorted(shown, key=lambda row: -radii[row.name])  # small markers over large ones
     parts += [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.comparison.model_result import Row
 from benchmarks.report import svg
 
 Rows = Sequence[Mapping[str, Any]]
@@ -28,6 +29,12 @@ def growth(rows: Rows) -> dict[str, Series]:
     return {what: series for what, series in found.items() if series}
 
 
+def apart(others: Rows, rows: Sequence[Row]) -> list[Mapping[str, Any]]:
+    """Rows of `bench --json`, renamed where a row of the comparison has their name: times of two runs do not join."""
+    taken = {row.name for row in rows}
+    return [{**row, "name": f"{row['name']} (bench)"} if row["name"] in taken else row for row in others]
+
+
 def by_context(rows: Rows) -> Series:
     """x is the mean context of the decoded tokens."""
     several = len({row["threads"] for row in rows}) > 1
@@ -39,7 +46,7 @@ def by_context(rows: Rows) -> Series:
 
 
 def by_threads(rows: Rows) -> Series:
-    return joined([(row["name"], [(row["threads"], ms(first(row)))]) for row in rows])
+    return joined([(f"{row['name']}{at_depth(row, rows)}", [(row["threads"], ms(first(row)))]) for row in rows])
 
 
 def by_shape(rows: Rows, what: str, same: Sequence[str]) -> Series:
@@ -49,8 +56,15 @@ def by_shape(rows: Rows, what: str, same: Sequence[str]) -> Series:
         shape = row.get("shape") or {}
         if shape.get(what):
             others = ", ".join(f"{shape[key]} {key}" for key in same)
-            lines.append((f"{row['scheme']}, {others}, {threads_of(row)}", [(shape[what], ms(first(row)))]))
+            label = f"{row['scheme']}, {others}, {threads_of(row)}{at_depth(row, rows)}"
+            lines.append((label, [(shape[what], ms(first(row)))]))
     return joined(lines)
+
+
+def at_depth(row: Mapping[str, Any], rows: Rows) -> str:
+    """The context of a row's first test where the rows differ in it: their times must not be joined."""
+    depth = first(row)["depth"]
+    return f", context {depth}" if any(first(other)["depth"] != depth for other in rows) else ""
 
 
 def threads_of(row: Mapping[str, Any]) -> str:

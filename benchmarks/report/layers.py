@@ -78,9 +78,9 @@ def figure(name: str, found: Sequence[Layer]) -> svg.Markup:
     rows = [[layer["name"], str(layer.get("scheme", "-")), str(layer["bits"]), str(layer.get("block") or "-"),
              given(layer, "relative_error"), given(layer, "kl")] for layer in found]  # fmt: skip
     head = ["tensor", "scheme", "bits", "block", "relative error", "KL alone"]
-    note = "Darker: more bits." if measured else (
-        "Darker: more bits. Error and damage of the tensors are unknown: the folder has no quantization_report.json."
-    )  # fmt: skip
+    note = "Stronger colour: more bits."
+    if not measured:
+        note += " Error and damage of the tensors are unknown: the folder has no quantization_report.json."
     numbers = svg.numbers(head, rows, f"Tensors of {name}", 2)
     return svg.tag("figure", draw(title, found), svg.tag("figcaption", note), numbers, aria_label=title)
 

@@ -20,7 +20,9 @@ font:1rem/1.5 system-ui,sans-serif;overflow-wrap:break-word}
 h1{font-size:1.5rem}h2{font-size:1.2rem;margin-top:2rem}
 figure{margin:1rem 0;min-width:0}figcaption,.small{color:var(--soft);font-size:.875rem}
 svg{display:block;width:100%;max-width:36rem;height:auto;font-family:inherit}
-.plots{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr))}
+.plots{display:grid;gap:1rem;align-items:start;grid-template-columns:repeat(auto-fit,minmax(min(100%,28rem),1fr))}
+.plots>*{min-width:0}svg.wide{display:none;max-width:none}
+@media(min-width:60rem){.plots>figure:only-child>svg.wide{display:block}.plots>figure:only-child>svg.narrow{display:none}}
 .legend{overflow-wrap:anywhere;display:flex;flex-wrap:wrap;gap:.2rem 1rem;list-style:none;padding:0;margin:.5rem 0}
 .swatch{display:inline-block;width:.8em;height:.8em;border-radius:50%;margin-right:.4em;
 background:var(--own);border:2px solid var(--own)}
@@ -32,9 +34,9 @@ linear-gradient(to right,color-mix(in srgb,var(--soft) 45%,transparent),transpar
 linear-gradient(to left,color-mix(in srgb,var(--soft) 45%,transparent),transparent) right/.8rem 100% no-repeat}
 table{border-collapse:collapse;font-size:.875rem}
 .caption{color:var(--soft);font-size:.875rem;margin:.5rem 0 0}
-.facts td{white-space:normal;overflow-wrap:anywhere}
 th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
-td.left,th.left{text-align:left}tr.ahead td{background:var(--tint)}
+th{white-space:normal;vertical-align:bottom}td.left,th.left{text-align:left}
+.facts td{white-space:normal;overflow-wrap:anywhere}.facts td:first-child{overflow-wrap:break-word}
 .claim{border-left:4px solid var(--c1);padding:.5rem .8rem;background:var(--tint)}
 .routes{white-space:pre-wrap;line-height:2}
 .token{background:color-mix(in srgb,var(--path) 22%,transparent);border-bottom:2px solid var(--path);border-radius:2px}
@@ -56,11 +58,11 @@ def page(result: Comparison) -> str:
         bullets(result.notes()),
     ]
     if drawn := frontier.draw(rows):
-        parts += [tag("h2", f"Size, {merit(rows)} and speed"), drawn]
-    if curves := growth.figures([*(row.to_json() for row in rows), *result.growth]):
+        parts += [tag("h2", f"Size, {merit(rows)} and speed"), tag("div", drawn, class_="plots")]
+    if curves := growth.figures([*(row.to_json() for row in rows), *growth.apart(result.growth, rows)]):
         parts += [tag("h2", "Growth of decode time"), tag("div", curves, class_="plots")]
     if maps := layers.figures([(row.name, row.path) for row in rows if row.kind in ("onnx", "quantized")]):
-        parts += [tag("h2", "Bits and damage by layer"), maps]
+        parts += [tag("h2", "Bits and damage by layer"), tag("div", maps, class_="plots")]
     if result.routes:
         parts += [tag("h2", "Routes of a sample text"), routes.figure(result.routes)]
     parts += [tag("h2", "How this was measured"), made(result)]
@@ -97,18 +99,19 @@ def beside_control(rows: list[Row]) -> Markup:
 def models_table(rows: list[Row]) -> Markup:
     """The table, numbered as in the figure; brackets hold the quartiles of the speed."""
     ahead, heads, body = set(front(rows)), ordered(rows), []
+    at = heads.index("file size") + 1  # where the mark goes
     for i, row in enumerate(rows, 1):
         values = picked(row, heads)
         if row.speed:
             timed = row.speed.to_json()
             middle = f" ({timed['decode_tokens_per_s_q1']:.1f}-{timed['decode_tokens_per_s_q3']:.1f})"
             values[heads.index("decode tokens/s")] += middle
-        body.append([str(i), *values, "yes" if row.name in ahead else "-"])
+        body.append([str(i), *values[:at], "yes" if row.name in ahead else "-", *values[at:]])
     caption = (
         "Speeds: medians, with quartiles over the rounds in brackets. "
         f"Best trade-off: no other model is at least as good in {merit(rows)}, decode time and size, and better in one."
     )
-    return svg.table(["#", *heads, "best trade-off"], body, 2, caption)
+    return svg.table(["#", *heads[:at], "best trade-off", *heads[at:]], body, 2, caption)
 
 
 def ordered(rows: Sequence[Row]) -> list[str]:

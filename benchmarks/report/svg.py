@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -44,10 +44,19 @@ def colour(index: int) -> str:
     return f"var(--c{index % PALETTE})"
 
 
-def picture(name: str, width: float, height: float, *content: str) -> Markup:
+def picture(name: str, width: float, height: float, *content: str, class_: str = "") -> Markup:
     """An SVG with an accessible name."""
+    about: dict[str, object] = {"role": "img", "aria_label": name, **({"class": class_} if class_ else {})}
     box = f"0 0 {number(width)} {number(height)}"
-    return tag("svg", tag("title", name), *content, role="img", aria_label=name, viewBox=box, font_size=FONT)
+    return tag("svg", tag("title", name), *content, **about, viewBox=box, font_size=FONT)
+
+
+def sized(
+    draw: Callable[[float, float, str], Markup], narrow: tuple[float, float], wide: tuple[float, float]
+) -> Markup:
+    """A figure drawn twice, by width, height and class: scaling one drawing would make its letters tiny on a phone or
+    huge on a desktop. A page shows the wide one where it has room and the figure is alone in its row."""
+    return together(draw(*narrow, "narrow"), draw(*wide, "wide"))
 
 
 def picture_file(name: str, width: float, height: float, *content: str) -> str:
@@ -135,7 +144,16 @@ def axes(x: Scale, y: Scale, x_label: str, y_label: str, whole: bool = False) ->
 
 def lines(name: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]], x_label: str, y_label: str) -> Markup:
     """A line per series of (x, y), with y from zero; markers show their values. `name` is the accessible name."""
-    width, height = 440.0, 280.0
+
+    def draw(width: float, height: float, class_: str) -> Markup:
+        return picture(name, width, height, *curves(series, x_label, y_label, width, height), class_=class_)
+
+    return sized(draw, (440.0, 280.0), (880.0, 340.0))
+
+
+def curves(
+    series: Sequence[tuple[str, Sequence[tuple[float, float]]]], x_label: str, y_label: str, width: float, height: float
+) -> list[Markup]:
     points = [point for _, own in series for point in own]
     x = Scale.around([p[0] for p in points], 50, width - 16)
     y = Scale.around([p[1] for p in points], height - 46, 28, zero=True)
@@ -147,7 +165,7 @@ def lines(name: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]]
         for a, b in own:
             said = tag("title", f"{label}: {b:.3g} at {a:g}")
             parts.append(tag("circle", said, cx=x(a), cy=y(b), r=4, fill=colour(i)))
-    return picture(name, width, height, *parts)
+    return parts
 
 
 def legend(labels: Sequence[str], indices: Sequence[int] | None = None) -> Markup:

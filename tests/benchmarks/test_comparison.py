@@ -246,16 +246,18 @@ CROWD = [
 @pytest.mark.parametrize(
     "rows", [CROWD, [BASE], [BASE, replace(BASE, name="twin")], [row("DMPT", "int4", 1, 9000, 9), BASE]]
 )
-def test_labels_cover_neither_each_other_nor_markers(rows: list[Row]) -> None:
-    root = ElementTree.fromstring(frontier.draw_file(rows))
-    drawn = [element for group in root.iter(f"{SVG}g") for element in group]
+@pytest.mark.parametrize("size", [frontier.NARROW, frontier.WIDE])
+def test_labels_cover_neither_each_other_nor_markers(rows: list[Row], size: tuple[float, float]) -> None:
+    drawing = frontier.drawn(rows, *size)
+    assert drawing is not None
+    drawn = list(ElementTree.fromstring(svg.picture_file("", *size, *drawing.parts)))
     labels = [box_of(element) for element in drawn if element.get("class") == "label"]
     markers = [
         placing.Box.around(float(e.get("cx", "")), float(e.get("cy", "")), 2 * radius, 2 * radius)
         for e in drawn
         if e.find(f"{SVG}title") is not None and (radius := float(e.get("r", "")))
     ]
-    frame = placing.Box(50, 28, frontier.WIDTH - 16, frontier.HEIGHT - 46)
+    frame = placing.Box(50, 28, size[0] - 16, size[1] - 46)
     assert len(labels) == len(markers) == len(rows)
     for a, b in combinations(labels, 2):
         assert placing.overlap(a, b) == 0

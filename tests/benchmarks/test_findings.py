@@ -42,8 +42,8 @@ def test_no_claim_without_a_control() -> None:
     assert "x the" not in said
     said = reading([TUNED[0], TUNED[2], *DMPT[:2]])
     assert said.endswith(
-        "; int8: no verdict (GPT-2 fine-tuned fp32 as fp32, GPT-2 fine-tuned int4 as int4: a control must be stored as "
-        "int8 too) (± two paired standard errors over tokens; other training runs may differ)."
+        "; int8: no verdict (stored as int8, but GPT-2 fine-tuned fp32 as fp32, GPT-2 fine-tuned int4 as int4) "
+        "(± two paired standard errors over tokens; other training runs may differ)."
     )
     assert "x the" not in said.split("int8: ")[1]
     assert "None of these models is a DMPT" in reading([BASE, *TUNED])

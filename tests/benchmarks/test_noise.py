@@ -31,7 +31,7 @@ def test_a_speed_that_scatters_is_marked_wherever_it_stands() -> None:
         "100.0 (unsteady)"
     )
     (line,) = noise([replace(row("DMPT", "int8", 4, 50, 100), speed=speed(SCATTERED))])
-    assert line == "DMPT int8: the decode speed is unsteady; the middle half of its rounds spans 20% of the median."
+    assert line == "Unsteady decode speeds (spread of the middle half of the rounds): DMPT int8 20%."
     assert round(scatter(SCATTERED), 2) == 0.2
     assert noise([replace(row("DMPT", "int8", 4, 50, 100), speed=speed(STEADY))]) == []
 

@@ -9,16 +9,18 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
 from benchmarks.comparison.ranking import front, rankings
 from benchmarks.comparison.result import Comparison
-from benchmarks.report import bench, growth, layers, svg
+from benchmarks.report import bench, damage, growth, layers, svg
 from benchmarks.report.page import POLICY, page
 from benchmarks.speed.profiling import by_type
 from tests.helpers.rows import BASE, DMPT, TUNED, row
 
+SVG = "{http://www.w3.org/2000/svg}"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ROUTES = {
     "model": "DMPT",
@@ -37,8 +39,8 @@ def quantized(folder: Path, report: bool) -> str:
     tensors = {name: {"scheme": "int8", "bits": 4 + 4 * (i % 2), "block": 32} for i, name in enumerate(names)}
     (folder / "config.json").write_text(json.dumps({"quantization": {"scheme": "int8", "tensors": tensors}}))
     if report:
-        damage = [{"name": name, "relative_error": 0.01, "kl": 0.001 * i} for i, name in enumerate(names)]
-        (folder / layers.REPORT_NAME).write_text(json.dumps({"tensors": damage}))
+        losses = [{"name": name, "relative_error": 0.01, "kl": 0.001 * i} for i, name in enumerate(names)]
+        (folder / layers.REPORT_NAME).write_text(json.dumps({"tensors": losses}))
     return str(folder)
 
 
@@ -118,6 +120,37 @@ def test_worse_and_slower_models_rank_below() -> None:
     assert front([good, untimed], timed=False) == [untimed.name]
 
 
+def test_times_of_other_runs_and_contexts_are_not_joined() -> None:
+    def timed(threads: int, depth: int, speed: float) -> dict[str, Any]:
+        test = {"test": f"tg8 @ d{depth}", "depth": depth, "tokens": 8, "tokens_per_s": speed}
+        return {"name": "m", "scheme": "int8", "threads": threads, "shape": {}, "tests": [test]}
+
+    alike = growth.growth([timed(1, 8, 10.0), timed(2, 8, 20.0)])
+    assert alike["threads"] == [("m", [(1, 100.0), (2, 50.0)])]
+    unlike = growth.growth([timed(1, 8, 10.0), timed(2, 8, 20.0), timed(2, 64, 25.0)])
+    assert unlike["threads"] == [("m, context 8", [(1, 100.0), (2, 50.0)])]
+    renamed = growth.apart([timed(1, 8, 10.0)], [replace(BASE, name="m")])
+    assert [r["name"] for r in renamed] == ["m (bench)"]
+    assert growth.apart([timed(1, 8, 10.0)], [BASE])[0]["name"] == "m"
+
+
+def test_the_figure_of_damage_names_what_it_shows() -> None:
+    rows: list[tuple[str, list[damage.Dot]]] = [
+        ("transformer.h.11.attn.c_attn", [(0.01, 8.5, "int8", True), (0.1, 4.5, "int4", False)]),
+        ("heads.1", [(0.0, 1.0, "delta:4:int8", True)]),
+    ]
+    texts = [(t.text or "", t.attrib) for t in ElementTree.fromstring(damage.chart(rows, "KL")).iter(f"{SVG}text")]
+    words = [text for text, _ in texts]
+    assert [word for word in words if word.endswith("bits") or word == "delta"] == ["4 bits", "8 bits", "delta"]
+    assert "Filled: chosen; hollow: measured; at the left edge: no damage measured" in words
+    ends = [float(a["x"]) - svg.LETTER * len(text) for text, a in texts if a.get("text-anchor") == "end"]
+    assert len(ends) == len(rows)
+    assert min(ends) >= 0
+    plain = damage.chart([("a", [(0.01, 8.5, "int8", True)])], "KL")
+    assert "hollow" not in plain
+    assert "left edge" not in plain
+
+
 def test_scales_have_ticks_within() -> None:
     for low, high, log in ((76, 80, False), (1, 22, True), (0.001, 4000, True), (5, 5, False), (50, 51, True)):
         scale = svg.Scale.around([low, high], 0, 100, log)
@@ -173,12 +206,16 @@ for (const details of document.querySelectorAll('details')) details.open = true;
 for (const e of document.querySelectorAll('svg')) {
   const all = boxes(e);
   const frame = e.getBoundingClientRect();
+  if (!frame.width) continue;  // of the two sizes of a figure only one shows
   all.forEach(([a, x], i) => {
     if (x.left < frame.left - 1 || x.right > frame.right + 1) found.push('outside: ' + a);
     all.slice(i + 1).forEach(([b, y]) => { if (hit(x, y)) found.push(a + ' over ' + b); });
   });
 }
-document.title = JSON.stringify({found, wide: document.documentElement.scrollWidth - window.innerWidth});
+const alone = [...document.querySelectorAll('.plots > figure:only-child > svg')].map(e => e.getBoundingClientRect());
+const main = document.querySelector('main').clientWidth;
+const figures = alone.filter(box => box.width).map(box => [box.width / main, box.height]);
+document.title = JSON.stringify({found, figures, wide: document.documentElement.scrollWidth - window.innerWidth});
 </script>"""
 
 
@@ -200,7 +237,23 @@ def test_a_browser_shows_it_without_a_complaint(result: Comparison, tmp_path: Pa
 @pytest.mark.parametrize("verb", ["compare", "bench"])
 def test_nothing_overlaps_or_leaves_the_screen(result: Comparison, verb: str, width: int, tmp_path: Path) -> None:
     nodes = {"dmpt": {"GroupQueryAttention": 123.4, "If": 0.5, "(outside nodes)": -0.1}}
-    text = page(result) if verb == "compare" else bench.page(result.growth, nodes)
+    text = page(result) if verb == "compare" else bench.page(result.growth, {**nodes, "gpt2": nodes["dmpt"]})
+    measured = measure(text, width, tmp_path)
+    assert measured["found"] == []
+    assert measured["wide"] <= 0
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine: apt-get install chromium")
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_figure_alone_takes_the_width(result: Comparison, width: int, tmp_path: Path) -> None:
+    one = replace(result, growth=result.growth[:1])  # a single curve, besides size against perplexity
+    figures = measure(page(one), width, tmp_path)["figures"]
+    assert len(figures) == 2
+    assert all(share > 0.95 and height < 600 for share, height in figures)
+
+
+def measure(text: str, width: int, tmp_path: Path) -> dict[str, Any]:
+    """What MEASURE finds on a page in a frame of this width."""
     file = tmp_path / "report.html"
     file.write_text(text.replace(POLICY, "").replace("</body>", f"{MEASURE}</body>"), encoding="utf-8")
     frame = tmp_path / "frame.html"  # a window cannot be as narrow as a phone
@@ -209,6 +262,5 @@ def test_nothing_overlaps_or_leaves_the_screen(result: Comparison, verb: str, wi
     frame.write_text(frame.read_text() + script, encoding="utf-8")
     shown = browse(frame, "--dump-dom", "--allow-file-access-from-files")
     ((_, body),) = [element for element in Elements(shown.stdout).found if element[0] == "body"]
-    measured = json.loads(body["data-found"] or "")
-    assert measured["found"] == []
-    assert measured["wide"] <= 0
+    measured: dict[str, Any] = json.loads(body["data-found"] or "")
+    return measured
