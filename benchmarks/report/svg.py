@@ -104,7 +104,7 @@ class Scale:
         if log:
             room = max(0.12 * math.log(high / low), 0.12)
             return cls(low / math.exp(room), high * math.exp(room), start, end, True)
-        room = max(0.12 * (high - low), 0.02 * abs(high)) or 1.0
+        room = max(0.12 * (high - (0.0 if zero else low)), 0.02 * abs(high)) or 1.0
         return cls(0.0 if zero else low - room, high + room, start, end)
 
     def ticks(self) -> list[float]:

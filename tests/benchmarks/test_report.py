@@ -158,6 +158,7 @@ def test_scales_have_ticks_within() -> None:
         assert 2 <= len(ticks) <= 10, (low, high, ticks)
         assert all(scale.low <= t <= scale.high for t in ticks)
         assert 0 <= scale(low) <= scale(high) <= 100
+    assert svg.Scale.around([10, 10], 0, 100, zero=True)(10) < 95  # a flat curve keeps off the axis' name
 
 
 def test_a_strange_report_of_damage_is_left_aside(tmp_path: Path) -> None:
