@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from benchmarks.comparison.equal_training import controls, trained_alike, unequal, what_is_equal
 from benchmarks.comparison.model_result import Row
 from benchmarks.quality.divergence import standard_error
 from benchmarks.quality.perplexity import Quality
@@ -16,13 +17,13 @@ def reading(rows: Sequence[Row]) -> str:
     """DMPT rows against the control rows (plain GPT-2) stored in the same scheme, in one line.
 
     A perplexity counts as a gain only where both models are recorded to come from the same base and to have been
-    trained on as many tokens of the same text. Without a control row the line reports that it is missing.
+    trained equally (benchmarks.comparison.equal_training). Without a control row the line reports that it is missing.
     """
     subjects = [row for row in rows if row.is_dmpt]
-    controls = {row.scheme: row for row in reversed(rows) if row.control and not row.is_dmpt}
+    control_of = controls(rows)
     if not subjects:
         return "None of these models is a DMPT, so this table does not show what DMPT gains."
-    if not controls:
+    if not control_of:
         return (
             "The control is missing: none of these models is marked as the plain GPT-2 to compare with, "
             "so this table does not show what DMPT's paths and heads gain."
@@ -30,26 +31,17 @@ def reading(rows: Sequence[Row]) -> str:
     schemes = [row.scheme for row in subjects]
     label = {row.name: row.scheme if schemes.count(row.scheme) == 1 else row.name for row in subjects}
     clauses = [
-        f"{label[row.name]}: {clause(row, control) if (control := controls.get(row.scheme)) else apart(row, controls)}"
+        f"{label[row.name]}: {clause(row, its) if (its := control_of.get(row.scheme)) else apart(row, control_of)}"
         for row in subjects
     ]
     note = " (± two paired standard errors over tokens; other training runs may differ)"
-    pairs = [(row, controls[row.scheme]) for row in subjects if row.scheme in controls]
-    alike = {row.training.tokens for row, control in pairs if row.training and trained_alike(row, control)}
-    all_alike = len(alike) == 1 and all(trained_alike(*pair) for pair in pairs)
-    beside = f"GPT-2 trained on the same {alike.pop():,} tokens" if all_alike else "the control"
+    pairs = [(row, control_of[row.scheme]) for row in subjects if row.scheme in control_of]
+    alike = {what_is_equal(*pair) if trained_alike(*pair) else None for pair in pairs}
+    beside = f"GPT-2 {alike.pop()}" if len(alike) == 1 and None not in alike else "the control"
     return (
         f"DMPT against {beside}, at the same scheme: "
         f"{'; '.join(clauses)}{note if any('±' in c for c in clauses) else ''}."
     )
-
-
-def trained_alike(row: Row, control: Row) -> bool | None:
-    """Whether both come from one base and saw as many tokens of each text; None where that is not recorded."""
-    mine, its = row.training, control.training
-    if mine is None or its is None or not mine.phases or not its.phases:
-        return None
-    return mine.base == its.base and mine.tokens_by_text == its.tokens_by_text
 
 
 def apart(row: Row, controls: dict[str, Row]) -> str:
@@ -74,20 +66,6 @@ def clause(row: Row, control: Row) -> str:
         parts.append(f"no decode speed ({control.name} is a checkpoint: export it to time it)")
     unknown = " (equal training not recorded)" if row.quality and trained_alike(row, control) is None else ""
     return f"{', '.join(parts)}{unknown}"
-
-
-def unequal(row: Row, control: Row) -> str:
-    """Why the perplexities of two models say nothing about paths and heads."""
-    assert row.training is not None
-    assert control.training is not None
-    if row.training.base != control.training.base:
-        return f"no verdict ({row.name} and {control.name} were trained from different models)"
-    if row.training.tokens == control.training.tokens:
-        return f"no verdict ({row.name} and {control.name} were trained on different text)"
-    return (
-        f"no verdict ({row.name} was trained on {row.training.tokens:,} tokens, "
-        f"{control.name} on {control.training.tokens:,})"
-    )
 
 
 def perplexity_clause(mine: Quality, its: Quality) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks import machine as this_machine
 from benchmarks.comparison.doubts import noise
+from benchmarks.comparison.equal_training import controls, training_notes
 from benchmarks.comparison.findings import reading
 from benchmarks.comparison.model_result import PERPLEXITY, Row, cells, columns, merit
 from benchmarks.comparison.ranking import front, rankings
@@ -81,9 +82,8 @@ class Comparison:
         return ". ".join(part[0].upper() + part[1:] for part in [*parts, cpu]) + "."
 
     def notes(self) -> list[str]:
-        """Lines below the table: rankings, failures, and peers that are not installed."""
-        controls = {row.scheme for row in self.rows if row.control}
-        alone = {row.name for row in self.rows if row.is_dmpt and row.scheme not in controls}
+        """Lines below the table: rankings, differences in training, failures, and peers that are not installed."""
+        alone = {row.name for row in self.rows if row.is_dmpt and row.scheme not in controls(self.rows)}
 
         def listed(names: Sequence[str]) -> str:
             return ", ".join(f"{name} (no control)" if name in alone else name for name in names)
@@ -96,7 +96,7 @@ class Comparison:
             lines.append(line + " For each other timed model, one of these is at least as good in all three." * others)
         if merit(self.rows) != PERPLEXITY:
             lines.append(self.unlike_tokens())
-        lines += noise(self.rows)
+        lines += training_notes(self.rows) + noise(self.rows)
         lines += [f"{row.name} failed: {' '.join(row.failure.split())}" for row in self.rows if row.failure]
         return [*lines, *self.absent]
 

@@ -1,7 +1,8 @@
 """What a model was trained on: recorded in config.json (`training`), and in every artefact made of it.
 
     {"base": "<sha256 of the weights before the first recorded phase>",
-     "phases": [{"tokens": 4096000, "steps": 2000, "operations": 1.2e14, "seed": 0, "data": "<crc32>", "length": 256}]}
+     "phases": [{"tokens": 4096000, "steps": 2000, "operations": 1.2e14, "seed": 0, "data": "<crc32>", "length": 256,
+                 "best_of": 8192000, "settings": {"lr": 2e-05, "warmup_steps": 1000, ...}}]}
 
 Models that were trained elsewhere have no record until a command of this project trains or initialises from them; then
 `base` is the fingerprint of the weights as they came.
@@ -30,6 +31,10 @@ class Phase:
     seed: int
     data: str  # crc32 of the token ids
     length: int  # tokens of a training sequence
+    # tokens of the whole run, where held-out text chose this step of it; None: not chosen, or not recorded
+    best_of: int | None = None
+    # learning rates and the like (training.loop.phase); {}: not recorded
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,11 @@ class Record:
     @property
     def tokens(self) -> int:
         return sum(phase.tokens for phase in self.phases)
+
+    @property
+    def run_tokens(self) -> int:
+        """Tokens of all runs to their end, beyond the steps that held-out text chose."""
+        return sum(phase.best_of or phase.tokens for phase in self.phases)
 
     @property
     def tokens_by_text(self) -> dict[str, int]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from training.checkpoints.checkpoint import save_model
 from training.checkpoints.earlier import RUN, SAVED, settle
-from training.checkpoints.record import FIELD, Phase, Record, record_of
+from training.checkpoints.record import FIELD, Record, record_of
 from training.errors import FieldError
 from training.loop import setup, state
 from training.loop.evaluation import Evaluation, evaluate
@@ -29,10 +29,10 @@ from training.loop.interrupt import Interrupted, StopRequest, stop_on_signals
 from training.loop.objective import Loss, Objective
 from training.loop.optim import collect_gradients, lr_factor, make_optimizer, set_lr
 from training.loop.options import TrainOptions, eval_windows, flag, read_freeze_schedule, trained_leaves
+from training.loop.phase import note_best_of, phase_of
 from training.loop.watch import Meter, Watcher, perplexity
 from training.model.generation import DMPTForCausalLM
 from training.model.nonfinite import NonFiniteError, first_bad_tensor
-from training.model.shape import EMBEDDING, POSITIONS
 from training.text.batches import TokenBatches
 
 
@@ -298,21 +298,16 @@ class Trainer:
 
     def note_training(self) -> None:
         """Record this run, up to now, in the model's configuration."""
-        tokens, data = self.progress.position * self.length, self.progress.data
-        sizes = {name: parameter.numel() for name, parameter in self.model.named_parameters()}
-        computed = sum(size for name, size in sizes.items() if name not in (EMBEDDING, POSITIONS))
-        computed += sizes[EMBEDDING] * self.model.config.tie_word_embeddings  # as the head
-        operations = 6.0 * computed * tokens
-        seed, crc = self.options.seed, f"{data['crc32']:08x}"
-        phase = Phase(tokens, self.progress.step, operations, seed, crc, self.length)
+        phase = phase_of(self.model, self.options, self.progress, self.length, self.per_step * self.length)
         setattr(self.model.config, FIELD, self.record.with_phase(phase).to_json())
 
     def publish(self) -> Path:
         """Publish the model to use in OUT itself."""
-        best = self.out / "best"
+        source, best = self.out / "last", self.out / "best"
         if self.accelerator.is_main_process:
-            state.publish(
-                best if self.progress.best_loss is not None and best.is_dir() else self.out / "last", self.out
-            )
+            if self.progress.best_loss is not None and best.is_dir():
+                note_best_of(best, self.progress.position * self.length)
+                source = best
+            state.publish(source, self.out)
         self.accelerator.wait_for_everyone()
         return self.out
