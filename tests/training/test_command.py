@@ -11,12 +11,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 
 from dmpt_export.cli.main import main
+from dmpt_export.cli.train import command
+from tests.helpers.models import random_model
 from tests.helpers.tolerances import TOLERANCE
-from training.checkpoints.checkpoint import load_model, read_config
+from training.checkpoints.checkpoint import load_model, read_config, save_model
+from training.cli.command import request_of
 from training.cli.recipes import names, read_recipe
 
 SMALL = [
@@ -86,6 +90,56 @@ def test_a_new_gpt2_can_be_started_from_nothing(tokenizer_folder: Path, text: st
     assert config.tie_word_embeddings
     given = options_of(out)  # defaults that fit random weights, unless the command line says otherwise
     assert (given["head_lr"], given["freeze_head0_steps"], given["tether_coef"]) == (6e-4, 0, 0.0)
+
+
+SCRATCH = "--from-scratch --n-layer 2 --n-embd 16 --n-head 2 --n-positions 32 --tokenizer {tokenizer} {out} --splits 1"
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        (SCRATCH, None),
+        (f"{SCRATCH} --lr 2e-4 --head-lr 1e-3 --warmup-steps 1", None),
+        (
+            f"{SCRATCH} --lr 2e-5 --warmup-steps 0 --freeze-head0-steps 5000",
+            "a model from scratch: --lr 2e-05 (usual: 0.0006), --warmup-steps 0 (usual: 200), "
+            "--freeze-head0-steps 5000 (usual: 0)",
+        ),
+        (
+            f"{SCRATCH} --splits none --heads 1 --freeze-head0-steps 5000 --head-lr 5e-6",
+            None,
+        ),  # the head is the embedding
+        (f"{SCRATCH} --freeze-all-transformer", "a model from scratch: --freeze-all-transformer True (usual: False)"),
+        ("{gpt2} {out} --lr 6e-4", None),  # 64 wide
+        ("{wide} {out} --lr 2e-4 --warmup-steps 0 --freeze-head0-steps 5000", None),
+        ("{wide} {out} --lr 6e-4", "fine-tuning a model 768 wide: --lr 0.0006 (usual: 2e-05)"),
+        ("{wide} {out} --head-lr 6e-4", None),  # its only head is the embedding
+    ],
+)
+def test_options_that_suit_another_start_are_one_warning(
+    line: str, named: str | None, tiny_gpt2: Path, tokenizer_folder: Path, text: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    wide = tmp_path / "wide"
+    if "{wide}" in line:
+        save_model(random_model([], 1, n_embd=768, n_layer=1, vocab_size=300), wide, tokenizer_from=tokenizer_folder)
+    places = {"gpt2": tiny_gpt2, "wide": wide, "tokenizer": tokenizer_folder, "out": tmp_path / "out"}
+    with click.Context(command, info_name="train") as context:
+        command.parse_args(context, [*line.format(**places).split(), "--data", text, "--max-steps", "2"])
+        request_of(context).check()
+    warned = [said for said in capsys.readouterr().err.splitlines() if said.startswith("Warning: ")]
+    assert warned == ([] if named is None else [f"Warning: unusual for {named}"])
+
+
+def test_a_resumed_run_is_not_warned_again(
+    tokenizer_folder: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = [*SCRATCH.format(tokenizer=tokenizer_folder, out=tmp_path / "out").split(), "--data", text, *SMALL]
+    line += ["--heads", "2", "--warmup-steps", "0"]
+    assert main(["train", *line]) == 0
+    assert "Warning: unusual" in capsys.readouterr().err
+    assert main(["train", *line, "--resume", "--max-steps", "3"]) == 0
+    assert "Warning" not in capsys.readouterr().err
 
 
 def test_a_recipe_trains_its_phases_and_the_command_line_wins(tiny_gpt2: Path, text: str, tmp_path: Path) -> None:

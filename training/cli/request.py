@@ -14,6 +14,7 @@ from training.checkpoints.folder import float_folder, read_head_allocation, read
 from training.checkpoints.places import check_inputs, check_run
 from training.cli.recipes import Recipe, read_recipe
 from training.cli.run_folder import last_of, run_of, saved_state
+from training.cli.usual import SCRATCH, warning
 from training.errors import FieldError, InputError, OptionError, usage
 from training.loop.freeze import expanded
 from training.loop.options import TrainOptions, read_freeze_schedule
@@ -29,11 +30,6 @@ if TYPE_CHECKING:
 
 PHASE = "phase-{}"  # folder of a recipe's phase, by its number from 1
 DEFAULT_TEXTS = {"data": ["wikitext-103"], "eval_data": ["wikitext-103:validation"]}
-
-# Learning rate and warm-up as usual for GPT-2 small and smaller; there is no trained head to stay near.
-SCRATCH: dict[str, Any] = {
-    "lr": 6e-4, "head_lr": 6e-4, "gate_lr": 6e-4, "warmup_steps": 200, "freeze_head0_steps": 0, "tether_coef": 0.0,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -118,7 +114,9 @@ class TrainRequest:
         if tokenizer is None:
             raise OptionError("{from_scratch} needs {tokenizer} FOLDER")
         found = Found(out, resumed, recipe, phases, about, resolve(tokenizer))
-        self.check_shape(found)
+        shape = self.check_shape(found)
+        if resumed is None and is_first() and (line := warning(phases[0], shape, self.from_scratch)):
+            tell(line)
         return found
 
     def chosen(self) -> dict[str, Any]:
@@ -167,8 +165,8 @@ class TrainRequest:
             check_source(text)
         return about
 
-    def check_shape(self, found: Found) -> None:
-        """Raise InputError for mistakes that config.json and the list of files reveal."""
+    def check_shape(self, found: Found) -> Shape:
+        """The model's shape. Raises InputError for mistakes that config.json and the list of files reveal."""
         from training.text.tokenizer import load_tokenizer
 
         if found.first is not None:
@@ -192,6 +190,7 @@ class TrainRequest:
             shape = one.check_shape(shape)
             expanded(read_freeze_schedule(one.freeze_schedule), shape)
         load_tokenizer(found.tokenizer)  # last: a foreign one needs Transformers, which takes seconds
+        return shape
 
     # --- the model to start with ------------------------------------------------------------------------
 
