@@ -18,6 +18,7 @@ from dmpt_export.requests.run import RunRequest
 if TYPE_CHECKING:
     from runtime.generate import Generation, Generations
 
+MOST_NAMED = 10  # unusable prompts in one message
 MOST_INPUT = 64 << 20  # bytes read from standard input; the model checks whether the text fits the context
 
 
@@ -183,8 +184,13 @@ def show_batch(generations: Generations, wrong: dict[int, str]) -> None:
         flush()
     flush()
     if wrong:
-        rows = ", ".join(str(row + 1) for row in sorted(wrong))
-        click.echo(f"Error: no text for prompt {rows}", err=True)
+        rows = [str(row + 1) for row in sorted(wrong)]
+        more = f" and {len(rows) - MOST_NAMED} more" if len(rows) > MOST_NAMED else ""
+        click.echo(
+            f"Error: {len(rows)} of {len(rows) + len(generations.texts)} prompts could not be continued: "
+            f'see "error" in line{"s" * (len(rows) > 1)} {", ".join(rows[:MOST_NAMED])}{more} of the output',
+            err=True,
+        )
         click.get_current_context().exit(3)
 
 

@@ -80,7 +80,7 @@ def command(context: click.Context, /, **_fields: Any) -> None:
 
     \b
     Next:
-      dmpt-export quantize OUT small --scheme int8
+      dmpt-export onnx OUT device --scheme int8
     """
     require("train")
     from training.cli.command import run

@@ -17,11 +17,9 @@ def n_parameters(weight: Weight) -> int:
 
 
 def owner(name: str) -> str:
-    """The part of the model a tensor belongs to: a node's or leaf's blocks, a gate, a head gate, a head, wte, wpe."""
-    first, second, *_ = name.split(".")
-    if first == "transformer":
-        return "transformer" if second in ("h", "ln_f") else f"transformer.{second}"
-    return f"{first}.{second}"
+    """The part of the model a tensor belongs to: the trunk's blocks (transformer.h), a node, a gate, a head gate, a
+    head, the embedding (transformer.wte) and so on."""
+    return ".".join(name.split(".")[:2])
 
 
 def totals(weights: Weights) -> dict[str, tuple[int, int]]:

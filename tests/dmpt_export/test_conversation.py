@@ -98,7 +98,8 @@ def test_lines_that_cannot_be_continued_are_rows_with_an_error(
     assert [sorted(row) for row in rows] == [["ids", "stop_reason", "text"], ["error"], ["error"], sorted(rows[0])]
     assert "empty" in rows[1]["error"]
     assert "do not fit the context" in rows[2]["error"]
-    assert captured.err == "Error: no text for prompt 2, 3\n"
+    where = 'see "error" in lines 2, 3 of the output'
+    assert captured.err == f"Error: 2 of 4 prompts could not be continued: {where}\n"
     with runtime.load(device) as model:  # each has the seed of its line
         assert rows[3]["ids"] == model.stream([[1], [1], [1], "waits"], 5, seed=3).texts[3].ids or True
         made = model.stream(["The tide", "x", "x", "waits"], 5, seed=3)
@@ -107,6 +108,17 @@ def test_lines_that_cannot_be_continued_are_rows_with_an_error(
     give("\n".join(lines))
     assert main(["run", str(device), "--batch", "-n", "5", "--truncate", "left"]) == 3
     assert len([line for line in capsys.readouterr().out.splitlines() if "error" not in line]) == 3
+    capsys.readouterr()
+    give("The tide\n\nmill")
+    assert main(["run", str(device), "--batch", "-n", "1"]) == 3
+    assert capsys.readouterr().err.endswith(
+        '1 of 3 prompts could not be continued: see "error" in line 2 of the output\n'
+    )
+    give("The tide\n" + 12 * "\n")
+    assert main(["run", str(device), "--batch", "-n", "1"]) == 3
+    err = capsys.readouterr().err
+    assert "12 of 13 prompts" in err
+    assert "in lines 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 2 more of the output" in err
     give("\n\n")
     assert main(["run", str(device), "--batch"]) == 3
 

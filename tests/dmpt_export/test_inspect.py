@@ -60,6 +60,16 @@ def test_tensors_add_up_to_the_parts(name: str, folders: dict[str, str], capsys:
     assert ("operators" in found) == (found["kind"] == "onnx")
 
 
+@pytest.mark.parametrize("name", ["checkpoint", "onnx"])
+def test_no_part_is_named_as_if_it_held_another(
+    name: str, folders: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ "transformer" beside "transformer.wte" would read as their sum."""
+    parts = inspect(capsys, folders[name])["parts"]
+    assert {"transformer.wte", "transformer.wpe", "transformer.h", "paths.left", "heads.1"} <= set(parts)
+    assert not [(a, b) for a in parts for b in parts if b.startswith(f"{a}.")]
+
+
 def test_an_export_stores_what_its_checkpoint_does(folders: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     pairs = {
         "onnx": "checkpoint", "onnx-cache": "checkpoint", "onnx-8": "checkpoint-8", "onnx-8-int8": "quantized-8",

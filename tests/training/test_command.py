@@ -49,9 +49,14 @@ def options_of(run: Path) -> dict[str, Any]:
     return dict(json.loads((run / "last" / "trainer_state" / "state.json").read_text())["options"])
 
 
-def test_a_dmpt_is_trained_into_a_checkpoint(tiny_dmpt: Path, text: str, tmp_path: Path) -> None:
+def test_a_dmpt_is_trained_into_a_checkpoint(
+    tiny_dmpt: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "tuned"
     assert main(["train", str(tiny_dmpt), str(out), "--data", text, "--eval-data", text, *SMALL]) == 0
+    hint = capsys.readouterr().err.splitlines()[-1]
+    assert hint == f"next: dmpt-export onnx {out} DEVICE --scheme int8"
+    assert main(hint.replace("DEVICE", str(tmp_path / "device")).split()[2:]) == 0
     config = read_config(out)
     assert (config.splits, config.fast_k) == ([2], 16)
     assert (out / "tokenizer.json").is_file()

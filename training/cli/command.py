@@ -47,4 +47,4 @@ def report(result: TrainResult) -> str:
     lines = f"{result.folder}: {result.steps} steps, {result.tokens:,} tokens, {result.seconds:.0f} s"
     if result.best_loss is not None:
         lines += f"; held-out perplexity {perplexity(result.best_loss):.2f} (of the best model, which is in OUT)"
-    return f"{lines}\nnext: dmpt-export quantize {result.folder} SMALL --scheme int8"
+    return f"{lines}\nnext: dmpt-export onnx {result.folder} DEVICE --scheme int8"
