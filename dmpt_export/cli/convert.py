@@ -39,7 +39,7 @@ def command(
     \b
     Next:
       dmpt-export eval OUT --data wiki.test.raw
-      dmpt-export quantize OUT small --scheme int8
+      dmpt-export onnx OUT device --scheme int8
     """
     require("train")
     from training.checkpoints.files import check_pt
