@@ -1,4 +1,4 @@
-"""The wheel: it holds the whole package and runs a model where no checkout is."""
+"""The wheel holds the whole package and runs a model where no checkout is; the sdist holds the repository."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -16,6 +17,10 @@ from dmpt_export.onnx.export import export_onnx
 from tests.helpers.paths import REPOSITORY
 
 PACKAGES = ("dmpt_export", "training", "quant", "runtime", "benchmarks")
+BESIDE = (
+    "CHANGELOG.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "RESULTS.md", "constraints-transformers4.txt",
+    "constraints.txt", "pyproject.toml",
+)  # fmt: skip
 
 
 def packaged(folder: Path) -> dict[str, bytes]:
@@ -51,6 +56,26 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run([sys.executable, "-m", "pip", *build], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return out / f"dmpt_export-{__version__}-py3-none-any.whl"
+
+
+def test_the_sdist_holds_what_the_tests_and_documents_need(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", minversion="70.1", reason="setuptools 70.1 builds the sdist: install [dev]")
+    source, ours = tmp_path / "source", (*PACKAGES, "tests", "docs")  # building writes into its folder
+    for name in ours:
+        shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in BESIDE:
+        shutil.copyfile(REPOSITORY / name, source / name)
+    (source / "tests" / "__pycache__").mkdir()
+    (source / "tests" / "__pycache__" / "test_wheel.pyc").touch()
+    build = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(tmp_path / f"dmpt_export-{__version__}.tar.gz") as archive:
+        found = {name.partition("/")[2] for name in archive.getnames() if archive.getmember(name).isfile()}
+    expected = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
+    made = {name for name in expected | found if name.startswith("dmpt_export.egg-info/") or name.endswith(".pyc")}
+    assert found - made == expected - made | {"PKG-INFO", "setup.cfg"}
+    assert not [name for name in found if name.endswith(".pyc")]
 
 
 def test_the_wheel_holds_every_file_of_the_packages(wheel: Path, tmp_path: Path) -> None:
