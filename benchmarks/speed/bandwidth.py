@@ -1,4 +1,8 @@
-"""Memory bandwidth of this machine: the upper limit of decoding, which reads each touched weight once per token."""
+"""Memory bandwidth of this machine: the upper limit of decoding, which reads each touched weight once per token.
+
+numpy is imported when it is used: benchmarks.speed.worker must start in a Python that lacks a peer's packages, to name
+them.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,6 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import perf_counter
-
-import numpy as np
 
 MEMORY = Path("/proc/meminfo")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
@@ -56,10 +58,14 @@ class Reader:
 
     def __init__(self, size: int) -> None:
         """size: bytes. Raises MemoryError."""
+        import numpy as np
+
         self.buffer = np.ones(size // 8, np.uint64)  # written, so that real pages back it
 
     def bytes_per_s(self, threads: int = 1) -> float:
         """One pass over the buffer, split among threads. The `or` costs nothing compared with waiting for memory."""
+        import numpy as np
+
         parts = np.array_split(self.buffer, threads)
         with ThreadPoolExecutor(threads) as pool:
             start = perf_counter()

@@ -15,8 +15,8 @@ Requests and replies are JSON objects, one per line, over standard input and out
 
 A failure that the user can fix is returned as {"error": message, "exit_code": n}. A separate process makes peak memory
 and load time meaningful. During another worker's turn this one blocks on its input; `idle_cpu_s` proves that it did
-not spin meanwhile. Besides its adapter's imports it only needs the standard library and numpy, so it also runs in
-another Python that has a peer.
+not spin meanwhile. Besides its adapter's imports it only needs the standard library, and numpy for scores, so it also
+runs in another Python that has a peer, or should have.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import errno
 import json
 import shutil
 import sys
+import venv
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,19 @@ def test_an_absent_peer_that_was_asked_for_says_how_to_get_it(tiny_gpt2: Path, t
     base, gone = run([Entry("base", str(tiny_gpt2)), Entry("q", str(tiny_gpt2), scheme="q4", peer="gone")], text).rows
     assert base.quality
     assert gone.failure == "it lacks no-such-package; pip install gone"
+
+
+def test_an_interpreter_without_any_package_says_how_to_get_the_peer(
+    tiny_gpt2: Path, text: Path, tmp_path: Path
+) -> None:
+    """Not even numpy, which a worker needs only for scores."""
+    venv.create(tmp_path / "bare", symlinks=True)
+    bare = {"here": str(tmp_path / "bare" / "bin" / "python")}
+    assert registry.missing("here", bare["here"]) == ["numpy"]
+    entries = [Entry("base", str(tiny_gpt2)), Entry("p", str(tiny_gpt2), scheme=GOOD, peer="here")]
+    base, peer = run(entries, text, pythons=bare).rows
+    assert base.quality
+    assert peer.failure == "it lacks numpy; pip install here"
 
 
 def test_peers_run_plain_gpt2_alone(tiny_gpt2: Path, tiny_dmpt: Path, tmp_path: Path) -> None:
