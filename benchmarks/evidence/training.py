@@ -90,7 +90,7 @@ class Evidence:
         if not run.variant.plain:
             start = self.runs / f"{run.folder}.init"
             self.cli("init", base, start, *plan.init_options(run.variant, self.scale, run.seed))
-        options = plan.train_options(run.variant, self.scale, run.seed, run.steps, plan.TUNE_LR)
+        options = plan.train_options(run.variant, self.scale, run.seed, run.steps, self.scale.tune_lr)
         self.train([str(start)], out, self.text.tune, options)
         for useless in (self.runs / f"{run.folder}.init", out / "best", out / "last"):
             shutil.rmtree(useless, ignore_errors=True)
@@ -142,7 +142,7 @@ class Evidence:
 def claim(work: Path, scale: Scale) -> None:
     """Store the plan in the folder; exits when the folder has a different one, or results of an unknown one."""
     file = work / "plan.json"
-    settings = {"scale": asdict(scale), "common": plan.COMMON, "base_lr": plan.BASE_LR, "tune_lr": plan.TUNE_LR}
+    settings = {"scale": asdict(scale), "common": plan.COMMON, "base_lr": plan.BASE_LR}
     text = json.dumps(settings, indent=1) + "\n"
     made = [name for name in ("results.jsonl", "runs", "tokenizer") if (work / name).exists()]
     if file.read_text(encoding="utf-8") != text if file.is_file() else made:

@@ -127,7 +127,7 @@ def test_a_folder_of_another_plan_is_refused(tmp_path: Path, monkeypatch: pytest
     for folder, scale in (("new", "cpu"), ("old", "toy")):
         with pytest.raises(SystemExit, match="holds runs of a different plan: give another folder"):
             training.claim(tmp_path / folder, SCALES[scale])
-    monkeypatch.setattr(plan, "TUNE_LR", 1.0)
+    monkeypatch.setattr(plan, "BASE_LR", 1.0)
     with pytest.raises(SystemExit, match="a different plan"):
         training.claim(tmp_path / "new", SCALES["toy"])
 
