@@ -108,7 +108,7 @@ def _hook(name: str, visit: Visit) -> Callable[[nn.Module, tuple[Any, ...]], Non
 
 
 def observe(model: DMPTForCausalLM, windows: Tensor, wanted: Collection[str]) -> Iterator[dict[str, Inputs]]:
-    """Yield the inputs of the `wanted` matrices: one block at a time in the order they run, then the heads.
+    """Yield the inputs of the `wanted` matrices: one block at a time in the order they run, then each head's.
 
     One pass of the model over `windows` [n, S]. At most one block's second moments are in memory at once; a head that
     no token is routed to has count 0.
@@ -128,11 +128,7 @@ def observe(model: DMPTForCausalLM, windows: Tensor, wanted: Collection[str]) ->
                 leaves[node.name] = segment.ln_f(x)
             else:
                 ends[node.name], gates[node.name] = x, model.gates[node.name](x)
-    for name in dict.fromkeys(
-        model.config.head_name(j) for heads in model.config.head_allocation.values() for j in heads
-    ):
-        if name in wanted:
-            yield {name: _head_inputs(model, name, gates, leaves)}
+    yield from _head_inputs(model, gates, leaves, wanted)
 
 
 class Sum:
@@ -168,12 +164,36 @@ def _run_block(block: nn.Module, prefix: str, x: Tensor, wanted: Collection[str]
 
 
 @torch.inference_mode()
-def _head_inputs(model: DMPTForCausalLM, name: str, gates: dict[str, Tensor], leaves: dict[str, Tensor]) -> Inputs:
-    """Inputs of a head: the rows routed to the leaves that use it."""
-    config, total = model.config, Sum(model.config.n_embd)
-    for i, (leaf, h) in enumerate(leaves.items()):
-        if name in map(config.head_name, config.head_allocation[leaf]):
-            total.add(h[model.routes(gates) == i] if gates else h.flatten(0, 1))
-    if name == "transformer.wte.weight":
-        total.moment.diagonal().add_(LOOKED_UP * total.moment.diagonal().mean())
-    return total.inputs()
+def _head_inputs(
+    model: DMPTForCausalLM, gates: dict[str, Tensor], leaves: dict[str, Tensor], wanted: Collection[str]
+) -> Iterator[dict[str, Inputs]]:
+    """Inputs of each head's wanted matrices, one head at a time: the rows routed to the leaves that use it.
+
+    A vocabulary matrix gets them from the heads that have it, and from anchors that project in front of it; other
+    projected heads score only some of its rows.
+    """
+    config = model.config
+    routed = {
+        leaf: h[model.routes(gates) == i] if gates else h.flatten(0, 1) for i, (leaf, h) in enumerate(leaves.items())
+    }
+    users: dict[str, list[tuple[str, int]]] = {}  # matrix -> (leaf, head)
+    for leaf, heads in config.head_allocation.items():
+        for j in heads:
+            if j not in config.projected_heads or j == heads[0]:
+                users.setdefault(config.head_name(config.matrix_of(leaf, j)), []).append((leaf, j))
+    for name in [name for name in users if name in wanted]:
+        total = Sum(config.n_embd)
+        for leaf, j in users[name]:
+            total.add(model.head_input(j, routed[leaf]))
+        if name == "transformer.wte.weight":
+            total.moment.diagonal().add_(LOOKED_UP * total.moment.diagonal().mean())
+        yield {name: total.inputs()}
+    for j in config.projected_heads:
+        x = torch.cat([routed[leaf] for leaf, heads in config.head_allocation.items() if j in heads])
+        for name in config.projection_names(j):
+            layer = model.get_submodule(name.removesuffix(".weight"))
+            if name in wanted:
+                total = Sum(x.shape[1])
+                total.add(x)
+                yield {name: total.inputs()}
+            x = layer(x)

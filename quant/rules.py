@@ -27,6 +27,7 @@ FLOAT = "float32"  # the scheme of a rule that leaves tensors unchanged
 SMOOTHED = "int8-dynamic"  # the scheme whose layers can be balanced (quant.smooth)
 LINEAR = re.compile(r"(transformer|paths\.\w+)\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
 ROWS = re.compile(r"transformer\.wte\.weight|heads\.\d+\.weight")  # also looked up by row
+PROJECTION = re.compile(r"heads\.\d+\.projection(\.down|\.up)?\.weight")  # in front of a head's vocabulary matrix
 EMBEDDING, TIED_HEAD = "transformer.wte.weight", "heads.0.weight"
 MOST_NAMED = 5  # names in one error line
 ASYMMETRIC = "asymmetric"
@@ -110,7 +111,7 @@ def check_options(scheme: str, block: int | None, asymmetric: bool) -> None:
 
 
 def default_rules(scheme: str, block: int | None = None, asymmetric: bool = False) -> list[Rule]:
-    """The rules for one scheme on the whole model: all block layers, the embedding and the heads.
+    """The rules for one scheme on the whole model: all block layers, projections, the embedding and the heads.
 
     With a scheme whose rows cannot be looked up (int8-dynamic), the embedding and the heads get int8.
     """
@@ -122,8 +123,8 @@ def default_rules(scheme: str, block: int | None = None, asymmetric: bool = Fals
     rows = scheme if how.rows else "int8"
     check_options(scheme if how.blocks else rows, block, False)
     check_options(scheme, None, asymmetric)
-    layers = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-    rules = [Rule(f"*.h.*.{layer}.weight", scheme, block if how.blocks else None, asymmetric) for layer in layers]
+    layers = ("*.h.*.attn.c_attn", "*.h.*.attn.c_proj", "*.h.*.mlp.c_fc", "*.h.*.mlp.c_proj", "heads.*.projection*")
+    rules = [Rule(f"{layer}.weight", scheme, block if how.blocks else None, asymmetric) for layer in layers]
     block = block if SCHEMES[rows].blocks else None
     return [*rules, Rule("heads.*.weight", rows, block, asymmetric), Rule(EMBEDDING, rows, block, asymmetric)]
 
@@ -144,7 +145,7 @@ def check_text(chosen: Mapping[str, Rule], calibrated: bool, smooth: float | Non
 
 
 def is_quantizable(name: str) -> bool:
-    return bool(LINEAR.fullmatch(name) or ROWS.fullmatch(name))
+    return bool(LINEAR.fullmatch(name) or ROWS.fullmatch(name) or PROJECTION.fullmatch(name))
 
 
 def is_transposed(name: str) -> bool:
@@ -153,11 +154,15 @@ def is_transposed(name: str) -> bool:
 
 
 def anchors_of(config: Shape) -> dict[str, set[str]]:
-    """Anchors of each head that is not one, by tensor name: several if leaves with different anchors share the head."""
+    """Anchors of each head that is not one, by tensor name: several if leaves with different anchors share the head.
+
+    Projected heads have no matrix that could be a delta.
+    """
     anchors = {config.head_name(heads[0]) for heads in config.head_allocation.values()}
     out: dict[str, set[str]] = {}
-    for heads in config.head_allocation.values():
-        anchor, *others = (config.head_name(j) for j in heads)
+    for leaf, heads in config.head_allocation.items():
+        anchor = config.head_name(config.matrix_of(leaf, heads[0]))
+        others = [config.head_name(j) for j in heads[1:] if j not in config.projected_heads]
         for name in others:
             if name not in anchors and name != EMBEDDING:
                 out.setdefault(name, set()).add(anchor)

@@ -33,6 +33,14 @@ def parse_splits(context: click.Context, parameter: click.Parameter, text: str) 
               "vocabulary; 256 is a good start.")  # fmt: skip
 @click.option("--head-topk", type=click.IntRange(min=1), metavar="H",
               help="Heads mixed per token. Default: all of the leaf.")  # fmt: skip
+@click.option("--head-kind", type=click.Choice(["full", "projected"]), default="full", show_default=True,
+              help="What the heads besides the anchors are: full, a vocabulary matrix each; projected, a small matrix in "
+              "front of their leaf's anchor (0.6 M parameters instead of 38.6 M at GPT-2 small's width).")  # fmt: skip
+@click.option("--head-rank", type=click.IntRange(min=1), metavar="R",
+              help="Rank of projected heads. Default: whole matrices.")  # fmt: skip
+@click.option("--shared-anchor", is_flag=True,
+              help="Projected heads only: one vocabulary matrix for all leaves, so that the anchors of the other "
+              "leaves are projected too. The smallest DMPT.")  # fmt: skip
 @click.option("--noise", type=Finite(min=0), default=1e-3, show_default=True, metavar="STD",
               help="Noise on the heads besides the anchors, in standard deviations of the embedding.")  # fmt: skip
 @click.option("--gate-bias", type=Finite(-100, 100), default=0.25, show_default=True, metavar="LOGITS",

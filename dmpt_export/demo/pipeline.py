@@ -127,7 +127,7 @@ class Demo:
         """Train the base GPT-2, then fine-tune it and the DMPT made from it on the same further tokens."""
         from training.checkpoints.checkpoint import load_model, save_model
         from training.model.init import init_from_gpt2
-        from training.model.shape import NewShape
+        from training.model.new_shape import NewShape
 
         s = self.settings
         tune = s.training(s.tune_steps, s.tune_lr, self.seed + 1)

@@ -2,18 +2,21 @@
 
 h --- anchor (all V logits) --- log-softmax --- TopK ----+---- candidates C, mass M
  \\                                                       |
-  +-- rows C of every other head . h -- log-softmax --+   |
+  +-- rows C of every other head . h -- log-softmax --+   |    (a projected head: rows of the anchor . P h)
   +-- head gate -- log pi ----------------------------+-> logsumexp + log M -> scatter into the anchor's log-probs
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
 
 from dmpt_export.graph.builder import Builder
 from dmpt_export.graph.linear import float_weight, project
-from dmpt_export.graph.rescore import candidate_logits, deltas_of, groups
+from dmpt_export.graph.projected import head_input, projections
+from dmpt_export.graph.rescore import candidate_logits, groups
 from quant.forms.weights import Weights, form_of
 from training.model.config import DMPTConfig
 
@@ -27,16 +30,20 @@ def leaf_log_probs(
     """
     anchor, *others = config.head_allocation[leaf]
     name = f"mixture.{leaf}"
+    moves = projections(b, config, weights, leaf, h)
+    log_anchor = _log_softmax(b, _full_logits(b, config, weights, leaf, anchor, h, moves), f"heads.{anchor}")
     if not others:
-        return _log_softmax(b, project(b, weights, head(config, anchor), h), head(config, anchor)), None
+        return log_anchor, None
     rows = b.op("Reshape", h, b.ints(-1, config.n_embd), name=f"{name}.rows")
     log_pi = _head_log_weights(b, config, weights, leaf, rows)  # (n, H)
-    log_anchor = _log_softmax(b, project(b, weights, head(config, anchor), h), head(config, anchor))
     if config.fast_k is None:
         weight_of = [_column(b, log_pi, i, f"{name}.log_pi.{i}") for i in range(1 + len(others))]  # each (n, 1)
         parts = [b.op("Add", log_anchor, weight_of[0], name=f"{name}.part")]
         for log_w, j in zip(weight_of[1:], others, strict=True):
-            full = _log_softmax(b, _full_logits(b, config, weights, j, h, log_anchor), head(config, j))
+            full = _full_logits(b, config, weights, leaf, j, h, moves)
+            if j not in moves and form_of(weights[config.head_name(j)]).adds_to_anchor:
+                full = b.op("Add", log_anchor, to_float(b, full, f"heads.{j}"), name=f"heads.{j}.deltas")
+            full = _log_softmax(b, full, f"heads.{j}")
             parts.append(b.op("Add", full, log_w, name=f"{name}.part"))
         return _log_sum_exp(b, parts, name), log_pi
     k = b.ints(config.fast_k)
@@ -45,12 +52,10 @@ def leaf_log_probs(
     # The anchor's log-probs of the candidates serve as its logits: normalised over them, they are log_c - mass.
     anchors = b.op("Unsqueeze", log_c, b.ints(2), name=f"{name}.anchor")
     logits = []
-    for group, part in zip(
-        groups(config, weights, leaf), candidate_logits(b, config, weights, leaf, h, candidates), strict=True
-    ):
+    for group in groups(config, weights, leaf):
+        part, adds = candidate_logits(b, config, weights, leaf, group, h, moves, candidates)
         part = to_float(b, part, name)
-        delta = deltas_of(config, weights, group)
-        logits.append(b.op("Add", part, anchors, name=f"{name}.deltas") if delta else part)
+        logits.append(b.op("Add", part, anchors, name=f"{name}.deltas") if adds else part)
     within = b.op("Concat", anchors, *logits, name=f"{name}.logits", axis=2)  # (1, n, H, K)
     within = b.op("LogSoftmax", within, name=f"{name}.log_softmax", axis=-1)
     weighed = b.op("Add", within, b.op("Unsqueeze", log_pi, b.ints(2), name=f"{name}.log_pi"), name=f"{name}.weighed")
@@ -60,17 +65,17 @@ def leaf_log_probs(
 
 
 def _full_logits(
-    b: Builder, config: DMPTConfig, weights: Weights, j: int, h: ir.Value, log_anchor: ir.Value
+    b: Builder,
+    config: DMPTConfig,
+    weights: Weights,
+    leaf: str,
+    j: int,
+    h: ir.Value,
+    moves: Mapping[int, ir.Value],
 ) -> ir.Value:
-    """Vocabulary logits of a head other than the anchor, up to a constant per row: [1, n, E] -> [1, n, V]."""
-    name, form = head(config, j), form_of(weights[config.head_name(j)])
-    logits = project(b, weights, name, h)
-    return b.op("Add", log_anchor, to_float(b, logits, name), name=name) if form.adds_to_anchor else logits
-
-
-def head(config: DMPTConfig, j: int) -> str:
-    """Name of head j's matrix without `.weight`, as in node names."""
-    return config.head_name(j).removesuffix(".weight")
+    """Vocabulary logits of a head, or what a delta adds to the anchor's: [1, n, E] -> [1, n, V]."""
+    matrix = config.head_name(config.matrix_of(leaf, j)).removesuffix(".weight")
+    return project(b, weights, matrix, head_input(b, moves, j, h))
 
 
 def _head_log_weights(b: Builder, config: DMPTConfig, weights: Weights, leaf: str, h: ir.Value) -> ir.Value:

@@ -13,13 +13,14 @@ Memory reads dominate the cost, so as little as possible is gathered:
 - Two 4-bit codes share a byte, low + 16 high, for inputs x and y. As (low + 16 high) y / 16 = low y / 16 +
   high y, the whole bytes times y / 16 and the low codes times x - y / 16 make x low + y high: no shift.
 
-For heads that are deltas to their anchor, dmpt_export.graph.deltas computes only what they add to the anchor's logits.
+For heads that are deltas to their anchor, or projections in front of it, dmpt_export.graph.deltas and projected compute
+only what they add to the anchor's logits.
 Rows with zero points, and fp16 graphs (no MatMulInteger on a GPU for these types), are dequantized.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 
 import numpy as np
@@ -27,11 +28,13 @@ import onnx_ir as ir
 
 from dmpt_export.graph.builder import MSFT, Builder
 from dmpt_export.graph.deltas import candidate_logits as delta_logits
+from dmpt_export.graph.projected import candidate_logits as projected_logits
 from quant.forms.blockwise import BlockwiseTensor
 from quant.forms.delta import DeltaTensor
 from quant.forms.form import Form
 from quant.forms.weights import Weights, form_of
 from training.model.config import DMPTConfig
+from training.model.shape import PROJECTED
 
 TOP = 64  # largest rounded value of h: two products with bytes fit the 16 bits in which older processors add them
 REST = 128  # steps of the rest, which is at most half a step of the rounded value, so at most TOP again
@@ -39,40 +42,42 @@ TINY = np.finfo(np.float32).tiny
 
 
 def candidate_logits(
-    b: Builder, config: DMPTConfig, weights: Weights, leaf: str, h: ir.Value, candidates: ir.Value
-) -> list[ir.Value]:
-    """Logits of all heads but the anchor, by groups(): h [1, n, E], candidates [1, n, K] -> [1, n, heads, K] each.
-
-    Heads that are deltas yield what they add to the anchor's logits.
-    """
-    out = []
-    for group in groups(config, weights, leaf):
-        if deltas := deltas_of(config, weights, group):
-            out.append(delta_logits(b, config, group, deltas, h, candidates))
-        else:
-            out.append(_Rows(b, config, weights, group).logits(h, candidates))
-    return out
-
-
-def deltas_of(config: DMPTConfig, weights: Weights, group: list[int]) -> list[DeltaTensor]:
-    """The group's heads if they are stored as deltas, else nothing."""
+    b: Builder,
+    config: DMPTConfig,
+    weights: Weights,
+    leaf: str,
+    group: list[int],
+    h: ir.Value,
+    moves: Mapping[int, ir.Value],
+    candidates: ir.Value,
+) -> tuple[ir.Value, bool]:
+    """Logits of the heads of one of groups(), and whether they are to be added to the anchor's: h [1, n, E],
+    candidates [1, n, K] -> [1, n, heads, K]. moves: see dmpt_export.graph.projected.projections."""
+    if group[0] in moves:
+        return projected_logits(b, config, weights, leaf, group, moves, candidates), True
     stored = [weights[config.head_name(j)] for j in group]
-    return [head for head in stored if isinstance(head, DeltaTensor)]
+    if deltas := [head for head in stored if isinstance(head, DeltaTensor)]:
+        return delta_logits(b, config, group, deltas, h, candidates), True
+    return _Rows(b, config, weights, group).logits(h, candidates), False
 
 
 def groups(config: DMPTConfig, weights: Weights, leaf: str) -> list[list[int]]:
     """The leaf's heads besides its anchor, in order; the heads of a list are stored and read together."""
     allocated = [j for heads in config.head_allocation.values() for j in heads]
-    anchors = {heads[0] for heads in config.head_allocation.values()}
+    whole = {config.matrix_of(name, heads[0]) for name, heads in config.head_allocation.items()}  # scored fully
     _, *others = config.head_allocation[leaf]
 
+    def kind(j: int) -> object:
+        return PROJECTED if j in config.projected_heads else form_of(weights[config.head_name(j)]).layout
+
     def alone(j: int) -> bool:
-        return allocated.count(j) == 1 and j not in anchors and config.head_name(j) == f"heads.{j}.weight"
+        """Whether nothing else reads the head's matrix; a projected head has none."""
+        own = allocated.count(j) == 1 and j not in whole and config.head_name(j) == f"heads.{j}.weight"
+        return own or j in config.projected_heads
 
     out = [others[:1]]
     for before, j in pairwise(others):
-        like = form_of(weights[config.head_name(before)]).layout == form_of(weights[config.head_name(j)]).layout
-        if like and alone(before) and alone(j):
+        if kind(before) == kind(j) and alone(before) and alone(j):
             out[-1].append(j)
         else:
             out.append([j])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,8 @@ from training.errors import OptionError
 from training.progress import say
 
 if TYPE_CHECKING:
-    from training.model.shape import NewShape, Shape
+    from training.model.new_shape import NewShape
+    from training.model.shape import Shape
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class InitRequest:
     head_allocation: Path | None = None  # JSON file of the heads of each leaf, instead of their number
     fast_k: int | None = None  # candidates of the anchor head; None: the whole vocabulary
     head_topk: int | None = None  # heads mixed per token; None: all of the leaf
+    head_kind: str = "full"  # or projected
+    head_rank: int | None = None  # of projected heads; None: whole matrices
+    shared_anchor: bool = False  # projected heads: one vocabulary matrix for all leaves
     noise: float = 1e-3  # standard deviations of the embedding
     gate_bias: float = 0.25  # logits
     gate_hidden: int = 256  # width of gates and head gates
@@ -54,12 +58,13 @@ class InitRequest:
         require("train")
         from training.checkpoints.folder import float_folder, read_head_allocation, read_shape
         from training.checkpoints.places import check_inputs, check_new
-        from training.model.shape import NewShape, check_init
+        from training.model.new_shape import NewShape, check_init
 
         check_new(self.out, "checkpoint", self.overwrite)
         check_inputs(self.out, self.source, self.head_allocation)
         allocation = None if self.head_allocation is None else read_head_allocation(self.head_allocation)
-        shape = NewShape(self.splits, allocation, self.heads, self.fast_k, self.head_topk, self.gate_hidden, self.tie)
+        own = {field.name: getattr(self, field.name) for field in fields(NewShape) if field.name != "head_allocation"}
+        shape = NewShape(head_allocation=allocation, **own)
         folder = float_folder(self.source)
         check_init(read_shape(folder), shape).check_exportable()
         return Found(folder, shape)

@@ -19,7 +19,7 @@ from training.model.dmpt import ROWS_AT_ONCE, Hidden
 from training.model.generation import DMPTForCausalLM
 
 BLOCK = re.compile(r"(?:transformer|paths\.(\w+))\.h\.(\d+)\.")
-HEAD = re.compile(r"heads\.\d+\.weight")
+HEAD = re.compile(r"heads\.\d+\.(projection\S*\.)?weight")
 Arrays = Mapping[str, NDArray[np.float32]]  # tensors by name, in the checkpoint's layout
 
 

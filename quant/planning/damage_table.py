@@ -26,7 +26,7 @@ from quant.planning.damage import Damage
 from quant.planning.groups import Group
 from quant.planning.plan import Option
 from quant.quantize import TensorReport, delta_report, quantize_tensor
-from quant.rules import ROWS, Rule, parse_rule
+from quant.rules import LINEAR, Rule, parse_rule
 from quant.schemes import SCHEMES
 from quant.schemes.low_rank import DELTAS
 from training.checkpoints.atomic import atomic_file
@@ -39,7 +39,7 @@ DAMAGE_TOKENS = 1024  # tokens of the calibration text that damage is measured o
 LOGITS = 2**28  # at most this many log-probs in memory (1 GB): fewer tokens for a larger vocabulary
 FORMAT = 1  # of the cache file
 # Fields that change the predictions of the same weights.
-DECIDING = ("fast_k", "head_topk", "head_allocation", "head_gate_temp", "n_head", "layer_norm_epsilon")
+DECIDING = ("fast_k", "head_topk", "head_allocation", "shared_anchor", "head_gate_temp", "n_head", "layer_norm_epsilon")
 Floats = dict[str, NDArray[np.float32]]
 
 
@@ -115,7 +115,7 @@ class Measurements:
         done = set()
         heads: dict[str, Inputs] = {}  # several may form one group, but are observed one by one
         for seen in observe(self.model, self.calibration.windows, names) if names else ():
-            heads |= {name: inputs for name, inputs in seen.items() if ROWS.fullmatch(name)}
+            heads |= {name: inputs for name, inputs in seen.items() if not LINEAR.fullmatch(name)}
             known = heads | dict(seen)
             for pair in calibrated:
                 if pair not in done and all(name in known for name in pair[0].tensors):

@@ -11,7 +11,7 @@ import onnxruntime
 
 from dmpt_export.check.float_kernels import use_float_kernels
 from dmpt_export.graph.builder import MSFT, Builder
-from dmpt_export.graph.rescore import candidate_logits
+from dmpt_export.graph.rescore import candidate_logits, groups
 from training.model.config import DMPTConfig
 
 
@@ -23,7 +23,8 @@ def scored_candidates(
     width, vocabulary, k = config.n_embd, config.vocab_size, config.fast_k or 0
     b = Builder()
     h, ids = ir.val("h", ir.DataType.FLOAT, [1, n, width]), ir.val("c", ir.DataType.INT64, [1, n, k])
-    (out,) = candidate_logits(b, config, weights, "root", h, ids)
+    (group,) = groups(config, weights, "root")
+    out, _ = candidate_logits(b, config, weights, "root", group, h, {}, ids)
     out.dtype, out.shape = ir.DataType.FLOAT, ir.Shape([1, n, heads, k])
     graph = ir.Graph([h, ids], [out], nodes=b.nodes, initializers=list(b.initializers.values()),
                      opset_imports={"": 21, MSFT: 1}, name="candidates")  # fmt: skip

@@ -21,6 +21,15 @@ TREES: dict[str, dict[str, Any]] = {
     "shared heads": {
         "splits": [2], "heads": 2, "fast_k": 7, "head_allocation": {"left": [0, 1, 2], "right": [2, 0]},
     },
+    "projected": {"splits": [2], "heads": 8, "fast_k": 16, "head_kind": "projected"},
+    "projected, one anchor": {
+        "splits": [1, 2], "heads": 8, "fast_k": 16, "head_kind": "projected", "shared_anchor": True, "head_rank": 8,
+    },
+    "projected, all heads": {"splits": [2], "heads": 4, "head_kind": "projected", "shared_anchor": True},
+    "projected, shared heads": {
+        "splits": [2], "heads": 2, "fast_k": 7, "head_kind": "projected", "seed": 1,
+        "head_allocation": {"left": [0, 1, 2], "right": [3, 1, 0]},
+    },
     "odd sizes": {"splits": [1], "heads": 4, "fast_k": 3, "vocab_size": 53, "n_embd": 24, "n_head": 3, "n_layer": 3},
 }  # fmt: skip
 

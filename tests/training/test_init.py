@@ -19,7 +19,7 @@ from training.checkpoints.folder import read_head_allocation
 from training.errors import InputError
 from training.model.generation import DMPTForCausalLM
 from training.model.init import init_from_gpt2
-from training.model.shape import NewShape, default_heads
+from training.model.new_shape import NewShape, default_heads
 
 LIMIT = TOLERANCE["float32", "torch"]
 IDS = torch.randint(0, 300, (2, 40), generator=torch.Generator().manual_seed(5))

@@ -19,7 +19,7 @@ from training.loop import trainer
 from training.loop.evaluation import Evaluation
 from training.loop.trainer import train
 from training.model.init import init_from_gpt2
-from training.model.shape import NewShape
+from training.model.new_shape import NewShape
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

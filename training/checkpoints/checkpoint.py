@@ -19,7 +19,7 @@ from training.checkpoints.tensors import read_tensors, write_tensors
 from training.checkpoints.verify_gpt2 import verify_source
 from training.errors import InputError
 from training.model.config import DMPTConfig
-from training.model.fields import TOKENS, tokens
+from training.model.fields import DMPT, TOKENS, tokens
 from training.model.generation import DMPTForCausalLM
 from training.model.gpt2 import Names
 from training.text.tokenizer import has_tokenizer, load_tokenizer, save_tokenizer
@@ -195,8 +195,7 @@ def write_model(
 def config_fields(config: DMPTConfig) -> dict[str, Any]:
     """config.json of a float checkpoint: the fields that differ from transformers' defaults, and all of ours."""
     fields = config.to_diff_dict()
-    own = ("splits", "head_allocation", "gate_hidden", "gate_temp", "head_gate_temp", "head_topk", "fast_k")
-    fields |= {name: getattr(config, name) for name in own}
+    fields |= {name: getattr(config, name) for name in (*DMPT, "head_allocation")}
     fields |= {name: getattr(config, name) for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")}
     fields |= {"architectures": ["DMPTForCausalLM"], "tie_word_embeddings": config.tie_word_embeddings}
     fields.pop("quantization", None)

@@ -13,6 +13,7 @@ from training.checkpoints.folder import unverified
 from training.cli.flags import parse_splits
 from training.cli.recipes import names
 from training.loop.options import TrainOptions, flag
+from training.model.shape import HEAD_KINDS
 
 TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 # First option of each section of the help
@@ -44,8 +45,8 @@ ABOUT = {
     "which the original project chose for GPT-2 small.",
     "Training loss": "The loss is the mean negative log-likelihood plus coefficient times term for each term below; a "
     "coefficient of 0 leaves its term out. --lb-coef keeps both paths in use, --gold-aux-coef teaches gates which path "
-    "predicts better, --tether-coef keeps paths near the GPT-2 they came from, --head-lb-coef and --head-entropy-coef "
-    "keep all heads in use.",
+    "predicts better, --switch-coef makes tokens change their path less often, --tether-coef keeps paths near the GPT-2 "
+    "they came from, --head-lb-coef and --head-entropy-coef keep all heads in use.",
     "Model settings": "Stored in the model; they change what it computes. --head-topk mixes only the heads with the "
     "largest weights.",
     "Freezing": "Frozen parameters keep their values. Head 0 is frozen at first, because it starts as GPT-2's own.",
@@ -84,6 +85,9 @@ def parameters() -> list[click.Parameter]:
                help="As in init: 6, or 6,9, or none."),
         option(["--heads", "--n-lm-perceptrons", "heads"], **size, help="As in init: total vocabulary heads."),
         option(["--head-allocation"], type=path, metavar="FILE.json", help="As in init: the heads of each leaf."),
+        option(["--head-kind"], type=click.Choice(HEAD_KINDS), help="As in init: full or projected heads."),
+        option(["--head-rank"], **size, help="As in init: rank of projected heads."),
+        option(["--shared-anchor"], is_flag=True, default=None, help="As in init: one vocabulary matrix in all."),
         option(["--use-head-mixture/--no-use-head-mixture"], default=None, help="no: a single head per leaf."),
         option(["--gate-hidden"], **size, default=256, show_default=True, help="As in init: width of the gates."),
         option(["--from-scratch"], is_flag=True, help="Start from a new GPT-2 with random weights instead of MODEL; "

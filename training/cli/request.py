@@ -18,7 +18,8 @@ from training.cli.usual import SCRATCH, warning
 from training.errors import FieldError, InputError, OptionError, usage
 from training.loop.freeze import expanded
 from training.loop.options import TrainOptions, read_freeze_schedule
-from training.model.shape import ROOT, NewShape, Shape, check_init
+from training.model.new_shape import NewShape, check_init
+from training.model.shape import ROOT, Shape
 from training.progress import say, tell
 from training.text.sources import FIELD, check_source, is_dataset
 
@@ -72,6 +73,9 @@ class TrainRequest:
     splits: list[int] | None = None  # indices of blocks where a GPT-2's paths fork; []: none; None: the recipe's
     heads: int | None = None  # total vocabulary heads, likewise
     head_allocation: Path | None = None  # JSON file of the heads of each leaf, instead of their number
+    head_kind: str | None = None  # full or projected
+    head_rank: int | None = None  # of projected heads
+    shared_anchor: bool | None = None  # projected heads: one vocabulary matrix for all leaves
     use_head_mixture: bool | None = None  # False: a single head for each leaf
     gate_hidden: int = 256  # width of gates and head gates
     from_scratch: bool = False  # a new GPT-2 with random weights, of these sizes:
@@ -229,7 +233,8 @@ class TrainRequest:
 
     def changes(self, start: Shape, recipe: Recipe) -> NewShape | None:
         """The shape that the initial model is converted to; None: unchanged."""
-        mine = {"splits": self.splits, "heads": self.heads, "fast_k": self.options.fast_k}
+        mine = {name: getattr(self, name) for name in ("splits", "heads", "head_kind", "head_rank", "shared_anchor")}
+        mine["fast_k"] = self.options.fast_k
         shape = recipe.init | {key: value for key, value in mine.items() if value is not None}
         allocation = read_head_allocation(self.head_allocation) if self.head_allocation else None
         wanted = {"splits", "heads"} & set(shape) or allocation or self.use_head_mixture is not None

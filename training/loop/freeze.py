@@ -45,7 +45,7 @@ def expanded(schedule: dict[int, dict[str, Any]], shape: Shape) -> dict[int, dic
             where = f"freeze schedule, step {step}: group '{group}'"
             if group == HEADS:
                 heads = _heads(value, shape.n_vocab_heads, where)
-                out[step] |= {(shape.head_name(j),): frozen for j, frozen in heads.items()}
+                out[step] |= {(shape.head_prefix(j),): frozen for j, frozen in heads.items()}
             elif group in groups and isinstance(value, bool):
                 out[step][groups[group]] = value
             elif group in groups:

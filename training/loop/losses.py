@@ -1,4 +1,4 @@
-"""The auxiliary terms of training: load balance, gold-aux, tether, head balance, head entropy.
+"""The auxiliary terms of training: load balance, gold-aux, switches, tether, head balance, head entropy.
 
 Pure functions of log weights and log-probs. Shapes: B batch, S tokens, L leaves, H heads of a leaf, V vocabulary.
 `mask` (B, S) bool marks the tokens that count; None means all. Every term is a mean over those tokens, so neither
@@ -6,7 +6,8 @@ padding nor sequence length changes its size; the trainer sums it over split nod
 not means of per-token values: `across` (the mean over processes) makes them independent of the number of processes
 that compute a batch.
 
-Source of the terms: S. Qian, "Dynamic Multiple Path Transformer" (2025), with the formulas corrected.
+Source of the terms: S. Qian, "Dynamic Multiple Path Transformer" (2025), with the formulas corrected; switches are this
+project's.
 """
 
 from __future__ import annotations
@@ -77,6 +78,16 @@ def gold_aux(log_w: Tensor, gold: Tensor, mask: Tensor | None = None) -> Tensor:
     """
     best = gold.detach().argmax(0, keepdim=True)
     return masked_mean(-log_w.gather(0, best)[0], mask)
+
+
+def switches(log_w: Tensor, joined: Tensor) -> Tensor:
+    """Expected share of neighbouring tokens that take different leaves: log_w (L, B, S), joined (B, S - 1) -> ().
+
+    `1 - sum_l w_l(t) w_l(t-1)`, as if both leaves were drawn from the gates. joined: whether token t + 1 follows token
+    t in one text; pairs that do not are left out.
+    """
+    same = (log_w[..., 1:] + log_w[..., :-1]).exp().sum(0)
+    return masked_mean(1.0 - same, joined)
 
 
 def tether(reference: Tensor, log_probs: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from training.loop.losses import Across, alone, masked_mean
 from training.loop.options import GATE_EXPECTED, TrainOptions, trained_leaves
 from training.loop.terms import TERMS, Batch
 from training.model.dmpt import Hidden
+from training.model.fields import tokens
 from training.model.generation import DMPTForCausalLM
 from training.model.shape import GATE_HARD, GATE_SOFT, MAX_PROB
 
@@ -48,13 +49,13 @@ class Objective:
         labels = ids[:, 1:]
         hidden = self.model.hidden(ids[:, :-1], self.only)
         out = Loss(ids.new_zeros((), dtype=torch.float32))
-        for name, coef, term in self.parts(hidden, labels, mask, out):
+        for name, coef, term in self.parts(hidden, labels, mask, self.joined(ids[:, :-1], mask), out):
             out.terms[name] = term.detach()
             out.total = out.total + coef * term
         return out
 
     def parts(
-        self, hidden: Hidden, labels: Tensor, mask: Tensor | None, out: Loss
+        self, hidden: Hidden, labels: Tensor, mask: Tensor | None, joined: Tensor, out: Loss
     ) -> Iterator[tuple[str, float, Tensor]]:
         """(name, coefficient, value) of the main loss and of every active auxiliary term."""
         options, mode = self.options, self.options.train_path_selection
@@ -64,7 +65,7 @@ class Objective:
         # gate_hard scores a token only by its own leaf, unless gold-aux compares the leaves
         sparse = mode == GATE_HARD and not options.gold_aux_coef
         gold = self.gold(hidden, labels, full, routes if sparse else None)
-        batch = Batch(self.model, hidden, mask, self.across, gold, None, full)
+        batch = Batch(self.model, hidden, mask, self.across, gold, None, joined, full)
         if forked and routes is not None:
             out.routes = masked_mean(F.one_hot(routes, len(hidden.leaves)).float(), mask)
             batch.log_w = torch.stack(list(self.model.path_log_weights(hidden.gates).values()))
@@ -77,6 +78,13 @@ class Objective:
             if coef := getattr(options, f"{name}_coef"):
                 for leaf, value in term(batch):
                     yield f"{name}{leaf}", coef, value
+
+    def joined(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
+        """Whether a token and the next one count and belong to one text: (B, S) -> (B, S - 1). An end of text begins
+        the next text, as on a device, where it stands in front of the prompt."""
+        ends = torch.tensor(tokens(self.model.config.eos_token_id), device=inputs.device)
+        joined = torch.isin(inputs[:, 1:], ends, invert=True)
+        return joined if mask is None else joined & mask[:, 1:] & mask[:, :-1]
 
     def head_log_pi(self, hidden: Hidden) -> dict[str, Tensor]:
         """leaf with several heads -> (B, S, H), with a gradient only where a term needs it."""
@@ -122,12 +130,14 @@ class Objective:
 
         Under the full mixture, or with fast_k_loss under fast-k as deployed.
         """
-        heads = [self.model.get_parameter(f"heads.{j}.weight") for j in self.model.config.head_allocation[leaf]]
-        log_pi = self.model.head_log_weights(leaf, h)
+        model, heads = self.model, self.model.config.head_allocation[leaf]
+        matrices = [model.get_parameter(f"heads.{model.config.matrix_of(leaf, j)}.weight") for j in heads]
+        inputs = [model.head_input(j, h) for j in heads]
+        log_pi = model.head_log_weights(leaf, h)
         if self.options.fast_k_loss and len(heads) > 1:
-            assert self.model.config.fast_k
-            return fast_k_gold(h, heads, log_pi, labels, self.model.config.fast_k)
-        gold = torch.stack([head_gold(h, weight, labels) for weight in heads], -1)
+            assert model.config.fast_k
+            return fast_k_gold(inputs, matrices, log_pi, labels, model.config.fast_k)
+        gold = torch.stack([head_gold(x, weight, labels) for x, weight in zip(inputs, matrices, strict=True)], -1)
         return torch.logsumexp(gold + log_pi, dim=-1)
 
     def choose(self, gold: Tensor, log_w: Tensor, routes: Tensor, hidden: Hidden) -> Tensor:

@@ -56,6 +56,7 @@ class TrainOptions:
     fast_k_loss: bool = opt(False, "minimise the loss under fast-k, as deployed, instead of that of all heads in full")
     lb_coef: float = opt(1e-3, "load balance: gates split the tokens evenly")
     gold_aux_coef: float = opt(1e-3, "gates learn which leaf gives the next token more probability")
+    switch_coef: float = opt(0.0, "steady routes: neighbouring tokens take the same leaf, which is faster on a device")
     tether_coef: float = opt(5e-4, "KL to a frozen copy of the first head; costs one more head per leaf; 0: off")
     head_lb_coef: float = opt(0.0, "head balance: a leaf uses its heads equally on average")
     head_entropy_coef: float = opt(0.0, "head entropy: every token mixes its heads equally")

@@ -25,6 +25,7 @@ class Batch:
     across: Across
     gold: Tensor  # (L, B, S), log P_leaf of the labels
     log_w: Tensor | None  # (L, B, S), log of the leaves' gate weights; None for one leaf
+    joined: Tensor  # (B, S - 1) bool: whether a token and the next one belong to one text
     full: dict[str, tuple[Tensor, Tensor]]  # leaf -> log-probs (B, S, V) of the tether's reference and of the leaf
     log_pi: dict[str, Tensor] = field(default_factory=dict)  # leaf with several heads -> (B, S, H)
 
@@ -42,6 +43,11 @@ def load_balance(batch: Batch) -> Iterator[tuple[str, Tensor]]:
 def gold_aux(batch: Batch) -> Iterator[tuple[str, Tensor]]:
     if batch.log_w is not None:
         yield "", losses.gold_aux(batch.log_w, batch.gold, batch.mask)
+
+
+def switch(batch: Batch) -> Iterator[tuple[str, Tensor]]:
+    if batch.log_w is not None:
+        yield "", losses.switches(batch.log_w, batch.joined)
 
 
 def tether(batch: Batch) -> Iterator[tuple[str, Tensor]]:
@@ -64,6 +70,7 @@ def head_entropy(batch: Batch) -> Iterator[tuple[str, Tensor]]:
 TERMS: dict[str, Term] = {
     "lb": load_balance,
     "gold_aux": gold_aux,
+    "switch": switch,
     "tether": tether,
     "head_lb": head_balance,
     "head_entropy": head_entropy,

@@ -47,6 +47,9 @@ class DMPTConfig(Shape, PretrainedConfig):
         head_gate_temp: float = Shape.head_gate_temp,
         head_topk: int | None = None,
         fast_k: int | None = None,
+        head_kind: str = Shape.head_kind,
+        head_rank: int | None = None,
+        shared_anchor: bool = False,
         tie_word_embeddings: bool = True,
         bos_token_id: int | None = Shape.bos_token_id,
         eos_token_id: int | None = Shape.eos_token_id,
@@ -73,6 +76,9 @@ class DMPTConfig(Shape, PretrainedConfig):
         self.head_gate_temp = head_gate_temp
         self.head_topk = head_topk
         self.fast_k = fast_k
+        self.head_kind = head_kind
+        self.head_rank = head_rank
+        self.shared_anchor = shared_anchor
         super().__init__(
             bos_token_id=bos_token_id, eos_token_id=eos_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs
         )

@@ -12,6 +12,7 @@ leaf's distribution counts for a token. `dmpt_export.graph` mirrors this file, i
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass, field
 
 import torch
@@ -106,6 +107,23 @@ class Trunk(Segment):
         self.drop = nn.Dropout(config.embd_pdrop)
 
 
+class ProjectedHead(nn.Module):
+    """A head without a vocabulary matrix: h + P h goes into its leaf's. P [E, E], or of rank r."""
+
+    def __init__(self, config: DMPTConfig) -> None:
+        super().__init__()
+        width, rank = config.n_embd, config.head_rank
+        if rank is None:
+            self.projection: nn.Module = nn.Linear(width, width, bias=False)
+        else:
+            parts = {"down": nn.Linear(width, rank, bias=False), "up": nn.Linear(rank, width, bias=False)}
+            self.projection = nn.Sequential(OrderedDict(parts))
+
+    def forward(self, h: Tensor) -> Tensor:  # (..., E) -> (..., E)
+        out: Tensor = h + self.projection(h)
+        return out
+
+
 def gate_mlp(config: DMPTConfig, activation: nn.Module, n_out: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(config.n_embd, config.gate_hidden), activation, nn.Linear(config.gate_hidden, n_out))
 
@@ -136,8 +154,10 @@ class DMPT(PreTrainedModel):
         self.transformer = Trunk(config, trunk)
         self.paths = nn.ModuleDict({node.name: Segment(config, node) for node in branches})
         self.gates = nn.ModuleDict({name: gate_mlp(config, nn.Tanh(), 2) for name in config.split_nodes})
+        projected = config.projected_heads
         self.heads = nn.ModuleList(
-            nn.Linear(config.n_embd, config.vocab_size, bias=False) for _ in range(config.n_vocab_heads)
+            ProjectedHead(config) if j in projected else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            for j in range(config.n_vocab_heads)
         )
         self.head_gates = nn.ModuleDict(
             {
@@ -263,13 +283,22 @@ class DMPT(PreTrainedModel):
             logits = torch.full_like(logits, -torch.inf).scatter(-1, kept, logits.gather(-1, kept))
         return F.log_softmax(logits, dim=-1)
 
+    def head_input(self, j: int, h: Tensor) -> Tensor:
+        """What head j's vocabulary matrix multiplies: (..., E) -> (..., E)."""
+        head = self.heads[j]
+        return head(h) if isinstance(head, ProjectedHead) else h
+
+    def head_logits(self, leaf: str, j: int, h: Tensor) -> Tensor:  # (..., E) -> (..., V)
+        logits: Tensor = self.heads[self.config.matrix_of(leaf, j)](self.head_input(j, h)).float()
+        return logits
+
     def mixture(self, leaf: str, h: Tensor) -> Tensor:
         """log P_leaf, all heads scored fully: (..., E) -> (..., V)."""
         log_pi = self.head_log_weights(leaf, h)
         heads = self.config.head_allocation[leaf]
         if len(heads) == 1:
-            return F.log_softmax(self.heads[heads[0]](h).float(), -1)
-        parts = [F.log_softmax(self.heads[j](h).float(), -1) + log_pi[..., i, None] for i, j in enumerate(heads)]
+            return F.log_softmax(self.head_logits(leaf, heads[0], h), -1)
+        parts = [F.log_softmax(self.head_logits(leaf, j, h), -1) + log_pi[..., i, None] for i, j in enumerate(heads)]
         return torch.logsumexp(torch.stack(parts), dim=0)
 
     def fast_mixture(self, leaf: str, h: Tensor, k: int) -> Tensor:
@@ -279,16 +308,19 @@ class DMPT(PreTrainedModel):
         candidates, and the mixture takes the anchor's candidate mass. Elsewhere the anchor's values stay.
         """
         anchor, *others = self.config.head_allocation[leaf]
-        log_anchor = F.log_softmax(self.heads[anchor](h).float(), -1)
+        log_anchor = F.log_softmax(self.head_logits(leaf, anchor, h), -1)
         if not others:
             return log_anchor
         log_pi = self.head_log_weights(leaf, h)
         log_c, candidates = log_anchor.topk(k, dim=-1)  # (..., K)
         mass = torch.logsumexp(log_c, -1, keepdim=True)
         parts = [log_c - mass + log_pi[..., :1]]
+        rows: dict[int, Tensor] = {}  # of each matrix
         for i, j in enumerate(others, start=1):
-            rows = self.heads[j].weight[candidates]  # type: ignore[index]  # a Linear; (..., K, E)
-            logits = (rows @ h.unsqueeze(-1)).squeeze(-1).float()
+            matrix = self.config.matrix_of(leaf, j)
+            if matrix not in rows:
+                rows[matrix] = self.heads[matrix].weight[candidates]  # type: ignore[index]  # a Linear; (..., K, E)
+            logits = (rows[matrix] @ self.head_input(j, h).unsqueeze(-1)).squeeze(-1).float()
             parts.append(F.log_softmax(logits, -1) + log_pi[..., i, None])
         return log_anchor.scatter(-1, candidates, mass + torch.logsumexp(torch.stack(parts), dim=0))
 

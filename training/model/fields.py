@@ -78,6 +78,9 @@ DMPT: dict[str, Kind] = {  # a DMPT's own
     "fast_k": WHOLE_OR_NULL,
     "head_topk": WHOLE_OR_NULL,
     "splits": INDICES,
+    "head_kind": NAME,
+    "head_rank": SIZE_OR_NULL,
+    "shared_anchor": FLAG,
 }
 # Fields of a GPT-2 that would change what is computed: only these values are supported.
 FIXED: dict[str, tuple[Any, ...]] = {

@@ -16,9 +16,10 @@ from training.errors import FieldError, InputError
 from training.model.config import DMPTConfig
 from training.model.fields import GPT2
 from training.model.generation import DMPTForCausalLM
-from training.model.shape import NewShape, init_fields
+from training.model.new_shape import NewShape, init_fields
 
 NOISE = 1e-3  # times the embedding's standard deviation: about 0.02 on a logit of GPT-2 small
+PROJECTION = 0.1  # of a projected head that is no anchor: size of P h over that of h
 GATE_BIAS = 0.25  # logits in favour of left, which starts as the unchanged GPT-2
 HEAD_GATE_STD = 1e-3  # small, so that mixing starts near uniform
 
@@ -74,13 +75,29 @@ def _heads(config: DMPTConfig, base: Tensor, noise: float, random: torch.Generat
     """Copies of GPT-2's head [vocab, E]. Anchors are exact copies, so candidates and first log-probs are GPT-2's."""
     exact = {heads[0] for heads in config.head_allocation.values()}
     std = noise * float(base.float().std())
-    out = {}
+    out: dict[str, Tensor] = {}
     for j in range(config.n_vocab_heads):
         if j == 0 and config.tie_word_embeddings:
             continue  # it is the embedding
+        if j in config.projected_heads:
+            out |= _projection(config, j, 0.0 if j in exact or not noise else PROJECTION, random)
+            continue
         drawn = torch.randn(base.shape, generator=random) if std else torch.zeros(())
         out[f"heads.{j}.weight"] = base.clone() if j in exact else base + std * drawn
     return out
+
+
+def _projection(config: DMPTConfig, j: int, size: float, random: torch.Generator) -> dict[str, Tensor]:
+    """A projected head: P h is about `size` times as large as h. With size 0 the last factor is zero, so that it learns
+    from the first step on and the others from the second."""
+    names, width = config.projection_names(j), config.n_embd
+    inner = [width] * len(names) if config.head_rank is None else [width, config.head_rank]
+    outer = [*inner[1:], width]
+    sizes = [1.0] * (len(names) - 1) + [size]
+    return {
+        name: part / n_in**0.5 * torch.randn(n_out, n_in, generator=random)
+        for name, n_in, n_out, part in zip(names, inner, outer, sizes, strict=True)
+    }
 
 
 def _gates(config: DMPTConfig, gate_bias: float, random: torch.Generator) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ without importing torch, which takes seconds, so impossible sizes are refused at
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,8 @@ RANDOM = "random"  # a control for evaluation: shows how much the gates contribu
 PATH_MODES = (GATE_SOFT, GATE_HARD, MAX_PROB, RANDOM)  # besides `<leaf>_only`
 # activation_function -> `approximate` of torch's gelu; both names of the tanh form are Transformers'
 ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
-MOST_HEADS = 8  # the default never gives a model more heads than this, unless it has more leaves
+FULL, PROJECTED = "full", "projected"
+HEAD_KINDS = (FULL, PROJECTED)
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,9 @@ class Shape:
     activation_function: str = "gelu_new"
     splits: list[int]  # block indices where every path forks in two
     head_allocation: dict[str, list[int]]  # leaf -> head ids, the anchor first
+    head_kind: str = FULL  # or projected: heads besides the anchors are a matrix in front of their leaf's anchor
+    head_rank: int | None = None  # rank of that matrix; None: whole, [n_embd, n_embd]
+    shared_anchor: bool = False  # projected heads only: all leaves use head 0's matrix, so their anchors project too
     gate_hidden: int = 256
     gate_temp: float = 1.2  # softens gates in gate_soft; hard choices do not depend on it
     head_gate_temp: float = 1.0
@@ -146,8 +149,32 @@ class Shape:
         return self.n_inner or 4 * self.n_embd
 
     def head_name(self, j: int) -> str:
-        """The checkpoint tensor that holds head j; a tied head 0 is the embedding."""
+        """The checkpoint tensor of a head that has a vocabulary matrix; a tied head 0 is the embedding."""
         return EMBEDDING if j == 0 and self.tie_word_embeddings else f"heads.{j}.weight"
+
+    def head_prefix(self, j: int) -> str:
+        """What the names of head j's tensors start with."""
+        return EMBEDDING if j == 0 and self.tie_word_embeddings else f"heads.{j}."
+
+    @property
+    def projected_heads(self) -> list[int]:
+        """Heads without a vocabulary matrix of their own. Head 0 always has one, and without shared_anchor every head
+        that is the anchor of some leaf."""
+        if self.head_kind != PROJECTED:
+            return []
+        anchors = {0} if self.shared_anchor else {0, *(heads[0] for heads in self.head_allocation.values())}
+        return [j for j in range(self.n_vocab_heads) if j not in anchors]
+
+    def matrix_of(self, leaf: str, j: int) -> int:
+        """The head whose vocabulary matrix head j of a leaf multiplies: its own, or the one it projects in front of."""
+        if j not in self.projected_heads:
+            return j
+        return 0 if self.shared_anchor else self.head_allocation[leaf][0]
+
+    def projection_names(self, j: int) -> list[str]:
+        """The checkpoint tensors of a projected head, in the order in which they multiply."""
+        parts = [""] if self.head_rank is None else [".down", ".up"]
+        return [f"heads.{j}.projection{part}.weight" for part in parts]
 
     def ways(self) -> dict[str, list[tuple[str, int]]]:
         """For each leaf, the turns that lead to it: way()."""
@@ -186,9 +213,12 @@ class Shape:
         def of_leaf(leaf: str, splits: list[str]) -> float:
             parts = ["transformer.h.", "transformer.ln_f.", f"head_gates.{leaf}.", f"paths.{leaf}."]
             parts += [f"{kind}.{name}." for name in splits for kind in ("paths", "gates")]
-            anchor, *others = (sizes[self.head_name(j)] for j in self.head_allocation[leaf])
+            own = self.head_allocation[leaf]
+            parts += [f"heads.{j}.projection" for j in own if j in self.projected_heads]
+            anchor, *others = dict.fromkeys(self.matrix_of(leaf, j) for j in own)  # each matrix is read once
             rows = sizes[EMBEDDING] / self.vocab_size + sizes[POSITIONS] / self.n_positions
-            heads = anchor + sum(others) * (self.fast_k or self.vocab_size) / self.vocab_size
+            candidates = (self.fast_k or self.vocab_size) / self.vocab_size
+            heads = sizes[self.head_name(anchor)] + candidates * sum(sizes[self.head_name(j)] for j in others)
             return rows + heads + sum(size for name, size in sizes.items() if name.startswith(tuple(parts)))
 
         return round(max(of_leaf(leaf, [name for name, _ in turns]) for leaf, turns in self.ways().items()))
@@ -228,72 +258,12 @@ class Shape:
             raise InputError(f"head_topk {self.head_topk} must be from 1 to the heads of a leaf ({most})")
         if self.gate_temp <= 0 or self.head_gate_temp <= 0:
             raise InputError("gate_temp and head_gate_temp must be above 0")
+        self._check_head_kind()
 
-
-# --- GPT-2 to DMPT ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class NewShape:
-    """What a GPT-2 is to become."""
-
-    splits: list[int] | None = None  # block indices of the forks; None: half depth; []: none, several heads on one path
-    head_allocation: dict[str, list[int]] | None = None  # head ids of each leaf
-    heads: int | None = None  # or so many in all, shared out evenly; None: 4 a leaf, at most 8
-    fast_k: int | None = None
-    head_topk: int | None = None
-    gate_hidden: int = Shape.gate_hidden
-    tie: bool | None = None  # heads.0 is the embedding; None: as it was
-
-
-def init_fields(old: Shape, new: NewShape) -> dict[str, Any]:
-    """The fields that training.model.init.init_from_gpt2 changes. Raises InputError as it does, and MemoryError for
-    sizes that this machine cannot hold."""
-    splits, head_allocation, gate_hidden = new.splits, new.head_allocation, new.gate_hidden
-    if old.splits or old.n_vocab_heads != 1:
-        raise InputError(
-            f"this model already has splits {old.splits} and {old.n_vocab_heads} head(s): "
-            "init starts from a GPT-2, or from a DMPT without splits and with one head"
-        )
-    if splits is None:
-        if old.n_layer < 2:
-            raise FieldError("a model of one block cannot be split: use {splits} none")
-        splits = [old.n_layer // 2]
-    if new.tie and not old.tie_word_embeddings:
-        raise FieldError("this model's head is not tied to its embedding: leave {tie} out")
-    if gate_hidden < 1:
-        raise InputError(f"gate_hidden {gate_hidden} must be at least 1")
-    _check_memory("heads", 0 if new.heads is None else new.heads, old.vocab_size * old.n_embd)
-    _check_memory("gate_hidden", gate_hidden, old.n_embd)
-    if head_allocation is None:
-        leaves = leaf_names(splits, old.n_layer)
-        head_allocation = even_allocation(leaves, default_heads(len(leaves)) if new.heads is None else new.heads)
-    return {
-        "splits": splits,
-        "head_allocation": head_allocation,
-        "gate_hidden": gate_hidden,
-        "head_topk": new.head_topk,
-        "fast_k": new.fast_k,
-        "tie_word_embeddings": old.tie_word_embeddings if new.tie is None else new.tie,
-    }
-
-
-def check_init(old: Shape, new: NewShape) -> Shape:
-    """The shape of the model that init_from_gpt2 would build. Raises as init_fields, and for fields that do not fit."""
-    return Shape.of(vars(old) | init_fields(old, new))
-
-
-def default_heads(n_leaves: int) -> int:
-    """Four heads per leaf, but at most eight in all: each costs as much memory as the embedding.
-
-    >>> [default_heads(n) for n in (1, 2, 4, 16)]
-    [4, 8, 8, 16]
-    """
-    return max(n_leaves, min(MOST_HEADS, 4 * n_leaves))
-
-
-def _check_memory(name: str, value: int, elements: int) -> None:
-    """Raise MemoryError for more than this machine's memory: Linux would kill the process without a message."""
-    needed = 4 * value * elements
-    if hasattr(os, "sysconf") and needed > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        raise MemoryError(f"{name} {value} needs {needed / 1e9:.0f} GB")
+    def _check_head_kind(self) -> None:
+        if self.head_kind not in HEAD_KINDS:
+            raise InputError(f"head_kind '{self.head_kind}' must be one of {', '.join(HEAD_KINDS)}")
+        if self.head_kind == FULL and (self.head_rank is not None or self.shared_anchor):
+            raise InputError(f"head_rank and shared_anchor are for head_kind {PROJECTED}")
+        if self.head_rank is not None and not 1 <= self.head_rank <= self.n_embd:
+            raise InputError(f"head_rank {self.head_rank} must be from 1 to n_embd ({self.n_embd})")

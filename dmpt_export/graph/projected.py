@@ -1,0 +1,62 @@
+"""Heads without a vocabulary matrix: h + P h goes into their leaf's, of which fast-k gathers the candidates' rows once.
+
+    h --+-- P of each head --+-- minus the anchor's P h, if it has one -- [1, n, heads, E] --+
+        +-- P of the anchor -+                                                               +-- [1, n, heads, K]
+    candidates -- gather rows of the anchor's matrix -- [1, n, K, E] ------------------------+
+
+The product is what the heads add to the anchor's logits, which are known: rounding only touches the difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import onnx_ir as ir
+
+from dmpt_export.graph.builder import MSFT, Builder
+from dmpt_export.graph.linear import gather_rows, project
+from quant.forms.weights import Weights
+from training.model.config import DMPTConfig
+
+
+def projections(b: Builder, config: DMPTConfig, weights: Weights, leaf: str, h: ir.Value) -> dict[int, ir.Value]:
+    """P h of each projected head of a leaf, by head: [..., E] -> [..., E]."""
+    out = {}
+    for j in config.head_allocation[leaf]:
+        if j in config.projected_heads:
+            x = h
+            for name in config.projection_names(j):
+                x = project(b, weights, name.removesuffix(".weight"), x)
+            out[j] = x
+    return out
+
+
+def head_input(b: Builder, moves: Mapping[int, ir.Value], j: int, h: ir.Value) -> ir.Value:
+    """What head j's vocabulary matrix multiplies: h + P h, or h."""
+    return b.op("Add", h, moves[j], name=f"heads.{j}.input") if j in moves else h
+
+
+def candidate_logits(
+    b: Builder,
+    config: DMPTConfig,
+    weights: Weights,
+    leaf: str,
+    heads: Sequence[int],
+    moves: Mapping[int, ir.Value],
+    candidates: ir.Value,
+) -> ir.Value:
+    """What projected heads add to the anchor's logits: moves [1, n, E], candidates [1, n, K] -> [1, n, heads, K]."""
+    anchor = config.head_allocation[leaf][0]
+    name = f"heads.{'_'.join(map(str, heads))}"
+    parts = []
+    for j in heads:
+        move = moves[j]
+        if anchor in moves:
+            move = b.op("Sub", move, moves[anchor], name=f"heads.{j}.from_anchor")
+        parts.append(b.op("Unsqueeze", move, b.ints(2), name=f"heads.{j}.by_head"))
+    vectors = b.op("Concat", *parts, name=f"{name}.vectors", axis=2)
+    matrix = config.head_name(config.matrix_of(leaf, anchor))
+    flat = b.op("Reshape", candidates, b.ints(1, -1), name=f"{name}.ids")
+    rows = gather_rows(b, weights, matrix, flat, f"{name}.rows")
+    rows = b.op("Reshape", rows, b.ints(1, -1, config.fast_k or 0, config.n_embd), name=f"{name}.rows.by_token")
+    return b.op("FusedMatMul", vectors, rows, name=f"{name}.on_candidates", domain=MSFT, transB=1)
