@@ -34,8 +34,8 @@ def parse_splits(context: click.Context, parameter: click.Parameter, text: str) 
 @click.option("--head-topk", type=click.IntRange(min=1), metavar="H",
               help="Heads mixed per token. Default: all of the leaf.")  # fmt: skip
 @click.option("--head-kind", type=click.Choice(["full", "projected"]), default="full", show_default=True,
-              help="What the heads besides the anchors are: full, a vocabulary matrix each; projected, a small matrix in "
-              "front of their leaf's anchor (0.6 M parameters instead of 38.6 M at GPT-2 small's width).")  # fmt: skip
+              help="What the heads besides the anchors are: full, a vocabulary matrix each; projected, a small "
+              "matrix in front of their anchor (0.6 M parameters instead of 38.6 M in GPT-2 small).")  # fmt: skip
 @click.option("--head-rank", type=click.IntRange(min=1), metavar="R",
               help="Rank of projected heads. Default: whole matrices.")  # fmt: skip
 @click.option("--shared-anchor", is_flag=True,

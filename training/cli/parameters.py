@@ -45,8 +45,8 @@ ABOUT = {
     "which the original project chose for GPT-2 small.",
     "Training loss": "The loss is the mean negative log-likelihood plus coefficient times term for each term below; a "
     "coefficient of 0 leaves its term out. --lb-coef keeps both paths in use, --gold-aux-coef teaches gates which path "
-    "predicts better, --switch-coef makes tokens change their path less often, --tether-coef keeps paths near the GPT-2 "
-    "they came from, --head-lb-coef and --head-entropy-coef keep all heads in use.",
+    "predicts better, --switch-coef makes paths change less often, --tether-coef keeps them near the GPT-2 they came "
+    "from, --head-lb-coef and --head-entropy-coef keep all heads in use.",
     "Model settings": "Stored in the model; they change what it computes. --head-topk mixes only the heads with the "
     "largest weights.",
     "Freezing": "Frozen parameters keep their values. Head 0 is frozen at first, because it starts as GPT-2's own.",
