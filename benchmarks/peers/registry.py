@@ -143,6 +143,7 @@ def gpt2_folder(source: str | Path, out: Path) -> Path:
     from safetensors.numpy import load_file, save_file
 
     from training.checkpoints.files import resolve
+    from training.model.fields import DMPT
 
     fields, folder = check_plain(source), resolve(source)
     if fields["model_type"] == "gpt2":
@@ -152,8 +153,7 @@ def gpt2_folder(source: str | Path, out: Path) -> Path:
     weights = load_file(folder / "model.safetensors")
     if (head := weights.pop("heads.0.weight", None)) is not None:
         weights["lm_head.weight"] = head
-    ours = ("splits", "head_allocation", "gate_hidden", "gate_temp", "head_gate_temp", "head_topk", "fast_k")
-    kept = {key: value for key, value in fields.items() if key not in ours}
+    kept = {key: value for key, value in fields.items() if key not in {*DMPT, "head_allocation"}}
     plain = {**kept, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as tmp:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.quality.perplexity import head_shares
+from benchmarks.quality.perplexity import head_shares, switch_share
 from benchmarks.quality.scorer import Float, Ints, Scorer, pieces
 
 MOST = 4096  # tokens of the text that are used
@@ -26,12 +26,11 @@ def usage(scorer: Scorer, ids: NDArray[np.integer]) -> dict[str, Any]:
     routes, weights = zip(*(follow(scorer, window) for window in windows), strict=True)
     taken = np.concatenate(routes)
     mine = {leaf: taken == i for i, leaf in enumerate(scorer.leaves)}
-    pairs = sum(len(window) - 1 for window in windows)
-    switches = sum(int(np.count_nonzero(np.diff(route))) for route in routes)
+    places = np.arange(len(ids))
     return {
         "tokens": len(ids),
         "route_shares": {leaf: int(on.sum()) / len(ids) for leaf, on in mine.items()},
-        "switch_share": switches / max(1, pairs),
+        "switch_share": switch_share(taken, places + places // size),  # windows do not adjoin
         "head_shares": None if weights[0] is None else head_shares(scorer, np.concatenate(weights), mine),
     }
 

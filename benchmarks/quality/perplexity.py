@@ -60,6 +60,7 @@ class Quality:
     top5_accuracy: float | None = None  # share of scored tokens among the five likeliest
     words_scored: int | None = None  # see benchmarks.quality.protocols; None if only token ids were given
     bytes_scored: int | None = None
+    switch_share: float | None = None  # of tokens on another path than the one before; None for modes without a choice
     path_perplexity: dict[str, float] = field(default_factory=dict)  # leaf -> perplexity of the tokens routed to it
     head_shares: dict[str, dict[int, float]] | None = None  # leaf -> head -> mean weight; None: not available
     base: dict[str, Any] | None = None  # see benchmarks.quality.divergence.statistics
@@ -85,7 +86,9 @@ class Quality:
         keys = ("tokens_scored", "perplexity", "accuracy", "sum_log_prob", "mean_nll", "standard_error")
         more = ("route_shares", "tokens", "tokens_sha256", "max_length", "stride", "mode", "protocol", "top5_accuracy")
         text = ("word_perplexity", "bits_per_byte", "words_scored", "bytes_scored")
-        return {k: getattr(self, k) for k in (*keys, *more, *text, "path_perplexity", "head_shares", "base")}
+        return {
+            k: getattr(self, k) for k in (*keys, *more, *text, "switch_share", "path_perplexity", "head_shares", "base")
+        }
 
 
 def read_text(scorer: Scorer, paths: Sequence[str | Path], field: str = FIELD, protocol: str = STRIDE_CONCAT) -> Text:
@@ -256,6 +259,7 @@ def summary(
         "top5_accuracy": int((rank < 5).sum()) / len(nll),
         "standard_error": standard_error(nll),
         "route_shares": {leaf: int(on.sum()) / len(nll) for leaf, on in mine.items()} if routed else {},
+        "switch_share": switch_share(routes, scored) if routed else None,
         "path_perplexity": {leaf: _exp(nll[on].mean()) for leaf, on in mine.items() if on.any()},
         "head_shares": head_shares(scorer, findings["heads"], mine) if "heads" in findings.arrays else None,
         "words_scored": int(text.n_words[scored].sum()) if text is not None else None,
@@ -264,6 +268,12 @@ def summary(
             base.scorer.name, findings["kl"], findings["same_top"], nll, findings["base_nll"]
         ),
     }  # fmt: skip
+
+
+def switch_share(routes: NDArray[np.integer], places: NDArray[np.integer]) -> float:
+    """Share of tokens that take another path than the one before: routes of tokens at `places` of a text, both [n]."""
+    neighbours = np.diff(places) == 1
+    return float((np.diff(routes) != 0)[neighbours].mean()) if neighbours.any() else 0.0
 
 
 def head_shares(

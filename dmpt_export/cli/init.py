@@ -42,7 +42,8 @@ def parse_splits(context: click.Context, parameter: click.Parameter, text: str) 
               help="Projected heads only: one vocabulary matrix for all leaves, so that the anchors of the other "
               "leaves are projected too. The smallest DMPT.")  # fmt: skip
 @click.option("--noise", type=Finite(min=0), default=1e-3, show_default=True, metavar="STD",
-              help="Noise on the heads besides the anchors, in standard deviations of the embedding.")  # fmt: skip
+              help="Noise on the heads besides the anchors, in standard deviations of the embedding; a projected "
+              "head changes its input by ten times this share.")  # fmt: skip
 @click.option("--gate-bias", type=Finite(-100, 100), default=0.25, show_default=True, metavar="LOGITS",
               help="Initial bias of every gate towards the left path, in logits.")  # fmt: skip
 @click.option("--gate-hidden", type=click.IntRange(min=1), default=256, show_default=True, metavar="N",

@@ -55,6 +55,8 @@ class InitRequest:
         """Raise OptionError for fields that exclude each other, then InputError for unusable files."""
         if self.heads is not None and self.head_allocation is not None:
             raise OptionError("{heads} and {head_allocation} exclude each other: the file already lists every head")
+        if self.head_kind == "full" and (self.head_rank is not None or self.shared_anchor):
+            raise OptionError("{head_rank} and {shared_anchor} need {head_kind} projected")
         require("train")
         from training.checkpoints.folder import float_folder, read_head_allocation, read_shape
         from training.checkpoints.places import check_inputs, check_new

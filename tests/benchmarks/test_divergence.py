@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import itertools
 import math
 import signal
 import subprocess
@@ -295,6 +296,8 @@ def test_use_of_paths_and_heads(tiny_quad: Path) -> None:
     with torch.no_grad():
         hidden = model.hidden(torch.tensor(IDS[None, :48]))
         routes = model.routes(hidden.gates)[0, rows]
+        switched = [before != after for before, after in itertools.pairwise(routes.tolist())]
+        assert found.switch_share == pytest.approx(sum(switched) / 19, rel=1e-12)
         for i, (leaf, heads) in enumerate(model.config.head_allocation.items()):
             mine = (routes == i).numpy()
             assert found.route_shares[leaf] == mine.mean()

@@ -32,6 +32,7 @@ from quant.schemes import SCHEMES
 from tests.helpers.exports import TREES, all_scales, wrong_scale
 from tests.helpers.models import random_calibration, random_model, saved_model
 from training.errors import InputError, ValidationError
+from training.model.shape import leaf_names
 
 FLOAT = TOLERANCES[("float32", "float")]
 
@@ -96,6 +97,16 @@ def test_random_trees_sizes_and_chunkings(data: Any, tmp_path_factory: pytest.Te
         "n_positions": 40,
         "head_topk": data.draw(st.sampled_from([None, *range(1, per_leaf + 1)])),
     }
+    if data.draw(st.booleans()):
+        fields |= {"head_kind": "projected", "shared_anchor": data.draw(st.booleans())}
+        fields["head_rank"] = data.draw(st.none() | st.integers(1, fields["n_embd"]))
+    if data.draw(st.booleans()):  # any heads for any leaf, so that leaves share heads and anchors
+        leaves = leaf_names(splits, n_layer)
+        chosen = [data.draw(st.lists(st.integers(0, 3), min_size=per_leaf, max_size=4, unique=True)) for _ in leaves]
+        ids = sorted({j for heads in chosen for j in heads})
+        fields["head_allocation"] = {
+            leaf: [ids.index(j) for j in heads] for leaf, heads in zip(leaves, chosen, strict=True)
+        }
     fields["fast_k"] = data.draw(st.none() | st.integers(1, fields["vocab_size"]))
     cuts, left = [], data.draw(st.integers(1, 40))
     length = left
@@ -113,11 +124,12 @@ def test_random_trees_sizes_and_chunkings(data: Any, tmp_path_factory: pytest.Te
 
 
 LAYOUTS = ("int8", "int4", "int2", "int8-dynamic")  # the other schemes store one of these
+MORE = ("gpt2", "quad, fast-k", "shared heads", "projected", "projected, one anchor", "projected, shared heads")
 EVERY_KIND = [
     (name, scheme)
     for scheme in SCHEMES
     if scheme != "fp16" and SCHEMES[scheme].package is None  # for those see tests.quant.test_bnb
-    for name in ("dual, fast-k", "odd sizes", *(("gpt2", "quad, fast-k", "shared heads") if scheme in LAYOUTS else ()))
+    for name in ("dual, fast-k", "odd sizes", *(MORE if scheme in LAYOUTS else ()))
 ]
 
 
@@ -158,7 +170,10 @@ def test_stored_zero_points_reach_the_graph(scheme: str, tmp_path: Path) -> None
     assert export_onnx(tmp_path / "quantized", tmp_path / "onnx")["parity"]["float_kernels"]["whole"]["routes_equal"]
 
 
-@pytest.mark.parametrize(("name", "ifs"), [("quad, fast-k", 7), ("dual, fast-k", 3), ("shared heads", 3)])
+@pytest.mark.parametrize(
+    ("name", "ifs"),
+    [("quad, fast-k", 7), ("dual, fast-k", 3), ("shared heads", 3), ("projected", 3), ("projected, one anchor", 7)],
+)
 @pytest.mark.parametrize("scheme", ["float", "int8", "int4"])
 def test_every_tensor_is_stored_once(name: str, ifs: int, scheme: str, tmp_path: Path) -> None:
     """Weights are in the main graph, except the scales of products in a branch. A head that is the anchor of one leaf
@@ -299,6 +314,11 @@ def test_parameters_touched_per_token_by_hand() -> None:
     # 4 blocks deep, ln_f, one row of wte and wpe, the gate and a head gate of 2, one head and 10 rows of another
     want = 4 * block + 16 + 8 + 8 + gate + gate + 50 * 8 + 10 * 8
     assert touched_per_token(model.config, weights) == (want, 4 * want)
+    projected = random_model([2], 4, fast_k=10, vocab_size=50, n_positions=20, n_embd=8, n_head=2, gate_hidden=3,
+                             head_kind="projected", shared_anchor=True)  # fmt: skip
+    weights = {name: tensor.numpy() for name, tensor in projected.state_dict().items()}
+    # right: both heads project, in front of one matrix that is read once
+    assert touched_per_token(projected.config, weights)[0] == want - 10 * 8 + 2 * 8 * 8
 
 
 @pytest.mark.parametrize("scheme", ["int8-dynamic", "int2"])

@@ -29,6 +29,20 @@ TREES: dict[str, dict[str, Any]] = {
     "gpt2": {"splits": [], "heads": 1},
     "dual": {"splits": [2], "heads": 4},
     "quad": {"splits": [1, 2], "heads": 4},
+    "projected": {"splits": [2], "heads": 6, "head_kind": "projected", "head_rank": 5},
+    "one anchor": {
+        "splits": [2],
+        "heads": 6,
+        "head_kind": "projected",
+        "shared_anchor": True,
+        "tie_word_embeddings": True,
+    },
+    "projected, shared": {
+        "splits": [2],
+        "heads": 2,
+        "head_kind": "projected",
+        "head_allocation": {"left": [0, 1], "right": [2, 1, 0]},
+    },
     "shared heads": {"splits": [2], "heads": 2, "head_allocation": {"left": [0, 1], "right": [2, 0]}},
 }
 
@@ -52,9 +66,18 @@ def test_inputs_are_what_the_model_multiplies(name: str) -> None:
         hidden = model.hidden(windows)
         routes = model.routes(hidden.gates) if hidden.gates else torch.zeros_like(windows)
     for i, (leaf, h) in enumerate(hidden.leaves.items()):
-        for j in model.config.head_allocation[leaf]:
-            head = model.config.head_name(j)
-            rows[head] = torch.cat([rows[head], h[routes == i]]) if head in rows else h[routes == i]
+        for place, j in enumerate(model.config.head_allocation[leaf]):
+            x = h[routes == i]
+            used = {}
+            if j not in model.config.projected_heads:
+                used[model.config.head_name(j)] = x
+            else:
+                down = model.state_dict()[model.config.projection_names(j)[0]]
+                used = dict(zip(model.config.projection_names(j), (x, x @ down.T), strict=False))
+                if place == 0:  # an anchor that projects in front of head 0's matrix
+                    used[model.config.head_name(0)] = x + x @ down.T
+            for name, its in used.items():
+                rows[name] = torch.cat([rows[name], its]) if name in rows else its
     assert seen.keys() == rows.keys()
     for key, x in rows.items():
         want = (x.double().T @ x.double()).numpy()

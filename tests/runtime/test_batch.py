@@ -26,6 +26,7 @@ from training.model.shape import ROOT
 EXACT = TOLERANCES[("float32", "float")].max_abs
 CONTEXT, VOCAB = 150, 97  # grows once: 128, 150
 TREES: dict[str, dict[str, Any]] = {
+    "projected": {"splits": [2], "heads": 8, "fast_k": 16, "head_kind": "projected", "shared_anchor": True},
     "none": {"splits": [], "heads": 1},
     "dual": {"splits": [2], "heads": 4},
     "dual, fast-k": {"splits": [2], "heads": 8, "fast_k": 16},

@@ -21,6 +21,18 @@ SHAPES: dict[str, dict[str, Any]] = {
     "multi-head": {"splits": [], "heads": 3, "fast_k": 9, "head_topk": 2},
     "dual": {"splits": [2], "heads": 8, "fast_k": 16},
     "quad": {"splits": [1, 2], "heads": 8, "fast_k": 16},
+    "projected": {"splits": [2], "heads": 8, "fast_k": 16, "head_kind": "projected", "head_rank": 5},
+    "one anchor": {"splits": [1, 2], "heads": 8, "fast_k": 16, "head_kind": "projected", "shared_anchor": True},
+}
+# How the heads of a leaf find their vocabulary matrices
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "projected": {"head_kind": "projected"},
+    "low rank": {"head_kind": "projected", "head_rank": 3},
+    "one anchor": {"head_kind": "projected", "shared_anchor": True},
+    "one anchor, low rank": {"head_kind": "projected", "shared_anchor": True, "head_rank": 3},
+    # head 1 projects in front of both anchors, 0 is full for either leaf, 4 is the right leaf's anchor
+    "shared": {"head_kind": "projected", "head_allocation": {"left": [0, 1, 2, 3], "right": [4, 1, 0, 5]}},
 }
 MODES = ["gate_soft", "gate_hard", "max_prob", "random"]
 
@@ -81,6 +93,20 @@ def test_random_routing_takes_every_leaf_equally_often_and_no_notice_of_gates(na
         assert abs(float((routes[:, 1:] == routes[:, :-1]).float().mean()) - 1 / len(leaves)) < 0.05
 
 
+def slow_head(model: DMPTForCausalLM, leaf: str, j: int, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """docs/design.md, What the model computes: a head's vocabulary matrix and what it multiplies, in float64, from the
+    tensors' names alone."""
+    tensors = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    moves = [name for name in tensors if name.startswith(f"heads.{j}.projection")]
+    if not moves:
+        return tensors[f"heads.{j}.weight"], h
+    move = h
+    for name in moves:  # down, then up
+        move = torch.tensor([float(row @ move) for row in tensors[name]], dtype=torch.float64)
+    owner = 0 if model.config.shared_anchor else model.config.head_allocation[leaf][0]
+    return tensors[f"heads.{owner}.weight"], h + move
+
+
 def slow_fast_k(model: DMPTForCausalLM, leaf: str, h: torch.Tensor, k: int) -> list[float]:
     """docs/design.md, What the model computes, for one hidden row, token by token in float64."""
     anchor, *others = model.config.head_allocation[leaf]
@@ -90,7 +116,8 @@ def slow_fast_k(model: DMPTForCausalLM, leaf: str, h: torch.Tensor, k: int) -> l
     kept = sorted(range(len(gate)), key=lambda i: -gate[i])[: model.config.head_topk or len(gate)]
     weights = [float(torch.exp(gate[i])) if i in kept else 0.0 for i in range(len(gate))]
     pi = [w / sum(weights) for w in weights]
-    scores = [float(row.double() @ h64) for row in model.heads[anchor].weight]
+    matrix, x = slow_head(model, leaf, anchor, h64)
+    scores = [float(row @ x) for row in matrix]
     top = max(scores)
     exps = [float(torch.exp(torch.tensor(s - top, dtype=torch.float64))) for s in scores]
     p = [e / sum(exps) for e in exps]
@@ -99,17 +126,19 @@ def slow_fast_k(model: DMPTForCausalLM, leaf: str, h: torch.Tensor, k: int) -> l
     out = list(p)
     q: list[dict[int, float]] = []
     for j in others:
-        row = {c: float(torch.exp(model.heads[j].weight[c].double() @ h64)) for c in candidates}
+        matrix, x = slow_head(model, leaf, j, h64)
+        row = {c: float(torch.exp(matrix[c] @ x)) for c in candidates}
         q.append({c: value / sum(row.values()) for c, value in row.items()})
     for c in candidates:
         out[c] = mass * (pi[0] * p[c] / mass + sum(w * qj[c] for w, qj in zip(pi[1:], q, strict=True)))
     return out
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("head_topk", [None, 1, 2])
 @torch.no_grad()
-def test_fast_k_equals_the_formula_written_out(head_topk: int | None) -> None:
-    model = random_model([2], 8, head_topk=head_topk)
+def test_fast_k_equals_the_formula_written_out(head_topk: int | None, kind: str) -> None:
+    model = random_model([2], 8, head_topk=head_topk, **KINDS[kind])
     h = model.hidden(some_ids(1, 12)).leaves["right"][0]
     fast = model.fast_mixture("right", h, 11).exp()
     for row, want in zip(fast, [slow_fast_k(model, "right", x, 11) for x in h], strict=True):

@@ -54,6 +54,8 @@ def gpt2_log_probs(tiny_gpt2: Path) -> Tensor:
         ([], {"heads": 1}),
         ([2], {"tie": False}),
         ([2], {"head_allocation": {"left": [3, 1], "right": [2, 0]}}),
+        ([2], {"heads": 4, "head_kind": "projected"}),
+        ([1, 2], {"heads": 8, "head_kind": "projected", "shared_anchor": True, "head_rank": 4}),
     ],
 )  # fmt: skip
 @torch.no_grad()
@@ -87,6 +89,25 @@ def test_default_noise_is_small_but_there(gpt2: DMPTForCausalLM, gpt2_log_probs:
     assert model.config.head_allocation == {"left": [0, 1, 2, 3], "right": [4, 5, 6, 7]}
     difference = float((model.log_probs(IDS) - gpt2_log_probs).abs().max())
     assert LIMIT < difference < 0.05
+
+
+@pytest.mark.parametrize("rank", [None, 6])
+@torch.no_grad()
+def test_projections_start_small_and_anchors_exact(rank: int | None, gpt2: DMPTForCausalLM) -> None:
+    shape = NewShape([1, 2], heads=8, head_kind="projected", head_rank=rank, shared_anchor=True)
+    model = init_from_gpt2(gpt2, shape, noise=0.01)
+    h = torch.randn(4000, 32, generator=torch.Generator().manual_seed(0))
+    sizes = {j: float((model.head_input(j, h) - h).norm() / h.norm()) for j in range(8)}
+    anchors = {heads[0] for heads in model.config.head_allocation.values()}
+    for j, size in sizes.items():
+        assert size == pytest.approx(0 if j in anchors else 0.1, rel=0.5 if rank else 0.2), j
+    assert not torch.equal(model.head_input(1, h), model.head_input(3, h))
+    model.requires_grad_(True)
+    with torch.enable_grad():  # an anchor that projects by zero still learns
+        model.log_probs(IDS, "gate_soft").logsumexp(-1).sum().backward()
+        model.log_probs(IDS, "gate_soft")[..., 7].sum().backward()
+    last = model.config.projection_names(2)[-1]
+    assert float(model.get_parameter(last).grad.abs().max()) > 0
 
 
 def test_same_seed_same_bits_other_seed_others(gpt2: DMPTForCausalLM) -> None:
@@ -150,6 +171,11 @@ def test_tie(gpt2: DMPTForCausalLM, make_gpt2: Callable[..., Any], tmp_path: Pat
         ({"noise": float("nan")}, "noise"),
         ({"noise": float("inf")}, "noise"),
         ({"gate_hidden": 0}, "gate_hidden"),
+        ({"head_kind": "small"}, "head_kind 'small' must be one of full, projected"),
+        ({"head_rank": 4}, "head_rank and shared_anchor need head_kind projected"),
+        ({"shared_anchor": True}, "head_rank and shared_anchor need head_kind projected"),
+        ({"head_kind": "projected", "head_rank": 0}, "head_rank 0 must be from 1 to n_embd"),
+        ({"head_kind": "projected", "head_rank": 33}, "head_rank 33 must be from 1 to n_embd"),
     ],
 )
 def test_impossible_wishes(arguments: dict[str, Any], match: str, gpt2: DMPTForCausalLM) -> None:
@@ -232,6 +258,9 @@ BAD_INIT = [
     (["--heads", "1000000000000"], 5, "heads 1000000000000 needs"),
     (["--gate-hidden", "10000000000000000000"], 5, "gate_hidden"),
     (["--seed", "-1"], 2, "-1"),
+    (["--head-rank", "4"], 2, "--head-rank and --shared-anchor need --head-kind projected"),
+    (["--shared-anchor"], 2, "--head-rank and --shared-anchor need --head-kind projected"),
+    (["--head-kind", "projected", "--head-rank", "33"], 3, "head_rank 33"),
     (["--nonsense"], 2, "nonsense"),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -84,6 +85,35 @@ def test_gold_aux_teaches_the_gates_and_not_the_leaves() -> None:
     assert gold.grad is None
     assert log_w.grad is not None
     assert log_w.grad.abs().sum() > 0
+
+
+def test_switches_are_the_chance_that_neighbours_drawn_from_the_gates_differ() -> None:
+    random = torch.Generator().manual_seed(3)
+    log_w = F.log_softmax(torch.randn(4, 2, 9, generator=random), 0)
+    w = log_w.exp()
+    joined = torch.ones(2, 8, dtype=torch.bool)
+    joined[0, 3] = joined[1, 0] = False
+    slow = [
+        sum(float(w[a, b, t] * w[c, b, t + 1]) for a in range(4) for c in range(4) if a != c)
+        for b in range(2)
+        for t in range(8)
+        if joined[b, t]
+    ]
+    assert losses.switches(log_w, joined).item() == pytest.approx(sum(slow) / len(slow), rel=1e-5)
+    sure = torch.where(torch.arange(4)[:, None, None] == 2, 0.0, -1e4).expand(4, 2, 9)
+    assert losses.switches(sure, joined).item() == 0  # gates that never turn
+
+
+def test_switches_leave_out_ends_of_text_and_padding() -> None:
+    """The routes of a text do not depend on the text before it in a training sequence."""
+    model = random_model([2], 2)
+    objective = Objective(model, only_nll("gate_soft", switch_coef=1.0))
+    ids = torch.tensor([[5, 6, 0, 7, 8, 9, 3]])  # 0 ends a text
+    assert objective.joined(ids[:, :-1], None).tolist() == [[True, False, True, True, True]]
+    mask = torch.tensor([[False, True, True, True, True, True]])
+    assert objective.joined(ids[:, :-1], mask).tolist() == [[False, False, True, True, True]]
+    assert "switch" in objective(ids).terms
+    assert "switch" not in Objective(random_model([], 2), only_nll("gate_soft", switch_coef=1.0))(ids).terms
 
 
 @masks
@@ -234,14 +264,21 @@ def test_gates_that_are_sure_make_gate_expected_the_deployed_loss() -> None:
     assert got.item() == pytest.approx(hard.item(), abs=ATOL)
 
 
+PROJECTED: dict[str, dict[str, Any]] = {
+    "projected": {"head_kind": "projected"},
+    "low rank": {"head_kind": "projected", "head_rank": 4},
+    "one anchor": {"head_kind": "projected", "shared_anchor": True},
+}
+
+
 @pytest.mark.parametrize("splits", [[], [2], [1, 2]], ids=["single", "dual", "quad"])
 @pytest.mark.parametrize("mode", ["gate_soft", "gate_hard"])
-@pytest.mark.parametrize("head_topk", [None, 1])
+@pytest.mark.parametrize(("head_topk", "kind"), [(None, "full"), (1, "full"), *((None, kind) for kind in PROJECTED)])
 def test_the_fast_k_loss_is_the_models_own_and_so_is_its_gradient(
-    splits: list[int], mode: str, head_topk: int | None, monkeypatch: pytest.MonkeyPatch
+    splits: list[int], mode: str, head_topk: int | None, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(cross_entropy.ROWS, "cpu", 5)  # several slices, and a short last one
-    model = random_model(splits, 8)
+    model = random_model(splits, 8, **PROJECTED.get(kind, {}))
     model.config.fast_k, model.config.head_topk = 7, head_topk
     ids = some_ids(model)
     gradients = []
@@ -312,15 +349,28 @@ def test_terms_come_with_their_coefficients_and_only_when_wanted() -> None:
     ids = some_ids(model)
     assert set(Objective(model, only_nll("gate_soft"))(ids).terms) == {"nll"}
     options = only_nll(
-        "gate_soft", lb_coef=0.5, gold_aux_coef=0.25, tether_coef=0.125, head_lb_coef=2.0, head_entropy_coef=4.0
-    )
+        "gate_soft", lb_coef=0.5, gold_aux_coef=0.25, tether_coef=0.125, head_lb_coef=2.0, head_entropy_coef=4.0,
+        switch_coef=8.0,
+    )  # fmt: skip
     loss = Objective(model, options)(ids)
-    coefs = {"nll": 1, "lb": 0.5, "gold_aux": 0.25, "tether": 0.125, "head_lb": 2, "head_entropy": 4}
+    coefs = {"nll": 1, "lb": 0.5, "gold_aux": 0.25, "tether": 0.125, "head_lb": 2, "head_entropy": 4, "switch": 8}
     total = sum(coefs[name.split(".")[0]] * term.item() for name, term in loss.terms.items())
-    assert set(loss.terms) == {"nll", "lb", "gold_aux"} | {
+    assert set(loss.terms) == {"nll", "lb", "gold_aux", "switch"} | {
         f"{term}.{leaf}" for term in ("tether", "head_lb", "head_entropy") for leaf in ("left", "right")
     }
     assert loss.total.item() == pytest.approx(total, abs=ATOL)
+    routes = model.routes(model.hidden(ids[:, :-1]).gates)
+    assert loss.switch_share is not None
+    joined = Objective(model, options).joined(ids[:, :-1], None)
+    assert loss.switch_share.item() == pytest.approx((routes.diff(dim=1) != 0)[joined].float().mean().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("splits", "mode", "why"), [([], "gate_soft", "has no splits"), ([2], "left_only", "only left is trained")]
+)
+def test_steady_routes_need_paths_to_choose_from(splits: list[int], mode: str, why: str) -> None:
+    with pytest.raises(InputError, match=f"switch_coef is for gates that choose between paths: .*{why}"):
+        only_nll(mode, switch_coef=0.1).check_shape(random_model(splits, 2).config)
 
 
 def test_the_tether_holds_to_head_0_as_it_was_at_the_start() -> None:

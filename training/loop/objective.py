@@ -26,6 +26,7 @@ class Loss:
     total: Tensor  # (), the minimised loss: nll + sum of coefficient * term
     terms: dict[str, Tensor] = field(default_factory=dict)  # nll and the auxiliary terms, before coefficients: ()
     routes: Tensor | None = None  # (L,), share of tokens that gate_hard sends to each leaf
+    switch_share: Tensor | None = None  # (), share of tokens that it sends to another leaf than the one before
     heads: dict[str, Tensor] = field(default_factory=dict)  # leaf -> (H,), mean weight of its heads
 
 
@@ -68,6 +69,7 @@ class Objective:
         batch = Batch(self.model, hidden, mask, self.across, gold, None, joined, full)
         if forked and routes is not None:
             out.routes = masked_mean(F.one_hot(routes, len(hidden.leaves)).float(), mask)
+            out.switch_share = masked_mean((routes[:, 1:] != routes[:, :-1]).float(), joined)
             batch.log_w = torch.stack(list(self.model.path_log_weights(hidden.gates).values()))
             yield "nll", 1.0, masked_mean(-self.choose(gold, batch.log_w, routes, hidden), mask)
         else:

@@ -122,7 +122,10 @@ class TrainOptions:
         """A model's shape with the options applied. Raises InputError if it is invalid or cannot be trained."""
         own = ("gate_temp", "head_gate_temp", "head_topk", "fast_k")
         shape = Shape.of(vars(shape) | {name: getattr(self, name) for name in own if getattr(self, name) is not None})
-        trained_leaves(shape, self)
+        leaves = trained_leaves(shape, self)
+        if self.switch_coef and (leaves or not shape.splits):
+            raise FieldError("{switch_coef} is for gates that choose between paths: {}", (
+                f"only {leaves[0]} is trained" if leaves else "this model has no splits"))  # fmt: skip
         shape.leaves_of_mode(self.eval_path_selection)
         eval_windows(self, shape.n_positions)
         return shape

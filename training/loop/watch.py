@@ -37,6 +37,8 @@ class Meter:
         values = {"loss": loss.total.detach(), **loss.terms}
         if loss.routes is not None:
             values |= {f"route.{i}": share for i, share in enumerate(loss.routes)}
+        if loss.switch_share is not None:
+            values["switch_share"] = loss.switch_share
         for leaf, usage in loss.heads.items():
             values |= {f"head.{leaf}.{i}": share for i, share in enumerate(usage)}
         self._pending.append(values)

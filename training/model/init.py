@@ -19,7 +19,7 @@ from training.model.generation import DMPTForCausalLM
 from training.model.new_shape import NewShape, init_fields
 
 NOISE = 1e-3  # times the embedding's standard deviation: about 0.02 on a logit of GPT-2 small
-PROJECTION = 0.1  # of a projected head that is no anchor: size of P h over that of h
+PROJECTION = 10.0  # times the noise: size of P h over that of h, for a projected head that is no anchor
 GATE_BIAS = 0.25  # logits in favour of left, which starts as the unchanged GPT-2
 HEAD_GATE_STD = 1e-3  # small, so that mixing starts near uniform
 
@@ -35,7 +35,8 @@ def init_from_gpt2(
     """Build a DMPT, in eval mode, from a model without splits and with one head (load_model() of a GPT-2).
 
     shape: what it becomes; None: the defaults of NewShape.
-    noise: standard deviation of the noise on each head that is not an anchor, as a fraction of the embedding's.
+    noise: standard deviation of the noise on each head that is not an anchor, as a fraction of the embedding's. A
+    projected head starts with P h ten times this fraction of h; an anchor that is projected, with P = 0.
     gate_bias: initial bias of every gate in favour of left, in logits; head gates start near uniform.
     Equal arguments and seed give equal tensors, bit by bit.
     Raises InputError when the fields do not fit each other or `model`.
@@ -72,7 +73,8 @@ def init_from_gpt2(
 
 
 def _heads(config: DMPTConfig, base: Tensor, noise: float, random: torch.Generator) -> dict[str, Tensor]:
-    """Copies of GPT-2's head [vocab, E]. Anchors are exact copies, so candidates and first log-probs are GPT-2's."""
+    """Copies of GPT-2's head [vocab, E], or projections that hardly change its input. Anchors are exact, so candidates
+    and first log-probs are GPT-2's."""
     exact = {heads[0] for heads in config.head_allocation.values()}
     std = noise * float(base.float().std())
     out: dict[str, Tensor] = {}
@@ -80,7 +82,7 @@ def _heads(config: DMPTConfig, base: Tensor, noise: float, random: torch.Generat
         if j == 0 and config.tie_word_embeddings:
             continue  # it is the embedding
         if j in config.projected_heads:
-            out |= _projection(config, j, 0.0 if j in exact or not noise else PROJECTION, random)
+            out |= _projection(config, j, 0.0 if j in exact else PROJECTION * noise, random)
             continue
         drawn = torch.randn(base.shape, generator=random) if std else torch.zeros(())
         out[f"heads.{j}.weight"] = base.clone() if j in exact else base + std * drawn

@@ -264,6 +264,6 @@ class Shape:
         if self.head_kind not in HEAD_KINDS:
             raise InputError(f"head_kind '{self.head_kind}' must be one of {', '.join(HEAD_KINDS)}")
         if self.head_kind == FULL and (self.head_rank is not None or self.shared_anchor):
-            raise InputError(f"head_rank and shared_anchor are for head_kind {PROJECTED}")
+            raise FieldError("{head_rank} and {shared_anchor} need {head_kind} projected")
         if self.head_rank is not None and not 1 <= self.head_rank <= self.n_embd:
             raise InputError(f"head_rank {self.head_rank} must be from 1 to n_embd ({self.n_embd})")
