@@ -86,6 +86,7 @@ class Quality:
         keys = ("tokens_scored", "perplexity", "accuracy", "sum_log_prob", "mean_nll", "standard_error")
         more = ("route_shares", "tokens", "tokens_sha256", "max_length", "stride", "mode", "protocol", "top5_accuracy")
         text = ("word_perplexity", "bits_per_byte", "words_scored", "bytes_scored")
+        paths = ("switch_share", "path_perplexity", "head_shares")
         return {
             k: getattr(self, k) for k in (*keys, *more, *text, "switch_share", "path_perplexity", "head_shares", "base")
         }
