@@ -87,9 +87,7 @@ class Quality:
         more = ("route_shares", "tokens", "tokens_sha256", "max_length", "stride", "mode", "protocol", "top5_accuracy")
         text = ("word_perplexity", "bits_per_byte", "words_scored", "bytes_scored")
         paths = ("switch_share", "path_perplexity", "head_shares")
-        return {
-            k: getattr(self, k) for k in (*keys, *more, *text, "switch_share", "path_perplexity", "head_shares", "base")
-        }
+        return {k: getattr(self, k) for k in (*keys, *more, *text, *paths, "base")}
 
 
 def read_text(scorer: Scorer, paths: Sequence[str | Path], field: str = FIELD, protocol: str = STRIDE_CONCAT) -> Text:
