@@ -106,12 +106,14 @@ def _product(node: onnx.NodeProto) -> list[onnx.NodeProto]:
 
 
 def _dynamic_product(node: onnx.NodeProto) -> list[onnx.NodeProto]:
-    x, codes, scales, _, bias = node.input
+    x, codes, scales, _, *bias = node.input
+    added = [name for name in bias if name]  # projections of heads have none
     whole, weight, product = (f"{node.name}.{part}" for part in ("codes", "dequantized", "product"))
+    result = product if added else node.output[0]
     # Not DequantizeLinear: ONNX Runtime would fuse that with the MatMul into an integer kernel again.
     return [
         helper.make_node("Cast", [codes], [whole], name=whole, to=onnx.TensorProto.FLOAT),
         helper.make_node("Mul", [whole, scales], [weight], name=weight),
-        helper.make_node("MatMul", [x, weight], [product], name=product),
-        helper.make_node("Add", [product, bias], list(node.output), name=node.name),
+        helper.make_node("MatMul", [x, weight], [result], name=product),
+        *(helper.make_node("Add", [product, name], list(node.output), name=node.name) for name in added),
     ]

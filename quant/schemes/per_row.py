@@ -8,13 +8,13 @@ from numpy.typing import NDArray
 from quant.forms.per_row import PerRowTensor
 from quant.schemes.blockwise import TINY, check_matrix
 
-# -128 is not used, so that every code has its negative. Processors without VNNI add two products of codes and 8-bit
-# activations in 16 bits, which may saturate; with VNNI (and on ARM) the sums are exact.
-TOP = 127
+# Processors without VNNI (x86 before about 2019, AMD before Zen 4) add two products of a code and an 8-bit activation in
+# 16 bits: 2 * 255 * 64 fits, 2 * 255 * 127 saturates, silently. One bit less costs little (measured in docs/quantize.md).
+TOP = 64
 
 
 def int8_dynamic(array: NDArray[np.float32]) -> PerRowTensor:
-    """Round to nearest, symmetric, codes in -127..127: array float32 [N, K] -> packed int8 [N, K], scales [N].
+    """Round to nearest, symmetric, codes in -64..64: array float32 [N, K] -> packed int8 [N, K], scales [N].
 
     DynamicQuantizeMatMul takes the transpose, [K, N], and no zero point. Raises InputError for NaN and infinity.
     """

@@ -101,9 +101,18 @@ def test_rows_do_not_depend_on_their_neighbours() -> None:
 
 
 def test_exact_integers_survive_int8_dynamic() -> None:
-    array = np.random.default_rng(0).integers(-127, 128, (8, 50)).astype(np.float32)
-    array[:, 0] = 127
+    array = np.random.default_rng(0).integers(-64, 65, (8, 50)).astype(np.float32)
+    array[:, 0] = 64
     np.testing.assert_array_equal(SCHEMES["int8-dynamic"](array).dequantize(), array)
+
+
+@given(data=st.data())
+def test_products_of_int8_dynamic_never_saturate_on_older_processors(data: st.DataObject) -> None:
+    """They add two products with activations from 0 to 255 in 16 bits (the instruction vpmaddubsw)."""
+    values = st.floats(-(2**99), 2**99, width=32)
+    array = np.array(data.draw(st.lists(st.lists(values, min_size=6, max_size=6), min_size=1, max_size=4)), np.float32)
+    codes = SCHEMES["int8-dynamic"](array).packed.astype(np.int64)
+    assert np.abs(255 * codes[:, ::2] + 255 * codes[:, 1::2]).max() <= np.iinfo(np.int16).max
 
 
 @pytest.mark.usefixtures("bitsandbytes")

@@ -160,10 +160,10 @@ def test_values_too_small_for_a_scale_become_zero() -> None:
 
 
 def test_int8_dynamic_by_hand() -> None:
-    tensor = SCHEMES["int8-dynamic"](np.array([[127, -127, 1.4, 0], [-2, 1, 0.5, 0]], np.float32))
+    tensor = SCHEMES["int8-dynamic"](np.array([[64, -64, 1.4, 0], [-2, 1, 0.6, 0]], np.float32))
     assert tensor.packed.dtype == np.int8
-    assert tensor.packed.tolist() == [[127, -127, 1, 0], [-127, 64, 32, 0]]
-    assert tensor.scales.tolist() == [1.0, np.float32(2) / np.float32(127)]
+    assert tensor.packed.tolist() == [[64, -64, 1, 0], [-64, 32, 19, 0]]
+    assert tensor.scales.tolist() == [1.0, 2 / 64]
 
 
 @pytest.mark.parametrize(
