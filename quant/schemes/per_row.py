@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from quant.forms.per_row import PerRowTensor
 from quant.schemes.blockwise import TINY, check_matrix
 
-# Processors without VNNI (x86 before about 2019, AMD before Zen 4) add two products of a code and an 8-bit activation in
-# 16 bits: 2 * 255 * 64 fits, 2 * 255 * 127 saturates, silently. One bit less costs little (measured in docs/quantize.md).
+# Processors without VNNI (most x86 before 2020, AMD before Zen 4) add two products of a code and an 8-bit activation in
+# 16 bits: 2 * 255 * 64 fits, 2 * 255 * 127 saturates silently. What the lost bit costs: docs/quantize.md.
 TOP = 64
 
 

@@ -176,8 +176,8 @@ def test_stored_zero_points_reach_the_graph(scheme: str, tmp_path: Path) -> None
 )
 @pytest.mark.parametrize("scheme", ["float", "int8", "int4"])
 def test_every_tensor_is_stored_once(name: str, ifs: int, scheme: str, tmp_path: Path) -> None:
-    """Weights are in the main graph, except the scales of products in a branch. A head that is the anchor of one leaf
-    and scored on candidates in another needs them in both places."""
+    """Weights are in the main graph, except the scales of products in a branch. A matrix that is multiplied in several
+    branches, or multiplied and also looked up by row, needs them in each place."""
     folder = source = saved_model(tmp_path / "source", **TREES[name])
     if scheme != "float":
         folder = tmp_path / "quantized"
@@ -193,9 +193,12 @@ def test_every_tensor_is_stored_once(name: str, ifs: int, scheme: str, tmp_path:
     assert bool(inner) == (scheme != "float")
     assert all(initializer.endswith(f".scales{OWN}") for initializer in inner)
     constants = sum(size for key, size in stored if key.startswith("const."))
-    both = [weights[f"heads.{j}.weight"] for j in ((0, 2) if name == "shared heads" else ())]
-    twice = sum(head.scales.nbytes for head in both if isinstance(head, BlockwiseTensor))
-    assert sum(size for _, size in stored) - constants == sum(w.nbytes for w in weights.values()) + twice
+    # heads by how often their scales are stored again: an anchor's for the rows of projected heads, and one anchor of
+    # four leaves in four branches
+    again = {"shared heads": [0, 2], "projected": [0, 4], "projected, one anchor": 4 * [0]}.get(name, [])
+    more = [weights[f"heads.{j}.weight"] for j in again]
+    scales = sum(head.scales.nbytes for head in more if isinstance(head, BlockwiseTensor))
+    assert sum(size for _, size in stored) - constants == sum(w.nbytes for w in weights.values()) + scales
 
 
 @pytest.mark.parametrize("kv_cache", ["float", "int8"])
