@@ -12,6 +12,11 @@ SPLIT = 6
 SPREAD = 5.0  # scale of the final norm: predictions as far from uniform as a trained model's, so that garbage shows
 MARK = 0.1  # value in the one channel that encodes positions; the other entries of an embedding are about 0.03
 SEED = 0
+HEADS: dict[str, dict[str, Any]] = {  # how the heads of a leaf get their vocabulary matrix
+    "full": {},
+    "projected": {"head_kind": "projected"},
+    "one-anchor": {"head_kind": "projected", "shared_anchor": True},
+}
 NO_ENDS = {"bos_token_id": None, "eos_token_id": None}
 
 
@@ -21,6 +26,10 @@ class Shape:
 
     heads: int = 8
     switching: Switching = "natural"
+    kind: str = "full"  # of HEADS
+
+    def __str__(self) -> str:
+        return "-".join([str(self.heads), self.switching, *([self.kind] if self.kind != "full" else [])])
 
 
 def make_gpt2(out: Path, **sizes: Any) -> None:
@@ -46,7 +55,7 @@ def make_dmpt(out: Path, shape: Shape, split: int = SPLIT, **sizes: Any) -> None
 
     allocation = even_allocation(["left", "right"], shape.heads)
     torch.manual_seed(SEED)
-    fields = {"fast_k": 256, **NO_ENDS, **sizes}
+    fields = {"fast_k": 256, **NO_ENDS, **HEADS[shape.kind], **sizes}
     model = DMPTForCausalLM(DMPTConfig(splits=[split], head_allocation=allocation, **fields))
     with torch.no_grad():
         for name in ("left", "right"):

@@ -16,6 +16,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from benchmarks.speed.results import Speed
 from benchmarks.speed.timing import Schedule, Target, measure, target
 from training.errors import InputError
 
-SCHEMES = {"int8": ("--scheme", "int8"), "int4": ("--scheme", "int4")}  # options of `dmpt-export quantize`
+SCHEMES = {name: ("--scheme", name) for name in ("int8", "int4", "fp16")}  # options of `dmpt-export quantize`
 REFERENCE = "transformers fp32"  # the peer that the others are compared with
 SCORED = 64  # tokens used to compare them
 
@@ -50,7 +51,7 @@ class Model:
 
     @property
     def checkpoint(self) -> str:
-        return "gpt2" if self.shape is None else f"dmpt-{self.shape.heads}-{self.shape.switching}"
+        return "gpt2" if self.shape is None else f"dmpt-{self.shape}"
 
     @property
     def quantized(self) -> str:
@@ -62,6 +63,8 @@ MODELS = (
     Model("DMPT", models.Shape()),
     Model("DMPT never", models.Shape(switching="never")),
     Model("DMPT always", models.Shape(switching="always")),
+    Model("DMPT projected", models.Shape(kind="projected")),
+    Model("DMPT one anchor", models.Shape(kind="one-anchor")),
     Model("DMPT 16 heads", models.Shape(heads=16)),
     Model("DMPT K=64", models.Shape(), 64),
     Model("DMPT K=1024", models.Shape(), 1024),
@@ -73,8 +76,8 @@ MODELS = (
 class Workshop:
     """Makes the models to be timed, once."""
 
-    def __init__(self, work: Path, sizes: dict[str, Any]) -> None:
-        self.work, self.sizes = work, sizes  # sizes: smaller than GPT-2 small, for a test
+    def __init__(self, work: Path, sizes: dict[str, Any], chosen: Sequence[Model] = MODELS) -> None:
+        self.work, self.sizes, self.chosen = work, sizes, chosen  # sizes: smaller than GPT-2 small, for a test
         work.mkdir(parents=True, exist_ok=True)
 
     def cli(self, *arguments: str | Path) -> None:
@@ -114,15 +117,15 @@ class Workshop:
     def ours(self, schemes: list[str]) -> list[Target]:
         """All exported models, one checkpoint after the other; intermediate files are deleted after use."""
         found: dict[tuple[str, str], Target] = {}
-        for checkpoint in dict.fromkeys(model.checkpoint for model in MODELS):
-            same = [model for model in MODELS if model.checkpoint == checkpoint]
+        for checkpoint in dict.fromkeys(model.checkpoint for model in self.chosen):
+            same = [model for model in self.chosen if model.checkpoint == checkpoint]
             for scheme in schemes:
                 found |= {(model.name, scheme): self.exported(model, scheme) for model in same}
                 for name in {model.quantized for model in same}:
                     shutil.rmtree(self.work / "quantized" / f"{name}-{scheme}", ignore_errors=True)
             if same[0].shape is not None:
                 shutil.rmtree(self.work / "float" / checkpoint, ignore_errors=True)
-        return [found[model.name, scheme] for scheme in schemes for model in MODELS]
+        return [found[model.name, scheme] for scheme in schemes for model in self.chosen]
 
     def theirs(self, pythons: dict[str, str]) -> tuple[list[Target], list[str]]:
         """The installed peers; for the others a line on how to install them, or why they failed."""
@@ -164,7 +167,8 @@ def agreement(
 
 def run(options: argparse.Namespace, sizes: dict[str, Any]) -> str:
     """Make, check, time; returns the tables."""
-    workshop = Workshop(options.work, sizes)
+    chosen = [model for model in MODELS if not options.models or model.name in options.models.split(",")]
+    workshop = Workshop(options.work, sizes, chosen)
     schemes = options.schemes.split(",")
     theirs, absent = workshop.theirs(dict(options.peer_python))
     ours = workshop.ours(schemes)
@@ -217,6 +221,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", default="1", help="thread counts, one run for each, such as 1,2")
     parser.add_argument("--schemes", default="int8,int4", help=f"of {', '.join(SCHEMES)}")
     parser.add_argument("--repetitions", type=int, default=5, help="measured rounds")
+    parser.add_argument("--models", default="", help="names of the table's models, such as GPT-2,DMPT; default: all")
     add_peer_python(parser, registry.PEERS)
     options = parser.parse_args(arguments)
     if unknown := set(options.schemes.split(",")) - set(SCHEMES):
