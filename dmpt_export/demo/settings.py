@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings for a demo of four to five minutes on two cores."""
+    """Settings for a demo of three to eight minutes on two idle cores."""
 
     # the model: a GPT-2 of a few million parameters
     vocab_size: int = 4096
