@@ -7,16 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.evidence.plan import HEADS
+
 Switching = Literal["natural", "never", "always"]
 SPLIT = 6
 SPREAD = 5.0  # scale of the final norm: predictions as far from uniform as a trained model's, so that garbage shows
 MARK = 0.1  # value in the one channel that encodes positions; the other entries of an embedding are about 0.03
 SEED = 0
-HEADS: dict[str, dict[str, Any]] = {  # how the heads of a leaf get their vocabulary matrix
-    "full": {},
-    "projected": {"head_kind": "projected"},
-    "one-anchor": {"head_kind": "projected", "shared_anchor": True},
-}
 NO_ENDS = {"bos_token_id": None, "eos_token_id": None}
 
 
@@ -26,7 +23,7 @@ class Shape:
 
     heads: int = 8
     switching: Switching = "natural"
-    kind: str = "full"  # of HEADS
+    kind: str = "full"  # of benchmarks.evidence.plan.HEADS
 
     def __str__(self) -> str:
         return "-".join([str(self.heads), self.switching, *([self.kind] if self.kind != "full" else [])])

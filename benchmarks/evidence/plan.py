@@ -64,11 +64,19 @@ PATHS = {"train_path_selection": "gate_expected", "gate_temp": 1.0}
 SOFT = {"train_path_selection": "gate_soft", "gate_temp": 1.2}
 
 
+HEADS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "projected": {"head_kind": "projected"},
+    "one-anchor": {"head_kind": "projected", "shared_anchor": True},
+}
+
+
 @dataclass(frozen=True)
 class Variant:
     about: str
     splits: int = 0  # number of splits on a path
     heads: int = 1  # total vocabulary heads
+    kind: str = "full"  # of HEADS: how the heads of a leaf get their vocabulary matrix
     tuned: bool = True  # False: the base unchanged
     flops_of: str | None = None  # train for as many operations as this variant, not for as many tokens
     train: dict[str, Any] = field(default_factory=dict)  # options that differ from the common ones
@@ -94,6 +102,13 @@ VARIANTS = {
     "multi-head": Variant("one path, four heads", heads=4),
     "dual-heads": Variant("two paths, four heads each", splits=1, heads=8),
     "quad": Variant("four paths, one head each", splits=2, heads=4),
+    "multi-head-projected": Variant("one path, four heads, three of them projected", 0, 4, "projected"),
+    "dual-projected": Variant("two paths, four heads each, three of them projected", 1, 8, "projected"),
+    "dual-one-anchor": Variant("the same with one vocabulary matrix for both paths", 1, 8, "one-anchor"),
+    "dual-steady": Variant("dual with steady routes", 1, 2, train={"switch_coef": 0.03}),
+    "dual-one-anchor-steady": Variant(
+        "one vocabulary matrix, steady routes", 1, 8, "one-anchor", train={"switch_coef": 0.03}
+    ),
     "gpt2-flops": Variant("GPT-2, trained for as many operations as dual", flops_of="dual"),
     "dual-soft": Variant("dual trained with gate_soft, but deployed with gate_hard", 1, 2, train=SOFT),
     "multi-head-full": Variant("multi-head trained with all heads in full", heads=4, train={"fast_k_loss": False}),
@@ -139,7 +154,10 @@ def flops_per_token(variant: Variant, scale: Scale) -> int:
     width, bounds = scale.width, [0, *splits_of(variant, scale), scale.layers]
     blocks = sum(2**depth * (bounds[depth + 1] - bounds[depth]) for depth in range(len(bounds) - 1))
     block = 2 * 12 * width * width + 2 * scale.context * width
-    return blocks * block + variant.heads * 2 * scale.vocab * width
+    matrices = variant.heads if variant.kind == "full" else variant.leaves  # multiplied in full
+    projections = variant.heads - (1 if variant.kind == "one-anchor" else matrices)
+    candidates = (variant.heads - matrices) * scale.fast_k
+    return blocks * block + 2 * width * (matrices * scale.vocab + projections * width + candidates)
 
 
 def steps_of(variant: Variant, scale: Scale, variants: dict[str, Variant] = VARIANTS) -> int:
@@ -162,15 +180,20 @@ def train_options(variant: Variant, scale: Scale, seed: int, steps: int, lr: flo
         **({} if variant.plain else DMPT), **(PATHS if variant.splits else {}),
         **({"fast_k": fast_k, "fast_k_loss": True, "head_lr": 3 * lr} if fast_k else {}), **variant.train,
     }  # fmt: skip
-    given = {f"--{name.replace('_', '-')}": value for name, value in values.items() if value is not False}
-    return [part for name, value in given.items() for part in ([name] if value is True else [name, str(value)])]
+    return as_options(values)
 
 
 def init_options(variant: Variant, scale: Scale, seed: int) -> list[str]:
     """Options of `dmpt-export init` for one run."""
     splits = ",".join(map(str, splits_of(variant, scale))) or "none"
-    values = {"splits": splits, "heads": variant.heads, "seed": seed, **variant.init}
-    return [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    values = {"splits": splits, "heads": variant.heads, "seed": seed, **HEADS[variant.kind], **variant.init}
+    return as_options(values)
+
+
+def as_options(values: dict[str, Any]) -> list[str]:
+    """Fields as options of the command line; one that is true is a flag, one that is false is left out."""
+    given = {f"--{name.replace('_', '-')}": value for name, value in values.items() if value is not False}
+    return [part for name, value in given.items() for part in ([name] if value is True else [name, str(value)])]
 
 
 def evaluations(variant: Variant, scale: Scale, controls: bool = True) -> list[tuple[str, int]]:

@@ -44,7 +44,8 @@ def parameters(shape: dict[str, Any], fast_k: int) -> dict[str, int]:
     config, touched = shape["config"], shape["parameters"]["touched_per_token"]
     others = max(len(heads) for heads in shape["head_allocation"].values()) - 1
     rows, counted = (k or config["vocab_size"] for k in (fast_k, config["fast_k"]))
-    touched += others * (rows - counted) * config["n_embd"]
+    if config.get("head_kind", "full") == "full":  # projected heads read rows of a matrix that is read anyway
+        touched += others * (rows - counted) * config["n_embd"]
     return {"parameters": shape["parameters"]["total"], "touched_per_token": touched}
 
 
@@ -68,7 +69,7 @@ def tables(lines: list[dict[str, Any]]) -> str:
 
 def _deployed(lines: list[dict[str, Any]]) -> str:
     head = ["variant", "fast-k", "seeds", "valid ppl", "test ppl", "against gpt2", "word ppl", "bits/byte", "accuracy",
-            "parameters", "touched", "tokens", "CPU s"]  # fmt: skip
+            "switches", "parameters", "touched", "tokens", "CPU s"]  # fmt: skip
     plain = {line["seed"]: line["perplexity"] for line in lines if line["variant"] == CONTROL}
     rows = []
     for name, fast_k in dict.fromkeys((line["variant"], line["fast_k"]) for line in lines):
@@ -80,11 +81,18 @@ def _deployed(lines: list[dict[str, Any]]) -> str:
             spread([x["valid_perplexity"] for x in same if x["deployed"]]), spread([x["perplexity"] for x in same]),
             f"{spread(ratios)} %" if ratios and name != CONTROL else "",
             spread([x["word_perplexity"] for x in same], 1), spread([x["bits_per_byte"] for x in same], 4),
-            f"{100 * np.mean([x['accuracy'] for x in same]):.2f} %", f"{first['parameters'] / 1e6:.2f} M",
+            f"{100 * np.mean([x['accuracy'] for x in same]):.2f} %", switches(same),
+            f"{first['parameters'] / 1e6:.2f} M",
             f"{first['touched_per_token'] / 1e6:.2f} M", f"{first['tokens'] / 1e6:.2f} M",
             spread([x["cpu_seconds"] for x in same if "cpu_seconds" in x], 0),
         ])  # fmt: skip
     return markdown(head, rows)
+
+
+def switches(lines: Sequence[dict[str, Any]]) -> str:
+    """Share of tokens on another path than the one before, on average; nothing for models of one path."""
+    routed = [line for line in lines if len(line["route_shares"]) > 1 and "switch_share" in line]
+    return f"{spread([100 * line['switch_share'] for line in routed], 1)} %" if routed else ""
 
 
 def _controls(deployed: list[dict[str, Any]], lines: list[dict[str, Any]]) -> str:

@@ -128,6 +128,7 @@ class Evidence:
             line |= {"eval_seconds": round(time.monotonic() - started)}
             line |= {key: quality[key] for key in ("mode", "perplexity", "accuracy", "mean_nll", "standard_error")}
             line |= {"tokens_scored": quality["tokens_scored"], "route_shares": quality["route_shares"]}
+            line["switch_share"] = quality["switch_share"]
             line |= report.per_byte_and_word(quality, self.text.test) | report.parameters(shape, fast_k)
             self.results.add(line)
 

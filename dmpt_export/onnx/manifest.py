@@ -34,7 +34,8 @@ def describe(
     dtype = ACTIVATIONS[target]
     cache = ir.DataType.INT8 if kv_cache == INT8 else dtype
     touched_parameters, touched_bytes = touched_per_token(config, weights)
-    fields = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "fast_k", "head_topk", "splits")
+    sizes = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+    own = ("splits", "head_kind", "head_rank", "shared_anchor", "fast_k", "head_topk")
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -44,7 +45,7 @@ def describe(
         "activation_dtype": dtype.numpy().name,
         "cache_dtype": cache.numpy().name,
         "config": {
-            **{name: getattr(config, name) for name in fields},
+            **{name: getattr(config, name) for name in (*sizes, *own)},
             "head_dim": config.n_embd // config.n_head,
             "bos_token_id": config.bos_token_id,
             "eos_token_id": next(iter(tokens(config.eos_token_id)), None),

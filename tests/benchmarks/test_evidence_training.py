@@ -28,6 +28,10 @@ def test_flops_by_hand() -> None:
     block, head = 24 * 128**2 + 2 * 256 * 128, 2 * 4096 * 128
     for name, blocks, heads in (("gpt2", 4, 1), ("multi-head", 4, 4), ("dual", 6, 2), ("dual-heads", 6, 8)):
         assert plan.flops_per_token(VARIANTS[name], CPU) == blocks * block + heads * head
+    rows, small = 2 * 64 * 128, 2 * 128 * 128  # candidates of a head, a projection
+    projected = {"dual-projected": 2 * head + 6 * rows + 6 * small, "dual-one-anchor": 2 * head + 6 * rows + 7 * small}
+    for name, heads in projected.items():
+        assert plan.flops_per_token(VARIANTS[name], CPU) == 6 * block + heads
     assert plan.flops_per_token(VARIANTS["quad"], CPU) == (2 + 2 * 1 + 4 * 1) * block + 4 * head
 
 
