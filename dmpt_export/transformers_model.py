@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from runtime.model import Model
 
 Float32s = NDArray[np.float32]
+HEADS = ("head_kind", "head_rank", "shared_anchor")  # absent from older exports
 SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "splits", "fast_k", "head_topk", "bos_token_id",
          "eos_token_id")  # fmt: skip
 
@@ -96,7 +97,7 @@ class DMPTOnnxForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, model: Model) -> None:
         """model: from `runtime.load`; from_pretrained() takes a folder."""
         raw = model.manifest.raw
-        fields = {name: raw["config"][name] for name in SIZES}
+        fields = {name: raw["config"][name] for name in (*SIZES, *(name for name in HEADS if name in raw["config"]))}
         if len(model.manifest.ends) > 1:
             fields["eos_token_id"] = model.manifest.ends
         super().__init__(DMPTOnnxConfig(**fields, head_allocation=raw["head_allocation"], tie_word_embeddings=False))

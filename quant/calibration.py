@@ -169,8 +169,8 @@ def _head_inputs(
 ) -> Iterator[dict[str, Inputs]]:
     """Inputs of each head's wanted matrices, one head at a time: the rows routed to the leaves that use it.
 
-    A vocabulary matrix gets them from the heads that have it, and from anchors that project in front of it; other
-    projected heads score only some of its rows.
+    A vocabulary matrix gets them from the heads that multiply all of it: its own, anchors that project in front of it,
+    and without fast-k all heads that do.
     """
     config = model.config
     routed = {
@@ -179,7 +179,7 @@ def _head_inputs(
     users: dict[str, list[tuple[str, int]]] = {}  # matrix -> (leaf, head)
     for leaf, heads in config.head_allocation.items():
         for j in heads:
-            if j not in config.projected_heads or j == heads[0]:
+            if j not in config.projected_heads or j == heads[0] or not config.fast_k:
                 users.setdefault(config.head_name(config.matrix_of(leaf, j)), []).append((leaf, j))
     for name in [name for name in users if name in wanted]:
         total = Sum(config.n_embd)

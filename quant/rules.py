@@ -158,14 +158,14 @@ def anchors_of(config: Shape) -> dict[str, set[str]]:
 
     Projected heads have no matrix that could be a delta.
     """
-    anchors = {config.head_name(heads[0]) for heads in config.head_allocation.values()}
+    own = {leaf: config.head_name(config.matrix_of(leaf, heads[0])) for leaf, heads in config.head_allocation.items()}
+    anchors = set(own.values())
     out: dict[str, set[str]] = {}
     for leaf, heads in config.head_allocation.items():
-        anchor = config.head_name(config.matrix_of(leaf, heads[0]))
         others = [config.head_name(j) for j in heads[1:] if j not in config.projected_heads]
         for name in others:
             if name not in anchors and name != EMBEDDING:
-                out.setdefault(name, set()).add(anchor)
+                out.setdefault(name, set()).add(own[leaf])
     return out
 
 

@@ -104,7 +104,7 @@ VARIANTS = {
     "quad": Variant("four paths, one head each", splits=2, heads=4),
     "multi-head-projected": Variant("one path, four heads, three of them projected", 0, 4, "projected"),
     "dual-projected": Variant("two paths, four heads each, three of them projected", 1, 8, "projected"),
-    "dual-one-anchor": Variant("the same with one vocabulary matrix for both paths", 1, 8, "one-anchor"),
+    "dual-one-anchor": Variant("two paths, eight heads, one vocabulary matrix", 1, 8, "one-anchor"),
     "dual-steady": Variant("dual with steady routes", 1, 2, train={"switch_coef": 0.03}),
     "dual-one-anchor-steady": Variant(
         "one vocabulary matrix, steady routes", 1, 8, "one-anchor", train={"switch_coef": 0.03}

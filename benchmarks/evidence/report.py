@@ -43,9 +43,11 @@ def parameters(shape: dict[str, Any], fast_k: int) -> dict[str, int]:
     """
     config, touched = shape["config"], shape["parameters"]["touched_per_token"]
     others = max(len(heads) for heads in shape["head_allocation"].values()) - 1
-    rows, counted = (k or config["vocab_size"] for k in (fast_k, config["fast_k"]))
-    if config.get("head_kind", "full") == "full":  # projected heads read rows of a matrix that is read anyway
-        touched += others * (rows - counted) * config["n_embd"]
+    if config.get("head_kind", "full") == "full":
+        rows, counted = (k or config["vocab_size"] for k in (fast_k, config["fast_k"]))
+    else:  # under fast-k, projected heads read rows of a matrix that is read anyway
+        rows, counted = (0 if k else config["vocab_size"] for k in (fast_k, config["fast_k"]))
+    touched += others * (rows - counted) * config["n_embd"]
     return {"parameters": shape["parameters"]["total"], "touched_per_token": touched}
 
 
@@ -90,7 +92,7 @@ def _deployed(lines: list[dict[str, Any]]) -> str:
 
 
 def switches(lines: Sequence[dict[str, Any]]) -> str:
-    """Share of tokens on another path than the one before, on average; nothing for models of one path."""
+    """Share of tokens on a different path from the token before, on average; nothing for models of one path."""
     routed = [line for line in lines if len(line["route_shares"]) > 1 and "switch_share" in line]
     return f"{spread([100 * line['switch_share'] for line in routed], 1)} %" if routed else ""
 

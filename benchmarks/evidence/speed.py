@@ -230,6 +230,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if unknown := set(options.schemes.split(",")) - set(SCHEMES):
         parser.error(f"--schemes {','.join(sorted(unknown))}: known are {', '.join(SCHEMES)}")
+    if unknown := set(filter(None, options.models.split(","))) - {model.name for model in MODELS}:
+        parser.error(f"--models {','.join(sorted(unknown))}: known are {', '.join(model.name for model in MODELS)}")
     return options
 
 

@@ -17,8 +17,8 @@ WINDOW = 512  # tokens of a window
 def usage(scorer: Scorer, ids: NDArray[np.integer]) -> dict[str, Any]:
     """Path usage of the first 4096 tokens of `ids` [N], in windows of 512 or the context:
 
-    tokens, route_shares (leaf -> share of tokens), switch_share (of tokens on another path than the one before), and
-    head_shares (leaf -> head -> mean weight on its tokens; None for an old export, which does not output them).
+    tokens, route_shares (leaf -> share of tokens), switch_share (of tokens on a different path from the token
+    before), and head_shares (leaf -> head -> mean weight on its tokens; None for an old export without such outputs).
     """
     ids = ids[:MOST]
     size = min(WINDOW, scorer.context)
@@ -30,7 +30,8 @@ def usage(scorer: Scorer, ids: NDArray[np.integer]) -> dict[str, Any]:
     return {
         "tokens": len(ids),
         "route_shares": {leaf: int(on.sum()) / len(ids) for leaf, on in mine.items()},
-        "switch_share": switch_share(taken, places + places // size),  # windows do not adjoin
+        # windows do not adjoin
+        "switch_share": switch_share(taken, places + places // size, ids == scorer.end_of_text),
         "head_shares": None if weights[0] is None else head_shares(scorer, np.concatenate(weights), mine),
     }
 

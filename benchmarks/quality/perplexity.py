@@ -60,7 +60,7 @@ class Quality:
     top5_accuracy: float | None = None  # share of scored tokens among the five likeliest
     words_scored: int | None = None  # see benchmarks.quality.protocols; None if only token ids were given
     bytes_scored: int | None = None
-    switch_share: float | None = None  # of tokens on another path than the one before; None for modes without a choice
+    switch_share: float | None = None  # of tokens on a different path from the token before; None without a choice
     path_perplexity: dict[str, float] = field(default_factory=dict)  # leaf -> perplexity of the tokens routed to it
     head_shares: dict[str, dict[int, float]] | None = None  # leaf -> head -> mean weight; None: not available
     base: dict[str, Any] | None = None  # see benchmarks.quality.divergence.statistics
@@ -258,7 +258,7 @@ def summary(
         "top5_accuracy": int((rank < 5).sum()) / len(nll),
         "standard_error": standard_error(nll),
         "route_shares": {leaf: int(on.sum()) / len(nll) for leaf, on in mine.items()} if routed else {},
-        "switch_share": switch_share(routes, scored) if routed else None,
+        "switch_share": switch_share(routes, scored, ids[scored - 1] == scorer.end_of_text) if routed else None,
         "path_perplexity": {leaf: _exp(nll[on].mean()) for leaf, on in mine.items() if on.any()},
         "head_shares": head_shares(scorer, findings["heads"], mine) if "heads" in findings.arrays else None,
         "words_scored": int(text.n_words[scored].sum()) if text is not None else None,
@@ -269,9 +269,12 @@ def summary(
     }  # fmt: skip
 
 
-def switch_share(routes: NDArray[np.integer], places: NDArray[np.integer]) -> float:
-    """Share of tokens that take another path than the one before: routes of tokens at `places` of a text, both [n]."""
-    neighbours = np.diff(places) == 1
+def switch_share(routes: NDArray[np.integer], places: NDArray[np.integer], starts: NDArray[np.bool_]) -> float:
+    """Share of tokens that take a different path from the token before, given routes of tokens at `places` of a text.
+
+    starts: tokens that end a text and so begin the next one; they are not counted. All [n].
+    """
+    neighbours = (np.diff(places) == 1) & ~starts[1:]
     return float((np.diff(routes) != 0)[neighbours].mean()) if neighbours.any() else 0.0
 
 

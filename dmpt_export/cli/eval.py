@@ -111,7 +111,7 @@ def paths(result: Quality) -> dict[str, str]:
     """Each path's share of the tokens, and its perplexity there."""
     lines = {"routes": ", ".join(f"{leaf} {100 * share:.1f} %" for leaf, share in result.route_shares.items())}
     if result.switch_share is not None:
-        lines["switches"] = f"{100 * result.switch_share:.1f} % of tokens take another path than the one before"
+        lines["switches"] = f"{100 * result.switch_share:.1f} % of tokens take a different path from the token before"
     own = ", ".join(f"{leaf} {perplexity:.2f}" for leaf, perplexity in result.path_perplexity.items())
     lines["on each"] = f"perplexity {own}"
     return lines

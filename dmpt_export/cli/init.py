@@ -9,6 +9,7 @@ import click
 
 from dmpt_export.cli.checks import Finite, no_verify, overwrite
 from dmpt_export.requests.init import InitRequest
+from training.model.shape import FULL, HEAD_KINDS
 
 
 def parse_splits(context: click.Context, parameter: click.Parameter, text: str) -> list[int] | None:
@@ -33,7 +34,7 @@ def parse_splits(context: click.Context, parameter: click.Parameter, text: str) 
               "vocabulary; 256 is a good start.")  # fmt: skip
 @click.option("--head-topk", type=click.IntRange(min=1), metavar="H",
               help="Heads mixed per token. Default: all of the leaf.")  # fmt: skip
-@click.option("--head-kind", type=click.Choice(["full", "projected"]), default="full", show_default=True,
+@click.option("--head-kind", type=click.Choice(HEAD_KINDS), default=FULL, show_default=True,
               help="What the heads besides the anchors are: full, a vocabulary matrix each; projected, a small "
               "matrix in front of their anchor (0.6 M parameters instead of 38.6 M in GPT-2 small).")  # fmt: skip
 @click.option("--head-rank", type=click.IntRange(min=1), metavar="R",
@@ -58,8 +59,9 @@ def parse_splits(context: click.Context, parameter: click.Parameter, text: str) 
 def command(**fields: Any) -> None:
     """Turn the GPT-2 SOURCE (a folder or a hub id) into a DMPT checkpoint in the folder OUT.
 
-    Above each split, both paths start as copies of GPT-2's blocks, and every vocabulary head as a copy of its
-    head, so the new model predicts what GPT-2 predicted, up to --noise. Training then lets the copies differ.
+    Above each split, both paths start as copies of GPT-2's blocks, and every vocabulary head as a copy of its head or
+    as a projection in front of one, so the new model predicts what GPT-2 predicted, up to --noise. Training then lets
+    the copies differ.
 
     \b
     Examples:

@@ -128,8 +128,8 @@ def _operator_lines(operators: dict[str, dict[str, int]]) -> list[str]:
 def usage_lines(usage: dict[str, Any]) -> list[str]:
     """benchmarks.quality.path_usage as text."""
     lines = [
-        f"on {usage['tokens']:,} tokens of the text, {100 * usage['switch_share']:.1f} % on another path than the one "
-        "before:"
+        f"on {usage['tokens']:,} tokens of the text, {100 * usage['switch_share']:.1f} % on a different path from the "
+        "token before:"
     ]
     for leaf, share in usage["route_shares"].items():
         heads = (usage["head_shares"] or {}).get(leaf, {})
@@ -158,5 +158,7 @@ def _tree_lines(summary: dict[str, Any]) -> list[str]:
             line += f", heads {', '.join(map(str, [anchor, *others]))}"
             if others:
                 line += f" (anchor {anchor}, {f'fast-k {fast_k}' if fast_k else 'all scored fully'})"
+            if summary["config"].get("head_kind") == "projected":  # absent from older exports
+                line += ", projected onto one matrix" if summary["config"]["shared_anchor"] else ", others projected"
         lines.append(line)
     return lines

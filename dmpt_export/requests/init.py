@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from dmpt_export.extras import require
 from training.errors import OptionError
+from training.model.shape import FULL
 from training.progress import say
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class InitRequest:
     head_allocation: Path | None = None  # JSON file of the heads of each leaf, instead of their number
     fast_k: int | None = None  # candidates of the anchor head; None: the whole vocabulary
     head_topk: int | None = None  # heads mixed per token; None: all of the leaf
-    head_kind: str = "full"  # or projected
+    head_kind: str = FULL  # or projected
     head_rank: int | None = None  # of projected heads; None: whole matrices
     shared_anchor: bool = False  # projected heads: one vocabulary matrix for all leaves
     noise: float = 1e-3  # standard deviations of the embedding
@@ -55,12 +56,14 @@ class InitRequest:
         """Raise OptionError for fields that exclude each other, then InputError for unusable files."""
         if self.heads is not None and self.head_allocation is not None:
             raise OptionError("{heads} and {head_allocation} exclude each other: the file already lists every head")
-        if self.head_kind == "full" and (self.head_rank is not None or self.shared_anchor):
-            raise OptionError("{head_rank} and {shared_anchor} need {head_kind} projected")
         require("train")
         from training.checkpoints.folder import float_folder, read_head_allocation, read_shape
         from training.checkpoints.places import check_inputs, check_new
-        from training.model.new_shape import NewShape, check_init
+        from training.errors import usage
+        from training.model.new_shape import NewShape, check_head_kind, check_init
+
+        with usage():
+            check_head_kind(self.head_kind, self.head_rank, self.shared_anchor)
 
         check_new(self.out, "checkpoint", self.overwrite)
         check_inputs(self.out, self.source, self.head_allocation)

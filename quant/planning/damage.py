@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from quant.rules import EMBEDDING, PROJECTION, ROWS
 from training.model.dmpt import ROWS_AT_ONCE, Hidden
 from training.model.generation import DMPTForCausalLM
 
 BLOCK = re.compile(r"(?:transformer|paths\.(\w+))\.h\.(\d+)\.")
-HEAD = re.compile(r"heads\.\d+\.(projection\S*\.)?weight")
 Arrays = Mapping[str, NDArray[np.float32]]  # tensors by name, in the checkpoint's layout
 
 
@@ -127,7 +127,7 @@ def place_of(name: str) -> tuple[str, int] | None:
     >>> place_of("paths.left.h.7.mlp.c_fc.weight"), place_of("transformer.h.0.attn.c_attn.weight")
     (('left', 7), ('root', 0))
     """
-    if HEAD.fullmatch(name):
+    if name != EMBEDDING and (ROWS.fullmatch(name) or PROJECTION.fullmatch(name)):
         return HEADS
     found = BLOCK.match(name)
     return (found[1] or "root", int(found[2])) if found else None

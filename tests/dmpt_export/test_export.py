@@ -130,7 +130,7 @@ EVERY_KIND = [
     for scheme in SCHEMES
     if scheme != "fp16" and SCHEMES[scheme].package is None  # for those see tests.quant.test_bnb
     for name in ("dual, fast-k", "odd sizes", *(MORE if scheme in LAYOUTS else ()))
-]
+] + [("projected", "int4-gptq"), ("projected, one anchor", "int3-gptq")]
 
 
 @pytest.mark.parametrize(("name", "scheme"), EVERY_KIND)
@@ -322,6 +322,8 @@ def test_parameters_touched_per_token_by_hand() -> None:
     weights = {name: tensor.numpy() for name, tensor in projected.state_dict().items()}
     # right: both heads project, in front of one matrix that is read once
     assert touched_per_token(projected.config, weights)[0] == want - 10 * 8 + 2 * 8 * 8
+    projected.config.fast_k = None  # without candidates each head multiplies the whole matrix
+    assert touched_per_token(projected.config, weights)[0] == want - 10 * 8 + 50 * 8 + 2 * 8 * 8
 
 
 @pytest.mark.parametrize("scheme", ["int8-dynamic", "int2"])

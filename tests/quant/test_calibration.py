@@ -29,7 +29,7 @@ TREES: dict[str, dict[str, Any]] = {
     "gpt2": {"splits": [], "heads": 1},
     "dual": {"splits": [2], "heads": 4},
     "quad": {"splits": [1, 2], "heads": 4},
-    "projected": {"splits": [2], "heads": 6, "head_kind": "projected", "head_rank": 5},
+    "projected": {"splits": [2], "heads": 6, "head_kind": "projected", "head_rank": 5, "fast_k": 16},
     "one anchor": {
         "splits": [2],
         "heads": 6,
@@ -68,15 +68,16 @@ def test_inputs_are_what_the_model_multiplies(name: str) -> None:
     for i, (leaf, h) in enumerate(hidden.leaves.items()):
         for place, j in enumerate(model.config.head_allocation[leaf]):
             x = h[routes == i]
-            used = {}
+            used, move = [], x
             if j not in model.config.projected_heads:
-                used[model.config.head_name(j)] = x
+                used.append((model.config.head_name(j), x))
             else:
-                down = model.state_dict()[model.config.projection_names(j)[0]]
-                used = dict(zip(model.config.projection_names(j), (x, x @ down.T), strict=False))
-                if place == 0:  # an anchor that projects in front of head 0's matrix
-                    used[model.config.head_name(0)] = x + x @ down.T
-            for name, its in used.items():
+                for name in model.config.projection_names(j):
+                    used.append((name, move))
+                    move = move @ model.state_dict()[name].T
+                if place == 0 or not model.config.fast_k:  # it multiplies the whole matrix
+                    used.append((model.config.head_name(model.config.matrix_of(leaf, j)), x + move))
+            for name, its in used:
                 rows[name] = torch.cat([rows[name], its]) if name in rows else its
     assert seen.keys() == rows.keys()
     for key, x in rows.items():

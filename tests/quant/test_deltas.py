@@ -272,6 +272,13 @@ def test_a_rule_that_cannot_be_meant_is_refused(rule: str, heads: dict[str, list
     assert "\n" not in str(raised.value)
 
 
+def test_no_head_is_a_delta_to_itself() -> None:
+    """One matrix for all leaves, and no leaf has it as its anchor."""
+    allocation = {"left": [1, 0], "right": [2, 0]}
+    fields: dict[str, Any] = {"head_kind": "projected", "shared_anchor": True, "head_allocation": allocation}
+    assert anchors_of(random_model([2], 2, tie_word_embeddings=False, **fields).config) == {}
+
+
 def test_deltas_are_no_scheme_for_a_whole_model() -> None:
     with pytest.raises(InputError, match=r"delta-r64 is for heads: .*'heads\.\*=delta-r64'"):
         default_rules("delta-r64")

@@ -19,6 +19,7 @@ from dmpt_export.cli.main import main
 from quant.calibration import Calibration, read_calibration
 from quant.checkpoint import load_weights
 from quant.forms.blockwise import BlockwiseTensor
+from quant.forms.weights import form_of
 from quant.planning import damage_table
 from quant.planning.damage_table import Measurements
 from quant.planning.groups import Group, groups_of
@@ -26,7 +27,8 @@ from quant.planning.knapsack import BUCKETS, Frontier
 from quant.planning.plan import Option, Target, make_plan
 from quant.planning.planned import save_planned
 from quant.quantize import quantize_tensor
-from quant.rules import parse_rule
+from quant.rules import anchors_of, parse_rule
+from tests.helpers.models import random_calibration, saved_model
 from training.checkpoints.checkpoint import load_model, load_state
 from training.errors import InputError
 
@@ -223,6 +225,32 @@ def test_damages_are_remembered_for_this_model_and_text_alone(tiny_dmpt: Path, t
     config.head_gate_temp /= 2
     arrays["heads.1.weight"] = arrays["heads.1.weight"] + np.float32(1e-3)
     assert Measurements(config, arrays, calibration, tmp_path).path != path
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_plan_measures_projections_as_one_group(shared: bool, tmp_path: Path) -> None:
+    source = saved_model(
+        tmp_path / "source", [2], 6, fast_k=16, head_kind="projected", head_rank=16, shared_anchor=shared
+    )
+    config, arrays = load_state(source)
+    calibration = random_calibration(source)
+    groups = groups_of({name: array.shape for name, array in arrays.items()}, anchors_of(config))
+    (projections,) = [group for group in groups if str(group) == "heads.*.projection*"]
+    assert set(projections.tensors) == {name for j in config.projected_heads for name in config.projection_names(j)}
+    assert not any(group.anchor for group in groups)  # nothing that could be a delta
+    measured = Measurements(config, dict(arrays), calibration, tmp_path / "cache")
+    ((option,),) = measured.options([projections], [["int4:16"]])
+    model = load_model(source).requires_grad_(False)
+    want = model.log_probs(calibration.windows, fast_k=16).double()
+    for name in projections.tensors:
+        tensor, _ = quantize_tensor(name, arrays[name], parse_rule("*=int4:16"))
+        model.get_parameter(name).data = torch.from_numpy(tensor.dequantize())
+    got = model.log_probs(calibration.windows, fast_k=16).double()
+    assert option.kl == pytest.approx(float((want.exp() * (want - got)).sum(-1).mean()), rel=1e-3)
+    plan, _ = save_planned(source, tmp_path / "planned", Target(bits=7.0), calibration, tmp_path / "cache", "int8,int4")
+    assert str(projections) in {str(group) for group in plan.groups}
+    _, weights = load_weights(tmp_path / "planned")
+    assert not form_of(weights["heads.2.projection.down.weight"]).is_float
 
 
 def test_dry_run_writes_no_model(quantize: Callable[..., Any], tmp_path: Path) -> None:

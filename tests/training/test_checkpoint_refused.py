@@ -12,8 +12,43 @@ import pytest
 import torch
 
 from tests.helpers.checkpoints import edit_config, edit_tensors, one_line
+from tests.helpers.models import saved_model
 from training.checkpoints.checkpoint import load_model, load_state, read_config
 from training.checkpoints.files import resolve
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"head_kind": "small"}, "head_kind 'small' must be one of full, projected"),
+        ({"head_kind": 3}, "head_kind must be a name, not 3"),
+        ({"head_kind": "projected", "head_rank": 0}, "head_rank must be a whole number from 1"),
+        ({"head_kind": "projected", "head_rank": 33}, "head_rank 33 must be from 1 to n_embd"),
+        ({"head_kind": "projected", "shared_anchor": "yes"}, "shared_anchor must be true or false"),
+        ({"shared_anchor": True}, "head_rank and shared_anchor need head_kind projected"),
+        ({"head_kind": "projected"}, r"missing: heads\.1\.projection\.weight.*unexpected: heads\.1\.weight"),
+    ],
+)
+def test_kinds_of_heads_that_do_not_fit(change: dict[str, Any], said: str, dmpt_copy: Path) -> None:
+    edit_config(dmpt_copy, **change)
+    with one_line(said):
+        load_model(dmpt_copy)
+
+
+def test_a_projection_of_the_wrong_shape_is_named(tmp_path: Path) -> None:
+    folder = saved_model(tmp_path / "model", [2], 4, head_kind="projected", head_rank=5)
+    edit_tensors(folder, lambda tensors: tensors.update({"heads.3.projection.up.weight": torch.zeros(32, 6)}))
+    with one_line(r"wrong shape: heads\.3\.projection\.up\.weight \[32, 6\] instead of \[32, 5\]"):
+        load_model(folder)
+
+
+def test_a_config_from_before_projected_heads_has_full_ones(dmpt_copy: Path) -> None:
+    fields = json.loads((dmpt_copy / "config.json").read_text())
+    for name in ("head_kind", "head_rank", "shared_anchor"):
+        fields.pop(name)
+    (dmpt_copy / "config.json").write_text(json.dumps(fields))
+    assert load_model(dmpt_copy).config.projected_heads == []
+
 
 # --- wrong folders ----------------------------------------------------------------------------------
 

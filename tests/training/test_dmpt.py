@@ -33,6 +33,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "one anchor, low rank": {"head_kind": "projected", "shared_anchor": True, "head_rank": 3},
     # head 1 projects in front of both anchors, 0 is full for either leaf, 4 is the right leaf's anchor
     "shared": {"head_kind": "projected", "head_allocation": {"left": [0, 1, 2, 3], "right": [4, 1, 0, 5]}},
+    "head 0 no anchor": {
+        "head_kind": "projected",
+        "shared_anchor": True,
+        "head_allocation": {"left": [1, 0], "right": [2, 3]},
+    },
 }
 MODES = ["gate_soft", "gate_hard", "max_prob", "random"]
 
@@ -143,6 +148,20 @@ def test_fast_k_equals_the_formula_written_out(head_topk: int | None, kind: str)
     fast = model.fast_mixture("right", h, 11).exp()
     for row, want in zip(fast, [slow_fast_k(model, "right", x, 11) for x in h], strict=True):
         torch.testing.assert_close(row.double(), torch.tensor(want, dtype=torch.float64), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_the_mixture_equals_the_formula_written_out(kind: str) -> None:
+    model = random_model([2], 8, **KINDS[kind])
+    for leaf, h in model.hidden(some_ids(1, 7)).leaves.items():
+        log_pi = model.head_log_weights(leaf, h[0]).double()
+        for row, x, got in zip(log_pi, h[0].double(), model.mixture(leaf, h[0]), strict=True):
+            want = torch.zeros(97, dtype=torch.float64)
+            for log_w, j in zip(row, model.config.head_allocation[leaf], strict=True):
+                matrix, moved = slow_head(model, leaf, j, x)
+                want += log_w.exp() * torch.softmax(matrix @ moved, 0)
+            torch.testing.assert_close(got.double().exp(), want, rtol=1e-4, atol=1e-7)
 
 
 @settings(max_examples=20, deadline=None)

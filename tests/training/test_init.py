@@ -104,10 +104,18 @@ def test_projections_start_small_and_anchors_exact(rank: int | None, gpt2: DMPTF
     assert not torch.equal(model.head_input(1, h), model.head_input(3, h))
     model.requires_grad_(True)
     with torch.enable_grad():  # an anchor that projects by zero still learns
-        model.log_probs(IDS, "gate_soft").logsumexp(-1).sum().backward()
         model.log_probs(IDS, "gate_soft")[..., 7].sum().backward()
     last = model.config.projection_names(2)[-1]
     assert float(model.get_parameter(last).grad.abs().max()) > 0
+
+
+@torch.no_grad()
+def test_noise_spares_the_matrix_that_all_leaves_share(gpt2: DMPTForCausalLM) -> None:
+    """Also where head 0 is no anchor: the anchors project in front of its matrix."""
+    allocation = {"left": [1, 0], "right": [2, 3]}
+    shape = NewShape(head_allocation=allocation, tie=False, head_kind="projected", shared_anchor=True)
+    model = init_from_gpt2(gpt2, shape, noise=0.5)
+    assert torch.equal(model.heads[0].weight, gpt2.transformer.wte.weight)
 
 
 def test_same_seed_same_bits_other_seed_others(gpt2: DMPTForCausalLM) -> None:

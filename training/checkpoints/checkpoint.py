@@ -222,6 +222,10 @@ def copy_tokenizer(src: Source, dst: Source, config: Any = None) -> bool:
 def model_card(config: DMPTConfig, name: str, note: str | None) -> str:
     """README.md of a checkpoint folder."""
     leaves = ", ".join(f"`{leaf}` {heads}" for leaf, heads in config.head_allocation.items())
+    heads = ""
+    if config.projected_heads:
+        matrices = "one matrix for all leaves" if config.shared_anchor else "one matrix a leaf, its anchor's"
+        heads = f" (projected: {matrices})"
     kind = "Dynamic Multiple Path Transformer (DMPT)" if config.splits else "transformer without splits"
     return f"""---
 library_name: dmpt-export
@@ -230,7 +234,7 @@ pipeline_tag: text-generation
 # {name}
 
 A {kind} built on GPT-2: {config.n_layer} blocks of width {config.n_embd}, context {config.n_positions},
-vocabulary {config.vocab_size}, splits {config.splits}, vocabulary heads by leaf: {leaves}.
+vocabulary {config.vocab_size}, splits {config.splits}, vocabulary heads by leaf: {leaves}{heads}.
 
 {note or "Made with dmpt-export."}
 

@@ -37,8 +37,8 @@ COMMON = {
     "eval_every", "save_every", "bf16",
 }  # fmt: skip
 ABOUT = {
-    "Converting a GPT-2 to a DMPT first": "As `dmpt-export init`; nothing is converted without --splits, --heads or a "
-    "recipe that has them.",
+    "Converting a GPT-2 to a DMPT first": "As `dmpt-export init`; nothing is converted without --splits, --heads, "
+    "--head-kind or a recipe that has them.",
     "Training from scratch": "A new GPT-2. Defaults then: --lr, --head-lr and --gate-lr 6e-4, --warmup-steps 200, "
     "--max-length the context, --freeze-head0-steps 0, --tether-coef 0.",
     "Optimizer": "Blocks, heads and gates have learning rates of their own. Small models need larger ones than these, "
@@ -87,7 +87,7 @@ def parameters() -> list[click.Parameter]:
         option(["--head-allocation"], type=path, metavar="FILE.json", help="As in init: the heads of each leaf."),
         option(["--head-kind"], type=click.Choice(HEAD_KINDS), help="As in init: full or projected heads."),
         option(["--head-rank"], **size, help="As in init: rank of projected heads."),
-        option(["--shared-anchor"], is_flag=True, default=None, help="As in init: one vocabulary matrix in all."),
+        option(["--shared-anchor"], is_flag=True, default=None, help="As in init: one matrix for all leaves."),
         option(["--use-head-mixture/--no-use-head-mixture"], default=None, help="no: a single head per leaf."),
         option(["--gate-hidden"], **size, default=256, show_default=True, help="As in init: width of the gates."),
         option(["--from-scratch"], is_flag=True, help="Start from a new GPT-2 with random weights instead of MODEL; "

@@ -18,8 +18,8 @@ from training.cli.usual import SCRATCH, warning
 from training.errors import FieldError, InputError, OptionError, usage
 from training.loop.freeze import expanded
 from training.loop.options import TrainOptions, read_freeze_schedule
-from training.model.new_shape import NewShape, check_init
-from training.model.shape import ROOT, Shape
+from training.model.new_shape import NewShape, check_head_kind, check_init
+from training.model.shape import FULL, ROOT, Shape
 from training.progress import say, tell
 from training.text.sources import FIELD, check_source, is_dataset
 
@@ -237,7 +237,9 @@ class TrainRequest:
         mine["fast_k"] = self.options.fast_k
         shape = recipe.init | {key: value for key, value in mine.items() if value is not None}
         allocation = read_head_allocation(self.head_allocation) if self.head_allocation else None
-        wanted = {"splits", "heads"} & set(shape) or allocation or self.use_head_mixture is not None
+        with usage():
+            check_head_kind(shape.get("head_kind", FULL), shape.get("head_rank"), shape.get("shared_anchor"))
+        wanted = {"splits", "heads", "head_kind"} & set(shape) or allocation or self.use_head_mixture is not None
         plain = not start.splits and start.n_vocab_heads == 1
         if not wanted or not plain:  # a DMPT keeps its shape
             return None

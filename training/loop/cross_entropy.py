@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 ROWS = {"cpu": 256}  # rows per slice; on other devices, fewer and larger kernels matter more
 MANY_ROWS = 8192
+GATHERED = 2**26  # at most this many numbers of candidates' rows at once (256 MB)
 
 
 def head_gold(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -33,7 +34,8 @@ def fast_k_gold(inputs: Sequence[Tensor], matrices: Sequence[Tensor], log_pi: Te
     inputs, matrices: what each head multiplies by which vocabulary matrix; the anchor comes first, and there are at
     least two heads. Equals DMPTForCausalLM.fast_mixture at the labels. A head with a matrix of its own is multiplied in
     full, which is cheaper in a training step than gathering K rows for every token; heads that use the anchor's matrix
-    share its gathered rows. The backward pass computes the rows of a slice again, so only one slice is in memory.
+    share its gathered rows. The anchor's logits (n, V) are kept; the rest is computed again in the backward pass, slice
+    by slice.
     """
     h, *others = (x.flatten(0, -2) for x in inputs)
     log_anchor, ids = _head_at(h, matrices[0], labels.flatten(), k)  # (n, K + 1): the candidates, then the label
@@ -49,7 +51,7 @@ def fast_k_gold(inputs: Sequence[Tensor], matrices: Sequence[Tensor], log_pi: Te
             use_reentrant=False,
             preserve_rng_state=False,
         )
-        for rows in _slices(h)
+        for rows in _slices(h, GATHERED // ((k + 1) * h.shape[-1]))
     ]
     return torch.cat(parts).view(labels.shape)
 
@@ -121,6 +123,6 @@ class _HeadAt(torch.autograd.Function):
         return None if grad_h is None else grad_h.float(), grad_weight, None, None, None
 
 
-def _slices(h: Tensor) -> list[slice]:
-    step = ROWS.get(h.device.type, MANY_ROWS)
+def _slices(h: Tensor, most: int = MANY_ROWS) -> list[slice]:
+    step = max(1, min(ROWS.get(h.device.type, MANY_ROWS), most))
     return [slice(start, start + step) for start in range(0, len(h), step)]

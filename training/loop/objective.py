@@ -26,7 +26,7 @@ class Loss:
     total: Tensor  # (), the minimised loss: nll + sum of coefficient * term
     terms: dict[str, Tensor] = field(default_factory=dict)  # nll and the auxiliary terms, before coefficients: ()
     routes: Tensor | None = None  # (L,), share of tokens that gate_hard sends to each leaf
-    switch_share: Tensor | None = None  # (), share of tokens that it sends to another leaf than the one before
+    switch_share: Tensor | None = None  # (), share of tokens that it sends to a different leaf from the token before
     heads: dict[str, Tensor] = field(default_factory=dict)  # leaf -> (H,), mean weight of its heads
 
 

@@ -12,6 +12,7 @@ from training.checkpoints.record import FIELD, Phase, Record, recorded
 from training.loop.optim import group_of
 from training.loop.options import TrainOptions
 from training.loop.state import Progress
+from training.model.config import DMPTConfig
 from training.model.generation import DMPTForCausalLM
 from training.model.shape import EMBEDDING, POSITIONS
 
@@ -25,12 +26,21 @@ def phase_of(model: DMPTForCausalLM, options: TrainOptions, progress: Progress, 
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     computed = sum(size for name, size in sizes.items() if name not in (EMBEDDING, POSITIONS))
     computed += sizes[EMBEDDING] * model.config.tie_word_embeddings  # as the head
+    computed += sizes[EMBEDDING] * repeated_products(model.config, options)
     tokens, groups = progress.position * length, {group_of(name) for name in sizes}
     names = [*SETTINGS, *(name for group, name in OF_GROUPS.items() if group in groups)]
     settings = {name: getattr(options, name) for name in names}
     settings |= {"dropout": model.config.resid_pdrop, "step_tokens": step_tokens}
     crc = f"{progress.data['crc32']:08x}"
     return Phase(tokens, progress.step, 6.0 * computed * tokens, options.seed, crc, length, settings=settings)
+
+
+def repeated_products(config: DMPTConfig, options: TrainOptions) -> int:
+    """Products with a vocabulary matrix beyond its first: of anchors that share one, and without fast_k_loss of all
+    heads that use a matrix."""
+    heads = slice(1 if options.fast_k_loss else None)
+    used = [config.matrix_of(leaf, j) for leaf, own in config.head_allocation.items() for j in own[heads]]
+    return len(used) - len(set(used))
 
 
 def note_best_of(folder: Path, tokens: int) -> None:

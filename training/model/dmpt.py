@@ -315,12 +315,11 @@ class DMPT(PreTrainedModel):
         log_c, candidates = log_anchor.topk(k, dim=-1)  # (..., K)
         mass = torch.logsumexp(log_c, -1, keepdim=True)
         parts = [log_c - mass + log_pi[..., :1]]
-        rows: dict[int, Tensor] = {}  # of each matrix
+        gathered, rows = -1, h
         for i, j in enumerate(others, start=1):
-            matrix = self.config.matrix_of(leaf, j)
-            if matrix not in rows:
-                rows[matrix] = self.heads[matrix].weight[candidates]  # type: ignore[index]  # a Linear; (..., K, E)
-            logits = (rows[matrix] @ self.head_input(j, h).unsqueeze(-1)).squeeze(-1).float()
+            if (matrix := self.config.matrix_of(leaf, j)) != gathered:  # projected heads share their leaf's
+                gathered, rows = matrix, self.heads[matrix].weight[candidates]  # type: ignore[index]  # (..., K, E)
+            logits = (rows @ self.head_input(j, h).unsqueeze(-1)).squeeze(-1).float()
             parts.append(F.log_softmax(logits, -1) + log_pi[..., i, None])
         return log_anchor.scatter(-1, candidates, mass + torch.logsumexp(torch.stack(parts), dim=0))
 

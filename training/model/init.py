@@ -75,7 +75,9 @@ def init_from_gpt2(
 def _heads(config: DMPTConfig, base: Tensor, noise: float, random: torch.Generator) -> dict[str, Tensor]:
     """Copies of GPT-2's head [vocab, E], or projections that hardly change its input. Anchors are exact, so candidates
     and first log-probs are GPT-2's."""
-    exact = {heads[0] for heads in config.head_allocation.values()}
+    exact = {
+        j for leaf, (anchor, *_) in config.head_allocation.items() for j in (anchor, config.matrix_of(leaf, anchor))
+    }
     std = noise * float(base.float().std())
     out: dict[str, Tensor] = {}
     for j in range(config.n_vocab_heads):

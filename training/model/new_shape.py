@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from training.errors import FieldError, InputError
-from training.model.shape import FULL, Shape, even_allocation, leaf_names
+from training.model.shape import FULL, PROJECTED, Shape, even_allocation, leaf_names
 
 MOST_HEADS = 8  # the default never gives a model more heads than this, unless it has more leaves
 
@@ -26,6 +26,12 @@ class NewShape:
     head_kind: str = FULL
     head_rank: int | None = None  # of projected heads; None: whole matrices
     shared_anchor: bool = False  # projected heads: one vocabulary matrix for all leaves
+
+
+def check_head_kind(kind: str, rank: int | None, shared: bool | None) -> None:
+    """Raise FieldError for fields that only projected heads have."""
+    if kind != PROJECTED and (rank is not None or shared):
+        raise FieldError("{head_rank} and {shared_anchor} need {head_kind} projected")
 
 
 def init_fields(old: Shape, new: NewShape) -> dict[str, Any]:
@@ -70,7 +76,7 @@ def check_init(old: Shape, new: NewShape) -> Shape:
 
 
 def default_heads(n_leaves: int) -> int:
-    """Four heads per leaf, but at most eight in all: each costs as much memory as the embedding.
+    """Four heads per leaf, but at most eight in all: each full head costs as much memory as the embedding.
 
     >>> [default_heads(n) for n in (1, 2, 4, 16)]
     [4, 8, 8, 16]

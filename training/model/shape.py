@@ -206,8 +206,9 @@ class Shape:
         """How much of a model one decoding step reads, for the leaf that reads most.
 
         sizes: checkpoint tensor -> its size, in parameters or bytes; the result is in the same unit. A step reads the
-        blocks and gates on the way to the leaf, its norm and head gate, one row each of the embedding and the
-        positions, the whole anchor head, and fast_k rows of every other head of the leaf (all rows without fast-k).
+        blocks and gates on the way to the leaf, its norm, head gate and projections, one row each of the embedding and
+        the positions, and the leaf's matrix; of the other heads' matrices fast_k rows. Without fast-k it reads a whole
+        matrix for every head.
         """
 
         def of_leaf(leaf: str, splits: list[str]) -> float:
@@ -215,7 +216,8 @@ class Shape:
             parts += [f"{kind}.{name}." for name in splits for kind in ("paths", "gates")]
             own = self.head_allocation[leaf]
             parts += [f"heads.{j}.projection" for j in own if j in self.projected_heads]
-            anchor, *others = dict.fromkeys(self.matrix_of(leaf, j) for j in own)  # each matrix is read once
+            matrices = [self.matrix_of(leaf, j) for j in own]
+            anchor, *others = dict.fromkeys(matrices) if self.fast_k else matrices
             rows = sizes[EMBEDDING] / self.vocab_size + sizes[POSITIONS] / self.n_positions
             candidates = (self.fast_k or self.vocab_size) / self.vocab_size
             heads = sizes[self.head_name(anchor)] + candidates * sum(sizes[self.head_name(j)] for j in others)
@@ -264,6 +266,6 @@ class Shape:
         if self.head_kind not in HEAD_KINDS:
             raise InputError(f"head_kind '{self.head_kind}' must be one of {', '.join(HEAD_KINDS)}")
         if self.head_kind == FULL and (self.head_rank is not None or self.shared_anchor):
-            raise FieldError("{head_rank} and {shared_anchor} need {head_kind} projected")
+            raise InputError("head_rank and shared_anchor need head_kind projected")
         if self.head_rank is not None and not 1 <= self.head_rank <= self.n_embd:
             raise InputError(f"head_rank {self.head_rank} must be from 1 to n_embd ({self.n_embd})")
