@@ -12,6 +12,7 @@ import torch
 
 import dmpt_export.onnx.export as export_module
 import runtime
+from dmpt_export.check import verify
 from dmpt_export.check.float_kernels import force_turns, read_graph
 from dmpt_export.check.tolerances import EXACT, TOLERANCES
 from dmpt_export.check.verify import ENOUGH, SEED, prompt_length, sent_to
@@ -24,6 +25,7 @@ from quant.checkpoint import load_weights, save_quantized
 from tests.helpers.exports import all_scales, wrong_scale
 from tests.helpers.models import random_model
 from training.checkpoints.checkpoint import save_model
+from training.errors import ValidationError
 from training.model.generation import DMPTForCausalLM
 
 DUAL: dict[str, Any] = {"splits": [2], "heads": 8, "fast_k": 16}
@@ -203,3 +205,20 @@ def test_forcing_takes_every_token_to_the_node_and_changes_nothing_else(target: 
             np.testing.assert_allclose(log_probs, want.log_probs, rtol=0, atol=TOLERANCES[EXACT].max_abs)
         leaves = [leaf for leaf in model.config.leaves if leaf == node or leaf.startswith(f"{node}_")]
         assert {model.config.leaves[i] for i in routes} <= set(leaves)
+
+
+def test_candidates_that_tie_are_not_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that the anchor cannot tell apart but other heads can: rounding decides which one is a candidate."""
+    model = random_model([2], 4, fast_k=16)
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for anchor in (0, 2):  # pairs of rows that differ by rounding; one token is alone, so that pairs get cut
+            rows = model.heads[anchor].weight
+            rows[1::2] = rows[:-1:2] * (1 + 1e-7 * torch.randn(48, 32, generator=random))
+    save_model(model, tmp_path / "source")
+    parity = export_onnx(tmp_path / "source", tmp_path / "onnx")["parity"]
+    assert parity["whole"]["candidate_ties"] > 5
+    assert parity["whole"]["max_abs_diff"] < 1e-4
+    monkeypatch.setattr(verify, "EDGE", 0.0)
+    with pytest.raises(ValidationError, match="largest log-prob difference"):
+        export_onnx(tmp_path / "source", tmp_path / "other")
