@@ -18,6 +18,7 @@ import pytest
 from dmpt_export.cli.main import cli, main
 from dmpt_export.requests.bench import BenchRequest
 from dmpt_export.requests.compare import CompareRequest
+from dmpt_export.requests.convert import ConvertRequest
 from dmpt_export.requests.eval import EvaluateRequest
 from dmpt_export.requests.init import InitRequest
 from dmpt_export.requests.onnx import ExportRequest
@@ -39,6 +40,7 @@ LEAST: dict[str, tuple[list[str], Any]] = {
     "eval": (["m", "--data", "t"], EvaluateRequest("m", ("t",))),
     "bench": (["m", "n"], BenchRequest(("m", "n"))),
     "compare": (["m", "n"], CompareRequest(("m", "n"))),
+    "convert": (["m", "o"], ConvertRequest("m", Path("o"))),
 }
 SHOWN = {"as_json", "echo", "form", "tensors", "verbose"}  # how a result is printed
 PLACES = {"model_argument", "out_argument"}  # of train, which takes model and out in two ways

@@ -1,4 +1,4 @@
-"""From a GPT-2's shape to a DMPT's: what `init` changes, checked before torch is imported. Standard library only."""
+"""What `init` and `convert` change in a model's shape, checked before torch is imported. Standard library only."""
 
 from __future__ import annotations
 
@@ -73,6 +73,31 @@ def init_fields(old: Shape, new: NewShape) -> dict[str, Any]:
 def check_init(old: Shape, new: NewShape) -> Shape:
     """The shape of the model that init_from_gpt2 would build. Raises as init_fields, and for fields that do not fit."""
     return Shape.of(vars(old) | init_fields(old, new))
+
+
+def projected_fields(old: Shape, rank: int | None) -> dict[str, Any]:
+    """The fields that change when full heads become projected ones of a rank (None: whole matrices), without a shared
+    anchor. Raises InputError when the model has no head that could be projected, or one that two anchors would need."""
+    if old.head_kind == PROJECTED:
+        raise InputError("this model's heads are already projected")
+    if rank is not None and not 1 <= rank <= old.n_embd:
+        raise FieldError("{head_rank} {} must be from 1 to the model's width {}", rank, old.n_embd)
+    fields = {"head_kind": PROJECTED, "head_rank": rank, "shared_anchor": False}
+    new = Shape.of(vars(old) | fields)
+    if not new.projected_heads:
+        raise InputError(
+            f"no head of this model can be projected: each is an anchor or head 0 ({old.head_allocation}); give a DMPT "
+            "with several heads per leaf"
+        )
+    for j in new.projected_heads:
+        anchors = {leaf: heads[0] for leaf, heads in old.head_allocation.items() if j in heads}
+        if len(set(anchors.values())) > 1:
+            of = ", ".join(f"{leaf}: head {anchor}" for leaf, anchor in anchors.items())
+            raise InputError(
+                f"head {j} is shared by leaves with different anchors ({of}), and one projection cannot serve both: "
+                "give a model whose leaves share only heads with the same anchor"
+            )
+    return fields
 
 
 def default_heads(n_leaves: int) -> int:
