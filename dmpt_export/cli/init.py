@@ -9,7 +9,6 @@ import click
 
 from dmpt_export.cli.checks import Finite, no_verify, overwrite
 from dmpt_export.requests.init import InitRequest
-from training.model.shape import FULL, HEAD_KINDS
 
 
 def parse_splits(context: click.Context, parameter: click.Parameter, text: str) -> list[int] | None:
@@ -34,7 +33,7 @@ def parse_splits(context: click.Context, parameter: click.Parameter, text: str) 
               "vocabulary; 256 is a good start.")  # fmt: skip
 @click.option("--head-topk", type=click.IntRange(min=1), metavar="H",
               help="Heads mixed per token. Default: all of the leaf.")  # fmt: skip
-@click.option("--head-kind", type=click.Choice(HEAD_KINDS), default=FULL, show_default=True,
+@click.option("--head-kind", type=click.Choice(["full", "projected"]), default="full", show_default=True,
               help="What the heads besides the anchors are: full, a vocabulary matrix each; projected, a small "
               "matrix in front of their anchor (0.6 M parameters instead of 38.6 M in GPT-2 small).")  # fmt: skip
 @click.option("--head-rank", type=click.IntRange(min=1), metavar="R",
