@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dmpt_export.extras import require
-from training.errors import OptionError
-from training.model.shape import FULL
+from training.errors import OptionError, usage
 from training.progress import say
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ class InitRequest:
     head_allocation: Path | None = None  # JSON file of the heads of each leaf, instead of their number
     fast_k: int | None = None  # candidates of the anchor head; None: the whole vocabulary
     head_topk: int | None = None  # heads mixed per token; None: all of the leaf
-    head_kind: str = FULL  # or projected
+    head_kind: str = "full"  # or projected
     head_rank: int | None = None  # of projected heads; None: whole matrices
     shared_anchor: bool = False  # projected heads: one vocabulary matrix for all leaves
     noise: float = 1e-3  # standard deviations of the embedding
@@ -59,7 +58,6 @@ class InitRequest:
         require("train")
         from training.checkpoints.folder import float_folder, read_head_allocation, read_shape
         from training.checkpoints.places import check_inputs, check_new
-        from training.errors import usage
         from training.model.new_shape import NewShape, check_head_kind, check_init
 
         with usage():
