@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.helpers.checkpoints import edit_tensors, one_line
+from tests.helpers.models import random_model
 from tests.helpers.tolerances import TOLERANCE
 from training.checkpoints.checkpoint import copy_tokenizer, expected_shapes, load_model, load_state, save_model
 from training.model.shape import Shape
@@ -133,6 +134,21 @@ def test_transformers_reads_and_writes_the_same_folder(tiny_dmpt: Path, tmp_path
     assert torch.equal(model.log_probs(IDS), ours(tiny_dmpt))
     model.save_pretrained(tmp_path / "theirs")
     assert torch.equal(ours(tmp_path / "theirs"), ours(tiny_dmpt))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_reads_and_writes_projected_heads(tied: bool, tmp_path: Path) -> None:
+    from training.model.generation import DMPTForCausalLM
+
+    fields: dict[str, Any] = {"head_kind": "projected", "head_rank": 5, "shared_anchor": True}
+    model = random_model([2], 8, fast_k=16, tie_word_embeddings=tied, **fields)
+    model.save_pretrained(tmp_path / "theirs")
+    save_model(model, tmp_path / "mine")
+    for folder in ("theirs", "mine"):
+        for read in (DMPTForCausalLM.from_pretrained, load_model):
+            again = read(tmp_path / folder)
+            assert again.config.projected_heads == [1, 2, 3, 4, 5, 6, 7]
+            assert all(torch.equal(again.state_dict()[name], value) for name, value in model.state_dict().items())
 
 
 def test_untied_model_in_a_tied_config_is_not_written(tiny_dmpt: Path, tmp_path: Path) -> None:
