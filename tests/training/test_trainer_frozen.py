@@ -40,6 +40,20 @@ def test_a_tied_head_0_freezes_the_embedding_it_is(tmp_path: Path) -> None:
     assert "transformer.wpe.weight" in moved
 
 
+def test_projected_heads_freeze_by_number_and_learn_at_the_rate_of_heads(tmp_path: Path) -> None:
+    """Also under fast-k, where they read a matrix that is not theirs."""
+    kind: dict[str, Any] = {"head_kind": "projected", "head_rank": 4, "shared_anchor": True, "fast_k": 16}
+    model = random_model([2], 4, **kind)
+    rates = {name: group["lr"] for group in parameter_groups(model, options(head_lr=0.5)) for name in group["names"]}
+    assert {rates[name] for name in rates if "projection" in name} == {0.5}
+    before = parameters(model)
+    freeze = json.dumps({"0": {"lm_headers": {"1": True, "2": True}}})
+    train(model, TOKENS, options(max_steps=2, fast_k_loss=True, freeze_schedule=freeze), tmp_path / "run")
+    projections = {name for name in changed(model, before) if "projection" in name}
+    assert projections == {"heads.3.projection.down.weight", "heads.3.projection.up.weight"}
+    assert "heads.0.weight" in changed(model, before)
+
+
 def test_the_only_head_of_plain_gpt2_is_never_frozen(tmp_path: Path) -> None:
     model = random_model([], 1)
     before = parameters(model)
