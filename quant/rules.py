@@ -197,6 +197,15 @@ def assign(
     return {name: rule for name, rule in chosen.items() if rule.scheme != FLOAT}
 
 
+def still_needed(
+    rules: Iterable[Rule], first: Sequence[Rule], shapes: Mapping[str, Sequence[int]], tied: bool
+) -> list[Rule]:
+    """The rules, except those whose tensors all get one of `first`: rules of a plan beside the user's own."""
+    taken = {name for name in shapes if any(_matches(rule.pattern, name, tied) for rule in first)}
+    matched = {rule: {name for name in shapes if _matches(rule.pattern, name, tied)} for rule in rules}
+    return [rule for rule, names in matched.items() if not names or names - taken]
+
+
 def _heads_besides_anchors(rule: Rule, won: list[str], anchors: Mapping[str, set[str]]) -> list[str]:
     """The heads that a rule for deltas applies to. Raises InputError if it matches none, or other tensors."""
     deltas = [name for name in won if name in anchors]

@@ -70,16 +70,18 @@ def command(**fields: Any) -> None:
 
     \b
     Next:
-      dmpt-export train OUT tuned --data text.txt
+      dmpt-export train OUT tuned --recipe deployed --data text.txt
     """
     request = InitRequest(**fields)
     made = request.run(request.check())
     out, shape = request.out, made.shape
     if not made.has_tokenizer:
         click.echo(f"{request.source} has no tokenizer, so {out} has none: training on text needs one", err=True)
+    mixed = any(len(heads) > 1 for heads in shape.head_allocation.values())
+    fast_k = f" --fast-k {min(256, shape.vocab_size)}" if mixed and not shape.fast_k else ""
     leaves = ", ".join(f"{leaf} {shape.head_allocation[leaf]}" for leaf in shape.leaves)
     click.echo(
-        f"{out}: {made.parameters:,} parameters, splits {shape.splits}, heads {leaves}; "
-        f"next: dmpt-export train {out} TUNED --data TEXT",
+        f"{out}: {made.parameters:,} parameters, splits {shape.splits}, {shape.head_kind} heads {leaves}; "
+        f"next: dmpt-export train {out} TUNED --recipe deployed{fast_k} --data TEXT",
         err=True,
     )

@@ -64,7 +64,7 @@ def command(context: click.Context, /, **_fields: Any) -> None:
 
     \b
     Examples:
-      dmpt-export train dmpt tuned --data train.txt --eval-data valid.txt --max-steps 2000
+      dmpt-export train dmpt tuned --recipe deployed --data train.txt --eval-data valid.txt --max-steps 2000
       dmpt-export train gpt2 gpt2-tuned --data train.txt --max-steps 2000      the fair control
       dmpt-export train --out tuned --resume                                   after Ctrl-C
       dmpt-export train gpt2 big --data train.txt.xz --recipe dual-multi-head

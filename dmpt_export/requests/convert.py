@@ -75,6 +75,8 @@ class ConvertRequest:
         from training.checkpoints.files import check_pt
         from training.checkpoints.folder import read_head_allocation
 
+        if Path(self.source).is_dir():
+            raise FieldError("{} is a folder: give a .pt file, or {heads} projected for a DMPT's folder", self.source)
         check_pt(Path(self.source))
         if self.tokenizer is not None:
             check_tokenizer(self.tokenizer)
@@ -132,7 +134,7 @@ class ConvertRequest:
             )
         notes = [
             f"{model.num_parameters():,} parameters became {fitted.model.num_parameters():,}",
-            f"KL to the full heads: {fitted.kl:.4f} nats per token, on {fitted.tokens:,} tokens held out from the fit",
+            f"KL to the full heads: {fitted.kl:.6f} nats per token, on {fitted.tokens:,} tokens held out from the fit",
             f"perplexity on them: {fitted.perplexity:.2f}, with the full heads {fitted.perplexity_before:.2f}",
         ]
         card = f"Projected heads, fitted to the full heads of `{Path(self.source).name}`.\n\n{as_list(notes)}"

@@ -115,7 +115,7 @@ class QuantizeRequest:
     def check_files(self) -> Found:
         from quant.planning.plan import check_target
         from quant.planning.saved_plan import read_plan
-        from quant.rules import anchors_of, parse_rule
+        from quant.rules import anchors_of, parse_rule, still_needed
         from quant.schemes import check_installed
         from quant.text import read_ids
         from training.checkpoints.folder import float_folder, read_shape, tensor_shapes
@@ -123,7 +123,8 @@ class QuantizeRequest:
 
         calibrated = self.calib is not None
         earlier = read_plan(self.plan) if self.plan else None
-        rules = [*(parse_rule(rule, calibrated) for rule in self.rules), *(earlier.rules if earlier else [])]
+        own = [parse_rule(rule, calibrated) for rule in self.rules]
+        rules = [*own, *(earlier.rules if earlier else [])]
         if earlier and not calibrated:
             earlier.check_text()
         chosen = [part.strip().partition(":")[0] for part in self.choice.split(",")] if self.planned else []
@@ -137,6 +138,8 @@ class QuantizeRequest:
         shape = read_shape(folder)
         shape.check_exportable()
         shapes = tensor_shapes(folder, shape)
+        if earlier and shapes:
+            rules = [*own, *still_needed(earlier.rules, own, shapes, shape.tie_word_embeddings)]
         if shapes and self.planned:
             check_target(shapes, anchors_of(shape), self.choice, self.target())
         elif shapes:

@@ -40,7 +40,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("train {gpt2} {full} --data {text}", 3, "is not empty and holds no training run"),
     ("train {gpt2} {full} --data {text} --recipe quad", 3, "is not empty and holds no training run"),
     ("train {gpt2} {out} --data {text} --recipe quart", 3, "there is no recipe 'quart'"),
-    ("train {gpt2} {out} --data {text} --recipe deployed", 3, "splits [6] do not fit 4 blocks"),
+    ("train {gpt2} {out} --data {text} --recipe quad", 3, "splits [6, 9] do not fit 4 blocks"),
     ("train {gpt2} {out} --data {text} --recipe {recipe}", 3, "lr must be a number, not 'fast'"),
     ("train {gpt2} {out} --data {text} --splits 5", 3, "splits [5] do not fit 4 blocks"),
     ("train {gpt2} {out} --data {text} --batch-size 0", 2, "--batch-size 0 must be at least 1"),

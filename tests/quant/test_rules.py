@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from quant.rules import FLOAT, Rule, assign, default_rules, is_transposed, parse_rule
+from quant.rules import FLOAT, Rule, assign, default_rules, is_transposed, parse_rule, still_needed
 from quant.schemes import SCHEMES
 from training.checkpoints.checkpoint import expected_shapes
 from training.errors import InputError
@@ -128,6 +128,23 @@ def test_rules_read_back_as_written() -> None:
     ):
         assert str(parse_rule(text)) == text
     assert Rule("a", "int4", 32).as_dict() == {"pattern": "a", "scheme": "int4", "block": 32, "asymmetric": False}
+
+
+def test_rules_of_a_plan_give_way_to_the_users() -> None:
+    shapes = {
+        "heads.1.projection.weight": (4, 4),
+        "heads.2.projection.weight": (4, 4),
+        "transformer.wte.weight": (9, 4),
+    }
+    plan = [parse_rule(f"{pattern}=int4") for pattern in ("heads.*.projection*", "transformer.wte", "paths.left.*")]
+
+    def left(*own: str) -> list[str]:
+        return [rule.pattern for rule in still_needed(plan, [parse_rule(rule) for rule in own], shapes, tied=True)]
+
+    assert left() == [rule.pattern for rule in plan]
+    assert left("heads.*.projection*=int8") == ["transformer.wte", "paths.left.*"]
+    assert left("heads.1.projection=int8") == [rule.pattern for rule in plan]  # one of two tensors is still its
+    assert left("heads.0=int8") == ["heads.*.projection*", "paths.left.*"]  # tied; a plan of another model still errs
 
 
 def test_bits_stand_for_schemes() -> None:

@@ -65,6 +65,40 @@ def test_a_dmpt_is_trained_into_a_checkpoint(
     assert [set(record) & {"loss", "eval_loss"} for record in metrics(out)] == [{"loss"}, {"loss"}, {"eval_loss"}]
 
 
+@pytest.mark.parametrize("options", ["--head-kind projected --shared-anchor", "--splits 1 --heads 4"])
+def test_a_dmpt_that_keeps_its_shape_is_noted(
+    options: str, tiny_dmpt: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with click.Context(command, info_name="train") as context:
+        command.parse_args(context, [str(tiny_dmpt), str(tmp_path / "out"), "--data", text, *options.split()])
+        request_of(context).check()
+    named = ", ".join(part for part in options.split() if part.startswith("--"))
+    assert f"note: the model keeps its shape, so {named} has no effect" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        ("--head-kind projected", 0, ""),
+        ("--splits 2 --head-rank 4", 2, "--head-rank and --shared-anchor need --head-kind projected"),
+        ("--shared-anchor", 2, "--head-rank and --shared-anchor need --head-kind projected"),
+    ],
+)
+def test_train_makes_projected_heads_of_a_gpt2(
+    options: str, code: int, said: str, tiny_gpt2: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["train", str(tiny_gpt2), str(tmp_path / "out"), "--data", text, *options.split(), *SMALL]
+    assert main(line) == code
+    assert said in capsys.readouterr().err
+    assert code or read_config(tmp_path / "out").projected_heads == [1, 2, 3, 5, 6, 7]
+
+
+def test_the_recommended_recipe_fits_a_shallow_gpt2(tiny_gpt2: Path, text: str, tmp_path: Path) -> None:
+    line = ["train", str(tiny_gpt2), str(tmp_path / "out"), "--data", text, "--recipe", "deployed", *SMALL]
+    assert main([*line, "--fast-k", "16"]) == 0
+    assert read_config(tmp_path / "out").splits == [2]
+
+
 def test_without_head_mixture_every_leaf_has_one_head(tiny_gpt2: Path, text: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     line = ["train", str(tiny_gpt2), str(out), "--data", text, "--splits", "1,2", "--no-use_head_mixture", *SMALL]

@@ -17,7 +17,7 @@ from training.cli.run_folder import last_of, run_of, saved_state
 from training.cli.usual import SCRATCH, warning
 from training.errors import FieldError, InputError, OptionError, usage
 from training.loop.freeze import expanded
-from training.loop.options import TrainOptions, read_freeze_schedule
+from training.loop.options import TrainOptions, flag, read_freeze_schedule
 from training.model.new_shape import NewShape, check_head_kind, check_init
 from training.model.shape import FULL, ROOT, Shape
 from training.progress import say, tell
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from training.model.generation import DMPTForCausalLM
 
 PHASE = "phase-{}"  # folder of a recipe's phase, by its number from 1
+SHAPING = ("splits", "heads", "head_allocation", "head_kind", "head_rank", "shared_anchor")  # as in init
 DEFAULT_TEXTS = {"data": ["wikitext-103"], "eval_data": ["wikitext-103:validation"]}
 
 
@@ -185,6 +186,9 @@ class TrainRequest:
             assert self.model is not None
             shape = read_shape(float_folder(self.model))
         changes = None if found.first is not None else self.changes(shape, found.recipe)
+        unused = ", ".join(flag(name) for name in SHAPING if getattr(self, name) is not None)
+        if changes is None and unused and is_first():
+            tell(f"note: the model keeps its shape, so {unused} has no effect: dmpt-export init changes a GPT-2")
         if changes is not None:
             shape = check_init(shape, changes)
         shape.check_exportable()

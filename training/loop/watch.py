@@ -112,7 +112,11 @@ class Watcher:
         for leaf, share in routes.items():
             self.low[leaf] = self.low[leaf] + 1 if share < COLLAPSED else 0
             if self.low[leaf] == PATIENCE:
-                self.warn(step, f"routing collapse: path '{leaf}' gets {share:.1%} of the tokens; raise --lb-coef")
+                self.warn(
+                    step,
+                    f"routing collapse: path '{leaf}' gets {share:.1%} of the tokens; raise --lb-coef, "
+                    "or lower --switch-coef if it is set",
+                )
         return record
 
     def write(self, record: dict[str, Any]) -> None:
