@@ -197,7 +197,8 @@ def test_recipes_train_all_their_phases(recipe: str, workplace: Path, capsys: py
         short = {"batch_size": 2, "grad_accum_steps": 1, "max_length": 16, "max_steps": 1}
         assert {name: options[name] for name in phase} == phase | {k: v for k, v in short.items() if k in phase}
     config = read_config(out)
-    assert (config.splits, config.n_vocab_heads) == (written.init.get("splits", [config.n_layer // 2]), written.init["heads"])
+    half = [config.n_layer // 2]
+    assert (config.splits, config.n_vocab_heads) == (written.init.get("splits", half), written.init["heads"])
     model, last = load_model(out), load_model(runs[-1])
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), last.parameters(), strict=True))
     capsys.readouterr()

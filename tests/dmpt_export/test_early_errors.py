@@ -126,7 +126,7 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("convert {none} {out}", 3, "does not exist or is not a file"),
     ("convert {text} {out}", 3, "is not a PyTorch checkpoint"),
     ("convert {gpt2} {full}", 3, "is not empty and is not a dmpt-export checkpoint folder"),
-    ("convert {dmpt} {out}", 3, "does not exist or is not a file: give a .pt file"),
+    ("convert {dmpt} {out}", 3, "is a folder: give a .pt file, or --heads projected"),
     ("convert {dmpt} {out} --calib {text}", 2, "--head-rank and --calib are for --heads projected"),
     ("convert {dmpt} {out} --head-rank 4", 2, "--head-rank and --calib are for --heads projected"),
     ("convert {dmpt} {out} --heads full --calib {text}", 2, "'full' is not 'projected'"),
