@@ -90,7 +90,9 @@ def leaf_rows(model: DMPTForCausalLM, leaf: str, h: Tensor, projected: Collectio
         mass = log_c.logsumexp(-1).exp()
         kept, own = torch.logsumexp(scored[stays], 0), log_pi[:, [not stay for stay in stays]]
         parts.append((mass, kept, own, want, *([] if candidates is None else [candidates])))
-        weights += model.leaf_log_probs(leaf, x, config.fast_k).exp().sum(0)
+        inside = log_c.logsumexp(-1, keepdim=True) + want
+        deployed = want if candidates is None else log_anchor.scatter(-1, candidates, inside)
+        weights += deployed.exp().sum(0)
     mass, kept, own, want, *rest = (torch.cat(part) for part in zip(*parts, strict=True))
     heads = [j for j, stay in zip(allocated, stays, strict=True) if not stay]
     return Rows(heads, h, rest[0] if rest else None, mass, kept, own, want, weights)

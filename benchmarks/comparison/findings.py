@@ -44,9 +44,9 @@ def reading(rows: Sequence[Row]) -> str:
     )
 
 
-def apart(row: Row, controls: dict[str, Row]) -> str:
+def apart(row: Row, control_of: dict[str, Row]) -> str:
     """Why a DMPT row has no verdict beside controls stored otherwise: size and speed would measure the storage."""
-    stored = ", ".join(f"{control.name} as {scheme}" for scheme, control in reversed(controls.items()))
+    stored = ", ".join(f"{control.name} as {scheme}" for scheme, control in reversed(control_of.items()))
     return f"no verdict (stored as {row.scheme}, but {stored})"
 
 

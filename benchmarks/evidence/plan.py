@@ -62,8 +62,7 @@ DMPT = {"tether_coef": 0.0, "freeze_head0_steps": 0, "lb_coef": 0.01, "gold_aux_
 # Paths and heads are trained as deployed: one path per token, the anchor's candidates.
 PATHS = {"train_path_selection": "gate_expected", "gate_temp": 1.0}
 SOFT = {"train_path_selection": "gate_soft", "gate_temp": 1.2}
-
-
+# How the heads of a leaf get their vocabulary matrices: fields of the configuration
 HEADS: dict[str, dict[str, Any]] = {
     "full": {},
     "projected": {"head_kind": "projected"},
@@ -76,7 +75,7 @@ class Variant:
     about: str
     splits: int = 0  # number of splits on a path
     heads: int = 1  # total vocabulary heads
-    kind: str = "full"  # of HEADS: how the heads of a leaf get their vocabulary matrix
+    kind: str = "full"  # of HEADS
     tuned: bool = True  # False: the base unchanged
     flops_of: str | None = None  # train for as many operations as this variant, not for as many tokens
     train: dict[str, Any] = field(default_factory=dict)  # options that differ from the common ones

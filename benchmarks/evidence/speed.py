@@ -77,11 +77,8 @@ class Workshop:
     """Makes the models to be timed, once."""
 
     def __init__(self, work: Path, sizes: dict[str, Any], chosen: Sequence[Model] = ()) -> None:
-        self.work, self.sizes, self.chosen = (
-            work,
-            sizes,
-            chosen or MODELS,
-        )  # sizes: smaller than GPT-2 small, for a test
+        self.work, self.chosen = work, chosen or MODELS
+        self.sizes = sizes  # smaller than GPT-2 small, for a test
         work.mkdir(parents=True, exist_ok=True)
 
     def cli(self, *arguments: str | Path) -> None:

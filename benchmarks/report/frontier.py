@@ -44,12 +44,12 @@ def draw(rows: Sequence[Row]) -> svg.Markup:
     if not (drawing := drawn(rows)):
         return svg.Markup()
 
-    def draw(width: float, height: float, class_: str) -> svg.Markup:
+    def at_size(width: float, height: float, class_: str) -> svg.Markup:
         again = drawn(rows, width, height)
         assert again is not None
         return svg.picture(again.name, width, height, *again.parts, class_=class_)
 
-    figure = svg.sized(draw, NARROW, WIDE)
+    figure = svg.sized(at_size, NARROW, WIDE)
     key = svg.legend([family for family, _ in drawing.families], [index for _, index in drawing.families])
     return svg.tag("figure", key, figure, svg.tag("figcaption", drawing.note), aria_label=title(rows))
 

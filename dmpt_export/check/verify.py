@@ -204,7 +204,7 @@ def sent_to(model: DMPTForCausalLM, hidden: Hidden, node: str) -> Reference:
 
 
 def close_edges(model: DMPTForCausalLM, hidden: Hidden, routes: Tensor) -> Tensor:
-    """Whether the last candidate of each row's anchor is nearly as likely as the first token that is none: [1, S]."""
+    """Whether each row's last candidate and the next token are nearly equally likely under its anchor: bool [1, S]."""
     import torch
 
     config, close = model.config, torch.zeros_like(routes, dtype=torch.bool)

@@ -58,11 +58,11 @@ class InitRequest:
         require("train")
         from training.checkpoints.folder import float_folder, read_head_allocation, read_shape
         from training.checkpoints.places import check_inputs, check_new
-        from training.model.new_shape import NewShape, check_head_kind, check_init
+        from training.model.new_shape import NewShape, check_init
+        from training.model.shape import check_head_kind
 
         with usage():
             check_head_kind(self.head_kind, self.head_rank, self.shared_anchor)
-
         check_new(self.out, "checkpoint", self.overwrite)
         check_inputs(self.out, self.source, self.head_allocation)
         allocation = None if self.head_allocation is None else read_head_allocation(self.head_allocation)

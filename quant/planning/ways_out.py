@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from inspect import signature
 
 from quant.forms.packing import fit_block
-from quant.planning.groups import Group, candidates_of
+from quant.planning.groups import Group, candidates_of, groups_of
 from quant.rules import FLOAT, LINEAR, Rule, parse_rule
 from quant.schemes import SCHEMES
 from quant.schemes.blockwise import FIELD
@@ -20,7 +20,8 @@ TRIES = ("int4-gptq:128", "int4-gptq:128,delta-r16", "int2-gptq:128,int4-gptq:12
 
 
 def ways_out(groups: Sequence[Group], shapes: Mapping[str, Sequence[int]], size: float, least: float) -> str:
-    """A sentence with the least size of each list of candidates that goes below `least`; those within `size` fit.
+    """The least size of each list of candidates that goes below `least`, and with projected heads; those within `size`
+    fit.
 
     shapes: as in the checkpoint; size, least: bytes, with everything that stays float32.
     """
@@ -33,10 +34,28 @@ def ways_out(groups: Sequence[Group], shapes: Mapping[str, Sequence[int]], size:
             continue
         if smallest < least and (not found or smallest < found[-1][1]):
             found.append((candidates, smallest))
-    if not found:
-        return "no other candidates are smaller"
-    told = [f"{c}: {size_of / 1e6:.2f} MB{', fits' if size_of <= size else ''}" for c, size_of in found]
-    return f"least sizes with other candidates: {'; '.join(told)}"
+
+    def told(what: str, size_of: int) -> str:
+        return f"{what}: {size_of / 1e6:.2f} MB{', fits' if size_of <= size else ''}"
+
+    said = "no other candidates are smaller"
+    if found:
+        said = f"least sizes with other candidates: {'; '.join(told(*pair) for pair in found)}"
+    if (small := with_projected_heads(groups, shapes)) is not None and small < least:
+        said += f". {told(f'Projected heads (dmpt-export convert --heads projected) and {TRIES[0]}', small)}"
+    return said
+
+
+def with_projected_heads(groups: Sequence[Group], shapes: Mapping[str, Sequence[int]]) -> int | None:
+    """Least bytes of the whole model with projections in place of heads that could be deltas; None without such."""
+    heads = {name for group in groups if group.anchor for name in group.tensors}
+    if not heads:
+        return None
+    smaller: dict[str, Sequence[int]] = {name: shape for name, shape in shapes.items() if name not in heads}
+    smaller |= {f"{name.removesuffix('weight')}projection.weight": 2 * (shapes[name][1],) for name in heads}
+    stored = groups_of(smaller, {})
+    rest = sum(math.prod(shape) for shape in smaller.values()) - sum(group.weights for group in stored)
+    return 4 * rest + sum(least_bytes(group, smaller, TRIES[0]) for group in stored)
 
 
 def least_bytes(group: Group, shapes: Mapping[str, Sequence[int]], candidates: str) -> int:

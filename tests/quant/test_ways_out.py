@@ -9,10 +9,11 @@ import pytest
 
 from quant.checkpoint import save_quantized
 from quant.planning.groups import CANDIDATES, candidates_of, groups_of
-from quant.planning.ways_out import estimate, ways_out
+from quant.planning.ways_out import estimate, ways_out, with_projected_heads
 from quant.rules import anchors_of, parse_rule
 from quant.schemes.low_rank import DELTAS
-from training.checkpoints.checkpoint import load_state
+from tests.helpers.models import saved_model
+from training.checkpoints.checkpoint import load_state, read_config
 from training.errors import InputError
 
 
@@ -39,13 +40,25 @@ def test_smaller_candidates_are_named_with_their_size(tiny_dmpt: Path) -> None:
     config, arrays = load_state(tiny_dmpt)
     shapes = {name: array.shape for name, array in arrays.items()}
     groups = groups_of(shapes, anchors_of(config))
-    said = ways_out(groups, shapes, 60_000, 110_000)
+    said, _, projected = ways_out(groups, shapes, 60_000, 110_000).partition(". Projected heads ")
     assert said.startswith("least sizes with other candidates: ")
+    assert projected.startswith("(dmpt-export convert --heads projected) and int4-gptq:128: 0.")
     sizes = [float(part.split(": ")[1].split(" MB")[0]) for part in said.split("candidates: ")[1].split("; ")]
     assert sizes == sorted(sizes, reverse=True)
     assert len(sizes) >= 2
     assert [part.endswith("fits") for part in said.split("; ")] == [size <= 0.06 for size in sizes]
     assert ways_out(groups, shapes, 10, 100) == "no other candidates are smaller"
+
+
+def test_the_size_with_projected_heads_is_what_is_stored(tmp_path: Path) -> None:
+    source = saved_model(tmp_path / "full", [2], 6, fast_k=16)
+    _, arrays = load_state(source)
+    shapes = {name: array.shape for name, array in arrays.items()}
+    projected = saved_model(tmp_path / "projected", [2], 6, fast_k=16, head_kind="projected")
+    reports = save_quantized(projected, None, "int4:128")
+    groups = groups_of(shapes, anchors_of(read_config(source)))
+    assert with_projected_heads(groups, shapes) == sum(report.bytes_after for report in reports)
+    assert with_projected_heads(groups_of(shapes, {}), shapes) is None  # no head that is not an anchor
 
 
 def test_the_error_shows_the_way_out(tiny_dmpt: Path, text: Path, tmp_path: Path) -> None:

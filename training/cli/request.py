@@ -18,8 +18,8 @@ from training.cli.usual import SCRATCH, warning
 from training.errors import FieldError, InputError, OptionError, usage
 from training.loop.freeze import expanded
 from training.loop.options import TrainOptions, flag, read_freeze_schedule
-from training.model.new_shape import NewShape, check_head_kind, check_init
-from training.model.shape import FULL, ROOT, Shape
+from training.model.new_shape import NewShape, check_init
+from training.model.shape import FULL, ROOT, Shape, check_head_kind
 from training.progress import say, tell
 from training.text.sources import FIELD, check_source, is_dataset
 

@@ -40,6 +40,8 @@ def fast_k_gold(inputs: Sequence[Tensor], matrices: Sequence[Tensor], log_pi: Te
     h, *others = (x.flatten(0, -2) for x in inputs)
     log_anchor, ids = _head_at(h, matrices[0], labels.flatten(), k)  # (n, K + 1): the candidates, then the label
     weights = log_pi.flatten(0, -2)
+    gathers = any(matrix is matrices[0] for matrix in matrices[1:])
+    most = GATHERED // ((k + 1) * h.shape[-1]) if gathers else MANY_ROWS
     parts = [
         checkpoint(
             _fast_k_gold,
@@ -51,7 +53,7 @@ def fast_k_gold(inputs: Sequence[Tensor], matrices: Sequence[Tensor], log_pi: Te
             use_reentrant=False,
             preserve_rng_state=False,
         )
-        for rows in _slices(h, GATHERED // ((k + 1) * h.shape[-1]))
+        for rows in _slices(h, most)
     ]
     return torch.cat(parts).view(labels.shape)
 

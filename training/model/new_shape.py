@@ -28,12 +28,6 @@ class NewShape:
     shared_anchor: bool = False  # projected heads: one vocabulary matrix for all leaves
 
 
-def check_head_kind(kind: str, rank: int | None, shared: bool | None) -> None:
-    """Raise FieldError for fields that only projected heads have."""
-    if kind != PROJECTED and (rank is not None or shared):
-        raise FieldError("{head_rank} and {shared_anchor} need {head_kind} projected")
-
-
 def init_fields(old: Shape, new: NewShape) -> dict[str, Any]:
     """The fields that training.model.init.init_from_gpt2 changes. Raises InputError as it does, and MemoryError for
     sizes that this machine cannot hold."""

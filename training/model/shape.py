@@ -260,12 +260,14 @@ class Shape:
             raise InputError(f"head_topk {self.head_topk} must be from 1 to the heads of a leaf ({most})")
         if self.gate_temp <= 0 or self.head_gate_temp <= 0:
             raise InputError("gate_temp and head_gate_temp must be above 0")
-        self._check_head_kind()
-
-    def _check_head_kind(self) -> None:
         if self.head_kind not in HEAD_KINDS:
             raise InputError(f"head_kind '{self.head_kind}' must be one of {', '.join(HEAD_KINDS)}")
-        if self.head_kind == FULL and (self.head_rank is not None or self.shared_anchor):
-            raise InputError("head_rank and shared_anchor need head_kind projected")
+        check_head_kind(self.head_kind, self.head_rank, self.shared_anchor)
         if self.head_rank is not None and not 1 <= self.head_rank <= self.n_embd:
             raise InputError(f"head_rank {self.head_rank} must be from 1 to n_embd ({self.n_embd})")
+
+
+def check_head_kind(kind: str, rank: int | None, shared: bool | None) -> None:
+    """Raise FieldError for fields that only projected heads have."""
+    if kind != PROJECTED and (rank is not None or shared):
+        raise FieldError("{head_rank} and {shared_anchor} need {head_kind} projected")
