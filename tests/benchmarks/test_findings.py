@@ -10,7 +10,6 @@ from benchmarks.comparison.ranking import rankings
 from benchmarks.comparison.result import Comparison
 from benchmarks.report.page import page
 from tests.helpers.rows import BASE, DMPT, TUNED, quality, row
-from training.checkpoints.record import Phase, Record
 
 
 def test_dmpt_is_read_against_its_control_of_the_same_scheme() -> None:
@@ -74,10 +73,6 @@ def test_best_trade_offs_are_named() -> None:
     assert "Best trade-offs of perplexity, decode time and size: GPT-2 fine-tuned fp32, DMPT fp32." in (
         Comparison([TUNED[0], DMPT[0], untimed], ["text"], []).notes()
     )
-
-
-def trained(tokens: int, base: str = "b", data: str = "d") -> Record:
-    return Record(base, (Phase(tokens, 10, 1e9, 0, data, 64),))
 
 
 def test_other_tokens_do_not_compare() -> None:
