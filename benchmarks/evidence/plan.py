@@ -52,6 +52,12 @@ SCALES = {
         vocab=4096, layers=4, width=128, heads=4, context=256, batch=16, base_steps=1000, tune_steps=500, fast_k=64,
         split=2, second_split=3, warmup=100, tune_lr=1e-3,
     ),
+    # The base of "pilot", then three times as long at nearly the base's rate, on text of which no line is seen twice.
+    "warm": Scale(
+        bytes={"base": 40 * MB, "tune": 40 * MB, "tune_wiki2": 3 * MB, "valid": ALL, "test": ALL},
+        vocab=4096, layers=4, width=128, heads=4, context=256, batch=16, base_steps=1000, tune_steps=1500, fast_k=64,
+        split=2, second_split=3, warmup=100, tune_lr=1.5e-3,
+    ),
 }  # fmt: skip
 
 # The settings of every run, chosen on the validation text for plain GPT-2, so that the control is not at a
