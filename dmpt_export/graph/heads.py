@@ -8,7 +8,7 @@ h --- anchor (all V logits) --- log-softmax --- TopK ----+---- candidates C, mas
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -31,11 +31,11 @@ def leaf_log_probs(
     anchor, *others = config.head_allocation[leaf]
     name = f"mixture.{leaf}"
     moves = projections(b, config, weights, leaf, h)
-    log_anchor = _log_softmax(b, _full_logits(b, config, weights, leaf, anchor, h, moves), f"heads.{anchor}")
+    log_anchor = log_softmax(b, _full_logits(b, config, weights, leaf, anchor, h, moves), f"heads.{anchor}")
     if not others:
         return log_anchor, None
     rows = b.op("Reshape", h, b.ints(-1, config.n_embd), name=f"{name}.rows")
-    log_pi = _head_log_weights(b, config, weights, leaf, rows)  # (n, H)
+    log_pi = head_log_weights(b, config, weights, leaf, rows)  # (n, H)
     if config.fast_k is None:
         weight_of = [_column(b, log_pi, i, f"{name}.log_pi.{i}") for i in range(1 + len(others))]  # each (n, 1)
         parts = [b.op("Add", log_anchor, weight_of[0], name=f"{name}.part")]
@@ -43,25 +43,53 @@ def leaf_log_probs(
             full = _full_logits(b, config, weights, leaf, j, h, moves)
             if j not in moves and form_of(weights[config.head_name(j)]).adds_to_anchor:
                 full = b.op("Add", log_anchor, to_float(b, full, f"heads.{j}"), name=f"heads.{j}.deltas")
-            full = _log_softmax(b, full, f"heads.{j}")
+            full = log_softmax(b, full, f"heads.{j}")
             parts.append(b.op("Add", full, log_w, name=f"{name}.part"))
         return _log_sum_exp(b, parts, name), log_pi
-    k = b.ints(config.fast_k)
-    log_c, candidates = b.ops("TopK", log_anchor, k, name=f"{name}.candidates", outputs=2, axis=-1, sorted=0)
+
+    def score(candidates: ir.Value) -> list[tuple[ir.Value, bool]]:
+        return [
+            candidate_logits(b, config, weights, leaf, group, h, moves, candidates)
+            for group in groups(config, weights, leaf)
+        ]
+
+    return fast_mixture(b, config.fast_k, name, log_anchor, log_pi, score), log_pi
+
+
+def fast_mixture(
+    b: Builder,
+    fast_k: int,
+    name: str,
+    log_anchor: ir.Value,
+    log_pi: ir.Value,
+    score: Callable[[ir.Value], list[tuple[ir.Value, bool]]],
+) -> ir.Value:
+    """The anchor's log-probs [1, n, V] with the mixture on its candidates: log_pi [n, H] -> [1, n, V].
+
+    score: candidates [1, n, K] -> the other heads' logits, in order, each [1, n, heads, K] and whether they are to be
+    added to the anchor's.
+    """
+    log_c, candidates = b.ops(
+        "TopK", log_anchor, b.ints(fast_k), name=f"{name}.candidates", outputs=2, axis=-1, sorted=0
+    )
     mass = b.op("ReduceLogSumExp", log_c, b.ints(2), name=f"{name}.mass", keepdims=1)
     # The anchor's log-probs of the candidates serve as its logits: normalised over them, they are log_c - mass.
     anchors = b.op("Unsqueeze", log_c, b.ints(2), name=f"{name}.anchor")
     logits = []
-    for group in groups(config, weights, leaf):
-        part, adds = candidate_logits(b, config, weights, leaf, group, h, moves, candidates)
+    for part, adds in score(candidates):
         part = to_float(b, part, name)
         logits.append(b.op("Add", part, anchors, name=f"{name}.deltas") if adds else part)
     within = b.op("Concat", anchors, *logits, name=f"{name}.logits", axis=2)  # (1, n, H, K)
-    within = b.op("LogSoftmax", within, name=f"{name}.log_softmax", axis=-1)
-    weighed = b.op("Add", within, b.op("Unsqueeze", log_pi, b.ints(2), name=f"{name}.log_pi"), name=f"{name}.weighed")
-    mixed = b.op("ReduceLogSumExp", weighed, b.ints(2), name=f"{name}.within", keepdims=0)
+    mixed = mix(b, within, log_pi, name)
     log_c = b.op("Add", mass, mixed, name=f"{name}.log_c")
-    return b.op("ScatterElements", log_anchor, candidates, log_c, name=name, axis=2), log_pi
+    return b.op("ScatterElements", log_anchor, candidates, log_c, name=name, axis=2)
+
+
+def mix(b: Builder, logits: ir.Value, log_pi: ir.Value, name: str) -> ir.Value:
+    """log of the heads' mixture over the last axis: logits [1, n, H, m], log_pi [n, H] -> [1, n, m]."""
+    parts = b.op("LogSoftmax", logits, name=f"{name}.log_softmax", axis=-1)
+    weighed = b.op("Add", parts, b.op("Unsqueeze", log_pi, b.ints(2), name=f"{name}.log_pi"), name=f"{name}.weighed")
+    return b.op("ReduceLogSumExp", weighed, b.ints(2), name=f"{name}.within", keepdims=0)
 
 
 def _full_logits(
@@ -78,7 +106,7 @@ def _full_logits(
     return project(b, weights, matrix, head_input(b, moves, j, h))
 
 
-def _head_log_weights(b: Builder, config: DMPTConfig, weights: Weights, leaf: str, h: ir.Value) -> ir.Value:
+def head_log_weights(b: Builder, config: DMPTConfig, weights: Weights, leaf: str, h: ir.Value) -> ir.Value:
     """log pi over the leaf's heads: [n, E] -> [n, H], float32; -inf for heads that head_topk leaves out."""
     prefix = f"head_gates.{leaf}"
     logits = gate_mlp(b, weights, prefix, h, "Gelu")  # exact GELU here, the tanh form in blocks
@@ -91,7 +119,7 @@ def _head_log_weights(b: Builder, config: DMPTConfig, weights: Weights, leaf: st
         shape = b.op("Shape", logits, name=f"{prefix}.shape")
         dropped = b.op("Expand", lowest, shape, name=f"{prefix}.dropped")
         logits = b.op("ScatterElements", dropped, which, kept, name=f"{prefix}.kept", axis=1)
-    return _log_softmax(b, logits, prefix)
+    return log_softmax(b, logits, prefix)
 
 
 def gate_mlp(b: Builder, weights: Weights, prefix: str, x: ir.Value, activation: str) -> ir.Value:
@@ -111,7 +139,7 @@ def to_float(b: Builder, x: ir.Value, name: str) -> ir.Value:
     return b.op("Cast", x, name=f"{name}.float", to=int(ir.DataType.FLOAT))
 
 
-def _log_softmax(b: Builder, logits: ir.Value, name: str) -> ir.Value:
+def log_softmax(b: Builder, logits: ir.Value, name: str) -> ir.Value:
     return b.op("LogSoftmax", to_float(b, logits, name), name=f"{name}.log_softmax", axis=-1)
 
 

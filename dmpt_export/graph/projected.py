@@ -36,6 +36,34 @@ def head_input(b: Builder, moves: Mapping[int, ir.Value], j: int, h: ir.Value) -
     return b.op("Add", h, moves[j], name=f"heads.{j}.input") if j in moves else h
 
 
+def from_anchor(b: Builder, moves: Mapping[int, ir.Value], anchor: int, heads: Sequence[int]) -> ir.Value:
+    """P h of projected heads, less the anchor's if it has one: moves [1, n, E] -> [1, n, heads, E]."""
+    parts = []
+    for j in heads:
+        move = moves[j]
+        if anchor in moves:
+            move = b.op("Sub", move, moves[anchor], name=f"heads.{j}.from_anchor")
+        parts.append(b.op("Unsqueeze", move, b.ints(2), name=f"heads.{j}.by_head"))
+    return b.op("Concat", *parts, name=f"heads.{'_'.join(map(str, heads))}.vectors", axis=2)
+
+
+def on_candidates(
+    b: Builder,
+    config: DMPTConfig,
+    weights: Weights,
+    vectors: ir.Value,
+    candidates: ir.Value,
+    name: str,
+    matrix: int = 0,
+) -> ir.Value:
+    """Products with the candidates' rows of a head's matrix: vectors [1, n, heads, E], candidates [1, n, K] ->
+    [1, n, heads, K]."""
+    flat = b.op("Reshape", candidates, b.ints(1, -1), name=f"{name}.ids")
+    rows = gather_rows(b, weights, config.head_name(matrix), flat, f"{name}.rows")
+    rows = b.op("Reshape", rows, b.ints(1, -1, config.fast_k or 0, config.n_embd), name=f"{name}.rows.by_token")
+    return b.op("FusedMatMul", vectors, rows, name=f"{name}.on_candidates", domain=MSFT, transB=1)
+
+
 def candidate_logits(
     b: Builder,
     config: DMPTConfig,
@@ -48,15 +76,5 @@ def candidate_logits(
     """What projected heads add to the anchor's logits: moves [1, n, E], candidates [1, n, K] -> [1, n, heads, K]."""
     anchor = config.head_allocation[leaf][0]
     name = f"heads.{'_'.join(map(str, heads))}"
-    parts = []
-    for j in heads:
-        move = moves[j]
-        if anchor in moves:
-            move = b.op("Sub", move, moves[anchor], name=f"heads.{j}.from_anchor")
-        parts.append(b.op("Unsqueeze", move, b.ints(2), name=f"heads.{j}.by_head"))
-    vectors = b.op("Concat", *parts, name=f"{name}.vectors", axis=2)
-    matrix = config.head_name(config.matrix_of(leaf, anchor))
-    flat = b.op("Reshape", candidates, b.ints(1, -1), name=f"{name}.ids")
-    rows = gather_rows(b, weights, matrix, flat, f"{name}.rows")
-    rows = b.op("Reshape", rows, b.ints(1, -1, config.fast_k or 0, config.n_embd), name=f"{name}.rows.by_token")
-    return b.op("FusedMatMul", vectors, rows, name=f"{name}.on_candidates", domain=MSFT, transB=1)
+    vectors = from_anchor(b, moves, anchor, heads)
+    return on_candidates(b, config, weights, vectors, candidates, name, config.matrix_of(leaf, anchor))

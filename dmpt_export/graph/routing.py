@@ -20,9 +20,10 @@ import onnx_ir as ir
 
 from dmpt_export.graph.blocks import Past, Stream, Timeline, block_prefixes, norm_stream, segment
 from dmpt_export.graph.builder import Builder, Spec
-from dmpt_export.graph.heads import gate_mlp, leaf_log_probs
+from dmpt_export.graph.heads import gate_mlp
+from dmpt_export.graph.leaf import OwnMatrices, ending
 from quant.forms.weights import Weights
-from runtime.graph_io import cache_specs, head_specs
+from runtime.graph_io import cache_specs
 from training.model.config import DMPTConfig
 from training.model.shape import Node
 
@@ -59,8 +60,12 @@ class Router:
     rows: dict[str, ir.Value] = field(default_factory=dict)  # split node -> its new output rows
     on: dict[str, ir.Value] = field(default_factory=dict)  # node -> bool [B, N]: routed through it
     present: dict[str, Past] = field(default_factory=dict)
-    log_probs: dict[str, ir.Value] = field(default_factory=dict)  # leaf -> [1, rows routed to it, V]
+    leaf_results: dict[str, list[ir.Value]] = field(default_factory=dict)  # leaf -> see dmpt_export.graph.leaf
     head_log_weights: dict[str, ir.Value] = field(default_factory=dict)  # leaf with heads -> [rows routed to it, H]
+
+    @property
+    def ending(self) -> OwnMatrices:
+        return ending(self.config, self.weights)
 
     def choose(self, b: Builder, node: Node, x: ir.Value) -> ir.Value:
         """The child that each of the last N rows takes: [B, R, E] -> int64 [B, N], 0 left, 1 right; a tie goes left."""
@@ -101,17 +106,17 @@ class Router:
             kept = [inner.op("Identity", cache, name=f"{node.prefix}.kept") for cache in caches]
             return [*self._skipped(inner, node), *kept]
 
-        first, *rest = b.branch(needed, then, otherwise, specs, name=node.prefix)
+        results = b.branch(needed, then, otherwise, specs, name=node.prefix)
+        results, caches = results[: -2 * len(prefixes)], results[-2 * len(prefixes) :]
         if node.children is None:
-            self.log_probs[node.name] = first
-            if len(self.config.head_allocation[node.name]) > 1:
-                self.head_log_weights[node.name], *rest = rest
+            self.leaf_results[node.name] = results
+            if results[1:]:
+                self.head_log_weights[node.name] = results[1]
         else:
-            self.rows[node.name] = first
-            choice, *rest = rest
+            self.rows[node.name], choice = results
             self.fork(b, node, choice)
         for i, prefix in enumerate(prefixes):
-            self.present[prefix] = Past(rest[2 * i], rest[2 * i + 1])
+            self.present[prefix] = Past(caches[2 * i], caches[2 * i + 1])
 
     def _run(self, b: Builder, node: Node) -> tuple[Stream, dict[str, Past]]:
         """Catch up: the node's blocks over its pending rows and its parent's new ones."""
@@ -132,21 +137,16 @@ class Router:
 
     def _result_specs(self, b: Builder, node: Node) -> list[Spec]:
         if node.children is None:
-            shape = (1, f"routed_{node.name}", self.config.vocab_size)
-            return [
-                Spec(f"log_probs.{node.name}", ir.DataType.FLOAT, shape),
-                *map(Spec.of, head_specs(node.name, self.config.head_allocation)),
-            ]
+            return self.ending.specs(b, node.name)
         return [
             Spec(f"rows.{node.name}", b.dtype, ("batch", f"rows_{node.name}", self.config.n_embd)),
             Spec(f"choice.{node.name}", ir.DataType.INT64, ("batch", "last")),
         ]
 
     def _leaf_results(self, b: Builder, node: Node, stream: Stream) -> list[ir.Value]:
-        """Run the heads on the rows routed here only: [(1, routed, V)]."""
+        """Results of the rows routed here, which alone are left of the stream."""
         h, _ = norm_stream(b, self.weights, stream, f"{node.prefix}.ln_f", self.config.layer_norm_epsilon)
-        log_probs, log_pi = leaf_log_probs(b, self.config, self.weights, node.name, h)
-        return [log_probs, *([log_pi] if log_pi is not None else [])]
+        return self.ending.results(b, node.name, h)
 
     def _fork_results(self, b: Builder, node: Node, stream: Stream) -> list[ir.Value]:
         rows = stream.total(b, f"{node.prefix}.output")
@@ -155,10 +155,7 @@ class Router:
     def _skipped(self, b: Builder, node: Node) -> list[ir.Value]:
         """Outputs of a node that did not run: no rows, and for an inner node an unused choice."""
         if node.children is None:
-            shapes: list[tuple[int, ...]] = [(1, 0, self.config.vocab_size)]
-            if (heads := len(self.config.head_allocation[node.name])) > 1:
-                shapes.append((0, heads))
-            return [empty(b, shape, ir.DataType.FLOAT, node.name) for shape in shapes]
+            return [empty(b, spec, node.name) for spec in self.ending.specs(b, node.name)]
         nothing = b.op(
             "Slice", self.rows[node.parent or ""], b.ints(0), b.ints(0), b.ints(1), name=f"{node.prefix}.no_rows"
         )
@@ -166,24 +163,35 @@ class Router:
         return [nothing, b.op("Cast", here, name=f"{node.prefix}.no_choice", to=int(ir.DataType.INT64))]
 
     def in_order(self, b: Builder) -> tuple[ir.Value, ir.Value]:
-        """(log_probs [B, N, V], routes int64 [B, N]) from the leaves' outputs, rows back in their order."""
-        leaves = self.config.leaves
-        computed = [self.log_probs[leaf] for leaf in leaves]
-        some = self.on[leaves[0]]
-        one = b.op("Equal", b.op("Size", some, name="last.size"), b.ints(1, scalar=True), name="last.is_one")
+        """(log_probs [B, N, V], routes int64 [B, N]) from the leaves' results, rows back in their order."""
+        leaves, ending = self.config.leaves, self.ending
+        specs = ending.specs(b, leaves[0])[: ending.ordered]
+        axes = [spec.shape.index(f"routed_{leaves[0]}") for spec in specs]
+        by_result = [[self.leaf_results[leaf][i] for leaf in leaves] for i in range(len(specs))]
+        one = b.op(
+            "Equal", b.op("Size", self.on[leaves[0]], name="last.size"), b.ints(1, scalar=True), name="last.is_one"
+        )
 
-        def as_they_are(inner: Builder) -> list[ir.Value]:
-            return [inner.op("Concat", *computed, name="log_probs.of_one", axis=1)]
+        def joined(inner: Builder) -> list[ir.Value]:
+            return [
+                inner.op("Concat", *parts, name=f"leaves.{i}.joined", axis=axis)
+                for i, (parts, axis) in enumerate(zip(by_result, axes, strict=True))
+            ]
 
         def reordered(inner: Builder) -> list[ir.Value]:
-            rows = inner.op("Concat", *computed, name="log_probs.by_leaf", axis=1)
-            flat = inner.op("Gather", rows, self._order(inner), name="log_probs.flat", axis=1)
-            shape = self.tail.by_batch(inner, self.config.vocab_size)
-            return [inner.op("Reshape", flat, shape, name="log_probs.ordered")]
+            order = self._order(inner)
+            return [
+                inner.op("Gather", part, order, name=f"leaves.{i}.ordered", axis=axis)
+                for i, (part, axis) in enumerate(zip(joined(inner), axes, strict=True))
+            ]
 
-        spec = Spec("log_probs.all", ir.DataType.FLOAT, ("batch", "last", self.config.vocab_size))
-        (log_probs,) = b.branch(one, as_they_are, reordered, [spec], name="log_probs.order")
-        return log_probs, self._routes(b)
+        ordered = [
+            Spec(f"leaves.{i}", spec.dtype, tuple("tail" if isinstance(n, str) else n for n in spec.shape))
+            for i, spec in enumerate(specs)
+        ]
+        flat = ending.finish(b, b.branch(one, joined, reordered, ordered, name="leaves.order"))
+        shape = self.tail.by_batch(b, self.config.vocab_size)
+        return b.op("Reshape", flat, shape, name="log_probs.by_batch"), self._routes(b)
 
     def _order(self, b: Builder) -> ir.Value:
         """For each flat position [B * N], the index of its row among the computed rows, leaf after leaf."""
@@ -211,6 +219,8 @@ def positions_of(b: Builder, mask: ir.Value, name: str) -> ir.Value:
     return b.op("Reshape", where, b.ints(-1), name=f"routes.{name}.positions")
 
 
-def empty(b: Builder, shape: tuple[int, ...], dtype: ir.DataType, name: str) -> ir.Value:
-    zero = ir.tensor(np.zeros(1, dtype.numpy()))
+def empty(b: Builder, spec: Spec, name: str) -> ir.Value:
+    """A result with no rows: 0 for each size that is not fixed."""
+    shape = (0 if isinstance(size, str) else size for size in spec.shape)
+    zero = ir.tensor(np.zeros(1, spec.dtype.numpy()))
     return b.op("ConstantOfShape", b.ints(*shape), name=f"{name}.skipped", value=zero)

@@ -26,6 +26,11 @@ TREES: dict[str, dict[str, Any]] = {
         "splits": [1, 2], "heads": 8, "fast_k": 16, "head_kind": "projected", "shared_anchor": True, "head_rank": 8,
     },
     "projected, all heads": {"splits": [2], "heads": 4, "head_kind": "projected", "shared_anchor": True},
+    "projected, one head each": {"splits": [1, 2], "heads": 4, "head_kind": "projected", "shared_anchor": True},
+    "projected, unequal leaves": {
+        "splits": [2], "heads": 2, "fast_k": 9, "head_kind": "projected", "shared_anchor": True,
+        "head_allocation": {"left": [0], "right": [1, 2]},
+    },
     "projected, shared heads": {
         "splits": [2], "heads": 2, "fast_k": 7, "head_kind": "projected", "seed": 1,
         "head_allocation": {"left": [0, 1, 2], "right": [3, 1, 0]},
