@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from benchmarks.evidence.plan import HEADS
 
-Switching = Literal["natural", "never", "always"]
+Switching = Literal["natural", "never", "always"] | float  # a number: the share of tokens that switch, at random
 SPLIT = 6
 SPREAD = 5.0  # scale of the final norm: predictions as far from uniform as a trained model's, so that garbage shows
 MARK = 0.1  # value in the one channel that encodes positions; the other entries of an embedding are about 0.03
@@ -26,7 +26,7 @@ class Shape:
     kind: str = "full"  # of benchmarks.evidence.plan.HEADS
 
     def __str__(self) -> str:
-        return "-".join([str(self.heads), self.switching, *([self.kind] if self.kind != "full" else [])])
+        return "-".join([str(self.heads), str(self.switching), *([self.kind] if self.kind != "full" else [])])
 
 
 def make_gpt2(out: Path, **sizes: Any) -> None:
@@ -62,12 +62,17 @@ def make_dmpt(out: Path, shape: Shape, split: int = SPLIT, **sizes: Any) -> None
 
 
 def rig(model: Any, switching: Switching) -> None:
-    """Let the position alone choose the path: always left, alternating at every token, or at random."""
+    """Let the position alone choose the path: always left, alternating at every token, at random, or at a given share
+    of tokens a different one from the token before."""
     import torch
 
-    n = model.config.n_positions
-    coin = torch.randint(0, 2, (n,), generator=torch.Generator().manual_seed(SEED))
-    steer(model, {"root": {"never": torch.zeros(n), "always": torch.arange(n) % 2, "natural": coin}[switching]})
+    n, random = model.config.n_positions, torch.Generator().manual_seed(SEED)
+    if isinstance(switching, float):
+        turns = (torch.rand(n, generator=random) < switching).cumsum(0) % 2
+    else:
+        coin = torch.randint(0, 2, (n,), generator=random)
+        turns = {"never": torch.zeros(n), "always": torch.arange(n) % 2, "natural": coin}[switching]
+    steer(model, {"root": turns})
 
 
 def steer(model: Any, goes_right: Mapping[str, Any]) -> None:

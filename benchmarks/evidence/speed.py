@@ -65,6 +65,9 @@ MODELS = (
     Model("DMPT always", models.Shape(switching="always")),
     Model("DMPT projected", models.Shape(kind="projected")),
     Model("DMPT one anchor", models.Shape(kind="one-anchor")),
+    Model("DMPT one anchor never", models.Shape(kind="one-anchor", switching="never")),
+    Model("DMPT one anchor 20 %", models.Shape(kind="one-anchor", switching=0.2)),
+    Model("DMPT one anchor 35 %", models.Shape(kind="one-anchor", switching=0.35)),
     Model("DMPT 16 heads", models.Shape(heads=16)),
     Model("DMPT K=64", models.Shape(), 64),
     Model("DMPT K=1024", models.Shape(), 1024),
@@ -104,7 +107,7 @@ class Workshop:
         return out
 
     def exported(self, model: Model, scheme: str) -> Target:
-        out = self.work / "onnx" / f"{model.name.replace(' ', '_')}-{scheme}"
+        out = self.work / "onnx" / f"{model.name.replace(' ', '_').replace('%', 'pc')}-{scheme}"
         if not out.is_dir():
             say(f"making {model.name} {scheme}")
             fast_k = [] if model.shape is None else ["--fast-k", str(min(model.fast_k, self.vocab_size))]

@@ -31,7 +31,7 @@ TINY = {"vocab_size": 300, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_hea
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
-@pytest.mark.parametrize("switching", ["never", "always", "natural"])
+@pytest.mark.parametrize("switching", ["never", "always", "natural", 0.2])
 def test_rigged_gates_do_as_told_when_quantized(switching: Any, scheme: str, tmp_path: Path) -> None:
     import runtime
     from dmpt_export.onnx.export import export_onnx
@@ -44,10 +44,8 @@ def test_rigged_gates_do_as_told_when_quantized(switching: Any, scheme: str, tmp
     with runtime.load(tmp_path / "onnx", threads=1) as model:
         routes = model.score(ids)[1]
     changes = int(np.count_nonzero(np.diff(routes)))
-    if switching == "natural":
-        assert 20 < changes < 43
-    else:
-        assert changes == {"never": 0, "always": 63}[switching]
+    least, most = {"never": (0, 0), 0.2: (6, 20), "natural": (21, 42), "always": (63, 63)}[switching]
+    assert least <= changes <= most
 
 
 def test_the_whole_command_on_small_models(
