@@ -111,8 +111,12 @@ VARIANTS = {
     "dual-projected": Variant("two paths, four heads each, three of them projected", 1, 8, "projected"),
     "dual-one-anchor": Variant("two paths, eight heads, one vocabulary matrix", 1, 8, "one-anchor"),
     "dual-steady": Variant("dual with steady routes", 1, 2, train={"switch_coef": 0.03}),
+    "dual-one-anchor-balanced": Variant(
+        "one vocabulary matrix, gates held to balance", 1, 8, "one-anchor", train={"lb_coef": 0.1}
+    ),
     "dual-one-anchor-steady": Variant(
-        "one vocabulary matrix, steady routes", 1, 8, "one-anchor", train={"switch_coef": 0.03}
+        "one vocabulary matrix, steady and balanced routes", 1, 8, "one-anchor",
+        train={"switch_coef": 0.03, "lb_coef": 0.1},
     ),
     "gpt2-flops": Variant("GPT-2, trained for as many operations as dual", flops_of="dual"),
     "dual-soft": Variant("dual trained with gate_soft, but deployed with gate_hard", 1, 2, train=SOFT),
