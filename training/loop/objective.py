@@ -34,12 +34,14 @@ class Objective:
     """The training loss of a model: `Objective(model, options)(ids)`.
 
     A term with coefficient 0 is not computed. Terms that need a choice are skipped where there is none: balance and
-    gold-aux without splits, head terms for a single head, the tether for a model with only one head.
+    gold-aux without splits, head terms for a single head, the tether for a model with only one head, further tokens
+    without draft heads.
     """
 
     def __init__(self, model: DMPTForCausalLM, options: TrainOptions, across: Across = alone) -> None:
         self.model, self.options, self.across = model, options, across
         self.only = trained_leaves(model.config, options)
+        self.step = 0  # of the run, for coefficients that rise
         # The tether's teacher: a copy of the initial head 0, separate from the trained one.
         self.reference: Tensor | None = None
         if options.tether_coef and len(model.heads) > 1:
@@ -66,7 +68,8 @@ class Objective:
         # gate_hard scores a token only by its own leaf, unless gold-aux compares the leaves
         sparse = mode == GATE_HARD and not options.gold_aux_coef
         gold = self.gold(hidden, labels, full, routes if sparse else None)
-        batch = Batch(self.model, hidden, mask, self.across, gold, None, joined, full)
+        same_text, detached = self.same_text(labels, mask), options.next_tokens_detached
+        batch = Batch(self.model, hidden, mask, self.across, gold, None, joined, labels, same_text, detached, full)
         if forked and routes is not None:
             out.routes = masked_mean(F.one_hot(routes, len(hidden.leaves)).float(), mask)
             out.switch_share = masked_mean((routes[:, 1:] != routes[:, :-1]).float(), joined)
@@ -77,9 +80,30 @@ class Objective:
         batch.log_pi = self.head_log_pi(hidden)
         out.heads = {leaf: masked_mean(log_pi.detach().exp(), mask) for leaf, log_pi in batch.log_pi.items()}
         for name, term in TERMS.items():
-            if coef := getattr(options, f"{name}_coef"):
+            if coef := self.coefficient(name):
                 for leaf, value in term(batch):
                     yield f"{name}{leaf}", coef, value
+
+    def coefficient(self, name: str) -> float:
+        """Of a term at the current step."""
+        coef: float = getattr(self.options, f"{name}_coef")
+        rise = self.options.next_tokens_rise
+        return coef * min(1.0, (self.step + 1) / rise) if name == "next_tokens" and rise else coef
+
+    def same_text(self, labels: Tensor, mask: Tensor | None) -> Tensor:
+        """Whether the token i + 2 after each position is in the batch, counts and belongs to its text: labels, mask
+        (B, S) -> (N, B, S). No token from the next one on may be an end of text, except the target."""
+        n, size = self.model.config.next_tokens, labels.shape[1]
+        out = torch.zeros((n, *labels.shape), dtype=torch.bool, device=labels.device)
+        within = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.clone()
+        ends = torch.tensor(tokens(self.model.config.eos_token_id), device=labels.device)
+        goes_on = torch.isin(labels, ends, invert=True)
+        for ahead in range(1, min(n, size - 1) + 1):
+            within = within[:, :-1] & goes_on[:, ahead - 1 : size - 1]
+            if mask is not None:
+                within &= mask[:, ahead:]
+            out[ahead - 1, :, :-ahead] = within
+        return out
 
     def joined(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
         """Whether a token and the next one count and belong to one text: (B, S) -> (B, S - 1). An end of text begins

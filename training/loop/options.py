@@ -57,6 +57,9 @@ class TrainOptions:
     lb_coef: float = opt(1e-3, "load balance: gates split the tokens evenly")
     gold_aux_coef: float = opt(1e-3, "gates learn which leaf gives the next token more probability")
     switch_coef: float = opt(0.0, "steady routes: neighbouring tokens take the same leaf, which is faster on a device")
+    next_tokens_coef: float = opt(0.1, "draft heads: each predicts a token further ahead; no effect without them")
+    next_tokens_rise: int = opt(0, "steps over which --next-tokens-coef rises from zero")
+    next_tokens_detached: bool = opt(False, "draft heads learn, and everything else as if there were none")
     tether_coef: float = opt(5e-4, "KL to a frozen copy of the first head; costs one more head per leaf; 0: off")
     head_lb_coef: float = opt(0.0, "head balance: a leaf uses its heads equally on average")
     head_entropy_coef: float = opt(0.0, "head entropy: every token mixes its heads equally")
@@ -126,6 +129,9 @@ class TrainOptions:
         if self.switch_coef and (leaves or not shape.splits):
             raise FieldError("{switch_coef} is for gates that choose between paths: {}", (
                 f"only {leaves[0]} is trained" if leaves else "this model has no splits"))  # fmt: skip
+        if (self.next_tokens_rise or self.next_tokens_detached) and not shape.next_tokens:
+            name = "next_tokens_rise" if self.next_tokens_rise else "next_tokens_detached"
+            raise FieldError(f"{{{name}}} is for a model with draft heads: make one with init --next-tokens N")
         shape.leaves_of_mode(self.eval_path_selection)
         eval_windows(self, shape.n_positions)
         return shape
