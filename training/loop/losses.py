@@ -71,13 +71,12 @@ def load_balance(
     return total
 
 
-def gold_aux(log_w: Tensor, gold: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`-log w` of the leaf that gives the gold token the highest probability: log_w, gold (L, B, S) -> ().
+def gold_aux(log_w: Tensor, best: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`-log w` of the leaf that gives the gold token the highest probability: log_w (L, B, S), best int64 (B, S) -> ().
 
-    The targets have no gradient: the term trains the gates, not the leaves. A tie counts for the first leaf.
+    The term trains the gates, not the leaves.
     """
-    best = gold.detach().argmax(0, keepdim=True)
-    return masked_mean(-log_w.gather(0, best)[0], mask)
+    return masked_mean(-log_w.gather(0, best[None])[0], mask)
 
 
 def switches(log_w: Tensor, joined: Tensor) -> Tensor:

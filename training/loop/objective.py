@@ -11,7 +11,8 @@ from torch import Tensor
 
 from training.loop.cross_entropy import fast_k_gold, head_gold
 from training.loop.losses import Across, alone, masked_mean
-from training.loop.options import GATE_EXPECTED, TrainOptions, trained_leaves
+from training.loop.options import BEST, GATE_EXPECTED, TrainOptions, trained_leaves
+from training.loop.selection import best_leaves
 from training.loop.terms import TERMS, Batch
 from training.model.dmpt import Hidden
 from training.model.fields import tokens
@@ -28,6 +29,8 @@ class Loss:
     routes: Tensor | None = None  # (L,), share of tokens that gate_hard sends to each leaf
     switch_share: Tensor | None = None  # (), share of tokens that it sends to a different leaf from the token before
     heads: dict[str, Tensor] = field(default_factory=dict)  # leaf -> (H,), mean weight of its heads
+    # Where every leaf is scored: `oracle`, nll if each token took its best leaf, and `foreseen`, how many would: (), ()
+    choices: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Objective:
@@ -67,14 +70,20 @@ class Objective:
         full = self.full_log_probs(hidden)
         # gate_hard scores a token only by its own leaf, unless gold-aux compares the leaves
         sparse = mode == GATE_HARD and not options.gold_aux_coef
-        gold = self.gold(hidden, labels, full, routes if sparse else None)
+        best = self.best(hidden, labels, mask, full, out) if mode == BEST else None
+        gold = self.gold(hidden, labels, full, routes if sparse else best)
         same_text, detached = self.same_text(labels, mask), options.next_tokens_detached
-        batch = Batch(self.model, hidden, mask, self.across, gold, None, joined, labels, same_text, detached, full)
+        batch = Batch(
+            self.model, hidden, mask, self.across, gold, None, joined, labels, same_text, detached, best, full
+        )
         if forked and routes is not None:
             out.routes = masked_mean(F.one_hot(routes, len(hidden.leaves)).float(), mask)
             out.switch_share = masked_mean((routes[:, 1:] != routes[:, :-1]).float(), joined)
             batch.log_w = torch.stack(list(self.model.path_log_weights(hidden.gates).values()))
-            yield "nll", 1.0, masked_mean(-self.choose(gold, batch.log_w, routes, hidden), mask)
+            if best is None and not sparse:
+                out.choices = choices(gold.detach(), routes, mask)
+            taken = routes if best is None else best
+            yield "nll", 1.0, masked_mean(-self.choose(gold, batch.log_w, taken, hidden), mask)
         else:
             yield "nll", 1.0, masked_mean(-gold[0], mask)
         batch.log_pi = self.head_log_pi(hidden)
@@ -83,6 +92,20 @@ class Objective:
             if coef := self.coefficient(name):
                 for leaf, value in term(batch):
                     yield f"{name}{leaf}", coef, value
+
+    @torch.no_grad()
+    def best(
+        self,
+        hidden: Hidden,
+        labels: Tensor,
+        mask: Tensor | None,
+        full: dict[str, tuple[Tensor, Tensor]],
+        out: Loss,
+    ) -> Tensor:
+        """The leaf that is trained on each token, by the scores of all: (B, S)."""
+        gold = self.gold(hidden, labels, full, None)
+        out.choices = choices(gold, self.model.routes(hidden.gates), mask)
+        return best_leaves(gold, mask, self.options.select, self.options.select_balance)
 
     def coefficient(self, name: str) -> float:
         """Of a term at the current step."""
@@ -172,8 +195,8 @@ class Objective:
         gate_soft mixes the leaves by their gate weights, which trains the gates, but mixed leaves come to rely on each
         other. gate_expected weights their losses instead (Jacobs et al. 1991, "Adaptive Mixtures of Local Experts",
         first error function): every leaf must be good alone, as deployed, and a gate learns to predict which leaf is
-        better. gate_hard and max_prob pick one leaf per token. A choice has no gradient, so the gates then learn from
-        gold-aux.
+        better. best trains the leaf that predicts its unit best. gate_hard and max_prob pick one leaf per token. A
+        choice has no gradient, so the gates then learn from gold-aux.
         """
         if self.options.train_path_selection == GATE_EXPECTED:
             return (log_w.exp() * gold).sum(0)
@@ -184,3 +207,12 @@ class Objective:
                 best = [self.model.mixture(leaf, h).amax(-1) for leaf, h in hidden.leaves.items()]
                 routes = torch.stack(best).argmax(0)
         return gold.gather(0, routes[None])[0]
+
+
+def choices(gold: Tensor, routes: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    """Loss.choices: gold (L, B, S), routes (B, S)."""
+    best = gold.max(0)
+    return {
+        "oracle": masked_mean(-best.values, mask),
+        "foreseen": masked_mean((best.indices == routes).float(), mask),
+    }

@@ -31,6 +31,7 @@ class Batch:
     labels: Tensor  # (B, S)
     same_text: Tensor  # (N, B, S) bool: whether the token i + 2 after each position counts and belongs to its text
     detached: bool  # draft heads learn from further tokens, nothing else does
+    best: Tensor | None  # (B, S), the leaf that is trained, where its gold alone is known
     full: dict[str, tuple[Tensor, Tensor]]  # leaf -> log-probs (B, S, V) of the tether's reference and of the leaf
     log_pi: dict[str, Tensor] = field(default_factory=dict)  # leaf with several heads -> (B, S, H)
 
@@ -47,7 +48,8 @@ def load_balance(batch: Batch) -> Iterator[tuple[str, Tensor]]:
 
 def gold_aux(batch: Batch) -> Iterator[tuple[str, Tensor]]:
     if batch.log_w is not None:
-        yield "", losses.gold_aux(batch.log_w, batch.gold, batch.mask)
+        best = batch.gold.detach().argmax(0) if batch.best is None else batch.best
+        yield "", losses.gold_aux(batch.log_w, best, batch.mask)
 
 
 def switch(batch: Batch) -> Iterator[tuple[str, Tensor]]:
