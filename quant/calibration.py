@@ -163,19 +163,28 @@ def _run_block(block: nn.Module, prefix: str, x: Tensor, wanted: Collection[str]
     return {name: total.inputs() for name, total in sums.items()}, out
 
 
-@torch.inference_mode()
 def _head_inputs(
     model: DMPTForCausalLM, gates: dict[str, Tensor], leaves: dict[str, Tensor], wanted: Collection[str]
 ) -> Iterator[dict[str, Inputs]]:
-    """Inputs of each head's wanted matrices, one head at a time: the rows routed to the leaves that use it.
+    """Inputs of each head's wanted matrices, one head at a time: the rows routed to the leaves that use it."""
+    with torch.inference_mode():
+        routed = {
+            leaf: h[model.routes(gates) == i] if gates else h.flatten(0, 1)
+            for i, (leaf, h) in enumerate(leaves.items())
+        }
+        yield from _matrix_inputs(model, routed, wanted)
+        yield from _projection_inputs(model, routed, wanted)
+
+
+def _matrix_inputs(
+    model: DMPTForCausalLM, routed: dict[str, Tensor], wanted: Collection[str]
+) -> Iterator[dict[str, Inputs]]:
+    """Inputs of vocabulary matrices. routed: leaf -> rows [n, E].
 
     A vocabulary matrix gets them from the heads that multiply all of it: its own, anchors that project in front of it,
     and without fast-k all heads that do.
     """
     config = model.config
-    routed = {
-        leaf: h[model.routes(gates) == i] if gates else h.flatten(0, 1) for i, (leaf, h) in enumerate(leaves.items())
-    }
     users: dict[str, list[tuple[str, int]]] = {}  # matrix -> (leaf, head)
     for leaf, heads in config.head_allocation.items():
         for j in heads:
@@ -188,6 +197,13 @@ def _head_inputs(
         if name == "transformer.wte.weight":
             total.moment.diagonal().add_(LOOKED_UP * total.moment.diagonal().mean())
         yield {name: total.inputs()}
+
+
+def _projection_inputs(
+    model: DMPTForCausalLM, routed: dict[str, Tensor], wanted: Collection[str]
+) -> Iterator[dict[str, Inputs]]:
+    """Inputs of projected heads and of draft heads. routed: leaf -> rows [n, E]."""
+    config = model.config
     for j in config.projected_heads:
         x = torch.cat([routed[leaf] for leaf, heads in config.head_allocation.items() if j in heads])
         for name in config.projection_names(j):
@@ -197,3 +213,9 @@ def _head_inputs(
                 total.add(x)
                 yield {name: total.inputs()}
             x = layer(x)
+    for leaf, x in routed.items():
+        drafts = [config.draft_name(leaf, i) for i in range(config.next_tokens)]
+        if any(name in wanted for name in drafts):
+            total = Sum(x.shape[1])
+            total.add(x)
+            yield {name: total.inputs() for name in drafts if name in wanted}

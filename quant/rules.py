@@ -27,7 +27,8 @@ FLOAT = "float32"  # the scheme of a rule that leaves tensors unchanged
 SMOOTHED = "int8-dynamic"  # the scheme whose layers can be balanced (quant.smooth)
 LINEAR = re.compile(r"(transformer|paths\.\w+)\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
 ROWS = re.compile(r"transformer\.wte\.weight|heads\.\d+\.weight")  # also looked up by row
-PROJECTION = re.compile(r"heads\.\d+\.projection(\.down|\.up)?\.weight")  # in front of a head's vocabulary matrix
+DRAFT = re.compile(r"draft_heads\.\w+\.\d+\.weight")  # a draft head
+PROJECTION = re.compile(rf"heads\.\d+\.projection(\.down|\.up)?\.weight|{DRAFT.pattern}")  # before a vocabulary matrix
 EMBEDDING, TIED_HEAD = "transformer.wte.weight", "heads.0.weight"
 MOST_NAMED = 5  # names in one error line
 ASYMMETRIC = "asymmetric"
@@ -123,8 +124,11 @@ def default_rules(scheme: str, block: int | None = None, asymmetric: bool = Fals
     rows = scheme if how.rows else "int8"
     check_options(scheme if how.blocks else rows, block, False)
     check_options(scheme, None, asymmetric)
-    layers = ("*.h.*.attn.c_attn", "*.h.*.attn.c_proj", "*.h.*.mlp.c_fc", "*.h.*.mlp.c_proj", "heads.*.projection*")
-    rules = [Rule(f"{layer}.weight", scheme, block if how.blocks else None, asymmetric) for layer in layers]
+    layers = ("*.h.*.attn.c_attn", "*.h.*.attn.c_proj", "*.h.*.mlp.c_fc", "*.h.*.mlp.c_proj")
+    before_heads = ("heads.*.projection*", "draft_heads.*")
+    rules = [
+        Rule(f"{layer}.weight", scheme, block if how.blocks else None, asymmetric) for layer in (*layers, *before_heads)
+    ]
     block = block if SCHEMES[rows].blocks else None
     return [*rules, Rule("heads.*.weight", rows, block, asymmetric), Rule(EMBEDDING, rows, block, asymmetric)]
 

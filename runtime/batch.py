@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from runtime.cache import Caches, roomier
 from runtime.errors import RequestError
+from runtime.graph_io import DRAFTING
 from runtime.request import check_count, check_ids
 from runtime.sampling import is_whole
 from runtime.sequence import Sequence
@@ -170,6 +171,7 @@ class Batch:
             "total_length": self.total,
             "last": self.last,
             **({"every_node": self.every_node} if self.pending else {}),
+            **({DRAFTING: np.zeros((), np.bool_)} if self.engine.manifest.draft_tokens else {}),
         }
         self.bind_inputs()
         nothing = (self.no_rows.dtype.type, (rows, 0, width), self.no_rows.ctypes.data)

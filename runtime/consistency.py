@@ -77,8 +77,9 @@ def value_faults(manifest: Manifest) -> list[str]:
 def graph_faults(manifest: Manifest) -> list[str]:
     """Whether the inputs and outputs are those that the tree requires, with their types and sizes."""
     rows, cache = manifest.activation_dtype, manifest.cache_dtype
-    inputs = graph_inputs(manifest.tree, manifest.config, rows, cache)
-    outputs = graph_outputs(manifest.tree, manifest.config, rows, cache, manifest.leaves, manifest.head_allocation)
+    tree, sizes, drafts = manifest.tree, manifest.config, manifest.draft_tokens
+    inputs = graph_inputs(tree, sizes, rows, cache, drafts)
+    outputs = graph_outputs(tree, sizes, rows, cache, manifest.leaves, manifest.head_allocation, drafts)
     problems = []
     for field_name, specs, wanted in (("inputs", manifest.inputs, inputs), ("outputs", manifest.outputs, outputs)):
         names = {spec.name for spec in wanted}

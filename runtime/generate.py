@@ -39,23 +39,32 @@ class Generation(Writing):
     def __init__(self, model: Generator, prompt: NDArray[np.int64], sampling: Sampling, limits: Limits) -> None:
         super().__init__(model, prompt, sampling, limits, row=0)
         if limits.speculate:
-            check_speculation(model, sampling)
+            check_speculation(model)
+        self.runs = self.drafted = self.accepted = 0  # runs of the graph; tokens guessed, and those that proved right
 
     def __iter__(self) -> Iterator[Token]:
-        """Feed new tokens and then `guesses` in one run; keep the guesses that the model also chooses."""
+        """Feed new tokens and then `guesses` in one run; keep the guesses that the model also chooses.
+
+        Every token is chosen from the model's own distribution, so guesses change neither a greedy text nor what is
+        drawn at a temperature: they only let one run choose several tokens. It is the verification of Leviathan et al.
+        (2023) for a draft that proposes one token with certainty.
+        """
         if self.ids:
             raise RequestError("this text was already generated: start a new one")
         sequence = self.model.sequence()
         rows = np.empty((1 + self.limits.speculate, self.model.vocab_size), np.float32)
-        lookup = Lookup(self.prompt.tolist(), self.limits.speculate) if self.limits.speculate else None
+        drafting = bool(self.limits.speculate and self.model.manifest.draft_tokens)
+        lookup = Lookup(self.prompt.tolist(), self.limits.speculate) if self.limits.speculate and not drafting else None
         new: list[int] = self.prompt.tolist()
         guesses: list[int] = []
         while True:
             log_probs = rows[: 1 + len(guesses)]
-            routes = sequence.run(new + guesses, log_probs)
+            routes = sequence.run(new + guesses, log_probs, drafting=drafting)
             length = sequence.length - len(guesses)
+            self.runs, self.drafted = self.runs + 1, self.drafted + len(guesses)
             for right, guess in enumerate([*guesses, None]):
                 token = self.take(log_probs[right], routes[right], length + right)
+                self.accepted += token.id == guess
                 yield token
                 if self.stop_reason is not None:
                     return
@@ -63,22 +72,34 @@ class Generation(Writing):
                     lookup.add([token.id])
                 if token.id != guess:
                     break
+            drafts = sequence.drafts()[right].tolist() if drafting else []
             sequence.rewind(length + right)
             new = [token.id]
             if sequence.length == self.model.context:  # on_full is "slide"
                 sequence.reset()
                 new = self.kept()
+            room = self.room(sequence.length + len(new))
             if lookup is not None:
                 lookup.learn(len(guesses), right)
-                guesses = lookup.guess(self.room(sequence.length + len(new)))
+                guesses = lookup.guess(room)
+            else:
+                guesses = drafts[: pairs(min(room, self.limits.speculate, len(drafts)))]
 
     def room(self, used: int) -> int:
         """How many guesses the context and max_new_tokens allow."""
         return min(self.model.context - used, self.limits.max_new_tokens - len(self.ids) - 1)
 
 
-def check_speculation(model: Generator, sampling: Sampling) -> None:
-    sampling.check_greedy()
+def pairs(guesses: int) -> int:
+    """The largest number of drafts that makes the rows of a run even: kernels read weights once for two rows.
+
+    >>> [pairs(n) for n in range(6)]
+    [0, 1, 1, 3, 3, 5]
+    """
+    return guesses - (guesses > 0 and guesses % 2 == 0)
+
+
+def check_speculation(model: Generator) -> None:
     if PER_TENSOR in model.manifest.schemes:
         raise RequestError(
             f"speculate would change the text with {PER_TENSOR} weights, whose rounding depends on how many tokens "

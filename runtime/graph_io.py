@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+DRAFTING, DRAFTS = "drafting", "drafts"  # whether draft heads run, and the tokens that they predict
 HEAD_LOG_WEIGHTS = "head_log_weights"  # outputs of this name and the leaf's: log pi of the rows routed there
 
 
@@ -55,8 +56,11 @@ class Sizes(Protocol):
     def n_head(self) -> int: ...
 
 
-def graph_inputs(nodes: Sequence[Segment], sizes: Sizes, rows: str, cache: str) -> list[TensorSpec]:
-    """All inputs in order. nodes: parents first; rows, cache: types of hidden rows and of keys and values."""
+def graph_inputs(
+    nodes: Sequence[Segment], sizes: Sizes, rows: str, cache: str, next_tokens: int = 0
+) -> list[TensorSpec]:
+    """All inputs in order. nodes: parents first; rows, cache: types of hidden rows and of keys and values; next_tokens:
+    draft heads of a leaf."""
     every_node = [TensorSpec("every_node", "bool", ())] if len(nodes) > 1 else []
     return [
         TensorSpec("input_ids", "int64", ("batch", "tokens")),
@@ -65,6 +69,7 @@ def graph_inputs(nodes: Sequence[Segment], sizes: Sizes, rows: str, cache: str) 
         TensorSpec("total_length", "int32", ()),
         TensorSpec("last", "int64", ()),
         *every_node,
+        *([TensorSpec(DRAFTING, "bool", ())] if next_tokens else []),
         *(TensorSpec(f"pending.{n.name}", rows, ("batch", f"pending_{n.name}", sizes.n_embd)) for n in nodes[1:]),
         *(spec for node in nodes for spec in cache_specs(node, sizes, cache, "past")),
     ]
@@ -77,6 +82,7 @@ def graph_outputs(
     cache: str,
     leaves: Sequence[str],
     allocation: Mapping[str, Sequence[int]],
+    next_tokens: int = 0,
 ) -> list[TensorSpec]:
     """All outputs in order. Exports made before head_log_weights existed lack these."""
     return [
@@ -91,6 +97,7 @@ def graph_outputs(
         ),
         *(spec for node in nodes for spec in cache_specs(node, sizes, cache, "present")),
         *(spec for leaf in leaves for spec in head_specs(leaf, allocation)),
+        *([TensorSpec(DRAFTS, "int64", ("batch", "drafted", next_tokens))] if next_tokens else []),
     ]
 
 

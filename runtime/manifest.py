@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from runtime.graph_io import HEAD_LOG_WEIGHTS, TensorSpec, cache_names
+from runtime.graph_io import DRAFTS, HEAD_LOG_WEIGHTS, TensorSpec, cache_names
 
 ROOT = "root"
 
@@ -90,6 +90,11 @@ class Manifest:
         return [] if self.config.eos_token_id is None else [self.config.eos_token_id]
 
     @property
+    def draft_tokens(self) -> int:
+        """Tokens that draft heads predict after each row's next one; 0 without draft heads."""
+        return int(self.raw["drafts"]["tokens"]) if "drafts" in self.raw else 0
+
+    @property
     def least_onnxruntime(self) -> str | None:
         """The earliest version that has all operators of the graph; None where the export does not state it."""
         return self.raw["requires"]["onnxruntime"] if "requires" in self.raw else None
@@ -116,7 +121,7 @@ class Manifest:
     @property
     def outputs_of_any_size(self) -> list[str]:
         """Outputs whose number of rows depends on the routes: they must be bound again before each run."""
-        return [name for name in self.outputs if name.partition(".")[0] == HEAD_LOG_WEIGHTS]
+        return [name for name in self.outputs if name.partition(".")[0] in (HEAD_LOG_WEIGHTS, DRAFTS)]
 
     def way(self, leaf: str) -> tuple[str, ...]:
         """Names of the nodes from the root down to a leaf."""

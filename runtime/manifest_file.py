@@ -75,6 +75,7 @@ SCHEMA: dict[str, Any] = {
 LATER: dict[str, Any] = {
     "requires": {"onnxruntime": VERSION},
     "branches_own_scales": BOOL,
+    "drafts": {"tokens": COUNT, "vocabulary": COUNT},
     "training": OBJECT_OR_NULL,
     "text": {"prefix": [ID], "end_of_text": [ID]},
 }

@@ -203,9 +203,10 @@ class Model:
         sampling: temperature, top_k, top_p, repetition_penalty and seed, see `runtime.sampling.Sampling`; greedy unless
         one of the first three or seed is given; row i of a list uses the seed plus i. stop: one or several strings that
         end the text. on_full: "stop", or "slide" to continue from the last half of a full context, read again as a new
-        beginning. speculate: guess up to this many tokens from the text so far and check them in one run. It needs
-        greedy decoding, whose output stays the same except where two tokens are equally likely to within kernel
-        rounding (1e-5 for float weights, a few hundredths for int8 and int4, which round activations). After the
+        beginning. speculate: guess up to this many tokens, by the model's draft heads or else from the text
+        so far, and check them in one run. Each token is still chosen from the model's own distribution, with the same
+        random numbers, so the text stays the same except where kernel rounding decides (1e-5 for float weights, a few
+        hundredths for int8 and int4, which round activations). After the
         iteration, the result's `ids`, `text` and `stop_reason` ("end_of_text", "stop_string", "max_new_tokens" or
         "context_full") are complete; for a list, those of each of its `texts`. Raises RequestError before computing
         anything. truncate: where to cut a prompt that does not fit: "left" keeps its end, "right" its beginning,

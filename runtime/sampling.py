@@ -70,13 +70,6 @@ class Sampling:
             return float(self.temperature)
         return 0.0 if self.top_k is None and self.top_p is None and self.seed is None else 1.0
 
-    def check_greedy(self) -> None:
-        """Raise RequestError unless always the likeliest token is taken, which guessing ahead (speculate) needs."""
-        if self.heat > 0:
-            raise RequestError(
-                "speculate needs greedy decoding: leave out temperature, top_k, top_p and seed, or leave out speculate"
-            )
-
     def for_row(self, row: int) -> Sampling:
         """The settings of one prompt of a batch: its seed is the batch's seed plus its row."""
         return self if self.seed is None else replace(self, seed=self.seed + row)

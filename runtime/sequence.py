@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from runtime.cache import Caches, roomier
 from runtime.errors import ModelError
-from runtime.graph_io import HEAD_LOG_WEIGHTS
+from runtime.graph_io import DRAFTING, DRAFTS, HEAD_LOG_WEIGHTS
 from runtime.lookup import MOST_SPECULATED
 from runtime.manifest import ROOT, Node
 from runtime.request import check_count, check_ids
@@ -60,8 +60,10 @@ class Sequence:
         self.total = np.zeros((), np.int32)
         self.last = np.zeros((), np.int64)
         self.every_node = np.zeros((), np.bool_)
+        self.drafting = np.zeros((), np.bool_)
         self.scalars: dict[str, NDArray[Any]] = {"seqlens_k": self.seqlens, "total_length": self.total}
         self.scalars |= {"last": self.last, **({"every_node": self.every_node} if self.splits else {})}
+        self.scalars |= {DRAFTING: self.drafting} if manifest.draft_tokens else {}
         self.routes = np.zeros(0, np.int64)
         self.caches = caches or Caches(engine)
         self.row = row
@@ -104,11 +106,13 @@ class Sequence:
         log_probs: NDArray[np.float32],
         every_node: bool = False,
         tidy: bool = False,
+        drafting: bool = False,
     ) -> NDArray[np.int64]:
         """feed() without checks, for speed: fills `log_probs` [last, vocab] (C order), returns routes.
 
         every_node: let all nodes catch up, also those that no position is routed to, so that nothing is pending.
         tidy: free the memory that the run needed, as always after more than FEW tokens.
+        drafting: let draft heads run; drafts() has their tokens.
         """
         size, start = len(ids), self.length
         total = start + size
@@ -118,6 +122,7 @@ class Sequence:
         self.seqlens[0] = total - 1
         self.total[()] = total
         self.every_node[()] = every_node
+        self.drafting[()] = drafting
         self.bind_call(size, log_probs)
         self.bind_pending()
         self.bind_rows(start, size)
@@ -142,6 +147,12 @@ class Sequence:
                 log_weights = values[self.output_index[f"{HEAD_LOG_WEIGHTS}.{leaf}"]].numpy()
                 out[np.ix_(mine, heads)] = np.exp(log_weights)
         return out
+
+    def drafts(self) -> NDArray[np.int64]:
+        """What draft heads predict after the next token of each wanted position of the last run: [last, draft_tokens].
+        Empty unless it was drafting."""
+        drafts: NDArray[np.int64] = self.binding.get_outputs_as_ortvaluevector()[self.output_index[DRAFTS]].numpy()[0]
+        return drafts
 
     # --- memory -------------------------------------------------------------------------------
 

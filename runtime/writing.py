@@ -39,7 +39,7 @@ class Limits:
     max_new_tokens: int
     stop: str | Many[str] = ()
     on_full: str = STOP  # STOP: end the text; SLIDE: read the last half of the context again as a new beginning
-    speculate: int = 0  # tokens to guess from the text so far (runtime.lookup); greedy decoding only
+    speculate: int = 0  # tokens to guess at once, by draft heads or else from the text so far (runtime.lookup)
 
     def __post_init__(self) -> None:
         many = isinstance(self.stop, Iterable) and not isinstance(self.stop, str)

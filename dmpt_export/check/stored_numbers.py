@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from dmpt_export.check.float_kernels import initializers, read_graph
+from dmpt_export.graph.drafts import draft_weights
 from dmpt_export.inspect.graph_summary import stored_names
 from quant.checkpoint import load_weights
 from quant.forms.delta import LEFT, RIGHT
@@ -21,12 +22,16 @@ from quant.forms.weights import Weight, form_of
 from training.errors import ValidationError
 
 
-def check_stored(graph: Path, source: Path) -> int:
+def check_stored(graph: Path, source: Path, draft_vocabulary: NDArray[np.int64] | None = None) -> int:
     """Compare all initializers that hold tensors of the checkpoint `source`; returns how many numbers were equal.
+
+    draft_vocabulary: the shortlist of draft heads, whose rows of vocabulary matrices are stored again.
 
     Raises ValidationError naming the first tensor that differs and its first differing row.
     """
-    _, weights = load_weights(source)
+    config, weights = load_weights(source)
+    if draft_vocabulary is not None:
+        weights = {**weights, **draft_weights(config, weights, draft_vocabulary)}
     compared = 0
     for tensor in initializers(read_graph(graph).graph):
         names = stored_names(tensor.name)

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 
 from benchmarks.quality.divergence import kl_divergence
+from dmpt_export.check.drafts import Drafts, draft_tokens
 from dmpt_export.check.float_kernels import (
     force_turns,
     has_integer_kernels,
@@ -58,6 +59,7 @@ class Reference(Outcome):
     edges: np.ndarray  # bool [S]: the choice of candidates is within EDGE of another
     margins: np.ndarray  # [S]: logit gap of the closest gate over the mean gap; infinite where no gate chose
     turns: list[tuple[str, int]]  # (split node, 0 left or 1 right): the forced way of every token there
+    drafts: Drafts  # of the same positions
 
     def since(self, first: int) -> Reference:
         rows = slice(first, None)
@@ -66,7 +68,12 @@ class Reference(Outcome):
 
 
 def check_export(
-    folder: Path, manifest: dict[str, Any], source: Path, config: DMPTConfig, atol: float | None = None
+    folder: Path,
+    manifest: dict[str, Any],
+    source: Path,
+    config: DMPTConfig,
+    atol: float | None = None,
+    draft_vocabulary: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Compare the exported folder with torch, in whole sequences and step by step; returns the measured differences.
 
@@ -78,7 +85,8 @@ def check_export(
     much and where.
     """
     ids = np.random.default_rng(SEED).integers(0, config.vocab_size, min(CHECKED_TOKENS, config.n_positions))
-    wants = torch_references(source, config, ids)
+    shortlist = draft_vocabulary if config.next_tokens else None
+    wants = torch_references(source, config, ids, shortlist)
     give_back_memory()
     int8_cache = manifest["cache_dtype"] == "int8"
     activations = manifest["activation_dtype"]
@@ -96,7 +104,7 @@ def check_export(
     results |= compare_graph(folder, manifest, deployed, ids, wants, tolerance)
     path.write_bytes(deployed)
     write_manifest(manifest, folder)
-    results["numbers_compared"] = check_stored(path, source)
+    results["numbers_compared"] = check_stored(path, source, shortlist)
     give_back_memory()
     return results
 
@@ -155,13 +163,17 @@ def compare_runs(folder: Path, ids: list[int], want: Reference, tolerance: Toler
     with runtime.load(folder) as model:
         whole = Outcome(*model.score(ids))
         stepped = decode_stepwise(model, ids)
+        if want.drafts.gaps.size:
+            want.drafts.compare(want.routes, *draft_tokens(model, ids), 1 - tolerance.top1, f"{how}draft heads")
     return {
         "whole": compare(want, whole, tolerance, f"{how}scored as a whole"),
         "stepwise": compare(want.since(stepped.first), stepped, tolerance, f"{how}decoded stepwise"),
     }
 
 
-def torch_references(source: Path, config: DMPTConfig, ids: np.ndarray) -> dict[str, Reference]:
+def torch_references(
+    source: Path, config: DMPTConfig, ids: np.ndarray, shortlist: np.ndarray | None = None
+) -> dict[str, Reference]:
     """Whole-sequence torch evaluation with dequantized weights and the exported configuration, by node.
 
     First ROOT, where the gates choose. Then, parents first, each node reached so far by fewer than ENOUGH of the tokens
@@ -180,12 +192,12 @@ def torch_references(source: Path, config: DMPTConfig, ids: np.ndarray) -> dict[
         hidden = model.hidden(torch.from_numpy(ids)[None])
         for node in config.tree:
             if reached[node] < ENOUGH:
-                references[node] = sent_to(model, hidden, node)
+                references[node] = sent_to(model, hidden, node, shortlist)
                 reached |= through_nodes(config, references[node].routes[prompt_length(len(ids)) :])
     return references
 
 
-def sent_to(model: DMPTForCausalLM, hidden: Hidden, node: str) -> Reference:
+def sent_to(model: DMPTForCausalLM, hidden: Hidden, node: str, shortlist: np.ndarray | None = None) -> Reference:
     """The outcome when every token is sent to `node`; below it, the gates choose."""
     import torch
 
@@ -200,7 +212,10 @@ def sent_to(model: DMPTForCausalLM, hidden: Hidden, node: str) -> Reference:
             gaps = (logits[..., 1] - logits[..., 0]).abs()
             margins = margins.minimum(gaps / gaps.mean())
     edges = close_edges(model, hidden, routes)[0].numpy()
-    return Reference(log_probs[0].numpy(), routes[0].numpy(), edges=edges, margins=margins[0].numpy(), turns=turns)
+    drafts = Drafts.of(model, hidden, routes, shortlist)
+    return Reference(
+        log_probs[0].numpy(), routes[0].numpy(), edges=edges, margins=margins[0].numpy(), turns=turns, drafts=drafts
+    )
 
 
 def close_edges(model: DMPTForCausalLM, hidden: Hidden, routes: Tensor) -> Tensor:

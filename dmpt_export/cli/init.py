@@ -41,6 +41,9 @@ def parse_splits(context: click.Context, parameter: click.Parameter, text: str) 
 @click.option("--shared-anchor", is_flag=True,
               help="Projected heads only: one vocabulary matrix for all leaves, so that the anchors of the other "
               "leaves are projected too. The smallest DMPT.")  # fmt: skip
+@click.option("--next-tokens", type=click.IntRange(min=1), metavar="N",
+              help="Draft heads of each leaf: they predict N tokens after the next one, so that a device can check "
+              "several tokens in one run (run --speculate). Default: none.")  # fmt: skip
 @click.option("--noise", type=Finite(min=0), default=1e-3, show_default=True, metavar="STD",
               help="Noise on the heads besides the anchors, in standard deviations of the embedding; a projected "
               "head changes its input by ten times this share.")  # fmt: skip

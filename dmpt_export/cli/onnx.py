@@ -25,6 +25,10 @@ from dmpt_export.requests.onnx import ExportRequest
               "with a small loss (cpu only).")  # fmt: skip
 @click.option("--calib", metavar="FILE", help="Typical text: for quantizing, and to calibrate the scales of an int8 KV "
               "cache (default there: random tokens).")  # fmt: skip
+@click.option("--draft-vocab", type=click.IntRange(min=0), metavar="N", help="Tokens that draft heads choose among; 0 "
+              "leaves the draft heads out. Default: 8192, or all if there are fewer.")  # fmt: skip
+@click.option("--draft-text", metavar="FILE", help="Text like the training text: draft heads choose among its most "
+              "frequent tokens. Default: the lowest ids, in a BPE those of the most frequent strings.")  # fmt: skip
 @click.option("--opset", type=click.IntRange(20, 24), default=21, show_default=True,
               help="Version of the standard operators.")  # fmt: skip
 @click.option("--atol", type=Finite(min=0, min_open=True), help="Largest allowed difference of a log-prob "

@@ -39,8 +39,8 @@ MOST_INPUT = 64 << 20  # bytes read from standard input; the model checks whethe
               help="When the context is full: stop, or continue from its last half.")  # fmt: skip
 @click.option("--truncate", type=click.Choice(["left", "middle", "right"]), help="Where to cut a prompt that does "
               "not fit the context: left keeps its end. Default: refuse it; with --on-full slide: left.")  # fmt: skip
-@click.option("--speculate", type=int, default=0, metavar="N", show_default=True, help="Guess up to N tokens from the "
-              "text so far and check them in one run: faster for repetitive text.")  # fmt: skip
+@click.option("--speculate", type=int, default=0, metavar="N", show_default=True, help="Guess up to N tokens and "
+              "check them in one run: by draft heads where the model has them, else from the text so far.")  # fmt: skip
 @click.option("--batch", is_flag=True, help="Read one prompt per line from standard input, continue them "
               "together, and print one line of JSON for each, in order.")  # fmt: skip
 @click.option("--threads", type=int, help="CPU threads. Default: all available to this process.")
@@ -146,8 +146,20 @@ class Clock:
             "load_s": round(self.load_s, 4),
             "prefill_tokens_per_s": round(len(generation.prompt) / prefill, 2) if prefill > 0 else None,
             "decode_tokens_per_s": round((new - 1) / decode, 2) if decode > 0 else None,
+            **(guesses(generation) if generation.limits.speculate else {}),
             "path_shares": {path: round(count / new, 4) for path, count in sorted(self.paths.items())},
         }
+
+
+def guesses(generation: Generation) -> dict[str, Any]:
+    """How often guesses of --speculate were right."""
+    runs = generation.runs
+    return {
+        "runs": runs,
+        "drafted": generation.drafted,
+        "accepted": generation.accepted,
+        "tokens_per_run": round(len(generation.ids) / runs, 3) if runs else None,
+    }
 
 
 def show(generation: Generation, clock: Clock, quiet: bool, echo: str | bool = False) -> None:
@@ -197,6 +209,9 @@ def show_batch(generations: Generations, wrong: dict[int, str]) -> None:
 def summary(statistics: dict[str, Any]) -> str:
     decode = statistics["decode_tokens_per_s"]
     speed = f", {decode:.1f} tokens/s" if decode else ""
+    if "drafted" in statistics:
+        speed += f", {statistics['accepted']} of {statistics['drafted']} guesses right, "
+        speed += f"{statistics['tokens_per_run']:.2f} tokens per run"
     shares = ", ".join(f"{path} {share:.0%}" for path, share in statistics["path_shares"].items())
     return (
         f"{statistics['prompt_tokens']} + {statistics['new_tokens']} tokens{speed}, "

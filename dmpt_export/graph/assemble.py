@@ -9,10 +9,11 @@ import onnx_ir as ir
 
 from dmpt_export.graph.blocks import Past, Stream, Timeline, block_prefixes, embed, norm_stream, segment
 from dmpt_export.graph.builder import MSFT, Builder, Spec
+from dmpt_export.graph.drafts import Drafter
 from dmpt_export.graph.heads import leaf_log_probs
 from dmpt_export.graph.routing import Router, Tail
 from quant.forms.weights import Weights
-from runtime.graph_io import graph_inputs, graph_outputs
+from runtime.graph_io import DRAFTING, DRAFTS, graph_inputs, graph_outputs
 from training.model.config import DMPTConfig
 from training.model.shape import ROOT
 
@@ -24,13 +25,14 @@ INT8, FLOAT = ir.DataType.INT8, ir.DataType.FLOAT
 def input_specs(config: DMPTConfig, dtype: ir.DataType, cache: ir.DataType) -> list[Spec]:
     """Graph inputs in order."""
     rows, kept = dtype.numpy().name, cache.numpy().name
-    return [Spec.of(spec) for spec in graph_inputs([*config.tree.values()], config, rows, kept)]
+    nodes = [*config.tree.values()]
+    return [Spec.of(spec) for spec in graph_inputs(nodes, config, rows, kept, config.next_tokens)]
 
 
 def output_specs(config: DMPTConfig, dtype: ir.DataType, cache: ir.DataType) -> list[Spec]:
     """Graph outputs in order."""
     rows, kept, nodes = dtype.numpy().name, cache.numpy().name, [*config.tree.values()]
-    specs = graph_outputs(nodes, config, rows, kept, config.leaves, config.head_allocation)
+    specs = graph_outputs(nodes, config, rows, kept, config.leaves, config.head_allocation, config.next_tokens)
     return [Spec.of(spec) for spec in specs]
 
 
@@ -40,12 +42,14 @@ def build(
     dtype: ir.DataType = FLOAT,
     scales: Mapping[str, np.ndarray] | None = None,
     opset: int = OPSET,
+    draft_vocabulary: np.ndarray | None = None,
 ) -> ir.Model:
     """The graph of one model.
 
     `weights` maps the checkpoint's tensor names to float arrays or QuantizedTensors; `dtype` is the type of
     activations and caches (FLOAT or FLOAT16). `config.fast_k` and `config.head_topk` are fixed in the graph. `scales`
-    (see dmpt_export.onnx.kv_cache) makes the caches int8.
+    (see dmpt_export.onnx.kv_cache) makes the caches int8. draft_vocabulary: int64 [n], tokens that draft heads choose
+    among, if there are any; None: all.
     """
     cache = INT8 if scales else dtype
     weights = {**weights, **(scales or {})}
@@ -75,6 +79,11 @@ def build(
         log_probs, routes = router.in_order(b)
 
     results = {"log_probs": log_probs, "routes": routes}
+    if config.next_tokens:
+        vocabulary = np.arange(config.vocab_size) if draft_vocabulary is None else draft_vocabulary
+        shape = router.tail.by_batch(b, config.next_tokens)
+        drafter = Drafter(config, weights, vocabulary)
+        results[DRAFTS] = drafter.tokens(b, inputs[DRAFTING], router.routed, router.order, shape)
     results |= {f"rows.{name}": value for name, value in router.rows.items()}
     results |= {f"head_log_weights.{leaf}": value for leaf, value in router.head_log_weights.items()}
     for prefix, caches in router.present.items():
@@ -96,6 +105,8 @@ def _single_leaf(
 ) -> tuple[ir.Value, ir.Value]:
     """Without splits there is no routing: norm and heads on the last N rows, which `stream` holds."""
     h, _ = norm_stream(b, weights, stream, "transformer.ln_f", config.layer_norm_epsilon)  # (B, N, E)
+    if config.next_tokens:
+        router.routed[ROOT] = (b.op("Reshape", h, b.ints(1, -1, config.n_embd), name=f"{ROOT}.for_drafts"), None)
     if len(config.head_allocation[ROOT]) == 1:
         log_probs, _ = leaf_log_probs(b, config, weights, ROOT, h)
     else:

@@ -115,6 +115,12 @@ class Builder:
         array = np.array(values[0] if scalar else values, dtype=np.int64)
         return self.weight(f"const.{'scalar' if scalar else 'ints'}.{label}", array)
 
+    def nothing(self, spec: Spec) -> ir.Value:
+        """A result of a branch without rows: 0 for each size that is not fixed."""
+        shape = (0 if isinstance(size, str) else size for size in spec.shape)
+        zero = ir.tensor(np.zeros(1, spec.dtype.numpy()))
+        return self.op("ConstantOfShape", self.ints(*shape), name=f"{spec.name}.skipped", value=zero)
+
     # --- branches ---------------------------------------------------------------------------------
 
     def branch(

@@ -29,7 +29,8 @@ MIXTURE = "mixture"  # prefix of the shared nodes' names
 
 @dataclass(frozen=True)
 class OwnMatrices:
-    """Every leaf runs its heads. The first result is that of the rows, [1, n, ...]; then log pi [n, H], if any."""
+    """Every leaf runs its heads. The first result is that of the rows, [1, n, ...]; then log pi [n, H], if any; last,
+    for draft heads, the rows themselves, [1, n, E]."""
 
     config: DMPTConfig
     weights: Weights
@@ -38,12 +39,19 @@ class OwnMatrices:
 
     def specs(self, b: Builder, leaf: str) -> list[Spec]:
         rows = Spec(f"log_probs.{leaf}", ir.DataType.FLOAT, (1, f"routed_{leaf}", self.config.vocab_size))
-        return [rows, *map(Spec.of, head_specs(leaf, self.config.head_allocation))]
+        return [rows, *map(Spec.of, head_specs(leaf, self.config.head_allocation)), *self.drafting_specs(b, leaf)]
+
+    def drafting_specs(self, b: Builder, leaf: str) -> list[Spec]:
+        own = Spec(f"hidden.{leaf}", b.dtype, (1, f"routed_{leaf}", self.config.n_embd))
+        return [own] if self.config.next_tokens else []
 
     def results(self, b: Builder, leaf: str, h: ir.Value) -> list[ir.Value]:
         """Rows routed to a leaf, after its norm [1, n, E] -> results as in specs()."""
         log_probs, log_pi = leaf_log_probs(b, self.config, self.weights, leaf, h)
-        return [log_probs, *([log_pi] if log_pi is not None else [])]
+        return [log_probs, *([log_pi] if log_pi is not None else []), *self.for_drafts(b, h)]
+
+    def for_drafts(self, b: Builder, h: ir.Value) -> list[ir.Value]:
+        return [b.op("Identity", h, name="hidden.rows")] if self.config.next_tokens else []
 
     def finish(self, b: Builder, results: list[ir.Value]) -> ir.Value:
         """Results of all rows, in order -> log-probs [1, n, V]."""
@@ -64,18 +72,18 @@ class OneMatrix(OwnMatrices):
         return 1 if self.heads == 1 else 2
 
     def specs(self, b: Builder, leaf: str) -> list[Spec]:
-        _, *log_pi = super().specs(b, leaf)
-        return [Spec(f"vectors.{leaf}", b.dtype, (1, f"routed_{leaf}", self.heads, self.config.n_embd)), *log_pi]
+        _, *others = super().specs(b, leaf)
+        return [Spec(f"vectors.{leaf}", b.dtype, (1, f"routed_{leaf}", self.heads, self.config.n_embd)), *others]
 
     def results(self, b: Builder, leaf: str, h: ir.Value) -> list[ir.Value]:
         moves = projections(b, self.config, self.weights, leaf, h)
         anchor, *others = self.config.head_allocation[leaf]
         first = b.op("Unsqueeze", head_input(b, moves, anchor, h), b.ints(2), name=f"{leaf}.anchor")
         if not others:
-            return [first]
+            return [first, *self.for_drafts(b, h)]
         vectors = b.op("Concat", first, from_anchor(b, moves, anchor, others), name=f"{leaf}.vectors", axis=2)
         rows = b.op("Reshape", h, b.ints(-1, self.config.n_embd), name=f"{leaf}.rows")
-        return [vectors, head_log_weights(b, self.config, self.weights, leaf, rows)]
+        return [vectors, head_log_weights(b, self.config, self.weights, leaf, rows), *self.for_drafts(b, h)]
 
     def finish(self, b: Builder, results: list[ir.Value]) -> ir.Value:
         config, (vectors, *log_pi) = self.config, results

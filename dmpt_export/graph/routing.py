@@ -63,6 +63,10 @@ class Router:
     leaf_results: dict[str, list[ir.Value]] = field(default_factory=dict)  # leaf -> see dmpt_export.graph.leaf
     head_log_weights: dict[str, ir.Value] = field(default_factory=dict)  # leaf with heads -> [rows routed to it, H]
 
+    routed: dict[str, tuple[ir.Value, ir.Value | None]] = field(
+        default_factory=dict
+    )  # leaf -> rows for draft heads, if any
+
     @property
     def ending(self) -> OwnMatrices:
         return ending(self.config, self.weights)
@@ -110,8 +114,10 @@ class Router:
         results, caches = results[: -2 * len(prefixes)], results[-2 * len(prefixes) :]
         if node.children is None:
             self.leaf_results[node.name] = results
-            if results[1:]:
+            if len(self.config.head_allocation[node.name]) > 1:
                 self.head_log_weights[node.name] = results[1]
+            if self.config.next_tokens:
+                self.routed[node.name] = (results[-1], taken)
         else:
             self.rows[node.name], choice = results
             self.fork(b, node, choice)
@@ -155,7 +161,7 @@ class Router:
     def _skipped(self, b: Builder, node: Node) -> list[ir.Value]:
         """Outputs of a node that did not run: no rows, and for an inner node an unused choice."""
         if node.children is None:
-            return [empty(b, spec, node.name) for spec in self.ending.specs(b, node.name)]
+            return [b.nothing(spec) for spec in self.ending.specs(b, node.name)]
         nothing = b.op(
             "Slice", self.rows[node.parent or ""], b.ints(0), b.ints(0), b.ints(1), name=f"{node.prefix}.no_rows"
         )
@@ -179,7 +185,7 @@ class Router:
             ]
 
         def reordered(inner: Builder) -> list[ir.Value]:
-            order = self._order(inner)
+            order = self.order(inner)
             return [
                 inner.op("Gather", part, order, name=f"leaves.{i}.ordered", axis=axis)
                 for i, (part, axis) in enumerate(zip(joined(inner), axes, strict=True))
@@ -193,8 +199,8 @@ class Router:
         shape = self.tail.by_batch(b, self.config.vocab_size)
         return b.op("Reshape", flat, shape, name="log_probs.by_batch"), self._routes(b)
 
-    def _order(self, b: Builder) -> ir.Value:
-        """For each flat position [B * N], the index of its row among the computed rows, leaf after leaf."""
+    def order(self, b: Builder) -> ir.Value:
+        """For each flat position [B * N], the index of its row among the computed rows, leaf after leaf: [B * N]."""
         order = b.op(
             "Concat", *(positions_of(b, self.on[leaf], leaf) for leaf in self.config.leaves), name="order", axis=0
         )
@@ -217,10 +223,3 @@ def positions_of(b: Builder, mask: ir.Value, name: str) -> ir.Value:
     flat = b.op("Reshape", mask, b.ints(-1), name=f"routes.{name}.flat")
     where = b.op("NonZero", flat, name=f"routes.{name}.where")  # (1, n)
     return b.op("Reshape", where, b.ints(-1), name=f"routes.{name}.positions")
-
-
-def empty(b: Builder, spec: Spec, name: str) -> ir.Value:
-    """A result with no rows: 0 for each size that is not fixed."""
-    shape = (0 if isinstance(size, str) else size for size in spec.shape)
-    zero = ir.tensor(np.zeros(1, spec.dtype.numpy()))
-    return b.op("ConstantOfShape", b.ints(*shape), name=f"{name}.skipped", value=zero)

@@ -24,8 +24,11 @@ from training.checkpoints.checkpoint import copy_tokenizer, read_config
 from training.checkpoints.files import resolve
 from training.checkpoints.places import check_replaceable
 from training.errors import FieldError, InputError
+from training.model.config import DMPTConfig
+from training.model.fields import tokens
 
 DATA_FILE = f"{MODEL_FILE}.data"
+DRAFT_VOCABULARY = 8192  # tokens, a sixth of GPT-2's
 EXTERNAL_THRESHOLD = 1024  # bytes; smaller tensors stay inside model.onnx
 
 
@@ -36,6 +39,7 @@ def export_onnx(
     *,
     verify: bool = True,
     calibration: np.ndarray | None = None,
+    counted: np.ndarray | None = None,
     name: str | None = None,
     say: Callable[[str], None] = lambda phase: None,
 ) -> dict[str, Any]:
@@ -47,6 +51,8 @@ def export_onnx(
         options: deployment options; None: the defaults of ExportOptions.
         verify: run the result and compare it with torch before publishing.
         calibration: token ids of typical text to calibrate an int8 cache; None: random ids.
+        counted: token ids of typical text: draft heads choose among its most frequent ones; None: the lowest ids, which
+            in a byte-level BPE are those of the most frequent strings.
         name: of the source in the manifest and the model card; None: its folder's.
         say: called with the name of each phase.
 
@@ -59,14 +65,17 @@ def export_onnx(
     options.check(verify, calibration is not None)
     check_replaceable(Path(out), "onnx")
     folder = resolve(source)
-    config = deployed(read_config(folder), options.fast_k, options.head_topk)
+    config = deployed(read_config(folder), options)
     scales = calibrate(folder, config, calibration) if kv_cache == INT8 else None  # before weights are in memory
     say("reading the weights and building the graph")
     config, weights = load_weights(folder)
-    config = deployed(config, options.fast_k, options.head_topk)
+    config = deployed(config, options)
+    if not config.next_tokens:
+        weights = {key: weight for key, weight in weights.items() if not key.startswith("draft_heads.")}
+    vocabulary = draft_vocabulary(config, options.draft_vocab, counted)
     if target == "cuda":
         check_cuda(weights)
-    model = build(config, weights, ACTIVATIONS[target], scales, opset)
+    model = build(config, weights, ACTIVATIONS[target], scales, opset, vocabulary)
     with atomic_folder(Path(out), "onnx") as temporary:
         ir.save(model, temporary / MODEL_FILE, external_data=DATA_FILE, size_threshold_bytes=EXTERNAL_THRESHOLD)
         copy_tokenizer(folder, temporary, config)
@@ -76,6 +85,8 @@ def export_onnx(
         if name is not None:
             manifest["source"]["name"] = name
         manifest["text"] = text_rules(config, temporary)
+        if config.next_tokens:
+            manifest["drafts"] = {"tokens": config.next_tokens, "vocabulary": len(vocabulary)}
         manifest["requires"] = {"onnxruntime": least_onnxruntime(model)}
         (temporary / "README.md").write_text(readme(manifest), encoding="utf-8")
         write_manifest(manifest, temporary)
@@ -85,9 +96,17 @@ def export_onnx(
             from dmpt_export.check.verify import check_export
 
             say("comparing the export with torch")
-            manifest["parity"] = check_export(temporary, manifest, folder, config, options.atol)
+            manifest["parity"] = check_export(temporary, manifest, folder, config, options.atol, vocabulary)
             write_manifest(manifest, temporary)
     return manifest
+
+
+def draft_vocabulary(config: DMPTConfig, size: int | None, counted: np.ndarray | None) -> np.ndarray:
+    """The token ids that draft heads choose among, ascending: int64 [size]. Ends of text are always among them."""
+    size = min(DRAFT_VOCABULARY, config.vocab_size) if size is None else size
+    counts = np.bincount([] if counted is None else counted, minlength=config.vocab_size).astype(float)
+    counts[[end for end in tokens(config.eos_token_id) if end < config.vocab_size]] = np.inf
+    return np.sort(np.argsort(-counts, kind="stable")[:size])
 
 
 def check_cuda(weights: Weights) -> None:

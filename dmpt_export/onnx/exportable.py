@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from training.errors import OptionError
+from training.errors import FieldError, OptionError
 
 if TYPE_CHECKING:
     from training.model.shape import Shape
@@ -23,6 +23,7 @@ class ExportOptions:
     head_topk: int | None = None
     kv_cache: str = "float"  # of the activations' type, or "int8" (cpu): a quarter of the memory, for a small loss
     opset: int = 21  # version of the standard operators
+    draft_vocab: int | None = None  # tokens that draft heads choose among; 0: none; None: 8192, or all if fewer
     atol: float | None = None  # largest allowed difference of a log-prob, instead of the tolerance table's
 
     def check(self, verified: bool, calibrated: bool) -> None:
@@ -37,8 +38,15 @@ class ExportOptions:
             raise OptionError("{atol} {} must be a number above 0", self.atol)
 
 
-def deployed(config: S, fast_k: int | None, head_topk: int | None) -> S:
-    """`config` with the given fast_k and head_topk. Raises InputError when that cannot be exported."""
+def deployed(config: S, options: ExportOptions) -> S:
+    """`config` as the options change it. Raises InputError when that cannot be exported."""
+    fast_k, head_topk, vocabulary = options.fast_k, options.head_topk, options.draft_vocab
+    if vocabulary is not None and not config.next_tokens:
+        raise FieldError("{draft_vocab} is for a model with draft heads: make one with init --next-tokens N")
+    if vocabulary is not None and vocabulary > config.vocab_size:
+        raise FieldError("{draft_vocab} {} is larger than the vocabulary of {}", vocabulary, config.vocab_size)
+    if vocabulary == 0:
+        config.next_tokens = 0
     if fast_k is not None:
         config.fast_k = fast_k or None
     if head_topk is not None:

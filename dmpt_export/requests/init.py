@@ -44,6 +44,7 @@ class InitRequest:
     head_kind: str = "full"  # or projected
     head_rank: int | None = None  # of projected heads; None: whole matrices
     shared_anchor: bool = False  # projected heads: one vocabulary matrix for all leaves
+    next_tokens: int | None = None  # draft heads of each leaf; None: none
     noise: float = 1e-3  # standard deviations of the embedding
     gate_bias: float = 0.25  # logits
     gate_hidden: int = 256  # width of gates and head gates

@@ -12,11 +12,14 @@ from dmpt_export.onnx.exportable import ExportOptions, deployed
 from dmpt_export.requests.quantize import Found as Quantizing
 from dmpt_export.requests.quantize import QuantizeRequest
 from dmpt_export.requests.sources import check_model
-from training.errors import OptionError
+from training.errors import FieldError, OptionError
 from training.progress import say
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+CALIBRATED, COUNTED = 4, 1000  # contexts of text read to calibrate a cache, and to count tokens
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Found:
     """What check() read on its way."""
 
     ids: np.ndarray | None  # tokens to calibrate an int8 KV cache with
+    counted: np.ndarray | None  # tokens whose most frequent ones draft heads choose among
     quantizing: Quantizing | None  # what the check of quantizing found
 
 
@@ -42,6 +46,8 @@ class ExportRequest:
     target_size: int | None = None  # bytes of the weights' file: a plan
     plan: str | None = None  # plan.json of an earlier plan
     calib: str | None = None  # text file for quantizing, and to calibrate an int8 KV cache; None: random tokens there
+    draft_vocab: int | None = None  # tokens that draft heads choose among; 0: leave them out; None: 8192 or all
+    draft_text: str | None = None  # text whose most frequent tokens these are; None: the lowest ids
     opset: int = ExportOptions.opset  # version of the standard operators
     atol: float | None = None  # largest allowed difference of a log-prob, in nats; None: the tolerance table's
     no_verify: bool = False  # publish without comparing with torch
@@ -49,7 +55,9 @@ class ExportRequest:
 
     @property
     def options(self) -> ExportOptions:
-        return ExportOptions(self.target, self.fast_k, self.head_topk, self.kv_cache, self.opset, self.atol)
+        return ExportOptions(
+            self.target, self.fast_k, self.head_topk, self.kv_cache, self.opset, self.draft_vocab, self.atol
+        )
 
     @property
     def quantizes(self) -> bool:
@@ -71,33 +79,38 @@ class ExportRequest:
         from training.checkpoints.places import check_inputs, check_new
 
         check_new(Path(self.out), "onnx", self.overwrite)
-        check_inputs(Path(self.out), self.checkpoint, self.calib, self.plan)
-        deployed(check_model(self.checkpoint), self.fast_k, self.head_topk)
+        check_inputs(Path(self.out), self.checkpoint, self.calib, self.plan, self.draft_text)
+        shape = deployed(check_model(self.checkpoint), self.options)
+        if self.draft_text is not None and not shape.next_tokens:
+            raise FieldError("{draft_text} is for an export with draft heads: leave it out")
         found = self.quantization(None).check() if self.quantizes else None
         wanted = self.calib is not None and self.kv_cache == "int8"
-        return Found(calibration_ids(self.checkpoint, str(self.calib)) if wanted else None, found)
+        ids = first_ids(self.checkpoint, str(self.calib), CALIBRATED) if wanted else None
+        counted = None if self.draft_text is None else first_ids(self.checkpoint, self.draft_text, COUNTED)
+        return Found(ids, counted, found)
 
     def run(self, found: Found) -> dict[str, Any]:
         """Export, quantized and calibrated with what check() found; returns the manifest."""
         if found.quantizing is None:
             say("loading PyTorch and ONNX")
-            return self.export(self.checkpoint, found.ids)
+            return self.export(self.checkpoint, found)
         with tempfile.TemporaryDirectory(prefix="dmpt-export-") as place:
             quantized = str(Path(place) / "quantized")
             self.quantization(quantized).run(found.quantizing)
-            return self.export(quantized, found.ids)
+            return self.export(quantized, found)
 
-    def export(self, checkpoint: str, ids: np.ndarray | None) -> dict[str, Any]:
+    def export(self, checkpoint: str, found: Found) -> dict[str, Any]:
         from dmpt_export.onnx.export import export_onnx
 
         name = Path(self.checkpoint).resolve().name if Path(self.checkpoint).is_dir() else self.checkpoint
-        verify = not self.no_verify
-        return export_onnx(checkpoint, self.out, self.options, verify=verify, calibration=ids, name=name, say=say)
+        return export_onnx(
+            checkpoint, self.out, self.options, verify=not self.no_verify, calibration=found.ids,
+            counted=found.counted, name=name, say=say,
+        )  # fmt: skip
 
 
-def calibration_ids(checkpoint: str, file: str) -> np.ndarray:
-    """The first tokens of a text file, as many as calibration reads."""
-    from dmpt_export.onnx.kv_cache import SEQUENCES
+def first_ids(checkpoint: str, file: str, sequences: int) -> np.ndarray:
+    """The first tokens of a text file, at most as many as fill the context so many times."""
     from training.checkpoints.files import resolve
     from training.checkpoints.folder import read_shape
     from training.errors import InputError
@@ -109,7 +122,7 @@ def calibration_ids(checkpoint: str, file: str) -> np.ndarray:
     folder = resolve(checkpoint)
     shape, tokenizer = read_shape(folder), load_tokenizer(folder)
     check_vocabulary(tokenizer, shape.vocab_size, folder)
-    ids = first_tokens(Path(file), tokenizer, end_of_text_id(tokenizer, shape), SEQUENCES * shape.n_positions)
+    ids = first_tokens(Path(file), tokenizer, end_of_text_id(tokenizer, shape), sequences * shape.n_positions)
     if not len(ids):
-        raise InputError(f"{file} has no text for calibration")
+        raise InputError(f"{file} has no text")
     return ids

@@ -60,12 +60,10 @@ class RunRequest:
         from runtime.truncation import check_side
 
         try:
-            sampling = self.sampling()
+            self.sampling()
             self.limits()
             check_side(self.truncate)
             resolve_threads(self.threads, self.deterministic)
-            if self.speculate:
-                sampling.check_greedy()
         except RequestError as error:
             from training.errors import OptionError
 

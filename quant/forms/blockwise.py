@@ -15,7 +15,7 @@ GatherBlockQuantized (bits, block_size, gather_axis=0, quantize_axis=2) reads th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -88,6 +88,11 @@ class BlockwiseTensor(Form):
         codes -= self.offsets[index, :, None]
         codes *= self.scales[index, :, None]
         return codes.reshape(len(codes), -1)[:, : self.shape[1]]
+
+    def take(self, index: NDArray[np.integer]) -> BlockwiseTensor:
+        zeros = None if self.zero_points is None else self.zero_points[index]
+        shape = (len(index), self.shape[1])
+        return replace(self, packed=self.packed[index], scales=self.scales[index], zero_points=zeros, shape=shape)
 
     # --- graph --------------------------------------------------------------------------------------
 

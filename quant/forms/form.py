@@ -106,6 +106,10 @@ class Form(ABC):
     def rows(self, index: slice | NDArray[np.integer]) -> NDArray[np.float32]:
         """Dequantized output rows: float32 [len(index), K], whatever the checkpoint's layout."""
 
+    def take(self, index: NDArray[np.integer]) -> Form:
+        """Some output rows, stored as they are. Only forms whose rows can be looked up have it."""
+        raise TypeError(f"rows of {self.scheme} are not stored apart")
+
     def dequantize(self) -> NDArray[np.float32]:
         """The whole matrix in the checkpoint's layout: float32 [N, K], or [K, N] when transposed."""
         return in_layout(self.rows(slice(None)), self.transposed)

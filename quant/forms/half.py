@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -42,6 +42,9 @@ class HalfTensor(Form):
 
     def rows(self, index: slice | NDArray[np.integer]) -> NDArray[np.float32]:
         return self.packed[index].astype(np.float32)
+
+    def take(self, index: NDArray[np.integer]) -> HalfTensor:
+        return replace(self, packed=self.packed[index], shape=(len(index), self.shape[1]))
 
     def product(self, b: Graph, name: str, weight_name: str, x: Value, bias: Value | None = None) -> Value:
         y = b.op("MatMul", x, self._matrix(b, weight_name), name=name)

@@ -35,6 +35,9 @@ class FloatTensor(Form):
     def rows(self, index: slice | NDArray[np.integer]) -> NDArray[np.float32]:
         return self.array[index]
 
+    def take(self, index: NDArray[np.integer]) -> FloatTensor:
+        return FloatTensor(self.array[index])
+
     def dequantize(self) -> NDArray[np.float32]:
         return self.array
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from quant.rules import FLOAT, LINEAR, PROJECTION, ROWS, Rule, parse_rule
+from quant.rules import DRAFT, FLOAT, LINEAR, PROJECTION, ROWS, Rule, parse_rule
 from quant.schemes import SCHEMES
 from quant.schemes.low_rank import DELTAS
 from training.errors import FieldError, InputError
@@ -30,8 +30,8 @@ class Group:
 
 
 def groups_of(shapes: Mapping[str, Sequence[int]], anchors: Mapping[str, set[str]]) -> list[Group]:
-    """Attention and MLP of each block, all projections of heads, the embedding (with a tied head), each anchor, and a
-    leaf's other heads.
+    """Attention and MLP of each block, all projections of heads, all draft heads, the embedding (with a tied head),
+    each anchor, and a leaf's other heads.
 
     anchors: see quant.rules.anchors_of. Trunk first, then paths, then heads.
     """
@@ -40,6 +40,8 @@ def groups_of(shapes: Mapping[str, Sequence[int]], anchors: Mapping[str, set[str
         if LINEAR.fullmatch(name):
             block, _, _ = name.partition(".attn." if ".attn." in name else ".mlp.")
             members.setdefault(f"{block}.{'attn' if '.attn.' in name else 'mlp'}.*", []).append(name)
+        elif DRAFT.fullmatch(name):
+            members.setdefault("draft_heads.*", []).append(name)
         elif PROJECTION.fullmatch(name):
             members.setdefault("heads.*.projection*", []).append(name)
         elif ROWS.fullmatch(name):

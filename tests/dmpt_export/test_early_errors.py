@@ -94,7 +94,6 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("run {onnx} hello --top-p 2", 2, "top_p 2.0 must be"),
     ("run {onnx} hello --temperature -1", 2, "temperature -1.0 must be"),
     ("run {onnx} hello --threads 0", 2, "threads 0 must be"),
-    ("run {onnx} hello --speculate 4 --seed 1", 2, "speculate needs greedy decoding"),
     ("eval {none} --data {text}", 3, "does not exist: check the path"),
     ("eval {gpt2} --data {none}", 3, "does not exist: check the path"),
     ("eval {gpt2} --data {text} --max-length 65", 3, "from 2 to the model's context of 64"),

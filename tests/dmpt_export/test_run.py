@@ -146,7 +146,6 @@ def test_json_is_one_object(model: str, capfd: pytest.CaptureFixture[str]) -> No
         (["nowhere", "a"], 3, "nowhere is not a folder"),
         (["{model}", "a", "--max-new-tokens", "0"], 2, "max-new-tokens"),
         (["{model}", "a", "--speculate", "99"], 2, "speculate 99"),
-        (["{model}", "a", "--speculate", "3", "--seed", "1"], 2, "speculate needs greedy decoding"),
         (["{model}", "a", "--deterministic", "--threads", "2"], 2, "threads 2 and deterministic exclude each other"),
         (["{model}", "a", "--on-full", "wrap"], 2, "on-full"),
         (["{model}", "a", "--batch"], 2, "leave PROMPT out"),

@@ -38,15 +38,15 @@ COMMON = {
 }  # fmt: skip
 ABOUT = {
     "Converting a GPT-2 to a DMPT first": "As `dmpt-export init`; nothing is converted without --splits, --heads, "
-    "--head-kind or a recipe that has them.",
+    "--head-kind, --next-tokens or a recipe that has them.",
     "Training from scratch": "A new GPT-2. Defaults then: --lr, --head-lr and --gate-lr 6e-4, --warmup-steps 200, "
     "--max-length the context, --freeze-head0-steps 0, --tether-coef 0.",
     "Optimizer": "Blocks, heads and gates have learning rates of their own. Small models need larger ones than these, "
     "which the original project chose for GPT-2 small.",
     "Training loss": "The loss is the mean negative log-likelihood plus coefficient times term for each term below; a "
     "coefficient of 0 leaves its term out. --lb-coef keeps both paths in use, --gold-aux-coef teaches gates which path "
-    "predicts better, --switch-coef makes paths change less often, --tether-coef keeps them near the GPT-2 they came "
-    "from, --head-lb-coef and --head-entropy-coef keep all heads in use.",
+    "predicts better, --switch-coef steadies routes, --next-tokens-coef trains draft heads, --tether-coef keeps "
+    "paths near the GPT-2 they came from, --head-lb-coef and --head-entropy-coef keep all heads in use.",
     "Model settings": "Stored in the model; they change what it computes. --head-topk mixes only the heads with the "
     "largest weights.",
     "Freezing": "Frozen parameters keep their values. Head 0 is frozen at first, because it starts as GPT-2's own.",
@@ -88,6 +88,7 @@ def parameters() -> list[click.Parameter]:
         option(["--head-kind"], type=click.Choice(HEAD_KINDS), help="As in init: full or projected heads."),
         option(["--head-rank"], **size, help="As in init: rank of projected heads."),
         option(["--shared-anchor"], is_flag=True, default=None, help="As in init: one matrix for all leaves."),
+        option(["--next-tokens"], **size, help="As in init: draft heads of each leaf."),
         option(["--use-head-mixture/--no-use-head-mixture"], default=None, help="no: a single head per leaf."),
         option(["--gate-hidden"], **size, default=256, show_default=True, help="As in init: width of the gates."),
         option(["--from-scratch"], is_flag=True, help="Start from a new GPT-2 with random weights instead of MODEL; "

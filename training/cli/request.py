@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from training.model.generation import DMPTForCausalLM
 
 PHASE = "phase-{}"  # folder of a recipe's phase, by its number from 1
-SHAPING = ("splits", "heads", "head_allocation", "head_kind", "head_rank", "shared_anchor")  # as in init
+SHAPING = ("splits", "heads", "head_allocation", "head_kind", "head_rank", "shared_anchor", "next_tokens")  # as in init
 DEFAULT_TEXTS = {"data": ["wikitext-103"], "eval_data": ["wikitext-103:validation"]}
 
 
@@ -77,6 +77,7 @@ class TrainRequest:
     head_kind: str | None = None  # full or projected
     head_rank: int | None = None  # of projected heads
     shared_anchor: bool | None = None  # projected heads: one vocabulary matrix for all leaves
+    next_tokens: int | None = None  # draft heads of each leaf
     use_head_mixture: bool | None = None  # False: a single head for each leaf
     gate_hidden: int = 256  # width of gates and head gates
     from_scratch: bool = False  # a new GPT-2 with random weights, of these sizes:
@@ -237,13 +238,17 @@ class TrainRequest:
 
     def changes(self, start: Shape, recipe: Recipe) -> NewShape | None:
         """The shape that the initial model is converted to; None: unchanged."""
-        mine = {name: getattr(self, name) for name in ("splits", "heads", "head_kind", "head_rank", "shared_anchor")}
+        mine = {name: getattr(self, name) for name in SHAPING if name != "head_allocation"}
         mine["fast_k"] = self.options.fast_k
         shape = recipe.init | {key: value for key, value in mine.items() if value is not None}
         allocation = read_head_allocation(self.head_allocation) if self.head_allocation else None
         with usage():
             check_head_kind(shape.get("head_kind", FULL), shape.get("head_rank"), shape.get("shared_anchor"))
-        wanted = {"splits", "heads", "head_kind"} & set(shape) or allocation or self.use_head_mixture is not None
+        wanted = (
+            {"splits", "heads", "head_kind", "next_tokens"} & set(shape)
+            or allocation
+            or self.use_head_mixture is not None
+        )
         plain = not start.splits and start.n_vocab_heads == 1
         if not wanted or not plain:  # a DMPT keeps its shape
             return None

@@ -21,6 +21,7 @@ def schedule_groups(shape: Shape) -> dict[str, tuple[str, ...]]:
     `<node>_path` (its blocks and all below). Gates are `gate` or `gate1` (the root's), `gate2_left`, ...
     """
     groups: dict[str, tuple[str, ...]] = {"shared": ("transformer.",), "head_gates": ("head_gates.",)}
+    groups |= {"draft_heads": ("draft_heads.",)} if shape.next_tokens else {}
     for node in shape.tree.values():
         turns = [] if node.name == ROOT else node.name.split("_")
         if turns:

@@ -1,4 +1,4 @@
-"""The auxiliary terms of training: load balance, gold-aux, switches, tether, head balance, head entropy.
+"""The auxiliary terms of training: load balance, gold-aux, switches, further tokens, tether, head balance and entropy.
 
 Pure functions of log weights and log-probs. Shapes: B batch, S tokens, L leaves, H heads of a leaf, V vocabulary.
 `mask` (B, S) bool marks the tokens that count; None means all. Every term is a mean over those tokens, so neither
@@ -7,7 +7,7 @@ not means of per-token values: `across` (the mean over processes) makes them ind
 that compute a batch.
 
 Source of the terms: S. Qian, "Dynamic Multiple Path Transformer" (2025), with the formulas corrected; switches are this
-project's.
+project's. Further tokens: Gloeckle et al., "Better & Faster Large Language Models via Multi-token Prediction" (2024).
 """
 
 from __future__ import annotations
@@ -71,13 +71,12 @@ def load_balance(
     return total
 
 
-def gold_aux(log_w: Tensor, gold: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`-log w` of the leaf that gives the gold token the highest probability: log_w, gold (L, B, S) -> ().
+def gold_aux(log_w: Tensor, best: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`-log w` of the leaf that gives the gold token the highest probability: log_w (L, B, S), best int64 (B, S) -> ().
 
-    The targets have no gradient: the term trains the gates, not the leaves. A tie counts for the first leaf.
+    The term trains the gates, not the leaves.
     """
-    best = gold.detach().argmax(0, keepdim=True)
-    return masked_mean(-log_w.gather(0, best)[0], mask)
+    return masked_mean(-log_w.gather(0, best[None])[0], mask)
 
 
 def switches(log_w: Tensor, joined: Tensor) -> Tensor:
@@ -88,6 +87,17 @@ def switches(log_w: Tensor, joined: Tensor) -> Tensor:
     """
     same = (log_w[..., 1:] + log_w[..., :-1]).exp().sum(0)
     return masked_mean(1.0 - same, joined)
+
+
+def further_tokens(gold: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
+    """Mean cross-entropy of tokens further ahead: gold, weights (L, N, B, S), counts (N, B, S) bool -> ().
+
+    gold: log P_leaf of the token i + 2 after each position, i from 0 to N - 1. weights: share of each leaf in the loss
+    of a position, without gradient, so the gates do not learn from this term. counts: whether that token exists, counts
+    and belongs to the same text. Every distance weighs the same, however many of its targets count.
+    """
+    loss = torch.where(counts, -(weights.detach() * gold).sum(0), 0.0).flatten(1).sum(1)
+    return (loss / counts.flatten(1).sum(1).clamp_min(1)).mean()
 
 
 def tether(reference: Tensor, log_probs: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from training.loop.cross_entropy import fast_k_gold, head_gold
 from training.loop.losses import Across, alone, masked_mean
-from training.loop.options import GATE_EXPECTED, TrainOptions, trained_leaves
+from training.loop.options import BEST, GATE_EXPECTED, TrainOptions, trained_leaves
+from training.loop.selection import best_leaves
 from training.loop.terms import TERMS, Batch
 from training.model.dmpt import Hidden
 from training.model.fields import tokens
@@ -28,18 +29,22 @@ class Loss:
     routes: Tensor | None = None  # (L,), share of tokens that gate_hard sends to each leaf
     switch_share: Tensor | None = None  # (), share of tokens that it sends to a different leaf from the token before
     heads: dict[str, Tensor] = field(default_factory=dict)  # leaf -> (H,), mean weight of its heads
+    # Where every leaf is scored: `oracle`, nll if each token took its best leaf, and `foreseen`, how many would: (), ()
+    choices: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Objective:
     """The training loss of a model: `Objective(model, options)(ids)`.
 
     A term with coefficient 0 is not computed. Terms that need a choice are skipped where there is none: balance and
-    gold-aux without splits, head terms for a single head, the tether for a model with only one head.
+    gold-aux without splits, head terms for a single head, the tether for a model with only one head, further tokens
+    without draft heads.
     """
 
     def __init__(self, model: DMPTForCausalLM, options: TrainOptions, across: Across = alone) -> None:
         self.model, self.options, self.across = model, options, across
         self.only = trained_leaves(model.config, options)
+        self.step = 0  # of the run, for coefficients that rise
         # The tether's teacher: a copy of the initial head 0, separate from the trained one.
         self.reference: Tensor | None = None
         if options.tether_coef and len(model.heads) > 1:
@@ -65,21 +70,63 @@ class Objective:
         full = self.full_log_probs(hidden)
         # gate_hard scores a token only by its own leaf, unless gold-aux compares the leaves
         sparse = mode == GATE_HARD and not options.gold_aux_coef
-        gold = self.gold(hidden, labels, full, routes if sparse else None)
-        batch = Batch(self.model, hidden, mask, self.across, gold, None, joined, full)
+        best = self.best(hidden, labels, mask, full, out) if mode == BEST else None
+        gold = self.gold(hidden, labels, full, routes if sparse else best)
+        same_text, detached = self.same_text(labels, mask), options.next_tokens_detached
+        batch = Batch(
+            self.model, hidden, mask, self.across, gold, None, joined, labels, same_text, detached, best, full
+        )
         if forked and routes is not None:
             out.routes = masked_mean(F.one_hot(routes, len(hidden.leaves)).float(), mask)
             out.switch_share = masked_mean((routes[:, 1:] != routes[:, :-1]).float(), joined)
             batch.log_w = torch.stack(list(self.model.path_log_weights(hidden.gates).values()))
-            yield "nll", 1.0, masked_mean(-self.choose(gold, batch.log_w, routes, hidden), mask)
+            if best is None and not sparse:
+                out.choices = choices(gold.detach(), routes, mask)
+            taken = routes if best is None else best
+            yield "nll", 1.0, masked_mean(-self.choose(gold, batch.log_w, taken, hidden), mask)
         else:
             yield "nll", 1.0, masked_mean(-gold[0], mask)
         batch.log_pi = self.head_log_pi(hidden)
         out.heads = {leaf: masked_mean(log_pi.detach().exp(), mask) for leaf, log_pi in batch.log_pi.items()}
         for name, term in TERMS.items():
-            if coef := getattr(options, f"{name}_coef"):
+            if coef := self.coefficient(name):
                 for leaf, value in term(batch):
                     yield f"{name}{leaf}", coef, value
+
+    @torch.no_grad()
+    def best(
+        self,
+        hidden: Hidden,
+        labels: Tensor,
+        mask: Tensor | None,
+        full: dict[str, tuple[Tensor, Tensor]],
+        out: Loss,
+    ) -> Tensor:
+        """The leaf that is trained on each token, by the scores of all: (B, S)."""
+        gold = self.gold(hidden, labels, full, None)
+        out.choices = choices(gold, self.model.routes(hidden.gates), mask)
+        return best_leaves(gold, mask, self.options.select, self.options.select_balance)
+
+    def coefficient(self, name: str) -> float:
+        """Of a term at the current step."""
+        coef: float = getattr(self.options, f"{name}_coef")
+        rise = self.options.next_tokens_rise
+        return coef * min(1.0, (self.step + 1) / rise) if name == "next_tokens" and rise else coef
+
+    def same_text(self, labels: Tensor, mask: Tensor | None) -> Tensor:
+        """Whether the token i + 2 after each position is in the batch, counts and belongs to its text: labels, mask
+        (B, S) -> (N, B, S). No token from the next one on may be an end of text, except the target."""
+        n, size = self.model.config.next_tokens, labels.shape[1]
+        out = torch.zeros((n, *labels.shape), dtype=torch.bool, device=labels.device)
+        within = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.clone()
+        ends = torch.tensor(tokens(self.model.config.eos_token_id), device=labels.device)
+        goes_on = torch.isin(labels, ends, invert=True)
+        for ahead in range(1, min(n, size - 1) + 1):
+            within = within[:, :-1] & goes_on[:, ahead - 1 : size - 1]
+            if mask is not None:
+                within &= mask[:, ahead:]
+            out[ahead - 1, :, :-ahead] = within
+        return out
 
     def joined(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
         """Whether a token and the next one count and belong to one text: (B, S) -> (B, S - 1). An end of text begins
@@ -148,8 +195,8 @@ class Objective:
         gate_soft mixes the leaves by their gate weights, which trains the gates, but mixed leaves come to rely on each
         other. gate_expected weights their losses instead (Jacobs et al. 1991, "Adaptive Mixtures of Local Experts",
         first error function): every leaf must be good alone, as deployed, and a gate learns to predict which leaf is
-        better. gate_hard and max_prob pick one leaf per token. A choice has no gradient, so the gates then learn from
-        gold-aux.
+        better. best trains the leaf that predicts its unit best. gate_hard and max_prob pick one leaf per token. A
+        choice has no gradient, so the gates then learn from gold-aux.
         """
         if self.options.train_path_selection == GATE_EXPECTED:
             return (log_w.exp() * gold).sum(0)
@@ -160,3 +207,12 @@ class Objective:
                 best = [self.model.mixture(leaf, h).amax(-1) for leaf, h in hidden.leaves.items()]
                 routes = torch.stack(best).argmax(0)
         return gold.gather(0, routes[None])[0]
+
+
+def choices(gold: Tensor, routes: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    """Loss.choices: gold (L, B, S), routes (B, S)."""
+    best = gold.max(0)
+    return {
+        "oracle": masked_mean(-best.values, mask),
+        "foreseen": masked_mean((best.indices == routes).float(), mask),
+    }

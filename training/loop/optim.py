@@ -12,7 +12,7 @@ from torch import nn
 
 from training.loop.options import TrainOptions
 
-HEAD_PREFIXES, GATE_PREFIXES = ("heads.",), ("gates.", "head_gates.")
+HEAD_PREFIXES, GATE_PREFIXES = ("heads.", "draft_heads."), ("gates.", "head_gates.")
 SHARE_OF_DECAY = {"main": 1.0, "heads": 0.1, "gates": 0.1}  # of options.weight_decay
 
 # After the warm-up: share of the remaining work (1 -> 0) -> factor of the learning rate

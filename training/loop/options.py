@@ -21,6 +21,8 @@ KINDS: dict[str, tuple[str, tuple[type, ...]]] = {  # annotation -> valid JSON v
     "str": ("a text", (str,)),
     "bool": ("true or false", (bool,)),
 }
+BEST = "best"  # for training only: the leaf that predicts a unit best (training.loop.selection)
+TOKEN, SEGMENT, SEQUENCE = UNITS = ("token", "segment", "sequence")
 GATE_EXPECTED = "gate_expected"  # for training only: the mean loss of routes drawn from the gates
 
 
@@ -51,12 +53,17 @@ class TrainOptions:
     lr_schedule: str = opt("linear", "after the warm-up: linear (to zero), cosine (to zero) or constant")
     # --- training loss
     train_path_selection: str = opt(
-        "gate_soft", "gate_soft, gate_expected, gate_hard, max_prob, left_only, right_only, LEAF_only"
+        "gate_soft", "gate_soft, gate_expected, best, gate_hard, max_prob, left_only, right_only, LEAF_only"
     )
+    select: str = opt("token", "with best: one leaf for each token, segment (of 64 tokens) or sequence")
+    select_balance: bool = opt(False, "with best: a leaf takes at most its share of a batch")
     fast_k_loss: bool = opt(False, "minimise the loss under fast-k, as deployed, instead of that of all heads in full")
     lb_coef: float = opt(1e-3, "load balance: gates split the tokens evenly")
     gold_aux_coef: float = opt(1e-3, "gates learn which leaf gives the next token more probability")
     switch_coef: float = opt(0.0, "steady routes: neighbouring tokens take the same leaf, which is faster on a device")
+    next_tokens_coef: float = opt(0.1, "draft heads: each predicts a token further ahead; no effect without them")
+    next_tokens_rise: int = opt(0, "steps over which --next-tokens-coef rises from zero")
+    next_tokens_detached: bool = opt(False, "draft heads learn, and everything else as if there were none")
     tether_coef: float = opt(5e-4, "KL to a frozen copy of the first head; costs one more head per leaf; 0: off")
     head_lb_coef: float = opt(0.0, "head balance: a leaf uses its heads equally on average")
     head_entropy_coef: float = opt(0.0, "head entropy: every token mixes its heads equally")
@@ -91,6 +98,10 @@ class TrainOptions:
     def check(self) -> None:
         """Raise InputError naming the first invalid option, alone or combined with the others."""
         self.check_each()
+        if self.select_balance and self.train_path_selection != BEST:
+            raise FieldError("{select_balance} is for {train_path_selection} best")
+        if self.train_path_selection == BEST and not self.gold_aux_coef:
+            raise FieldError("with {train_path_selection} best, gates learn by {gold_aux_coef} alone: set it above 0")
         if self.max_steps < 1 and self.epochs < 1:
             raise FieldError("one of {max_steps} and {epochs} must be above 0")
 
@@ -107,6 +118,7 @@ class TrainOptions:
         if self.dropout is not None and self.dropout >= 1:
             raise FieldError("{dropout} {} must be below 1", self.dropout)
         choices = {"optimizer": ("adamw", "adamw8bit"), "lr_schedule": ("linear", "cosine", "constant")}
+        choices["select"] = UNITS
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise FieldError(f"{{{name}}} '{{}}': choose one of {{}}", getattr(self, name), ", ".join(known))
@@ -126,6 +138,11 @@ class TrainOptions:
         if self.switch_coef and (leaves or not shape.splits):
             raise FieldError("{switch_coef} is for gates that choose between paths: {}", (
                 f"only {leaves[0]} is trained" if leaves else "this model has no splits"))  # fmt: skip
+        if self.train_path_selection == BEST and not shape.splits:
+            raise FieldError("{train_path_selection} best is for a model with paths: this one has no splits")
+        if (self.next_tokens_rise or self.next_tokens_detached) and not shape.next_tokens:
+            name = "next_tokens_rise" if self.next_tokens_rise else "next_tokens_detached"
+            raise FieldError(f"{{{name}}} is for a model with draft heads: make one with init --next-tokens N")
         shape.leaves_of_mode(self.eval_path_selection)
         eval_windows(self, shape.n_positions)
         return shape
@@ -156,14 +173,16 @@ def trained_leaves(shape: Shape, options: TrainOptions) -> list[str] | None:
     mixed = any(len(heads) > 1 for heads in shape.head_allocation.values())
     if options.fast_k_loss and mixed and not (options.fast_k or shape.fast_k):
         raise FieldError("{fast_k_loss} needs {fast_k} K, the number of candidates that will be deployed")
-    if mode == GATE_EXPECTED:
+    if mode in (GATE_EXPECTED, BEST):
         return None
     if mode == RANDOM:
         raise FieldError("{train_path_selection} random: random routing is a control for evaluation only")
     try:
         leaves = shape.leaves_of_mode(mode)
     except InputError:
-        known = ", ".join([GATE_SOFT, GATE_EXPECTED, GATE_HARD, MAX_PROB, *(f"{leaf}_only" for leaf in shape.leaves)])
+        known = ", ".join(
+            [GATE_SOFT, GATE_EXPECTED, BEST, GATE_HARD, MAX_PROB, *(f"{leaf}_only" for leaf in shape.leaves)]
+        )
         raise FieldError("unknown {train_path_selection} '{}': choose one of {}", mode, known) from None
     if leaves and len(leaves) > 1:
         names = ", ".join(f"{leaf}_only" for leaf in leaves)

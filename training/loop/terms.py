@@ -6,10 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from training.loop import losses
+from training.loop.cross_entropy import head_gold
 from training.loop.losses import Across
 from training.model.dmpt import Hidden
 from training.model.generation import DMPTForCausalLM
@@ -26,6 +28,10 @@ class Batch:
     gold: Tensor  # (L, B, S), log P_leaf of the labels
     log_w: Tensor | None  # (L, B, S), log of the leaves' gate weights; None for one leaf
     joined: Tensor  # (B, S - 1) bool: whether a token and the next one belong to one text
+    labels: Tensor  # (B, S)
+    same_text: Tensor  # (N, B, S) bool: whether the token i + 2 after each position counts and belongs to its text
+    detached: bool  # draft heads learn from further tokens, nothing else does
+    best: Tensor | None  # (B, S), the leaf that is trained, where its gold alone is known
     full: dict[str, tuple[Tensor, Tensor]]  # leaf -> log-probs (B, S, V) of the tether's reference and of the leaf
     log_pi: dict[str, Tensor] = field(default_factory=dict)  # leaf with several heads -> (B, S, H)
 
@@ -42,12 +48,33 @@ def load_balance(batch: Batch) -> Iterator[tuple[str, Tensor]]:
 
 def gold_aux(batch: Batch) -> Iterator[tuple[str, Tensor]]:
     if batch.log_w is not None:
-        yield "", losses.gold_aux(batch.log_w, batch.gold, batch.mask)
+        best = batch.gold.detach().argmax(0) if batch.best is None else batch.best
+        yield "", losses.gold_aux(batch.log_w, best, batch.mask)
 
 
 def switch(batch: Batch) -> Iterator[tuple[str, Tensor]]:
     if batch.log_w is not None:
         yield "", losses.switches(batch.log_w, batch.joined)
+
+
+def next_tokens(batch: Batch) -> Iterator[tuple[str, Tensor]]:
+    """Leaf by leaf, without storing (B, S, V) log-probs. Targets beyond the batch do not count."""
+    n, size = batch.model.config.next_tokens, batch.labels.shape[1]
+    if not n:
+        return
+    rows = []
+    for leaf, h in batch.hidden.leaves.items():
+        matrix = batch.model.draft_matrix(leaf).weight
+        if batch.detached:
+            h, matrix = h.detach(), matrix.detach()
+        gold = h.new_zeros((n, *batch.labels.shape), dtype=torch.float32)
+        for i in range(min(n, size - 1)):
+            ahead = i + 1
+            x = batch.model.draft_input(leaf, i, h[:, :-ahead])
+            gold[i, :, :-ahead] = head_gold(x, matrix, batch.labels[:, ahead:])
+        rows.append(gold)
+    weights = torch.ones_like(batch.gold) if batch.log_w is None else batch.log_w.exp()
+    yield "", losses.further_tokens(torch.stack(rows), weights[:, None], batch.same_text)
 
 
 def tether(batch: Batch) -> Iterator[tuple[str, Tensor]]:
@@ -71,6 +98,7 @@ TERMS: dict[str, Term] = {
     "lb": load_balance,
     "gold_aux": gold_aux,
     "switch": switch,
+    "next_tokens": next_tokens,
     "tether": tether,
     "head_lb": head_balance,
     "head_entropy": head_entropy,

@@ -210,6 +210,7 @@ class Trainer:
         """One optimizer step; returns the newest nll. Raises NonFiniteError before the weights change."""
         self.freezer.apply(self.progress.step)
         set_lr(self.optimizer, lr_factor(self.progress.step, self.total, self.options))
+        self.objective.step = self.progress.step
         for _ in range(self.options.grad_accum_steps):
             rank = self.accelerator.process_index
             ids = self.batches.take(self.progress.position + rank * self.options.batch_size, self.options.batch_size)

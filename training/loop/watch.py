@@ -37,6 +37,7 @@ class Meter:
         values = {"loss": loss.total.detach(), **loss.terms}
         if loss.routes is not None:
             values |= {f"route.{i}": share for i, share in enumerate(loss.routes)}
+        values |= loss.choices
         if loss.switch_share is not None:
             values["switch_share"] = loss.switch_share
         for leaf, usage in loss.heads.items():

@@ -50,6 +50,7 @@ class DMPTConfig(Shape, PretrainedConfig):
         head_kind: str = Shape.head_kind,
         head_rank: int | None = None,
         shared_anchor: bool = False,
+        next_tokens: int = 0,
         tie_word_embeddings: bool = True,
         bos_token_id: int | None = Shape.bos_token_id,
         eos_token_id: int | None = Shape.eos_token_id,
@@ -79,6 +80,7 @@ class DMPTConfig(Shape, PretrainedConfig):
         self.head_kind = head_kind
         self.head_rank = head_rank
         self.shared_anchor = shared_anchor
+        self.next_tokens = next_tokens
         super().__init__(
             bos_token_id=bos_token_id, eos_token_id=eos_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs
         )

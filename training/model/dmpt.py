@@ -166,6 +166,14 @@ class DMPT(PreTrainedModel):
                 if len(heads) > 1
             }
         )
+        self.draft_heads = nn.ModuleDict(
+            {
+                leaf: nn.ModuleList(
+                    nn.Linear(config.n_embd, config.n_embd, bias=False) for _ in range(config.next_tokens)
+                )
+                for leaf in (config.leaves if config.next_tokens else ())
+            }
+        )
         self.post_init()
 
     # --- transformers conventions -------------------------------------------------------------
@@ -325,6 +333,21 @@ class DMPT(PreTrainedModel):
 
     def leaf_log_probs(self, leaf: str, h: Tensor, fast_k: int | None = None) -> Tensor:  # (..., E) -> (..., V)
         return self.fast_mixture(leaf, h, fast_k) if fast_k else self.mixture(leaf, h)
+
+    def draft_input(self, leaf: str, i: int, h: Tensor) -> Tensor:
+        """What the vocabulary matrix of the leaf's anchor multiplies to predict the (i + 2)-th token after a row:
+        (..., E) -> (..., E)."""
+        out: Tensor = h + self.draft_heads[leaf][i](h)  # type: ignore[index]
+        return out
+
+    def draft_matrix(self, leaf: str) -> nn.Module:
+        """The head whose vocabulary matrix a leaf's draft heads multiply: its anchor, or the one that projects into."""
+        return self.heads[self.config.matrix_of(leaf, self.config.head_allocation[leaf][0])]
+
+    def draft_logits(self, leaf: str, i: int, h: Tensor) -> Tensor:
+        """Logits of the (i + 2)-th token after each row: (..., E) -> (..., V)."""
+        logits: Tensor = self.draft_matrix(leaf)(self.draft_input(leaf, i, h)).float()
+        return logits
 
     # --- the whole model ----------------------------------------------------------------------
 

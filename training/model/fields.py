@@ -45,6 +45,7 @@ POSITIVE = Kind("a number above 0", lambda value: number(value) and value > 0)
 SHARE = Kind("a number from 0 to below 1", lambda value: number(value) and 0 <= value < 1)
 SPREAD = Kind("a number of at least 0", lambda value: number(value) and value >= 0)
 WHOLE_OR_NULL = Kind("a whole number or null", lambda value: value is None or type(value) is int)
+COUNT = Kind("a whole number, 0 or above", lambda value: whole(value, 0))
 FLAG = Kind("true or false", lambda value: type(value) is bool)
 NAME = Kind("a name", lambda value: isinstance(value, str))
 INDICES = Kind("a list of whole numbers", lambda value: type(value) is list and {*map(type, value)} <= {int})
@@ -81,6 +82,7 @@ DMPT: dict[str, Kind] = {  # a DMPT's own
     "head_kind": NAME,
     "head_rank": SIZE_OR_NULL,
     "shared_anchor": FLAG,
+    "next_tokens": COUNT,
 }
 # Fields of a GPT-2 that would change what is computed: only these values are supported.
 FIXED: dict[str, tuple[Any, ...]] = {

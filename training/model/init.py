@@ -65,6 +65,8 @@ def init_from_gpt2(
     random = torch.Generator().manual_seed(seed)
     tensors |= _heads(config, source["heads.0.weight"], noise, random)
     tensors |= _gates(config, gate_bias, random)
+    drafts = [config.draft_name(leaf, i) for leaf in config.leaves for i in range(config.next_tokens)]
+    tensors |= {name: torch.zeros(config.n_embd, config.n_embd) for name in drafts}  # each has a target of its own
     if wild := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise FieldError(
             "{} would hold NaN or infinity: use a smaller {noise} and {gate_bias}, or repair {source}", wild[0]

@@ -26,6 +26,7 @@ class NewShape:
     head_kind: str = FULL
     head_rank: int | None = None  # of projected heads; None: whole matrices
     shared_anchor: bool = False  # projected heads: one vocabulary matrix for all leaves
+    next_tokens: int | None = None  # draft heads of each leaf; None: none
 
 
 def init_fields(old: Shape, new: NewShape) -> dict[str, Any]:
@@ -48,6 +49,7 @@ def init_fields(old: Shape, new: NewShape) -> dict[str, Any]:
     each = old.n_embd * (old.vocab_size if new.head_kind == FULL else new.head_rank or old.n_embd)
     _check_memory("heads", 0 if new.heads is None else new.heads, each)
     _check_memory("gate_hidden", gate_hidden, old.n_embd)
+    _check_memory("next_tokens", new.next_tokens or 0, old.n_embd * old.n_embd)
     if head_allocation is None:
         leaves = leaf_names(splits, old.n_layer)
         head_allocation = even_allocation(leaves, default_heads(len(leaves)) if new.heads is None else new.heads)
@@ -61,6 +63,7 @@ def init_fields(old: Shape, new: NewShape) -> dict[str, Any]:
         "head_kind": new.head_kind,
         "head_rank": new.head_rank,
         "shared_anchor": new.shared_anchor,
+        "next_tokens": new.next_tokens or 0,
     }
 
 

@@ -104,6 +104,7 @@ class Shape:
     head_kind: str = FULL  # or projected: heads besides the anchors are a matrix in front of their leaf's anchor
     head_rank: int | None = None  # rank of that matrix; None: whole, [n_embd, n_embd]
     shared_anchor: bool = False  # projected heads only: all leaves use head 0's matrix, so their anchors project too
+    next_tokens: int = 0  # draft heads of each leaf: further tokens that they predict after the next one
     gate_hidden: int = 256
     gate_temp: float = 1.2  # softens gates in gate_soft; hard choices do not depend on it
     head_gate_temp: float = 1.0
@@ -175,6 +176,10 @@ class Shape:
         """The checkpoint tensors of a projected head, in the order in which they multiply."""
         parts = [""] if self.head_rank is None else [".down", ".up"]
         return [f"heads.{j}.projection{part}.weight" for part in parts]
+
+    def draft_name(self, leaf: str, i: int) -> str:
+        """The checkpoint tensor of a leaf's i-th draft head, from 0."""
+        return f"draft_heads.{leaf}.{i}.weight"
 
     def ways(self) -> dict[str, list[tuple[str, int]]]:
         """For each leaf, the turns that lead to it: way()."""
@@ -260,11 +265,19 @@ class Shape:
             raise InputError(f"head_topk {self.head_topk} must be from 1 to the heads of a leaf ({most})")
         if self.gate_temp <= 0 or self.head_gate_temp <= 0:
             raise InputError("gate_temp and head_gate_temp must be above 0")
+        self._check_small_heads()
+
+    def _check_small_heads(self) -> None:
+        """check() of projected heads and draft heads."""
         if self.head_kind not in HEAD_KINDS:
             raise InputError(f"head_kind '{self.head_kind}' must be one of {', '.join(HEAD_KINDS)}")
         check_head_kind(self.head_kind, self.head_rank, self.shared_anchor)
         if self.head_rank is not None and not 1 <= self.head_rank <= self.n_embd:
             raise InputError(f"head_rank {self.head_rank} must be from 1 to n_embd ({self.n_embd})")
+        if not 0 <= self.next_tokens < self.n_positions:
+            raise FieldError(
+                "{next_tokens} {} must be from 0 to {}, below the context", self.next_tokens, self.n_positions - 1
+            )
 
 
 def check_head_kind(kind: str, rank: int | None, shared: bool | None) -> None:

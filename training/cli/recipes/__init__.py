@@ -17,7 +17,7 @@ from training.errors import InputError
 from training.loop.options import TrainOptions
 
 FOLDER = Path(__file__).parent
-INIT = ("splits", "heads", "fast_k", "head_kind", "head_rank", "shared_anchor")
+INIT = ("splits", "heads", "fast_k", "head_kind", "head_rank", "shared_anchor", "next_tokens")
 
 
 @dataclass
