@@ -70,8 +70,8 @@ PATHS = {"train_path_selection": "gate_expected", "gate_temp": 1.0}
 SOFT = {"train_path_selection": "gate_soft", "gate_temp": 1.2}
 # How the heads of a leaf get their vocabulary matrices: fields of the configuration
 HEADS: dict[str, dict[str, Any]] = {
-    "full": {},
-    "projected": {"head_kind": "projected"},
+    "full": {"head_kind": "full"},
+    "projected": {"head_kind": "projected", "shared_anchor": False},
     "one-anchor": {"head_kind": "projected", "shared_anchor": True},
 }
 
@@ -196,7 +196,7 @@ def init_options(variant: Variant, scale: Scale, seed: int) -> list[str]:
     """Options of `dmpt-export init` for one run."""
     splits = ",".join(map(str, splits_of(variant, scale))) or "none"
     values = {"splits": splits, "heads": variant.heads, "seed": seed, **HEADS[variant.kind], **variant.init}
-    return as_options(values)
+    return as_options(values) + (["--no-shared-anchor"] if values.get("shared_anchor") is False else [])
 
 
 def as_options(values: dict[str, Any]) -> list[str]:

@@ -33,14 +33,14 @@ def parse_splits(context: click.Context, parameter: click.Parameter, text: str) 
               "vocabulary; 256 is a good start.")  # fmt: skip
 @click.option("--head-topk", type=click.IntRange(min=1), metavar="H",
               help="Heads mixed per token. Default: all of the leaf.")  # fmt: skip
-@click.option("--head-kind", type=click.Choice(["full", "projected"]), default="full", show_default=True,
-              help="What the heads besides the anchors are: full, a vocabulary matrix each; projected, a small "
-              "matrix in front of their anchor (0.6 M parameters instead of 38.6 M in GPT-2 small).")  # fmt: skip
+@click.option("--head-kind", type=click.Choice(["projected", "full"]), default="projected", show_default=True,
+              help="What the heads besides the anchors are: projected, a small matrix in front of their anchor; full, "
+              "a vocabulary matrix each (38.6 M parameters instead of 0.6 M in GPT-2 small).")  # fmt: skip
 @click.option("--head-rank", type=click.IntRange(min=1), metavar="R",
               help="Rank of projected heads. Default: whole matrices.")  # fmt: skip
-@click.option("--shared-anchor", is_flag=True,
+@click.option("--shared-anchor/--no-shared-anchor", default=None,
               help="Projected heads only: one vocabulary matrix for all leaves, so that the anchors of the other "
-              "leaves are projected too. The smallest DMPT.")  # fmt: skip
+              "leaves are projected too, or one for each. Default: one for all.")  # fmt: skip
 @click.option("--next-tokens", type=click.IntRange(min=1), metavar="N",
               help="Draft heads of each leaf: they predict N tokens after the next one, so that a device can check "
               "several tokens in one run (run --speculate). Default: none.")  # fmt: skip

@@ -128,6 +128,7 @@ class Demo:
         from training.checkpoints.checkpoint import load_model, save_model
         from training.model.init import init_from_gpt2
         from training.model.new_shape import NewShape
+        from training.model.shape import PROJECTED
 
         s = self.settings
         tune = s.training(s.tune_steps, s.tune_lr, self.seed + 1)
@@ -138,7 +139,9 @@ class Demo:
         with self.heading(f"Fine-tune the DMPT: split at {s.n_layer // 2}, {s.heads} heads, on the same tokens"):
             dmpt = init_from_gpt2(
                 load_model(self.checkpoint(BASE)),
-                NewShape(heads=s.heads, fast_k=s.fast_k, gate_hidden=s.gate_hidden),
+                NewShape(
+                    heads=s.heads, fast_k=s.fast_k, gate_hidden=s.gate_hidden, head_kind=PROJECTED, shared_anchor=True
+                ),
                 noise=s.noise,
                 seed=self.seed,
             )

@@ -22,7 +22,7 @@ class Settings:
     # the DMPT
     heads: int = 8  # four on each path
     fast_k: int = 64  # candidates that the three other heads of a path score
-    noise: float = 0.1  # on copied heads, in standard deviations of the embedding
+    noise: float = 1e-3  # a projected head that is no anchor changes its input by ten times this share
     gate_hidden: int = 64
     # training; both fine-tunings see the same sequences in the same order
     batch_size: int = 2  # sequences of `context` tokens; many small steps learn so little text best

@@ -42,7 +42,9 @@ def deployed(config: S, options: ExportOptions) -> S:
     """`config` as the options change it. Raises InputError when that cannot be exported."""
     fast_k, head_topk, vocabulary = options.fast_k, options.head_topk, options.draft_vocab
     if vocabulary is not None and not config.next_tokens:
-        raise FieldError("{draft_vocab} is for a model with draft heads: make one with init --next-tokens N")
+        raise FieldError(
+            "{draft_vocab} is for a model with draft heads: make one with dmpt-export init --next-tokens N"
+        )
     if vocabulary is not None and vocabulary > config.vocab_size:
         raise FieldError("{draft_vocab} {} is larger than the vocabulary of {}", vocabulary, config.vocab_size)
     if vocabulary == 0:

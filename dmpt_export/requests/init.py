@@ -41,9 +41,9 @@ class InitRequest:
     head_allocation: Path | None = None  # JSON file of the heads of each leaf, instead of their number
     fast_k: int | None = None  # candidates of the anchor head; None: the whole vocabulary
     head_topk: int | None = None  # heads mixed per token; None: all of the leaf
-    head_kind: str = "full"  # or projected
+    head_kind: str = "projected"  # or full
     head_rank: int | None = None  # of projected heads; None: whole matrices
-    shared_anchor: bool = False  # projected heads: one vocabulary matrix for all leaves
+    shared_anchor: bool | None = None  # one vocabulary matrix for all leaves; None: if heads are projected
     next_tokens: int | None = None  # draft heads of each leaf; None: none
     noise: float = 1e-3  # standard deviations of the embedding
     gate_bias: float = 0.25  # logits
@@ -60,7 +60,7 @@ class InitRequest:
         from training.checkpoints.folder import float_folder, read_head_allocation, read_shape
         from training.checkpoints.places import check_inputs, check_new
         from training.model.new_shape import NewShape, check_init
-        from training.model.shape import check_head_kind
+        from training.model.shape import PROJECTED, check_head_kind
 
         with usage():
             check_head_kind(self.head_kind, self.head_rank, self.shared_anchor)
@@ -68,6 +68,7 @@ class InitRequest:
         check_inputs(self.out, self.source, self.head_allocation)
         allocation = None if self.head_allocation is None else read_head_allocation(self.head_allocation)
         own = {field.name: getattr(self, field.name) for field in fields(NewShape) if field.name != "head_allocation"}
+        own["shared_anchor"] = self.head_kind == PROJECTED if self.shared_anchor is None else self.shared_anchor
         shape = NewShape(head_allocation=allocation, **own)
         folder = float_folder(self.source)
         check_init(read_shape(folder), shape).check_exportable()

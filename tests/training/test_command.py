@@ -99,6 +99,20 @@ def test_the_recommended_recipe_fits_a_shallow_gpt2(tiny_gpt2: Path, text: str, 
     assert read_config(tmp_path / "out").splits == [2]
 
 
+@pytest.mark.parametrize(
+    ("options", "kind", "shared"),
+    [("", "projected", True), ("--head-kind full", "full", False), ("--head-rank 3", "projected", True)],
+)
+def test_what_options_make_of_the_recipes_heads(
+    options: str, kind: str, shared: bool, tiny_gpt2: Path, text: str, tmp_path: Path
+) -> None:
+    line = ["train", str(tiny_gpt2), str(tmp_path / "out"), "--data", text, "--recipe", "deployed", *SMALL]
+    assert main([*line, "--fast-k", "8", "--heads", "4", *options.split()]) == 0
+    config = read_config(tmp_path / "out")
+    assert (config.head_kind, config.shared_anchor) == (kind, shared)
+    assert config.head_rank == (3 if "rank" in options else None)
+
+
 def test_without_head_mixture_every_leaf_has_one_head(tiny_gpt2: Path, text: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     line = ["train", str(tiny_gpt2), str(out), "--data", text, "--splits", "1,2", "--no-use_head_mixture", *SMALL]
@@ -200,7 +214,7 @@ def test_the_recipes_can_be_read(name: str) -> None:
     recipe = read_recipe(name)
     assert recipe.about
     assert recipe.phases
-    assert ("splits" in recipe.init) == (name != "deployed")  # which takes half the depth
+    assert ("splits" in recipe.init) == (name not in ("deployed", "best"))  # which take half the depth
 
 
 # --- bad input ------------------------------------------------------------------------------------------

@@ -219,6 +219,7 @@ def test_init_command(
     model = load_model(out)
     config = model.config
     assert (config.splits, config.fast_k, config.head_topk, config.gate_hidden) == ([1, 2], 20, 1, 8)
+    assert (config.head_kind, config.shared_anchor) == ("projected", True)
     assert model.gates["left"][2].bias.tolist() == [1.5, 0.0]
     with torch.no_grad():
         torch.testing.assert_close(model.log_probs(IDS, fast_k=20), gpt2_log_probs, atol=LIMIT, rtol=0)
@@ -266,8 +267,8 @@ BAD_INIT = [
     (["--heads", "1000000000000"], 5, "heads 1000000000000 needs"),
     (["--gate-hidden", "10000000000000000000"], 5, "gate_hidden"),
     (["--seed", "-1"], 2, "-1"),
-    (["--head-rank", "4"], 2, "--head-rank and --shared-anchor need --head-kind projected"),
-    (["--shared-anchor"], 2, "--head-rank and --shared-anchor need --head-kind projected"),
+    (["--head-kind", "full", "--head-rank", "4"], 2, "--head-rank and --shared-anchor need --head-kind projected"),
+    (["--head-kind", "full", "--shared-anchor"], 2, "--head-rank and --shared-anchor need --head-kind projected"),
     (["--head-kind", "projected", "--head-rank", "33"], 3, "head_rank 33"),
     (["--nonsense"], 2, "nonsense"),
 ]

@@ -240,7 +240,9 @@ class TrainRequest:
         """The shape that the initial model is converted to; None: unchanged."""
         mine = {name: getattr(self, name) for name in SHAPING if name != "head_allocation"}
         mine["fast_k"] = self.options.fast_k
-        shape = recipe.init | {key: value for key, value in mine.items() if value is not None}
+        chosen = {key: value for key, value in mine.items() if value is not None}
+        kept = () if chosen.get("head_kind") == FULL else ("head_rank", "shared_anchor")  # of a recipe, if they apply
+        shape = {k: v for k, v in recipe.init.items() if k in kept or k not in ("head_rank", "shared_anchor")} | chosen
         allocation = read_head_allocation(self.head_allocation) if self.head_allocation else None
         with usage():
             check_head_kind(shape.get("head_kind", FULL), shape.get("head_rank"), shape.get("shared_anchor"))

@@ -142,7 +142,9 @@ class TrainOptions:
             raise FieldError("{train_path_selection} best is for a model with paths: this one has no splits")
         if (self.next_tokens_rise or self.next_tokens_detached) and not shape.next_tokens:
             name = "next_tokens_rise" if self.next_tokens_rise else "next_tokens_detached"
-            raise FieldError(f"{{{name}}} is for a model with draft heads: make one with init --next-tokens N")
+            raise FieldError(
+                f"{{{name}}} is for a model with draft heads: make one with dmpt-export init --next-tokens N"
+            )
         shape.leaves_of_mode(self.eval_path_selection)
         eval_windows(self, shape.n_positions)
         return shape
