@@ -118,6 +118,22 @@ def test_detached_drafts_leave_every_other_gradient_as_it_is() -> None:
     assert not torch.equal(joint["transformer.wpe.weight"], without["transformer.wpe.weight"])
 
 
+@pytest.mark.parametrize("clip", [0.0, 1e-3])
+def test_detached_drafts_change_nothing_else_bit_by_bit(clip: float, tmp_path: Path) -> None:
+    """Also where gradients are clipped: the drafts' do not count there."""
+    trained = []
+    for n in (0, 2):
+        torch.manual_seed(0)
+        model = init_from_gpt2(random_model([], 1), NewShape([2], heads=4, next_tokens=n or None))
+        detached: dict[str, Any] = {"next_tokens_detached": True, "next_tokens_coef": 5.0} if n else {}
+        how: dict[str, Any] = {"freeze_head0_steps": 0, "clip_grad_norm": clip}
+        train(model, TOKENS, options(max_steps=3, **how, **detached), tmp_path / str(n))
+        trained.append(model.state_dict())
+    without, with_drafts = trained
+    assert all(torch.equal(with_drafts[name], tensor) for name, tensor in without.items())
+    assert with_drafts["draft_heads.left.0.weight"].any()
+
+
 def test_the_coefficient_rises_over_the_given_steps() -> None:
     model = random_model([], 1, next_tokens=1)
     ids = torch.randint(1, 97, (2, 12), generator=torch.Generator().manual_seed(1))

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from training.loop.options import TrainOptions
 
-HEAD_PREFIXES, GATE_PREFIXES = ("heads.", "draft_heads."), ("gates.", "head_gates.")
+DRAFT_PREFIX = "draft_heads."
+HEAD_PREFIXES, GATE_PREFIXES = ("heads.", DRAFT_PREFIX), ("gates.", "head_gates.")
 SHARE_OF_DECAY = {"main": 1.0, "heads": 0.1, "gates": 0.1}  # of options.weight_decay
 
 # After the warm-up: share of the remaining work (1 -> 0) -> factor of the learning rate
@@ -72,16 +73,24 @@ def lr_factor(step: int, total: int, options: TrainOptions) -> float:
     return SHAPES[options.lr_schedule](max(0.0, (total - step) / max(1, total - warmup)))
 
 
-def collect_gradients(model: nn.Module, accelerator: Accelerator, limit: float) -> float:
+def collect_gradients(model: nn.Module, accelerator: Accelerator, limit: float, apart: str | None = None) -> float:
     """Average the trained parameters' gradients over the processes and clip them; returns their total norm.
 
-    limit: the largest total norm, 0 for none. If the norm is not finite, the gradients stay unchanged.
+    limit: the largest total norm, 0 for none. If the norm is not finite, the gradients stay unchanged. apart: prefix of
+    parameters that are clipped by themselves, so that they do not change what the others learn.
     """
-    active = [p for p in model.parameters() if p.requires_grad]
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    active = [p for _, p in trained]
     if accelerator.num_processes > 1:
         for p in active:  # None for a leaf to which no token of this process was routed
             p.grad = accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
-    grads = [p.grad for p in active if p.grad is not None]
+    others = [p.grad for name, p in trained if p.grad is not None and not (apart and name.startswith(apart))]
+    alone = [p.grad for name, p in trained if p.grad is not None and apart and name.startswith(apart)]
+    return math.hypot(*(clipped(grads, limit) for grads in (others, alone) if grads))
+
+
+def clipped(grads: list[Tensor], limit: float) -> float:
+    """Scale gradients down to a total norm of `limit` (0: none), unless it is not finite; returns the norm before."""
     norm = torch.stack([grad.norm() for grad in grads]).norm().item()
     if limit and limit < norm < math.inf:
         for grad in grads:

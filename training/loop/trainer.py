@@ -27,7 +27,7 @@ from training.loop.evaluation import Evaluation, evaluate
 from training.loop.freeze import Freezer
 from training.loop.interrupt import Interrupted, StopRequest, stop_on_signals
 from training.loop.objective import Loss, Objective
-from training.loop.optim import collect_gradients, lr_factor, make_optimizer, set_lr
+from training.loop.optim import DRAFT_PREFIX, collect_gradients, lr_factor, make_optimizer, set_lr
 from training.loop.options import TrainOptions, eval_windows, flag, read_freeze_schedule, trained_leaves
 from training.loop.phase import note_best_of, phase_of
 from training.loop.watch import Meter, Watcher, perplexity
@@ -219,7 +219,8 @@ class Trainer:
             loss = self.forward(ids)
             self.meter.add(loss)
             self.accelerator.backward(loss.total)  # divides by the number of passes
-        norm = collect_gradients(self.model, self.accelerator, self.options.clip_grad_norm)
+        apart = DRAFT_PREFIX if self.options.next_tokens_detached else None
+        norm = collect_gradients(self.model, self.accelerator, self.options.clip_grad_norm, apart)
         newest = self.meter.flush()
         if not math.isfinite(self.meter.sums["loss"]) or not math.isfinite(norm):
             where = first_bad_tensor(self.model, lambda: self.forward(ids).terms)
