@@ -101,7 +101,7 @@ def test_freeze_flags(flags: dict[str, Any], trained: tuple[str, ...]) -> None:
 
 def test_a_quad_schedule_knows_the_originals_groups() -> None:
     model = random_model([1, 2], 4)
-    groups = schedule_groups(model)
+    groups = schedule_groups(model.config)
     assert {
         "shared", "left_intermediate", "right_intermediate", "LL", "LR", "RL", "RR", "left_right",
         "gate1", "gate2_left", "gate2_right", "left_path",

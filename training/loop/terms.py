@@ -64,7 +64,7 @@ def next_tokens(batch: Batch) -> Iterator[tuple[str, Tensor]]:
         return
     rows = []
     for leaf, h in batch.hidden.leaves.items():
-        matrix = batch.model.draft_matrix(leaf).weight
+        matrix = batch.model.draft_matrix(leaf)
         if batch.detached:
             h, matrix = h.detach(), matrix.detach()
         gold = h.new_zeros((n, *batch.labels.shape), dtype=torch.float32)

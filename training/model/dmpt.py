@@ -340,13 +340,18 @@ class DMPT(PreTrainedModel):
         out: Tensor = h + self.draft_heads[leaf][i](h)  # type: ignore[index]
         return out
 
-    def draft_matrix(self, leaf: str) -> nn.Module:
-        """The head whose vocabulary matrix a leaf's draft heads multiply: its anchor, or the one that projects into."""
+    def draft_head(self, leaf: str) -> nn.Module:
+        """The head whose vocabulary matrix a leaf's draft heads multiply: its anchor's."""
         return self.heads[self.config.matrix_of(leaf, self.config.head_allocation[leaf][0])]
+
+    def draft_matrix(self, leaf: str) -> Tensor:
+        """That matrix, in a float model: (V, E)."""
+        matrix: Tensor = self.draft_head(leaf).get_parameter("weight")
+        return matrix
 
     def draft_logits(self, leaf: str, i: int, h: Tensor) -> Tensor:
         """Logits of the (i + 2)-th token after each row: (..., E) -> (..., V)."""
-        logits: Tensor = self.draft_matrix(leaf)(self.draft_input(leaf, i, h)).float()
+        logits: Tensor = self.draft_head(leaf)(self.draft_input(leaf, i, h)).float()
         return logits
 
     # --- the whole model ----------------------------------------------------------------------
