@@ -83,8 +83,9 @@ def command(**fields: Any) -> None:
     mixed = any(len(heads) > 1 for heads in shape.head_allocation.values())
     fast_k = f" --fast-k {min(256, shape.vocab_size)}" if mixed and not shape.fast_k else ""
     leaves = ", ".join(f"{leaf} {shape.head_allocation[leaf]}" for leaf in shape.leaves)
+    kind = shape.head_kind if shape.projected_heads else "full"
     click.echo(
-        f"{out}: {made.parameters:,} parameters, splits {shape.splits}, {shape.head_kind} heads {leaves}; "
+        f"{out}: {made.parameters:,} parameters, splits {shape.splits}, {kind} heads {leaves}; "
         f"next: dmpt-export train {out} TUNED --recipe deployed{fast_k} --data TEXT",
         err=True,
     )
