@@ -22,7 +22,7 @@ from dmpt_export.cli.main import main
 from dmpt_export.onnx.export import export_onnx
 from dmpt_export.onnx.exportable import ExportOptions
 from dmpt_export.onnx.kv_cache import ROOM, SEED, SEQUENCES, calibrate
-from dmpt_export.requests.onnx import calibration_ids
+from dmpt_export.requests.onnx import CALIBRATED, first_ids
 from quant.checkpoint import dequantized_model, save_quantized
 from runtime import session
 from runtime.model import Model
@@ -157,7 +157,7 @@ def test_the_command_calibrates_on_a_text(tiny_dmpt: Path, sample_text: str, tmp
     assert main([*options, "--calib", ""]) == 3
     assert main([*options[:3], "--calib", str(tmp_path / "text")]) == 2
     ids = first_tokens(tmp_path / "text", load_tokenizer(tiny_dmpt), 0, SEQUENCES * 64)
-    assert (calibration_ids(str(tiny_dmpt), str(tmp_path / "text")) == ids).all()
+    assert (first_ids(str(tiny_dmpt), str(tmp_path / "text"), CALIBRATED) == ids).all()
     assert len(ids) == SEQUENCES * 64
     assert main([*options, "--calib", str(tmp_path / "text")]) == 0
     with runtime.load(tmp_path / "onnx", threads=1) as model:

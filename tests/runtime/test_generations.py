@@ -209,6 +209,7 @@ def test_guessing_does_not_change_the_text(tree: str, models: dict[str, Model], 
         "max_new_tokens": data.draw(st.integers(1, 90)),
         "repetition_penalty": data.draw(st.sampled_from([1.0, 1.2])),
         "on_full": data.draw(st.sampled_from(["stop", "slide"])),
+        **data.draw(st.sampled_from([{}, {"seed": 5}, {"seed": 6, "temperature": 0.3, "top_k": 4}])),
     }
     model, n = models[tree], data.draw(st.integers(1, 8))
     plain, fast = model.stream(prompt, **options), model.stream(prompt, **options, speculate=n)
@@ -223,7 +224,12 @@ def test_guesses_are_used(tree: str, models: dict[str, Model], monkeypatch: pyte
     """A greedy random model starts to repeat itself: then a run gives several tokens; other guesses are wrong."""
     sizes: list[int] = []
     run = Sequence.run
-    monkeypatch.setattr(Sequence, "run", lambda self, ids, *more: sizes.append(len(ids)) or run(self, ids, *more))
+
+    def counted(self: Sequence, ids: Any, *more: Any, **how: Any) -> Any:
+        sizes.append(len(ids))
+        return run(self, ids, *more, **how)
+
+    monkeypatch.setattr(Sequence, "run", counted)
     runs, wrong = 0, 0
     for first in range(1, 30):
         ids = models[tree].generate([first], max_new_tokens=60, speculate=4)
