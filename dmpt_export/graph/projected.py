@@ -37,12 +37,16 @@ def head_input(b: Builder, moves: Mapping[int, ir.Value], j: int, h: ir.Value) -
 
 
 def from_anchor(b: Builder, moves: Mapping[int, ir.Value], anchor: int, heads: Sequence[int]) -> ir.Value:
-    """P h of projected heads, less the anchor's if it has one: moves [1, n, E] -> [1, n, heads, E]."""
+    """What heads on the anchor's matrix add to its input: P h, less the anchor's P h if it has one; moves [1, n, E] ->
+    [1, n, heads, E]. A head without a P is the one that owns the matrix, and the anchor then projects."""
     parts = []
     for j in heads:
-        move = moves[j]
-        if anchor in moves:
-            move = b.op("Sub", move, moves[anchor], name=f"heads.{j}.from_anchor")
+        if j not in moves:
+            move = b.op("Neg", moves[anchor], name=f"heads.{j}.from_anchor")
+        elif anchor in moves:
+            move = b.op("Sub", moves[j], moves[anchor], name=f"heads.{j}.from_anchor")
+        else:
+            move = moves[j]
         parts.append(b.op("Unsqueeze", move, b.ints(2), name=f"heads.{j}.by_head"))
     return b.op("Concat", *parts, name=f"heads.{'_'.join(map(str, heads))}.vectors", axis=2)
 

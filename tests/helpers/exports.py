@@ -31,6 +31,10 @@ TREES: dict[str, dict[str, Any]] = {
         "splits": [2], "heads": 2, "fast_k": 9, "head_kind": "projected", "shared_anchor": True,
         "head_allocation": {"left": [0], "right": [1, 2]},
     },
+    "projected, one anchor, shared heads": {
+        "splits": [2], "heads": 2, "fast_k": 7, "head_kind": "projected", "shared_anchor": True, "head_topk": 2,
+        "head_allocation": {"left": [0, 1, 2], "right": [3, 1, 0]},
+    },
     "projected, shared heads": {
         "splits": [2], "heads": 2, "fast_k": 7, "head_kind": "projected", "seed": 1,
         "head_allocation": {"left": [0, 1, 2], "right": [3, 1, 0]},
