@@ -145,6 +145,15 @@ TRIALS = {
     ),
     "dual split early": Variant("", 1, 2, init={"splits": "1"}),
     "dual gate temp 0.5": Variant("", 1, 2, train={"gate_temp": 0.5}),
+    "one-anchor": VARIANTS["dual-one-anchor"],
+    "one-anchor balanced": VARIANTS["dual-one-anchor-balanced"],
+    "one-anchor quad": Variant("", 2, 16, "one-anchor"),
+    "one-anchor 16 heads": Variant("", 1, 16, "one-anchor"),
+    "one-anchor split early": Variant("", 1, 8, "one-anchor", init={"splits": "1"}),
+    "one-anchor rank 64": Variant("", 1, 8, "one-anchor", init={"head_rank": 64}),
+    "one-anchor best": Variant(
+        "", 1, 8, "one-anchor", train={"train_path_selection": "best", "gold_aux_coef": 0.1, "lb_coef": 0.0}
+    ),
     "multi-head full": VARIANTS["multi-head-full"],
     "multi-head noise 0.5": Variant("", heads=4, init={"noise": 0.5}),
     "multi-head head lr x1": Variant("", heads=4, train={"head_lr": TUNE_LR}),
