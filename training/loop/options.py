@@ -55,7 +55,7 @@ class TrainOptions:
     train_path_selection: str = opt(
         "gate_soft", "gate_soft, gate_expected, best, gate_hard, max_prob, left_only, right_only, LEAF_only"
     )
-    select: str = opt("token", "with best: one leaf for each token, segment (of 64 tokens) or sequence")
+    select: str = opt("token", "with best: one leaf for each token (an experiment), segment (of 64 tokens) or sequence")
     select_balance: bool = opt(False, "with best: a leaf takes at most its share of a batch")
     fast_k_loss: bool = opt(False, "minimise the loss under fast-k, as deployed, instead of that of all heads in full")
     lb_coef: float = opt(1e-3, "load balance: gates split the tokens evenly")
