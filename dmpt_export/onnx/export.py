@@ -104,8 +104,11 @@ def export_onnx(
 def draft_vocabulary(config: DMPTConfig, size: int | None, counted: np.ndarray | None) -> np.ndarray:
     """The token ids that draft heads choose among, ascending: int64 [size]. Ends of text are always among them."""
     size = min(DRAFT_VOCABULARY, config.vocab_size) if size is None else size
+    ends = [end for end in tokens(config.eos_token_id) if end < config.vocab_size]
+    if 0 < size < len(ends):
+        raise FieldError("{draft_vocab} {} has no room for the {} ends of text", size, len(ends))
     counts = np.bincount([] if counted is None else counted, minlength=config.vocab_size).astype(float)
-    counts[[end for end in tokens(config.eos_token_id) if end < config.vocab_size]] = np.inf
+    counts[ends] = np.inf
     return np.sort(np.argsort(-counts, kind="stable")[:size])
 
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
 import runtime
+from benchmarks.evidence import drafts as evidence
 from dmpt_export.check.drafts import draft_tokens
+from dmpt_export.cli.main import main
 from dmpt_export.onnx.export import draft_vocabulary, export_onnx
 from dmpt_export.onnx.exportable import ExportOptions
 from quant.checkpoint import save_quantized
@@ -21,6 +25,8 @@ from tests.helpers.models import random_calibration, random_model, saved_model
 from training.checkpoints.checkpoint import save_model
 from training.errors import InputError, ValidationError
 from training.model.generation import DMPTForCausalLM
+from training.text.tokenizer import load_tokenizer
+from training.text.windows import train_tokenizer
 
 TREES: dict[str, dict[str, Any]] = {
     "gpt2": {"splits": [], "heads": 1},
@@ -163,6 +169,42 @@ def test_the_shortlist_holds_the_most_frequent_tokens_and_every_end_of_text() ->
     assert draft_vocabulary(config, 5, None).tolist() == [0, 1, 2, 50, 96]
     assert draft_vocabulary(config, 4, np.array([7, 7, 7, 3, 3, 9])).tolist() == [3, 7, 50, 96]
     assert draft_vocabulary(config, None, None).tolist() == list(range(97))
+    with pytest.raises(InputError, match="draft_vocab 1 has no room for the 2 ends of text"):
+        draft_vocabulary(config, 1, None)
+
+
+def test_the_command_counts_a_text_and_run_reports_guesses(
+    tiny_gpt2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text").write_text("the tide mill turns\n" * 50)
+    assert main(["init", str(tiny_gpt2), str(tmp_path / "dmpt"), "--heads", "4", "--next-tokens", "1"]) == 0
+    line = ["onnx", str(tmp_path / "dmpt"), str(tmp_path / "device"), "--kv-cache", "int8", "--draft-vocab", "12"]
+    assert main([*line, "--draft-text", str(tmp_path / "text")]) == 0
+    ids = np.array(load_tokenizer(tmp_path / "dmpt").encode("the tide mill turns").ids)
+    graph = onnx.load(tmp_path / "device" / "model.onnx").graph
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer if t.name == "const.draft_vocab"}
+    assert set(ids) <= set(stored["const.draft_vocab"].tolist())
+    capsys.readouterr()
+    assert main(["run", str(tmp_path / "device"), "the tide", "-n", "12", "--speculate", "1", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["runs"] + said["accepted"] == said["new_tokens"]
+    assert said["drafted"] > 0
+    assert main(["onnx", str(tiny_gpt2), str(tmp_path / "b"), "--draft-text", str(tmp_path / "text")]) == 3
+    assert "--draft-text is for an export with draft heads" in capsys.readouterr().err
+
+
+def test_the_evidence_script_agrees_with_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without guesses every run gives one token and the gain is 1; all numbers of guesses write equally much."""
+    save_model(random_model([], 1, next_tokens=1, vocab_size=300), tmp_path / "source")
+    (tmp_path / "text").write_text("the tide mill turns\n" * 50)
+    train_tokenizer(["the tide mill turns"] * 50, 300).save(str(tmp_path / "source" / "tokenizer.json"))
+    export_onnx(tmp_path / "source", tmp_path / "onnx", verify=False)
+    shape = ["--prompts", "2", "--prompt-tokens", "4", "--tokens", "8", "--temperature", "0"]
+    evidence.main([str(tmp_path / "onnx"), "--data", str(tmp_path / "text"), "--speculate", "0,1", *shape])
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[2] for row in rows] == ["0", "1"]
+    assert (rows[0][3], rows[0][4], rows[0][6]) == ("1.000", "-", "1.000")
+    assert rows[1][4].endswith("%")
 
 
 @pytest.mark.parametrize(

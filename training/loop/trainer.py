@@ -156,8 +156,9 @@ class Trainer:
                     folder, name, saved.data.get(name), value,
                 )  # fmt: skip
         for name, value in self.progress.options.items():
-            if saved.options.get(name) != value:
-                self.notes.append(f"resuming with {flag(name)} {value} (before: {saved.options.get(name)})")
+            before = saved.options.get(name, getattr(TrainOptions, name))  # an older run lacks newer options
+            if before != value:
+                self.notes.append(f"resuming with {flag(name)} {value} (before: {before})")
         state.restore_optimizer(self.optimizer, files["optimizer"], scalars)
         state.restore_rng(self.accelerator, files["rng"])
         if self.objective.reference is not None and "tether" in files:
