@@ -87,6 +87,22 @@ def test_the_time_is_of_the_whole_run(tmp_path: Path) -> None:
     assert train(random_model([], 1), TOKENS, options(max_steps=5), run, resume=True).seconds < 60
 
 
+def test_a_run_of_an_older_version_resumes_without_talk_of_newer_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, settings = tmp_path / "run", options(max_steps=2)
+    train(random_model([], 1), TOKENS, settings, run)
+    file = run / "last" / "trainer_state" / "state.json"
+    state = json.loads(file.read_text())
+    for name in ("select", "select_balance", "next_tokens_coef", "next_tokens_rise", "next_tokens_detached"):
+        del state["options"][name]
+    file.write_text(json.dumps(state))
+    capsys.readouterr()
+    train(random_model([], 1), TOKENS, replace(settings, max_steps=4), run, resume=True)
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("resuming with")]
+    assert notes == ["resuming with --max-steps 4 (before: 2)"]
+
+
 def test_resuming_drops_metrics_that_it_will_write_again(tmp_path: Path) -> None:
     run, settings = tmp_path / "run", options(max_steps=4, save_every=2)
     train(random_model([], 1), TOKENS, settings, run)
