@@ -3,7 +3,7 @@
     load                  an exported folder, ready to run (runtime.load); needs no torch
     Model                 what it returns (runtime.model.Model)
     DMPTOnnxForCausalLM   an exported folder as a Transformers model
-    quantize, export, evaluate, compare    as the commands of these names (dmpt_export.api)
+    quantize, export, evaluate, evaluate_domains, compare    as the commands (dmpt_export.api)
 
 Importing the package imports nothing heavy: each name is imported when it is asked for.
 """
@@ -14,18 +14,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dmpt_export.api import compare, evaluate, export, quantize
+    from dmpt_export.api import compare, evaluate, evaluate_domains, export, quantize
     from dmpt_export.transformers_model import DMPTOnnxForCausalLM
     from runtime import load
     from runtime.model import Model
 
 __version__ = "0.1.0"
-__all__ = ["DMPTOnnxForCausalLM", "Model", "compare", "evaluate", "export", "load", "quantize"]
+__all__ = ["DMPTOnnxForCausalLM", "Model", "compare", "evaluate", "evaluate_domains", "export", "load", "quantize"]
 MODULES = {
     "load": "runtime",
     "Model": "runtime.model",
     "DMPTOnnxForCausalLM": "dmpt_export.transformers_model",
-} | dict.fromkeys(("quantize", "export", "evaluate", "compare"), "dmpt_export.api")
+} | dict.fromkeys(("quantize", "export", "evaluate", "evaluate_domains", "compare"), "dmpt_export.api")
 
 
 def __getattr__(name: str) -> Any:

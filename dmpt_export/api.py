@@ -11,7 +11,7 @@ options. All raise the errors of training.errors and runtime.errors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from dmpt_export.requests.quantize import Quantized, QuantizeRequest
 
 if TYPE_CHECKING:
     from benchmarks.comparison.result import Comparison
+    from benchmarks.quality.by_domain import DomainQuality
     from benchmarks.quality.perplexity import Quality
 
 Place = str | PathLike[str]
@@ -50,7 +51,17 @@ def evaluate(model: Place, data: Place | Sequence[Place], **fields: Any) -> Qual
     """Perplexity, accuracy and use of paths of a model of any kind on text files. fields: of EvaluateRequest."""
     request = EvaluateRequest(str(model), several(data), **fields)
     request.check()
-    return request.run().quality
+    quality = request.run().quality
+    assert quality is not None  # there is data
+    return quality
+
+
+def evaluate_domains(model: Place, domains: Mapping[str, Place], **fields: Any) -> dict[str, DomainQuality]:
+    """The same by domain of text, name -> file, and on every path alone where the model is a checkpoint."""
+    pairs = tuple(f"{name}={file}" for name, file in domains.items())
+    request = EvaluateRequest(str(model), domain=pairs, **fields)
+    request.check()
+    return request.run().domains
 
 
 def compare(

@@ -32,7 +32,7 @@ class OnnxScorer:
         self.context, self.vocab_size = manifest.config.n_positions, manifest.config.vocab_size
         self.leaves = list(manifest.leaves)
         self.head_allocation: Mapping[str, Sequence[int]] = manifest.head_allocation
-        n_heads = len({j for heads in self.head_allocation.values() for j in heads})
+        n_heads = 1 + max(j for heads in self.head_allocation.values() for j in heads)
         self.n_heads = n_heads if manifest.tells_head_weights else 0
         self.family = family_of(len(self.leaves), n_heads)
         self.scheme = scheme_of(manifest.raw)

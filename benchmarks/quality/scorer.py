@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from runtime.manifest_file import MANIFEST_NAME, read_manifest
 from training.checkpoints.record import Record, recorded
 from training.errors import InputError
+from training.model.domains import Served
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -137,6 +138,13 @@ def record_of_source(source: str | Path) -> Record | None:
     if kind_of(source) == "onnx":
         return recorded(read_manifest(Path(source)).raw)
     return recorded(config_json(Path(source)))
+
+
+def domains_of_source(source: str | Path) -> dict[str, Served]:
+    """What serves each domain that a model was taught, from its manifest or config.json."""
+    if kind_of(source) == "onnx":
+        return dict(read_manifest(Path(source)).raw.get("domains") or {})
+    return dict(config_json(Path(source)).get("domains") or {})
 
 
 def scheme_of(manifest: dict[str, Any]) -> str:

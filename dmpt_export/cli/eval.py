@@ -16,9 +16,12 @@ if TYPE_CHECKING:
 
 @click.command("eval", short_help="Measure perplexity and accuracy on a text.")
 @click.argument("model")
-@click.option("--data", multiple=True, required=True, metavar="FILE",
+@click.option("--data", multiple=True, metavar="FILE",
               help="Text: plain, JSONL (both also .xz, .gz, .zst), Parquet, or a hub dataset such as "
               "wikitext-103:test. Several are scored as one text.")  # fmt: skip
+@click.option("--domain", multiple=True, metavar="NAME=FILE",
+              help="Instead of --data: text of one domain. Each domain is scored alone, on checkpoints also on every "
+              "path alone.")  # fmt: skip
 @click.option("--text-field", default="text", show_default=True, metavar="NAME",
               help="Where the text is in JSONL, Parquet and datasets.")  # fmt: skip
 @click.option("--protocol", type=TableChoice("protocol", protocols), default="stride-concat", show_default=True,
@@ -67,13 +70,19 @@ def command(as_json: bool, **fields: Any) -> None:
     Example:
       dmpt-export eval device --data wiki.test.raw
       dmpt-export eval device --data wiki.test.raw --base tuned --resume progress
+      dmpt-export eval tuned --domain code=code.txt --domain prose=prose.txt
     Next: compare several models, including their speed:
       dmpt-export compare gpt2-device device --data wiki.test.raw --out report
     """
     request = EvaluateRequest(**fields)
     request.check()
     found = request.run()
-    if as_json:
+    if found.quality is None:
+        from benchmarks.report.domains import domain_table
+
+        domains = {name: one.to_json() for name, one in found.domains.items()}
+        click.echo(json.dumps({"model": request.model, "domains": domains}) if as_json else domain_table(found.domains))
+    elif as_json:
         click.echo(json.dumps({"model": request.model, **found.quality.to_json()}, allow_nan=False))
     else:
         click.echo(as_text(request.model, found.quality, found.several_heads))

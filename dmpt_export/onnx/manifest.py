@@ -63,6 +63,7 @@ def describe(
         ],
         "leaves": config.leaves,
         "head_allocation": config.head_allocation,
+        **({"domains": config.domains} if config.domains else {}),
         "inputs": [_io(spec) for spec in input_specs(config, dtype, cache)],
         "outputs": [_io(spec) for spec in output_specs(config, dtype, cache)],
         "quantization": {

@@ -36,6 +36,7 @@ class ExportRequest:
     checkpoint: str  # DMPT folder, quantized folder, or GPT-2 folder or hub id
     out: str  # folder
     target: str = ExportOptions.target  # cpu or cuda
+    only_path: str | None = None  # a leaf, exported alone as a model with one path
     fast_k: int | None = None  # candidates of the anchor head; 0: none, every head in full; None: the checkpoint's
     head_topk: int | None = None  # heads mixed per token; 0: all of the path; None: the checkpoint's
     kv_cache: str = ExportOptions.kv_cache  # float or int8
@@ -63,10 +64,10 @@ class ExportRequest:
     def quantizes(self) -> bool:
         return bool(self.scheme or self.target_size is not None or self.plan)
 
-    def quantization(self, out: str | None) -> QuantizeRequest:
+    def quantization(self, checkpoint: str, out: str | None) -> QuantizeRequest:
         """Quantizing `checkpoint` into `out`; None: only to check it."""
         return QuantizeRequest(
-            self.checkpoint, out, self.scheme, self.block, self.asymmetric, self.rules, self.calib,
+            checkpoint, out, self.scheme, self.block, self.asymmetric, self.rules, self.calib,
             target_size=self.target_size, plan=self.plan, dry_run=out is None,
         )  # fmt: skip
 
@@ -81,9 +82,12 @@ class ExportRequest:
         check_new(Path(self.out), "onnx", self.overwrite)
         check_inputs(Path(self.out), self.checkpoint, self.calib, self.plan, self.draft_text)
         shape = deployed(check_model(self.checkpoint), self.options)
+        if self.only_path is not None:
+            shape.check_leaf(self.only_path)
         if self.draft_text is not None and not shape.next_tokens:
             raise FieldError("{draft_text} is for an export with draft heads: leave it out")
-        found = self.quantization(None).check() if self.quantizes else None
+        cut = self.only_path is not None  # then rules and plans are for the cut model
+        found = self.quantization(self.checkpoint, None).check() if self.quantizes and not cut else None
         wanted = self.calib is not None and self.kv_cache == "int8"
         ids = first_ids(self.checkpoint, str(self.calib), CALIBRATED) if wanted else None
         counted = None if self.draft_text is None else first_ids(self.checkpoint, self.draft_text, COUNTED)
@@ -91,18 +95,27 @@ class ExportRequest:
 
     def run(self, found: Found) -> dict[str, Any]:
         """Export, quantized and calibrated with what check() found; returns the manifest."""
-        if found.quantizing is None:
-            say("loading PyTorch and ONNX")
-            return self.export(self.checkpoint, found)
+        say("loading PyTorch and ONNX")
         with tempfile.TemporaryDirectory(prefix="dmpt-export-") as place:
-            quantized = str(Path(place) / "quantized")
-            self.quantization(quantized).run(found.quantizing)
-            return self.export(quantized, found)
+            checkpoint, quantizing = self.checkpoint, found.quantizing
+            if self.only_path is not None:
+                from quant.single_path import save_single_path
+
+                checkpoint = str(Path(place) / self.only_path)
+                save_single_path(self.checkpoint, self.only_path, Path(checkpoint))
+            if self.quantizes:
+                quantized = str(Path(place) / "quantized")
+                request = self.quantization(checkpoint, quantized)
+                request.run(quantizing or request.check())
+                checkpoint = quantized
+            return self.export(checkpoint, found)
 
     def export(self, checkpoint: str, found: Found) -> dict[str, Any]:
         from dmpt_export.onnx.export import export_onnx
 
         name = Path(self.checkpoint).resolve().name if Path(self.checkpoint).is_dir() else self.checkpoint
+        if self.only_path is not None:
+            name += f", only path {self.only_path}"
         return export_onnx(
             checkpoint, self.out, self.options, verify=not self.no_verify, calibration=found.ids,
             counted=found.counted, name=name, say=say,

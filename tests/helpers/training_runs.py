@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
+from training.loop.interrupt import Interrupted
 from training.loop.options import TrainOptions
+from training.loop.trainer import train
+from training.model.generation import DMPTForCausalLM
 
 LENGTH = 16
 
@@ -50,3 +56,25 @@ def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def changed(model: nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
     return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+
+
+def interrupted_at(
+    model: DMPTForCausalLM, run: Path, step: int, settings: TrainOptions, tokens: np.ndarray = TOKENS, **more: Any
+) -> None:
+    """Train until `step`, then stop as after SIGTERM."""
+    before = torch.optim.AdamW.step
+    done = 0
+
+    def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal done
+        done += 1
+        if done == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return before(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", counting)
+        with pytest.raises(Interrupted, match=f"after step {step} of") as stop:
+            train(model, tokens, settings, run, **more)
+    assert "--resume" in str(stop.value)
+    assert stop.value.exit_code == 130

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,35 +16,22 @@ import torch
 
 from tests.helpers.models import random_model
 from tests.helpers.paths import REPOSITORY
-from tests.helpers.training_runs import LENGTH, TOKENS, changed, losses_of, metrics, options, parameters, some_tokens
+from tests.helpers.training_runs import (
+    LENGTH,
+    TOKENS,
+    changed,
+    interrupted_at,
+    losses_of,
+    metrics,
+    options,
+    parameters,
+    some_tokens,
+)
 from training.checkpoints.checkpoint import load_model
 from training.errors import InputError
-from training.loop.interrupt import Interrupted
-from training.loop.options import TrainOptions
 from training.loop.trainer import train
-from training.model.generation import DMPTForCausalLM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def interrupted_at(model: DMPTForCausalLM, run: Path, step: int, settings: TrainOptions, **more: Any) -> None:
-    """Train until `step`, then stop as after SIGTERM."""
-    before = torch.optim.AdamW.step
-    done = 0
-
-    def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal done
-        done += 1
-        if done == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return before(self, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", counting)
-        with pytest.raises(Interrupted, match=f"after step {step} of") as stop:
-            train(model, TOKENS, settings, run, **more)
-    assert "--resume" in str(stop.value)
-    assert stop.value.exit_code == 130
 
 
 @pytest.mark.parametrize(("splits", "heads"), [([], 1), ([2], 4)])
@@ -56,9 +42,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_run(tmp_path: Path, splits: 
     whole = random_model(splits, heads)
     train(whole, tokens, settings, tmp_path / "whole", held_out)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules[__name__], "TOKENS", tokens)
-        interrupted_at(random_model(splits, heads), tmp_path / "parts", 5, settings, eval_tokens=held_out)
+    interrupted_at(random_model(splits, heads), tmp_path / "parts", 5, settings, tokens, eval_tokens=held_out)
     torch.manual_seed(12345)  # whatever the process did in between
     resumed = random_model(splits, heads, seed=99)
     train(resumed, tokens, settings, tmp_path / "parts", held_out, resume=True)

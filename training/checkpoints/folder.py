@@ -18,6 +18,7 @@ from typing import Any
 
 from training.checkpoints.files import read_json, resolve
 from training.errors import InputError
+from training.model.domains import Served, is_served
 from training.model.fields import check_fields, check_known, without_aliases
 from training.model.gpt2 import HEAD, Names, gpt2_fields
 from training.model.shape import EMBEDDING, Shape
@@ -124,6 +125,19 @@ def read_head_allocation(path: Source) -> dict[str, list[int]]:
         if not isinstance(heads, list) or any(type(j) is not int for j in heads):
             raise InputError(f"{path}: the heads of '{leaf}' must be a list of whole numbers, not {json.dumps(heads)}")
     return allocation
+
+
+def read_domain_map(path: Source) -> dict[str, Served]:
+    """What serves each domain, from JSON such as {"code": "left", "prose": [4, 5]}.
+
+    Raises InputError for any other form of file; Shape checks whether the model has such paths and heads.
+    """
+    domains = read_json(Path(path))
+    for name, served in domains.items():
+        if not is_served(served):
+            form = "the name of a path or a list of heads"
+            raise InputError(f"{path}: what serves '{name}' must be {form}, not {json.dumps(served)}")
+    return domains
 
 
 # --- tensors ------------------------------------------------------------------------------------------

@@ -9,29 +9,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.checkpoints.earlier import RUN, SAVED, recover_earlier, replacing
-from training.checkpoints.files import cache_folder, resolve
+from training.checkpoints.files import resolve
 from training.checkpoints.folder import float_folder, read_head_allocation, read_shape
 from training.checkpoints.places import check_inputs, check_run
 from training.cli.recipes import Recipe, read_recipe
 from training.cli.run_folder import last_of, run_of, saved_state
+from training.cli.texts import Reader, Texts, served
 from training.cli.usual import SCRATCH, warning
-from training.errors import FieldError, InputError, OptionError, usage
+from training.errors import OptionError, usage
 from training.loop.freeze import expanded
 from training.loop.options import TrainOptions, flag, read_freeze_schedule
 from training.model.new_shape import NewShape, check_init
 from training.model.shape import FULL, ROOT, Shape, check_head_kind
 from training.progress import say, tell
-from training.text.sources import FIELD, check_source, is_dataset
+from training.text.named import named_texts
+from training.text.sources import check_source
 
 if TYPE_CHECKING:
     import numpy as np
 
     from training.loop.trainer import Extras, TrainResult
     from training.model.generation import DMPTForCausalLM
+    from training.text.domains import Domains
 
 PHASE = "phase-{}"  # folder of a recipe's phase, by its number from 1
 SHAPING = ("splits", "heads", "head_allocation", "head_kind", "head_rank", "shared_anchor", "next_tokens")  # as in init
-DEFAULT_TEXTS = {"data": ["wikitext-103"], "eval_data": ["wikitext-103:validation"]}
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Found:
     resumed: Path | None  # what to continue: a run's checkpoint, or the run of a recipe's phases
     recipe: Recipe
     phases: list[TrainOptions]  # of each phase
-    about: dict[str, Any]  # record of the texts, as JSON
+    texts: Texts
     tokenizer: Path  # folder
 
     @property
@@ -65,6 +67,8 @@ class TrainRequest:
     out: Path | None = None  # folder of the run; None: the one in resume
     data: tuple[Path, ...] = ()  # text files or hub datasets; none: wikitext-103, or those of the run
     eval_data: tuple[Path, ...] = ()  # held-out text, likewise
+    domain: tuple[str, ...] = ()  # NAME=FILE, text to train on with the name of its domain
+    domain_map: Path | None = None  # JSON file of what serves each domain; None: the model's, or shared out evenly
     text_field: str | None = None  # text field of JSONL, Parquet and datasets; None: "text", or the run's
     tokenizer: str | None = None  # folder or hub id; None: the model's
     resume: str | None = None  # run to continue; "": the one in out
@@ -105,7 +109,7 @@ class TrainRequest:
             (TrainOptions.check if alone else TrainOptions.check_each)(TrainOptions(**chosen))
         resumed = None if self.resume is None else last_of(run_of(Path(self.resume or out)))
         saved = {} if resumed is None or len(recipe.phases) > 1 else saved_state(resumed)
-        about = self.texts(saved.get("about", {"model": self.model}))
+        texts = self.texts(saved.get("about", {"model": self.model}))
         phases = [
             TrainOptions.from_dict(self.usual() | saved.get("options", {}) | phase | chosen, "the run")
             for phase in recipe.phases
@@ -119,7 +123,7 @@ class TrainRequest:
             raise OptionError("MODEL is missing: to continue a recipe's phases, repeat the command with {resume}")
         if tokenizer is None:
             raise OptionError("{from_scratch} needs {tokenizer} FOLDER")
-        found = Found(out, resumed, recipe, phases, about, resolve(tokenizer))
+        found = Found(out, resumed, recipe, phases, texts, resolve(tokenizer))
         shape = self.check_shape(found)
         if resumed is None and is_first() and (line := warning(phases[0], shape, self.from_scratch)):
             tell(line)
@@ -148,28 +152,19 @@ class TrainRequest:
 
     def inputs(self) -> list[str | Path | None]:
         """The inputs of a new run."""
-        places = (self.model, self.tokenizer, self.head_allocation, self.recipe, self.cache_dir)
-        return [*places, *self.data, *self.eval_data]
+        places = (self.model, self.tokenizer, self.head_allocation, self.recipe, self.cache_dir, self.domain_map)
+        named = [file for files in named_texts(self.domain).values() for file in files]
+        return [*places, *self.data, *self.eval_data, *named]
 
-    def texts(self, about: dict[str, Any]) -> dict[str, Any]:
-        """`about`, of an earlier run or a new one, with this request's texts, checked; by default the original
-        project's. Files get absolute paths, so that a resumed run finds them from any folder."""
-        for key, texts in (("data", self.data), ("eval_data", self.eval_data)):
-            if texts:
-                about = about | {key: [str(text) if is_dataset(text) else os.path.abspath(text) for text in texts]}
-        if self.text_field:
-            about = about | {"text_field": self.text_field}
-        if not about.get("data"):
-            about = about | DEFAULT_TEXTS
-            try:
-                check_source(about["data"][0])
-            except InputError as error:
-                raise FieldError("{data} FILE is missing, and the default is not available: {}", error) from error
-            if is_first():  # print once, not from every process
-                tell("No text given: training on the hub dataset wikitext-103, like the original project")
-        for text in (*about["data"], *about.get("eval_data", ())):
-            check_source(text)
-        return about
+    def texts(self, about: dict[str, Any]) -> Texts:
+        """This request's texts, else those of an earlier run, else the original project's; checked."""
+        given = Texts.of(about, self.data, self.eval_data, self.domain, self.text_field)
+        texts = given.or_default()
+        if texts is not given and is_first():  # print once, not from every process
+            tell("No text given: training on the hub dataset wikitext-103, like the original project")
+        for file in texts.files:
+            check_source(file)
+        return texts
 
     def check_shape(self, found: Found) -> Shape:
         """The model's shape. Raises InputError for mistakes that config.json and the list of files reveal."""
@@ -193,6 +188,9 @@ class TrainRequest:
         if changes is not None:
             shape = check_init(shape, changes)
         shape.check_exportable()
+        if (domains := served(found.texts.domains(found.phases), self.domain_map, shape)) is not None:
+            shape.domains = domains
+            shape.check()
         for one in found.phases:
             one.check()
             one.check_installed()
@@ -220,8 +218,11 @@ class TrainRequest:
         else:
             assert self.model is not None
             model = load_model(self.model)
-        changes = self.changes(model.config, found.recipe)
-        return model if changes is None else init_from_gpt2(model, changes)
+        if (changes := self.changes(model.config, found.recipe)) is not None:
+            model = init_from_gpt2(model, changes)
+        if (domains := served(found.texts.domains(found.phases), self.domain_map, model.config)) is not None:
+            model.config.domains = domains
+        return model
 
     def new_fields(self, tokenizer: Path) -> dict[str, Any]:
         """The configuration of a new GPT-2 for a tokenizer."""
@@ -272,34 +273,23 @@ class TrainRequest:
         model = self.start(found)
         processes = PartialState(cpu=on_cpu(found.phases[0]))
         with processes.main_process_first():  # the main process tokenises, the others read the result
-            tokens, eval_tokens = (self.tokens(found, key, model) for key in ("data", "eval_data"))
-        assert tokens is not None
-        extras, main = Extras(found.tokenizer, found.about), processes.is_main_process
+            reader = Reader(found.texts, found.tokenizer, self.cache_dir, model.config)
+            (tokens, domains), eval_tokens = reader.training(), reader.tokens("eval_data")
+        extras, main = Extras(found.tokenizer, found.texts.about), processes.is_main_process
         if len(found.phases) > 1:
-            result = self.run_phases(found, model, (tokens, eval_tokens), extras, main)
+            result = self.run_phases(found, model, (tokens, eval_tokens, domains), extras, main)
         else:
             result = train(
-                model, tokens, found.phases[0], found.out, eval_tokens,
+                model, tokens, found.phases[0], found.out, eval_tokens, domains=domains,
                 resume=found.resumed or False, overwrite=self.overwrite, extras=extras,
             )  # fmt: skip
         return Trained(result, main)
-
-    def tokens(self, found: Found, key: str, model: DMPTForCausalLM) -> np.ndarray | None:
-        """The tokens of the texts under `key`, tokenised once and cached."""
-        from training.text.tokenizer import load_tokenizer
-        from training.text.windows import end_of_text_id, token_cache
-
-        if not found.about.get(key):
-            return None
-        words = load_tokenizer(found.tokenizer)
-        eot, where = end_of_text_id(words, model.config), found.about.get("text_field", FIELD)
-        return token_cache(found.about[key], words, eot, self.cache_dir or cache_folder(), where)
 
     def run_phases(
         self,
         found: Found,
         model: DMPTForCausalLM,
-        texts: tuple[np.ndarray, np.ndarray | None],
+        texts: tuple[np.ndarray, np.ndarray | None, Domains | None],
         extras: Extras,
         main: bool,
     ) -> TrainResult:
@@ -308,7 +298,7 @@ class TrainRequest:
         from training.loop import state
         from training.loop.trainer import train
 
-        (tokens, eval_tokens), out, resume = texts, found.out, found.resumed is not None
+        (tokens, eval_tokens, domains), out, resume = texts, found.out, found.resumed is not None
         if new_run := not resume and main:
             out.mkdir(parents=True, exist_ok=True)
         for number, options in enumerate(found.phases, start=1):
@@ -318,7 +308,7 @@ class TrainRequest:
             new = number == 1 and new_run
             with replacing(out, RUN, SAVED) if new else nullcontext():
                 result = train(
-                    model, tokens, options, folder, eval_tokens,
+                    model, tokens, options, folder, eval_tokens, domains=domains,
                     resume=started, overwrite=self.overwrite, extras=titled,
                 )  # fmt: skip
             model = load_model(folder)

@@ -1,4 +1,5 @@
-"""The auxiliary terms of training: load balance, gold-aux, switches, further tokens, tether, head balance and entropy.
+"""The auxiliary terms of training: load balance, gold-aux, domains, switches, further tokens, tether, head balance and
+entropy.
 
 Pure functions of log weights and log-probs. Shapes: B batch, S tokens, L leaves, H heads of a leaf, V vocabulary.
 `mask` (B, S) bool marks the tokens that count; None means all. Every term is a mean over those tokens, so neither
@@ -13,7 +14,7 @@ project's. Further tokens: Gloeckle et al., "Better & Faster Large Language Mode
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 import torch.nn.functional as F
@@ -49,16 +50,23 @@ def global_mean(values: Tensor, mask: Tensor | None, across: Across) -> Tensor:
 
 
 def load_balance(
-    log_gates: dict[str, Tensor], tree: dict[str, Node], mask: Tensor | None = None, across: Across = alone
+    log_gates: dict[str, Tensor],
+    tree: dict[str, Node],
+    mask: Tensor | None = None,
+    across: Across = alone,
+    nodes: Collection[str] | None = None,
+    counted: Tensor | None = None,
 ) -> Tensor:
     """Sum over split nodes of `(mean w_left - 1/2)^2 + (mean w_right - 1/2)^2`.
 
     log_gates: split node -> (B, S, 2), log of the node's own gate weights. Below the first split, a token is weighted
     by the gate weight with which it reaches the node (without gradient), so the balance is that of the tokens that
     actually reach it.
+    nodes: the split nodes of the sum; None: all. counted: (B,) bool, the sequences of the means; None: all.
     """
     total = torch.zeros(())
-    for name, log_w in log_gates.items():
+    for name in log_gates if nodes is None else nodes:
+        log_w = log_gates[name]
         reach, node = torch.zeros_like(log_w[..., 0]), tree[name]
         while node.parent is not None:
             above = tree[node.parent]
@@ -66,7 +74,10 @@ def load_balance(
             reach = reach + log_gates[above.name][..., above.children.index(node.name)]
             node = above
         weight = reach.detach().exp()[..., None]
-        share = global_mean(weight * log_w.exp(), mask, across) / global_mean(weight, mask, across)
+        if counted is not None:
+            weight = weight * counted[:, None, None]
+        tokens = global_mean(weight, mask, across).clamp_min(torch.finfo(weight.dtype).tiny)
+        share = global_mean(weight * log_w.exp(), mask, across) / tokens
         total = total + (share - 0.5).square().sum()
     return total
 
@@ -77,6 +88,20 @@ def gold_aux(log_w: Tensor, best: Tensor, mask: Tensor | None = None) -> Tensor:
     The term trains the gates, not the leaves.
     """
     return masked_mean(-log_w.gather(0, best[None])[0], mask)
+
+
+def taught(log_p: Tensor, serves: Tensor, weight: Tensor, across: Across = alone) -> Tensor:
+    """Mean of `-log of the weight of the choices that serve a token`: log_p (B, S, C), serves (B, C) bool -> ().
+
+    weight: (B, S), of each token in the mean, without gradient; 0 for tokens that are not taught. C: leaves, or the
+    heads of one leaf.
+    """
+    weight = weight.detach() * serves.any(-1)[:, None]
+    mine = log_p.masked_fill(~serves[:, None], -torch.inf)
+    mine = torch.where(weight[..., None] > 0, mine, 0.0)  # a row of only -inf would have the gradient NaN
+    loss = torch.where(weight > 0, -torch.logsumexp(mine, -1), 0.0)
+    mean: Tensor = (weight * loss).mean() / across(weight.mean()).clamp_min(torch.finfo(loss.dtype).tiny)
+    return mean
 
 
 def switches(log_w: Tensor, joined: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +13,7 @@ from training.loop.cross_entropy import fast_k_gold, head_gold
 from training.loop.losses import Across, alone, masked_mean
 from training.loop.options import BEST, GATE_EXPECTED, TrainOptions, trained_leaves
 from training.loop.selection import best_leaves
-from training.loop.terms import TERMS, Batch
+from training.loop.terms import TERMS, Batch, Taught
 from training.model.dmpt import Hidden
 from training.model.fields import tokens
 from training.model.generation import DMPTForCausalLM
@@ -29,7 +29,8 @@ class Loss:
     routes: Tensor | None = None  # (L,), share of tokens that gate_hard sends to each leaf
     switch_share: Tensor | None = None  # (), share of tokens that it sends to a different leaf from the token before
     heads: dict[str, Tensor] = field(default_factory=dict)  # leaf -> (H,), mean weight of its heads
-    # Where every leaf is scored: `oracle`, nll if each token took its best leaf, and `foreseen`, how many would: (), ()
+    # Where every leaf is scored: `oracle`, nll if each token took its best leaf, and `foreseen`, how many do; with
+    # domains `as_taught`, how many tokens take a leaf that serves theirs: (), (), ()
     choices: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -41,8 +42,12 @@ class Objective:
     without draft heads.
     """
 
-    def __init__(self, model: DMPTForCausalLM, options: TrainOptions, across: Across = alone) -> None:
+    def __init__(
+        self, model: DMPTForCausalLM, options: TrainOptions, across: Across = alone, domains: Sequence[str] = ()
+    ) -> None:
+        """domains: names of the text's domains, all in the model's configuration."""
         self.model, self.options, self.across = model, options, across
+        self.taught = Taught.of(model.config, domains)
         self.only = trained_leaves(model.config, options)
         self.step = 0  # of the run, for coefficients that rise
         # The tether's teacher: a copy of the initial head 0, separate from the trained one.
@@ -50,18 +55,27 @@ class Objective:
         if options.tether_coef and len(model.heads) > 1:
             self.reference = model.get_parameter("heads.0.weight").detach().clone()
 
-    def __call__(self, ids: Tensor, mask: Tensor | None = None) -> Loss:
-        """Loss of the tokens ids[:, 1:] (B, S) given the preceding ones: ids (B, S + 1), mask (B, S)."""
+    def __call__(self, ids: Tensor, mask: Tensor | None = None, domains: Tensor | None = None) -> Loss:
+        """Loss of the tokens ids[:, 1:] (B, S) given the preceding ones: ids (B, S + 1), mask (B, S).
+
+        domains: of each sequence, int64 (B,), an index of the text's domains or NONE.
+        """
         labels = ids[:, 1:]
         hidden = self.model.hidden(ids[:, :-1], self.only)
         out = Loss(ids.new_zeros((), dtype=torch.float32))
-        for name, coef, term in self.parts(hidden, labels, mask, self.joined(ids[:, :-1], mask), out):
+        for name, coef, term in self.parts(hidden, labels, mask, self.joined(ids[:, :-1], mask), domains, out):
             out.terms[name] = term.detach()
             out.total = out.total + coef * term
         return out
 
     def parts(
-        self, hidden: Hidden, labels: Tensor, mask: Tensor | None, joined: Tensor, out: Loss
+        self,
+        hidden: Hidden,
+        labels: Tensor,
+        mask: Tensor | None,
+        joined: Tensor,
+        domains: Tensor | None,
+        out: Loss,
     ) -> Iterator[tuple[str, float, Tensor]]:
         """(name, coefficient, value) of the main loss and of every active auxiliary term."""
         options, mode = self.options, self.options.train_path_selection
@@ -74,14 +88,17 @@ class Objective:
         gold = self.gold(hidden, labels, full, routes if sparse else best)
         same_text, detached = self.same_text(labels, mask), options.next_tokens_detached
         batch = Batch(
-            self.model, hidden, mask, self.across, gold, None, joined, labels, same_text, detached, best, full
-        )
+            self.model, hidden, mask, self.across, gold, None, joined, labels, same_text, detached, domains,
+            self.taught, best, full,
+        )  # fmt: skip
         if forked and routes is not None:
             out.routes = masked_mean(F.one_hot(routes, len(hidden.leaves)).float(), mask)
             out.switch_share = masked_mean((routes[:, 1:] != routes[:, :-1]).float(), joined)
             batch.log_w = torch.stack(list(self.model.path_log_weights(hidden.gates).values()))
             if best is None and not sparse:
                 out.choices = choices(gold.detach(), routes, mask)
+            if domains is not None:
+                out.choices |= self.as_taught(routes, domains, mask)
             taken = routes if best is None else best
             yield "nll", 1.0, masked_mean(-self.choose(gold, batch.log_w, taken, hidden), mask)
         else:
@@ -106,6 +123,12 @@ class Objective:
         gold = self.gold(hidden, labels, full, None)
         out.choices = choices(gold, self.model.routes(hidden.gates), mask)
         return best_leaves(gold, mask, self.options.select, self.options.select_balance)
+
+    def as_taught(self, routes: Tensor, domains: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        """Loss.choices: routes (B, S), domains (B,)."""
+        right = self.taught.leaves.to(routes.device)[domains].gather(1, routes)
+        known = (domains >= 0)[:, None] if mask is None else (domains >= 0)[:, None] & mask
+        return {"as_taught": masked_mean(right.float(), known.expand_as(routes))}
 
     def coefficient(self, name: str) -> float:
         """Of a term at the current step."""

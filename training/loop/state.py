@@ -1,7 +1,8 @@
 """A training run on disk: everything needed to resume, in safetensors and JSON.
 
 OUT/last/                   newest checkpoint; a model folder
-    trainer_state/          state.json, optimizer.safetensors, rng.safetensors, tether.safetensors
+    trainer_state/          state.json, optimizer.safetensors, rng.safetensors; where the options need them
+                            tether.safetensors, domains.safetensors
 OUT/best/                   checkpoint with the lowest held-out loss (with evaluation data); a model folder
 OUT/metrics.jsonl           one object per log line, evaluation and warning
 OUT/config.json, ...        after training: the model to use, the same files as in best (else last)
@@ -54,21 +55,21 @@ def save_run(
     folder: Path,
     model: DMPTForCausalLM,
     optimizer: torch.optim.Optimizer,
-    reference: Tensor | None,
     progress: Progress,
-    rng: dict[str, Tensor],
+    tensors: dict[str, dict[str, Tensor]],
     tokenizer_from: str | os.PathLike[str] | None,
 ) -> None:
-    """Write OUT/last: model and trainer state together, in one atomic step."""
+    """Write OUT/last: model and trainer state together, in one atomic step.
+
+    tensors: the state besides the optimizer's, by file stem; rng is always there.
+    """
     with atomic_folder(folder, "checkpoint") as tmp:
         write_model(model, tmp, tokenizer_from, name=folder.parent.resolve().name)
         state = tmp / STATE
         state.mkdir()
-        tensors, scalars = optimizer_state(optimizer)
-        write_tensors(state / "optimizer.safetensors", tensors)
-        write_tensors(state / "rng.safetensors", rng)
-        if reference is not None:
-            write_tensors(state / "tether.safetensors", {"heads.0.weight": reference.cpu().contiguous()})
+        optimizer_tensors, scalars = optimizer_state(optimizer)
+        for name, own in ({"optimizer": optimizer_tensors} | tensors).items():
+            write_tensors(state / f"{name}.safetensors", own)
         (state / "state.json").write_text(json.dumps(vars(progress) | {"optimizer": scalars}, indent=1) + "\n")
 
 

@@ -34,6 +34,7 @@ from training.loop.watch import Meter, Watcher, perplexity
 from training.model.generation import DMPTForCausalLM
 from training.model.nonfinite import NonFiniteError, first_bad_tensor
 from training.text.batches import TokenBatches
+from training.text.domains import Domains
 
 
 @dataclass
@@ -63,6 +64,7 @@ def train(
     out: str | os.PathLike[str],
     eval_tokens: np.ndarray | None = None,
     *,
+    domains: Domains | None = None,
     resume: bool | str | os.PathLike[str] = False,
     overwrite: bool = False,
     extras: Extras | None = None,
@@ -71,6 +73,7 @@ def train(
 
     out: the run's folder, see training.loop.state; after training also a model folder itself.
     eval_tokens: held-out tokens; OUT/best keeps the model with the lowest loss on them.
+    domains: of the training tokens; what serves them is in the model's configuration, else they share out its paths.
     resume: True continues OUT/last, a path continues that run; its weights replace the model's.
     overwrite: replace an existing run, which is kept until the new one has saved its first checkpoint.
     extras: see Extras.
@@ -80,7 +83,7 @@ def train(
     """
     started, extras = time.monotonic(), extras or Extras()
     try:
-        trainer = Trainer(model, tokens, options, Path(out), eval_tokens, resume, overwrite, extras)
+        trainer = Trainer(model, tokens, options, Path(out), eval_tokens, domains, resume, overwrite, extras)
         trainer.progress.about = extras.about or trainer.progress.about
         started -= trainer.progress.seconds  # of earlier calls, which this one continues
         with contextlib.closing(trainer.watcher(extras.title)) as watcher, stop_on_signals() as stop:
@@ -100,6 +103,7 @@ class Trainer:
         options: TrainOptions,
         out: Path,
         eval_tokens: np.ndarray | None,
+        domains: Domains | None,
         resume: bool | str | os.PathLike[str],
         overwrite: bool,
         extras: Extras,
@@ -112,7 +116,10 @@ class Trainer:
         self.model = model
         setup.apply_to_config(model, options)
         self.length = min(options.max_length, model.config.n_positions)
+        names = setup.domains_to_config(model.config, domains, options.learn_domains)
         self.batches = TokenBatches(tokens, self.length, options.seed)
+        if domains is not None:
+            self.batches.labels = domains.of_windows(len(self.batches), self.length)
         setup.check_tokens(tokens, eval_tokens, model.config.vocab_size)
         self.eval_tokens = None if eval_tokens is None else eval_tokens[: options.eval_max_tokens or None]
         self.eval_windows = eval_windows(options, model.config.n_positions, self.eval_tokens)
@@ -132,14 +139,19 @@ class Trainer:
         if folder is not None:
             setup.load_weights(model, folder)
         model.to(self.accelerator.device)
-        self.objective = Objective(model, options, self.across)
+        self.objective = Objective(model, options, self.across, names)
         self.optimizer = make_optimizer(model, options)
-        data = {"tokens": len(tokens), "crc32": zlib.crc32(tokens.data), "length": self.length, "seed": options.seed}
+        about = {} if domains is None else {"domains": [list(names), *map(list, domains.pieces)]}
+        crc = zlib.crc32(tokens.data)
+        data = {"tokens": len(tokens), "crc32": crc, "length": self.length, "seed": options.seed, **about}
         self.notes: list[str] = []
         self.record = record_of(model.config, model.named_parameters())
         self.progress = state.Progress(options=dataclasses.asdict(options), data=data, record=self.record.to_json())
         if folder is not None:
             self.restore(folder)
+        if options.learn_domains and self.batches.labels is None:
+            sequences = self.total * self.per_step
+            self.batches.labels = setup.learned_labels(self.accelerator, model, self.batches, sequences, options)
         self.meter = Meter(self.progress.meter, self.across)
         self.evaluation: Evaluation | None = None
 
@@ -148,8 +160,8 @@ class Trainer:
     def restore(self, folder: Path) -> None:
         """Restore optimizer, data position, random numbers and the tether's reference of a saved run."""
         saved, scalars, files = state.load_run(folder)
-        for name, value in self.progress.data.items():
-            if saved.data.get(name) != value:
+        for name in {**saved.data, **self.progress.data}:
+            if saved.data.get(name) != (value := self.progress.data.get(name)):
                 raise FieldError(
                     "cannot resume {}: {} of the training data was {} and is now {}: give the same text, tokenizer, "
                     "{max_length} and {seed}",
@@ -163,6 +175,8 @@ class Trainer:
         state.restore_rng(self.accelerator, files["rng"])
         if self.objective.reference is not None and "tether" in files:
             self.objective.reference.copy_(files["tether"]["heads.0.weight"])
+        if self.options.learn_domains and "domains" in files:
+            self.batches.labels = files["domains"]["labels"].numpy()
         self.record = Record.from_json(saved.record) or self.record
         options, data = self.progress.options, self.progress.data
         self.progress = dataclasses.replace(saved, options=options, data=data, finished=saved.step >= self.total)
@@ -214,17 +228,19 @@ class Trainer:
         self.objective.step = self.progress.step
         for _ in range(self.options.grad_accum_steps):
             rank = self.accelerator.process_index
-            ids = self.batches.take(self.progress.position + rank * self.options.batch_size, self.options.batch_size)
+            place = self.progress.position + rank * self.options.batch_size, self.options.batch_size
             self.progress.position += self.per_pass
-            ids = ids.to(self.accelerator.device, non_blocking=True)
-            loss = self.forward(ids)
+            ids = self.batches.take(*place).to(self.accelerator.device, non_blocking=True)
+            if (domains := self.batches.domains(*place)) is not None:
+                domains = domains.to(self.accelerator.device)
+            loss = self.forward(ids, domains)
             self.meter.add(loss)
             self.accelerator.backward(loss.total)  # divides by the number of passes
         apart = DRAFT_PREFIX if self.options.next_tokens_detached else None
         norm = collect_gradients(self.model, self.accelerator, self.options.clip_grad_norm, apart)
         newest = self.meter.flush()
         if not math.isfinite(self.meter.sums["loss"]) or not math.isfinite(norm):
-            where = first_bad_tensor(self.model, lambda: self.forward(ids).terms)
+            where = first_bad_tensor(self.model, lambda: self.forward(ids, domains).terms)
             raise NonFiniteError(
                 f"step {self.progress.step + 1}: {where} is not finite; {self.out / 'last'} keeps the last saved "
                 "checkpoint: lower the learning rates or lengthen the warm-up"
@@ -234,9 +250,9 @@ class Trainer:
         self.progress.step += 1
         return newest["nll"]
 
-    def forward(self, ids: Tensor) -> Loss:
+    def forward(self, ids: Tensor, domains: Tensor | None) -> Loss:
         with self.autocast():
-            return self.objective(ids)
+            return self.objective(ids, domains=domains)
 
     def across(self, value: Tensor) -> Tensor:
         """Mean over the processes."""
@@ -294,8 +310,12 @@ class Trainer:
         rng = state.rng_state(self.accelerator)
         if self.accelerator.is_main_process:
             self.note_training()
-            last, reference = self.out / "last", self.objective.reference
-            state.save_run(last, self.model, self.optimizer, reference, self.progress, rng, self.tokenizer_from)
+            tensors = {"rng": rng}
+            if self.objective.reference is not None:
+                tensors["tether"] = {"heads.0.weight": self.objective.reference.cpu().contiguous()}
+            if self.options.learn_domains and self.batches.labels is not None:
+                tensors["domains"] = {"labels": torch.from_numpy(self.batches.labels)}
+            state.save_run(self.out / "last", self.model, self.optimizer, self.progress, tensors, self.tokenizer_from)
             settle(self.out, RUN, SAVED)
         self.accelerator.wait_for_everyone()
 

@@ -6,10 +6,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from training.model.shape import (
-    Shape,
-    even_allocation,
-)
+from training.model.domains import Served
+from training.model.shape import Shape, even_allocation
 
 
 class DMPTConfig(Shape, PretrainedConfig):
@@ -51,6 +49,7 @@ class DMPTConfig(Shape, PretrainedConfig):
         head_rank: int | None = None,
         shared_anchor: bool = False,
         next_tokens: int = 0,
+        domains: dict[str, Served] | None = None,
         tie_word_embeddings: bool = True,
         bos_token_id: int | None = Shape.bos_token_id,
         eos_token_id: int | None = Shape.eos_token_id,
@@ -81,6 +80,7 @@ class DMPTConfig(Shape, PretrainedConfig):
         self.head_rank = head_rank
         self.shared_anchor = shared_anchor
         self.next_tokens = next_tokens
+        self.domains = domains
         super().__init__(
             bos_token_id=bos_token_id, eos_token_id=eos_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs
         )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from training.errors import InputError
+from training.model.domains import is_served
 
 LARGEST = 1 << 24  # largest size; the product of two still counts elements without overflow
 TOKENS = ("bos_token_id", "eos_token_id")
@@ -49,6 +50,10 @@ COUNT = Kind("a whole number, 0 or above", lambda value: whole(value, 0))
 FLAG = Kind("true or false", lambda value: type(value) is bool)
 NAME = Kind("a name", lambda value: isinstance(value, str))
 INDICES = Kind("a list of whole numbers", lambda value: type(value) is list and {*map(type, value)} <= {int})
+DOMAINS = Kind(
+    'an object such as {"code": "left", "prose": [4, 5]}, or null',
+    lambda value: value is None or (isinstance(value, dict) and all(map(is_served, value.values()))),
+)
 TOKEN = Kind(f"a token id from 0 to {LARGEST} or null", lambda value: value is None or whole(value, 0))
 END = Kind(
     f"a token id from 0 to {LARGEST}, a list of token ids, or null",
@@ -83,6 +88,7 @@ DMPT: dict[str, Kind] = {  # a DMPT's own
     "head_rank": SIZE_OR_NULL,
     "shared_anchor": FLAG,
     "next_tokens": COUNT,
+    "domains": DOMAINS,
 }
 # Fields of a GPT-2 that would change what is computed: only these values are supported.
 FIXED: dict[str, tuple[Any, ...]] = {

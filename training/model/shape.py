@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from training.errors import FieldError, InputError
+from training.model.domains import Served, check_domains, leaves_under
 
 ROOT = "root"  # the trunk's node name, and the only leaf's name when there are no splits
 EMBEDDING, POSITIONS = "transformer.wte.weight", "transformer.wpe.weight"
@@ -105,6 +106,7 @@ class Shape:
     head_rank: int | None = None  # rank of that matrix; None: whole, [n_embd, n_embd]
     shared_anchor: bool = False  # projected heads only: all leaves use head 0's matrix, so their anchors project too
     next_tokens: int = 0  # draft heads of each leaf: further tokens that they predict after the next one
+    domains: dict[str, Served] | None = None  # domain of text -> what serves it: training.model.domains
     gate_hidden: int = 256
     gate_temp: float = 1.2  # softens gates in gate_soft; hard choices do not depend on it
     head_gate_temp: float = 1.0
@@ -197,6 +199,13 @@ class Shape:
             node = parent
         return turns
 
+    def check_leaf(self, leaf: str) -> None:
+        """Raise FieldError for a leaf that could not be exported alone."""
+        if not self.splits:
+            raise FieldError("{only_path} is for a model with several paths: this one has no splits")
+        if leaf not in self.leaves:
+            raise FieldError("{only_path} '{}': choose one of {}", leaf, ", ".join(self.leaves))
+
     def leaves_of_mode(self, mode: str) -> list[str] | None:
         """The leaves a path mode chooses among: None for all, for `<node>_only` those under the node."""
         if mode in PATH_MODES:
@@ -205,7 +214,7 @@ class Shape:
         if mode not in known:
             raise InputError(f"unknown path mode '{mode}': choose one of {', '.join([*PATH_MODES, *known])}")
         name = known[mode]
-        return [leaf for leaf in self.leaves if leaf == name or leaf.startswith(f"{name}_")]
+        return leaves_under(name, self.leaves)
 
     def touched_per_token(self, sizes: Mapping[str, int]) -> int:
         """How much of a model one decoding step reads, for the leaf that reads most.
@@ -256,6 +265,8 @@ class Shape:
             if not heads or len(set(heads)) != len(heads) or any(type(j) is not int or j < 0 for j in heads):
                 raise InputError(f"head_allocation of '{leaf}' must be distinct head ids from 0, not {heads}")
             used |= set(heads)
+        if self.shared_anchor:
+            used.add(0)  # its matrix is everyone's, also where no leaf has head 0
         if used != set(range(len(used))):
             raise InputError(f"head_allocation uses heads {sorted(used)}: ids must run from 0 without a gap")
         if self.fast_k is not None and not 1 <= self.fast_k <= self.vocab_size:
@@ -266,6 +277,7 @@ class Shape:
         if self.gate_temp <= 0 or self.head_gate_temp <= 0:
             raise InputError("gate_temp and head_gate_temp must be above 0")
         self._check_small_heads()
+        check_domains(self.domains or {}, self.head_allocation)
 
     def _check_small_heads(self) -> None:
         """check() of projected heads and draft heads."""

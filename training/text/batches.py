@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from training.errors import FieldError
@@ -26,6 +27,7 @@ class TokenBatches:
         # A strided view: nothing is copied until a batch is taken, even from a memory-mapped file.
         self.rows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[::length]
         self.seed = seed
+        self.labels: NDArray[np.int16] | None = None  # the domain of each sequence; None: a text without domains
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def __len__(self) -> int:
@@ -38,7 +40,15 @@ class TokenBatches:
             self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.rows)))
         return self._order[1]
 
-    def take(self, position: int, count: int) -> Tensor:
-        """`count` sequences from `position` on, counted over all passes: int64 (count, length + 1)."""
+    def places(self, position: int, count: int) -> list[int]:
+        """Which sequences `count` from `position` on are, counted over all passes."""
         where = [divmod(i, len(self.rows)) for i in range(position, position + count)]
-        return torch.from_numpy(np.stack([self.rows[self.order(epoch)[i]] for epoch, i in where]).astype(np.int64))
+        return [int(self.order(epoch)[i]) for epoch, i in where]
+
+    def take(self, position: int, count: int) -> Tensor:
+        """`count` sequences from `position` on: int64 (count, length + 1)."""
+        return torch.from_numpy(np.stack([self.rows[i] for i in self.places(position, count)]).astype(np.int64))
+
+    def domains(self, position: int, count: int) -> Tensor | None:
+        """The domains of these sequences: int64 (count,); None for a text without domains."""
+        return None if self.labels is None else torch.from_numpy(self.labels[self.places(position, count)]).long()
