@@ -12,7 +12,6 @@ from dmpt_export.requests.scoring import Windows, check_places, check_scored
 from dmpt_export.requests.sources import is_exported
 from training.errors import OptionError
 from training.progress import say
-from training.text.named import named_texts
 
 if TYPE_CHECKING:
     from benchmarks.quality.by_domain import DomainQuality
@@ -53,6 +52,8 @@ class EvaluateRequest:
 
     def check(self) -> None:
         """Raise OptionError for fields that exclude each other, then InputError for unusable files."""
+        from training.text.named import named_texts
+
         if bool(self.data) == bool(self.domain):
             raise OptionError("give {data} FILE, or {domain} NAME=FILE for each domain of text")
         if self.domain and self.base:
@@ -100,6 +101,7 @@ class EvaluateRequest:
         from benchmarks.quality.by_domain import by_domain
         from benchmarks.quality.perplexity import Resume, evaluate, read_text
         from benchmarks.quality.scorer import domains_of_source
+        from training.text.named import named_texts
 
         resume = Resume(self.resume) if self.resume else None
 

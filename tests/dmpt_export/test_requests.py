@@ -21,6 +21,7 @@ from dmpt_export.requests.compare import CompareRequest
 from dmpt_export.requests.convert import ConvertRequest
 from dmpt_export.requests.eval import EvaluateRequest
 from dmpt_export.requests.init import InitRequest
+from dmpt_export.requests.inspect import InspectRequest
 from dmpt_export.requests.onnx import ExportRequest
 from dmpt_export.requests.quantize import QuantizeRequest
 from dmpt_export.requests.run import RunRequest
@@ -38,11 +39,12 @@ LEAST: dict[str, tuple[list[str], Any]] = {
     "onnx": (["m", "o"], ExportRequest("m", "o")),
     "run": (["m"], RunRequest("m")),
     "eval": (["m", "--data", "t"], EvaluateRequest("m", ("t",))),
+    "inspect": (["m"], InspectRequest("m")),
     "bench": (["m", "n"], BenchRequest(("m", "n"))),
     "compare": (["m", "n"], CompareRequest(("m", "n"))),
     "convert": (["m", "o"], ConvertRequest("m", Path("o"))),
 }
-SHOWN = {"as_json", "echo", "form", "tensors", "verbose"}  # how a result is printed
+SHOWN = {"as_json", "echo", "form", "full", "tensors", "verbose"}  # how a result is printed
 PLACES = {"model_argument", "out_argument"}  # of train, which takes model and out in two ways
 PACKAGES = ("benchmarks", "dmpt_export", "quant", "training")
 ERRORS = ("FieldError", "OptionError")
