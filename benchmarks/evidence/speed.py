@@ -187,7 +187,7 @@ def run(options: argparse.Namespace, sizes: dict[str, Any]) -> str:
         depths[1] = min(DEEP, context - gen)
         left = [t for t in [*ours, *theirs] if t.name not in failed]
         speeds = measure(
-            left, Workload(prompt, gen, depths, fixed_prompt=True, fixed_gen=True),
+            left, Workload(prompt, gen, depths, fixed_prompt=True, fixed_gen=True, evict=options.evict),
             Schedule(options.repetitions, roof=True), threads, failures=failed,
         )  # fmt: skip
         if broken := [failed[t.name] for t in ours if t.name in failed]:
@@ -225,6 +225,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", default="1", help="thread counts, one run for each, such as 1,2")
     parser.add_argument("--schemes", default="int8,int4", help=f"of {', '.join(SCHEMES)}")
     parser.add_argument("--repetitions", type=int, default=5, help="measured rounds")
+    parser.add_argument("--evict", action="store_true", help="decode also with the weights out of the caches")
     parser.add_argument("--models", default="", help="names of the table's models, such as GPT-2,DMPT; default: all")
     add_peer_python(parser, registry.PEERS)
     options = parser.parse_args(arguments)

@@ -41,8 +41,13 @@ def by_context(rows: Rows) -> Series:
     lines = []
     for row in rows:
         label = f"{row['name']}, {threads_of(row)}" if several else row["name"]
-        lines.append((label, [(t["depth"] + t["tokens"] / 2, ms(t)) for t in row["tests"] if t["test"][:2] == "tg"]))
+        lines.append((label, [(t["depth"] + t["tokens"] / 2, ms(t)) for t in row["tests"] if decodes(t)]))
     return joined(lines)
+
+
+def decodes(test: Mapping[str, Any]) -> bool:
+    """A decoding test as it comes, without eviction."""
+    return bool(test["test"].startswith("tg") and not test["test"].endswith("evicted"))
 
 
 def by_threads(rows: Rows) -> Series:

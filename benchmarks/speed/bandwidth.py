@@ -23,11 +23,16 @@ def buffer_bytes(caches: Path = CACHES, memory: Path = MEMORY) -> int:
 
     At most a quarter of the free memory; raises MemoryError when that would fit the cache.
     """
-    largest = min(MOST, max((cache_bytes(file) for file in caches.glob("index*/size")), default=0))
+    largest = min(MOST, last_level_bytes(caches))
     room = available_bytes(memory) // 4
     if room <= largest:
         raise MemoryError(f"a quarter of the free memory, {room >> 20} MiB, is no larger than the caches")
     return min(MOST, max(LEAST, largest * 5 // 4), room)
+
+
+def last_level_bytes(caches: Path = CACHES) -> int:
+    """Size of the last-level cache; 0 if unknown."""
+    return max((cache_bytes(file) for file in caches.glob("index*/size")), default=0)
 
 
 def available_bytes(memory: Path = MEMORY) -> int:
@@ -62,12 +67,16 @@ class Reader:
 
         self.buffer = np.ones(size // 8, np.uint64)  # written, so that real pages back it
 
-    def bytes_per_s(self, threads: int = 1) -> float:
-        """One pass over the buffer, split among threads. The `or` costs nothing compared with waiting for memory."""
+    def read(self, threads: int = 1) -> float:
+        """One pass over the buffer, split among threads; its seconds. The `or` costs nothing compared with waiting for
+        memory. Afterwards the caches hold the end of the buffer."""
         import numpy as np
 
         parts = np.array_split(self.buffer, threads)
         with ThreadPoolExecutor(threads) as pool:
             start = perf_counter()
             list(pool.map(np.bitwise_or.reduce, parts))
-            return self.buffer.nbytes / (perf_counter() - start)
+            return perf_counter() - start
+
+    def bytes_per_s(self, threads: int = 1) -> float:
+        return self.buffer.nbytes / self.read(threads)

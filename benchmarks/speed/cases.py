@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from training.errors import FieldError
@@ -17,14 +17,16 @@ class Case:
     kind: Literal["pp", "tg"]
     tokens: int
     depth: int = 0
+    evict: bool = False  # before every step other memory is read, so that the caches hold no weights
 
     @property
     def name(self) -> str:
         """
-        >>> Case("pp", 512).name, Case("tg", 128, 512).name
-        ('pp512', 'tg128 @ d512')
+        >>> Case("pp", 512).name, Case("tg", 128, 512).name, Case("tg", 128, 512, evict=True).name
+        ('pp512', 'tg128 @ d512', 'tg128 @ d512, evicted')
         """
-        return f"{self.kind}{self.tokens}" + (f" @ d{self.depth}" if self.kind == "tg" else "")
+        depth = f" @ d{self.depth}" if self.kind == "tg" else ""
+        return f"{self.kind}{self.tokens}{depth}{', evicted' * self.evict}"
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,13 @@ class Workload:
     depth: Sequence[int] | None = None  # tokens before the decoded ones; None: the first prompt
     fixed_prompt: bool = False
     fixed_gen: bool = False
+    evict: bool = False  # decode every test a second time with the weights out of the caches
 
     def cases(self, context: int) -> list[Case]:
         """The tests for a context, in tokens. Raises InputError when a depth or fixed size does not fit it."""
         prompts, gens = ([n] if isinstance(n, int) else n for n in (self.prompt, self.gen))
-        return cases(prompts, gens, self.depth, context, self.fixed_prompt, self.fixed_gen)
+        found = cases(prompts, gens, self.depth, context, self.fixed_prompt, self.fixed_gen)
+        return found + [replace(case, evict=True) for case in found if self.evict and case.kind == "tg"]
 
 
 def cases(

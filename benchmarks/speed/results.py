@@ -9,6 +9,8 @@ from typing import Any
 
 from benchmarks.speed.cases import Case
 
+FROM_MEMORY, CACHED, PARTLY_CACHED = "from memory", "cached", "partly cached"
+
 
 @dataclass(frozen=True)
 class Timings:
@@ -40,6 +42,8 @@ class Speed:
     read_bytes_per_s: Mapping[int, list[float]] = field(default_factory=dict)  # threads -> bandwidth of each round
     idle_cpu_s: float = field(default=0.0)  # CPU time used during the turns of other models
     load_average: float | None = None  # of the machine before timing began
+    cache_bytes: int = 0  # size of the last-level cache; 0: unknown
+    cached_bytes_per_s: Mapping[int, list[float]] = field(default_factory=dict)  # threads -> read rate of that cache
     cold_load_s: list[float] = field(default_factory=list)  # with the files outside the page cache; empty: not measured
 
     @classmethod
@@ -83,6 +87,14 @@ class Speed:
             self.touched_bytes * done / rate for done, rate in zip(test.tokens_per_s, rates, strict=True)
         )
 
+    def weights(self, test: Timings) -> str | None:
+        """Where the weights of a decoding test came from; None for a prefill and where a size is unknown."""
+        if test.case.evict:
+            return FROM_MEMORY
+        if test.case.kind != "tg" or not self.touched_bytes or not self.cache_bytes:
+            return None
+        return CACHED if self.touched_bytes <= self.cache_bytes else PARTLY_CACHED
+
     def to_json(self, base: Speed | None = None) -> dict[str, Any]:
         """All figures; the first pp and tg tests also under their own names, all tests under "tests".
 
@@ -106,6 +118,8 @@ class Speed:
             "load_average": self.load_average,
             "touched_bytes": self.touched_bytes,
             "read_bytes_per_s": {str(t): statistics.median(rates) for t, rates in self.read_bytes_per_s.items()},
+            "cache_bytes": self.cache_bytes,
+            "cached_bytes_per_s": {str(t): statistics.median(rates) for t, rates in self.cached_bytes_per_s.items()},
             "tests": [self.test_json(test, base) for test in self.tests],
         }
 
@@ -117,6 +131,7 @@ class Speed:
             **spread("tokens_per_s", test.tokens_per_s),
             "samples": test.tokens_per_s,
             "ratio": ratio(self, base, test.case) if base else None,
+            "weights": self.weights(test),
             "roof_share": self.roof_share(test),
             "python_share": test.python_share,
             "switches": test.switches,

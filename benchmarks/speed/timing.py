@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.quality.scorer import kind_of, onnx_size
-from benchmarks.speed.bandwidth import buffer_bytes
+from benchmarks.speed.bandwidth import buffer_bytes, last_level_bytes
 from benchmarks.speed.cases import Case, Workload
 from benchmarks.speed.noise import load_average
 from benchmarks.speed.processes import Worker, WorkerFailed, worker
@@ -124,7 +124,11 @@ def measure(
         )
         for t in crashed.left(targets)
     ]  # fmt: skip
-    return [dataclasses.replace(speed, load_average=load) for speed in speeds]
+    cached = {t: rates for t, rates in roof.cached.items() if rates} if roof else {}
+    size = last_level_bytes()
+    return [
+        dataclasses.replace(speed, load_average=load, cache_bytes=size, cached_bytes_per_s=cached) for speed in speeds
+    ]
 
 
 class Crashes:
@@ -152,6 +156,7 @@ class Roof:
     def __init__(self, memory: Worker, threads: Sequence[int]) -> None:
         self.memory, self.size = memory, 0
         self.seen: dict[int, list[float]] = {t: [] for t in threads}  # threads -> bytes/s of each round
+        self.cached: dict[int, list[float]] = {t: [] for t in threads}  # the same, from the last-level cache
 
     def read(self) -> None:
         """Measure once. If memory is too short, print a line to standard error and stop measuring."""
@@ -159,9 +164,12 @@ class Roof:
             for threads, rates in self.seen.items():
                 self.size = self.size or buffer_bytes()
                 rates.append(self.memory.ask(do="read", size=self.size, threads=threads)["bytes_per_s"])
+                if half := last_level_bytes() // 2:
+                    found = self.memory.ask(do="read", size=half, threads=threads, passes=3)
+                    self.cached[threads].append(found["bytes_per_s"])
         except (MemoryError, WorkerFailed) as error:
             tqdm.write(f"the roof is not measured: {error}", file=sys.stderr)
-            self.seen = {}
+            self.seen, self.cached = {}, {}
 
 
 def play(
@@ -199,7 +207,7 @@ def turn(w: Worker, case: Case, ids: list[int]) -> dict[str, Any]:
     """Run one test once: {"seconds", and for tg "native_s" (None: unknown) and leaf "switches"}."""
     if case.kind == "pp":
         return {"seconds": w.ask(do="prefill", ids=ids[: case.tokens])["seconds"]}
-    reply = w.ask(do="decode", ids=ids[: case.depth], n=case.tokens)
+    reply = w.ask(do="decode", ids=ids[: case.depth], n=case.tokens, evict=buffer_bytes() if case.evict else 0)
     switches = int(np.count_nonzero(np.diff(reply["routes"])))
     return {"seconds": reply["seconds"], "native_s": reply["native_s"], "switches": switches}
 

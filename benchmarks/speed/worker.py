@@ -5,9 +5,11 @@ Requests and replies are JSON objects, one per line, over standard input and out
     {"do": "load", "adapter": MODULE, "path": P, "threads": T, "device": D}
                                                  -> {"load_s", "context", "vocab_size", "threads"}
     {"do": "prefill", "ids": [...]}              -> {"seconds"}
-    {"do": "decode", "ids": [...], "n": N}       -> {"seconds", "native_s" or null, "ids", "routes"}
+    {"do": "decode", "ids": [...], "n": N, "evict": BYTES}  -> {"seconds", "native_s" or null, "ids", "routes"}; evict:
+                                                    before every step, untimed, reads so many bytes, so that the caches
+                                                    hold no weights; 0: not
     {"do": "score", "ids": [...], "last": N, "out": FILE}   -> {}; log-probs, float32 [N, vocabulary], as .npy
-    {"do": "read", "size": BYTES, "threads": T}  -> {"bytes_per_s"}
+    {"do": "read", "size": BYTES, "threads": T, "passes": P}  -> {"bytes_per_s"} of the fastest pass
     {"do": "convert", "adapter": MODULE, "source": P, "out": P, "scheme": S}  -> the facts of the adapter
     {"do": "versions", "packages": [...]}        -> {"python": V, PACKAGE: V or null ...}
     {"do": "profile", "path": P, "threads": T, "device": D, "ids": [...], "n": N}   -> {NODE TYPE: ms per token ...}
@@ -32,6 +34,7 @@ from importlib.metadata import PackageNotFoundError, version
 from time import perf_counter, process_time
 from typing import Any, TextIO
 
+from benchmarks.peers.adapters import nothing
 from benchmarks.speed import bandwidth
 
 
@@ -73,7 +76,8 @@ class Desk:
 
     def __init__(self) -> None:
         self.model: Any = None
-        self.memory: bandwidth.Reader | None = None
+        self.readers: dict[int, bandwidth.Reader] = {}  # by size
+        self.peak_before = 0  # bytes, before the first buffer for eviction
         self.idle_cpu_s = 0.0
 
     def load(self, adapter: str, path: str, threads: int | None, device: str) -> dict[str, Any]:
@@ -87,7 +91,12 @@ class Desk:
     def prefill(self, ids: list[int]) -> dict[str, Any]:
         return {"seconds": self.model.prefill(ids)}
 
-    def decode(self, ids: list[int], n: int) -> dict[str, Any]:
+    def decode(self, ids: list[int], n: int, evict: int = 0) -> dict[str, Any]:
+        self.model.before_step = nothing
+        if evict:
+            self.peak_before = self.peak_before or peak_rss_bytes()
+            reader, threads = self.reader(evict), max(1, int(self.model.threads))
+            self.model.before_step = lambda: reader.read(threads)
         seconds, fed, routes = self.model.decode(ids, n)
         return {"seconds": seconds, "native_s": getattr(self.model, "native_s", None), "ids": fed, "routes": routes}
 
@@ -99,10 +108,13 @@ class Desk:
         np.save(out, np.asarray(self.model.score(ids, last), np.float32), allow_pickle=False)
         return {}
 
-    def read(self, size: int, threads: int) -> dict[str, Any]:
-        if self.memory is None:
-            self.memory = bandwidth.Reader(size)
-        return {"bytes_per_s": self.memory.bytes_per_s(threads)}
+    def reader(self, size: int) -> bandwidth.Reader:
+        if size not in self.readers:
+            self.readers[size] = bandwidth.Reader(size)
+        return self.readers[size]
+
+    def read(self, size: int, threads: int, passes: int = 1) -> dict[str, Any]:
+        return {"bytes_per_s": max(self.reader(size).bytes_per_s(threads) for _ in range(passes))}
 
     def convert(self, adapter: str, source: str, out: str, scheme: str) -> dict[str, Any]:
         facts: dict[str, Any] = importlib.import_module(adapter).convert(source, out, scheme)
@@ -117,7 +129,9 @@ class Desk:
         return of_folder(path, threads, device, ids, n)
 
     def finish(self) -> dict[str, Any]:
-        return {"rss_bytes": rss_bytes(), "peak_rss_bytes": peak_rss_bytes(), "idle_cpu_s": self.idle_cpu_s}
+        own = sum(self.readers)  # buffers of the measurement, not of the model
+        peak = max(self.peak_before, peak_rss_bytes() - own)
+        return {"rss_bytes": rss_bytes() - own, "peak_rss_bytes": peak, "idle_cpu_s": self.idle_cpu_s}
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         try:

@@ -50,6 +50,8 @@ class Counts(click.ParamType):  # type: ignore[type-arg]  # generic only from cl
               help="Measured rounds, after one warm-up round.")  # fmt: skip
 @click.option("--loads", default=3, show_default=True, type=click.IntRange(min=1),
               help="Fresh processes whose load time is measured; one more loads from disk.")  # fmt: skip
+@click.option("--evict", is_flag=True, help="Decode a second time with the weights out of the processor's caches, "
+              "as on a device whose caches are small (cpu only).")  # fmt: skip
 @click.option("--profile", is_flag=True, help="Also measure the time of a decoding step by node type.")
 @click.option("--report", type=click.Path(dir_okay=False), metavar="FILE",
               help="HTML file with curves of decode time against context (several --depth), threads (several -t), "
@@ -67,9 +69,10 @@ def command(form: str, as_json: bool, **fields: Any) -> None:
     Ratio: speed relative to the first model, round by round. Unsteady: the quartiles are more than 10 % of the median
     apart. The last line names a busy machine, and one that became more than 10 % faster or slower meanwhile. Roof:
     share of memory bandwidth, measured between the rounds, that reading the touched weights uses (cpu only; above
-    100 % if the CPU's caches hold them). Python: share of a step spent outside ONNX Runtime. Default sizes shrink to
-    the smallest context; given sizes must fit it. Loading is timed in fresh processes; cold means with the files
-    dropped from the page cache (if the system supports that).
+    100 % if the CPU's caches hold them). Weights: from memory (--evict reads other memory before every step, untimed),
+    or whether the last-level cache is large enough for them. Python: share of a step spent outside ONNX Runtime.
+    Default sizes shrink to the smallest context; given sizes must fit it. Loading is timed in fresh processes; cold
+    means with the files dropped from the page cache (if the system supports that).
 
     \b
     Examples:
@@ -127,8 +130,9 @@ def as_text(results: Sequence[Speed]) -> str:
             found = speed.test_json(test, results[0])
             above |= (found["roof_share"] or 0) > 1
             shares = [percent(found[key]) for key in ("roof_share", "python_share")]
-            rows.append([speed.name, test.case.name, plus_minus(test), f"{found['ratio']:.2f}", *shares])
-    head = ["model", "test", "tokens/s", "ratio", "roof", "python"]
+            weights = found["weights"] or "-"
+            rows.append([speed.name, test.case.name, plus_minus(test), f"{found['ratio']:.2f}", weights, *shares])
+    head = ["model", "test", "tokens/s", "ratio", "weights", "roof", "python"]
     if len(results) == 1:
         column = head.index("ratio")
         head, rows = head[:column] + head[column + 1 :], [row[:column] + row[column + 1 :] for row in rows]
@@ -137,6 +141,9 @@ def as_text(results: Sequence[Speed]) -> str:
     if rates := results[0].read_bytes_per_s:
         each = ", ".join(f"{median(r) / 1e9:.1f} GB/s on {t}" for t, r in rates.items())
         conditions.append(f"memory bandwidth {each}")
+    if cached := results[0].cached_bytes_per_s:
+        each = ", ".join(f"{median(r) / 1e9:.1f} GB/s on {t}" for t, r in cached.items())
+        conditions.append(f"last-level cache of {megabytes(results[0].cache_bytes)} {each}")
     if above:
         conditions.append("roof above 100 %: the CPU's caches hold the weights")
     conditions += filter(None, (busy(results[0].load_average), drift(results)))
@@ -153,7 +160,8 @@ def as_text(results: Sequence[Speed]) -> str:
 
 
 CSV = (
-    "name", "test", "tokens_per_s", "tokens_per_s_min", "tokens_per_s_max", "ratio", "roof_share", "python_share",
+    "name", "test", "tokens_per_s", "tokens_per_s_min", "tokens_per_s_max", "ratio", "weights", "roof_share",
+    "python_share",
     "tokens_per_s_q1", "tokens_per_s_q3", "switches", "threads", "size_bytes", "touched_bytes", "rss_bytes",
     "peak_rss_bytes", "cold_load_s", "load_s",
 )  # fmt: skip

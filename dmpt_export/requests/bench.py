@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmpt_export.extras import require
-from training.errors import FieldError
+from training.errors import FieldError, OptionError
 from training.progress import say
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class BenchRequest:
     repetitions: int = 5  # measured rounds
     loads: int = 3  # fresh processes whose load time is measured
     profile: bool = False  # also measure the time of a decoding step by node type
+    evict: bool = False  # decode a second time with the weights out of the processor's caches
     report: str | None = None  # HTML file
     device: str = "cpu"  # cpu or cuda
     overwrite: bool = False  # an existing report is replaced
@@ -46,7 +47,12 @@ class BenchRequest:
         from benchmarks.speed.cases import Workload
 
         return Workload(
-            self.prompt or PROMPT, self.gen or GEN, self.depth, self.prompt is not None, self.gen is not None
+            self.prompt or PROMPT,
+            self.gen or GEN,
+            self.depth,
+            self.prompt is not None,
+            self.gen is not None,
+            self.evict,
         )
 
     def check(self) -> list[Target]:
@@ -54,6 +60,8 @@ class BenchRequest:
 
         Returns the targets to time.
         """
+        if self.evict and self.device != "cpu":
+            raise OptionError("{evict} is for {device} cpu")
         require(self.device)
         from benchmarks.quality.open_scorer import context_of
         from benchmarks.quality.scorer import named

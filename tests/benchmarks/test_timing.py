@@ -322,3 +322,53 @@ def test_ctrl_c_reaches_the_parent_of_a_worker_alone() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, start_new_session=True)
     assert (done.stdout, done.stderr) == ("0\n", "")
+
+
+def test_evicted_steps_read_other_memory_before_each_of_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A real model in its worker: every step is preceded by one read, whose time and memory do not count."""
+    from benchmarks.peers.adapters import nothing
+    from benchmarks.speed import bandwidth, worker
+
+    class Slow:
+        context, vocab_size, threads, native_s = 64, 10, 2, None
+        before_step = staticmethod(nothing)
+
+        def decode(self, ids: list[int], n: int) -> tuple[float, list[int], list[int]]:
+            for _ in range(n):
+                self.before_step()
+            return 1.0, [1] * n, [0] * n
+
+    reads: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        bandwidth.Reader, "read", lambda self, threads=1: reads.append((self.buffer.nbytes, threads)) or 1.0
+    )
+    desk = worker.Desk()
+    desk.model = Slow()
+    before = desk.finish()
+    assert desk.decode([1], 3, 1 << 26)["seconds"] == 1.0
+    assert reads == [(1 << 26, 2)] * 3
+    after = desk.finish()
+    assert after["rss_bytes"] - before["rss_bytes"] < 1 << 24
+    assert after["peak_rss_bytes"] - before["peak_rss_bytes"] < 1 << 24
+    desk.decode([1], 3)
+    assert len(reads) == 3
+
+
+def test_evicted_cases_are_the_decoding_ones_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.speed.timing.buffer_bytes", lambda: 1 << 20)
+    (found,) = measure([fake("A")], Workload([8, 4], [3], [5, 6], evict=True), Schedule(1))
+    names = [test.case.name for test in found.tests]
+    assert names == ["pp8", "pp4", "tg3 @ d5", "tg3 @ d6", "tg3 @ d5, evicted", "tg3 @ d6, evicted"]
+    assert found.first("tg").case.evict is False
+
+
+def test_where_the_weights_came_from() -> None:
+    evicted = Timings(Case("tg", 64, 128, evict=True), [1.0])
+    for touched, cache, want in ((100, 200, "cached"), (300, 200, "partly cached"), (100, 0, None), (None, 200, None)):
+        found = speed([1.0], touched_bytes=touched, cache_bytes=cache)
+        assert found.weights(found.first("tg")) == want
+        assert found.weights(found.first("pp")) is None
+        assert found.weights(evicted) == "from memory"
+    found = speed([1.0], touched_bytes=100, cache_bytes=200, cached_bytes_per_s={1: [3e10]})
+    assert "last-level cache of 0.00 MB 30.0 GB/s on 1" in as_text([found])
+    assert "|  cached |" in as_text([found])

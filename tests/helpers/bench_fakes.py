@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from benchmarks.peers.adapters import FACTS
+from benchmarks.peers.adapters import FACTS, nothing
 
 
 class FakeScorer:
@@ -59,6 +59,7 @@ class FakeAdapter:
         self.told: dict[str, Any] = json.loads(facts.read_text() if facts else path)
         self.context, self.vocab_size = self.told.get("context", 1024), self.told.get("vocab", 50)
         self.threads = threads or 2
+        self.before_step = nothing
         self.ballast = bytearray(self.told.get("bytes", 0))
         self.ballast[:: os.sysconf("SC_PAGE_SIZE")] = b"x" * len(
             range(0, len(self.ballast), os.sysconf("SC_PAGE_SIZE"))
@@ -88,6 +89,8 @@ class FakeAdapter:
 
     def decode(self, ids: list[int], n: int) -> tuple[float, list[int], list[int]]:
         self.note("decode", n)
+        for _ in range(n):
+            self.before_step()
         if self.told.get("dies"):
             os.kill(os.getpid(), signal.SIGKILL)
         seconds = self.told["decode"]

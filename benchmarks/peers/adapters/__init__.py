@@ -8,9 +8,14 @@ the folder's FACTS. Both functions run in a separate process (benchmarks.speed.w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 FACTS = "facts.json"  # in a converted folder: the facts of the conversion, and the versions that made it
+
+
+def nothing() -> None:
+    """before_step of a decode that only measures."""
 
 
 class Adapter(Protocol):
@@ -20,6 +25,7 @@ class Adapter(Protocol):
     vocab_size: int
     threads: int
     native_s: float | None  # optional: seconds of the last decode spent outside Python
+    before_step: Callable[[], None]  # set by the worker: decode() calls it before every step, outside the time
 
     def prefill(self, ids: list[int]) -> float:
         """Time to feed a whole prompt into an empty sequence."""

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.peers.adapters import nothing
 from benchmarks.peers.adapters.loop import log_softmax
 
 QUANTIZATION = {"fp32": "float32", "int8": "int8_float32"}
@@ -29,16 +30,21 @@ class CTranslate2:
         known = json.loads((Path(path) / "sizes.json").read_text(encoding="utf-8"))
         self.context, self.vocab_size = known["context"], known["vocab_size"]
         self.generator = ctranslate2.Generator(path, device="cpu", inter_threads=1, intra_threads=threads or 0)
+        self.before_step = nothing
         self.threads = threads or 0  # 0: CTranslate2's default
 
     def generate(self, ids: list[int], n: int) -> tuple[list[float], list[int]]:
-        """Times on perf_counter's clock at which each of n greedy tokens after `ids` arrived, and the tokens."""
+        """Seconds until each of n greedy tokens after `ids` came, from the start or the one before, and the tokens."""
         times: list[float] = []
         tokens: list[int] = []
+        start = perf_counter()
 
         def step(result: Any) -> bool:
-            times.append(perf_counter())
+            nonlocal start
+            times.append(perf_counter() - start)
             tokens.append(int(result.token_id))
+            self.before_step()
+            start = perf_counter()
             return False
 
         self.generator.generate_batch(
@@ -50,13 +56,12 @@ class CTranslate2:
         return times, tokens
 
     def prefill(self, ids: list[int]) -> float:
-        start = perf_counter()
         times, _ = self.generate(ids, 1)
-        return times[0] - start
+        return times[0]
 
     def decode(self, ids: list[int], n: int) -> tuple[float, list[int], list[int]]:
         times, tokens = self.generate(ids, n + 1)
-        return times[-1] - times[0], tokens[:n], [0] * n
+        return sum(times[1:]), tokens[:n], [0] * n
 
     def score(self, ids: list[int], last: int) -> NDArray[np.float32]:
         logits = np.array(self.generator.forward_batch([ids]), np.float32)  # [1, S, V]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from time import perf_counter
 
 import numpy as np
 from numpy.typing import NDArray
+
+from benchmarks.peers.adapters import nothing
 
 
 class Stepwise(ABC):
@@ -15,6 +18,7 @@ class Stepwise(ABC):
     context: int
     vocab_size: int
     threads: int
+    before_step: Callable[[], None] = staticmethod(nothing)
     native_s: float | None = None  # summed in feed() by a subclass that can separate its own time from Python's
 
     @abstractmethod
@@ -41,11 +45,14 @@ class Stepwise(ABC):
         fed: list[int] = []
         if self.native_s is not None:
             self.native_s = 0.0
-        start = perf_counter()
+        seconds = 0.0
         for _ in range(n):
+            self.before_step()
+            start = perf_counter()
             fed.append(int(logits.argmax()))
             logits = self.feed(fed[-1:])
-        return perf_counter() - start, fed, [0] * n
+            seconds += perf_counter() - start
+        return seconds, fed, [0] * n
 
     def score(self, ids: list[int], last: int) -> NDArray[np.float32]:
         return log_softmax(self.logits(ids, last))
