@@ -67,6 +67,7 @@ COMMON: dict[str, Any] = {"adam_beta2": 0.99, "weight_decay": 0.1, "dropout": 0.
 DMPT = {"tether_coef": 0.0, "freeze_head0_steps": 0, "lb_coef": 0.01, "gold_aux_coef": 0.01}
 # Paths and heads are trained as deployed: one path per token, the anchor's candidates.
 PATHS = {"train_path_selection": "gate_expected", "gate_temp": 1.0}
+BEST = {"train_path_selection": "best", "select_balance": True, "gold_aux_coef": 0.1, "lb_coef": 0.0}
 SOFT = {"train_path_selection": "gate_soft", "gate_temp": 1.2}
 # How the heads of a leaf get their vocabulary matrices: fields of the configuration
 HEADS: dict[str, dict[str, Any]] = {
@@ -154,6 +155,8 @@ TRIALS = {
     "one-anchor best": Variant(
         "", 1, 8, "one-anchor", train={"train_path_selection": "best", "gold_aux_coef": 0.1, "lb_coef": 0.0}
     ),
+    "one-anchor best sequence": Variant("", 1, 8, "one-anchor", train=BEST | {"select": "sequence"}),
+    "one-anchor best segment": Variant("", 1, 8, "one-anchor", train=BEST | {"select": "segment"}),
     "multi-head full": VARIANTS["multi-head-full"],
     "multi-head noise 0.5": Variant("", heads=4, init={"noise": 0.5}),
     "multi-head head lr x1": Variant("", heads=4, train={"head_lr": TUNE_LR}),
