@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from quant.checkpoint import load_weights, write_quantized
+from quant.forms.form import Form
 from quant.forms.weights import Weight, Weights, form_of, quantized
 from training.checkpoints.checkpoint import model_from_tensors, read_config, save_model
 from training.checkpoints.files import resolve
@@ -28,11 +28,8 @@ def save_single_path(source: Source, leaf: str, out: Path) -> None:
     config.check_leaf(leaf)
     config, weights = single_path(config, weights, leaf)
     if quantized(weights):
-        recorded: dict[str, Any] = dict(read_config(folder).quantization)
-        scheme = recorded.pop("scheme")
-        for name in ("format_version", "tensors"):
-            recorded.pop(name)
-        write_quantized(out, config, weights, scheme, recorded, folder)
+        scheme = read_config(folder).quantization["scheme"]
+        write_quantized(out, config, weights, scheme, {}, folder)  # its rules are for the names of the whole model
     else:
         tensors = {name: torch.from_numpy(form_of(weight).dequantize()) for name, weight in weights.items()}
         save_model(model_from_tensors(config, tensors), out, folder)
@@ -41,7 +38,7 @@ def save_single_path(source: Source, leaf: str, out: Path) -> None:
 def single_path(config: DMPTConfig, weights: Weights, leaf: str) -> tuple[DMPTConfig, dict[str, Weight]]:
     """The leaf's own configuration and weights: its node becomes the root. It computes what `<leaf>_only` does.
 
-    Raises InputError where that needs a projected head beside a full one that is no anchor here.
+    Raises InputError where that needs projected heads beside a full head that is not this path's anchor.
     """
     numbers, new, heads = renumbered(config, leaf), copy.deepcopy(config), config.head_allocation[leaf]
     new.tie_word_embeddings = config.tie_word_embeddings and numbers.get(0) == 0
@@ -53,19 +50,23 @@ def single_path(config: DMPTConfig, weights: Weights, leaf: str) -> tuple[DMPTCo
     new.check()
     if set(new.projected_heads) != projected:
         full = next(j for j in heads if numbers[j] not in projected and numbers[j] in new.projected_heads)
-        raise InputError(f"path {leaf} cannot be exported alone: its head {full} is the anchor of another path")
+        raise InputError(
+            f"path {leaf} cannot be exported alone: its head {full} is the anchor of another path; export all paths"
+        )
     renames = {"transformer.": "transformer.", f"head_gates.{leaf}.": f"head_gates.{ROOT}."}
     renames[f"draft_heads.{leaf}."] = f"draft_heads.{ROOT}."
     for node in config.tree.values():
         if node.parent is not None and (leaf == node.name or leaf.startswith(f"{node.name}_")):
             renames[f"paths.{node.name}."] = "transformer."
     renames |= {f"heads.{old}.": f"heads.{number}." for old, number in numbers.items()}
-    out: dict[str, Weight] = {}
-    for name, weight in weights.items():
-        for before, after in renames.items():
-            if name.startswith(before):
-                out[after + name.removeprefix(before)] = weight
-    return new, out
+    names = {
+        name: after + name.removeprefix(before)
+        for name in weights
+        for before, after in renames.items()
+        if name.startswith(before)
+    }
+    moved = {after: weights[name] for name, after in names.items()}
+    return new, {name: w.renamed(names) if isinstance(w, Form) else w for name, w in moved.items()}
 
 
 def renumbered(shape: Shape, leaf: str) -> dict[int, int]:

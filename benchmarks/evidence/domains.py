@@ -3,8 +3,9 @@
     python -m benchmarks.evidence.domains --base BASE --prose TRAIN.txt --prose-test TEST.txt --work WORK [--steps 500]
 
 BASE is a plain GPT-2, such as WORK/runs/base of benchmarks.evidence.training. The second domain is the source of
-Python's standard library, every tenth file of it held out. Both domains give the same number of tokens. Every training
-is a folder in WORK, every measurement a line of WORK/results.jsonl; a repeated command skips what is there.
+Python's standard library, line by line without indentation, every tenth file of it held out. Both domains give the same
+number of tokens. Every training is a folder in WORK, every measurement a line of WORK/results.jsonl; a repeated command
+skips what is there.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from benchmarks.evidence import plan
 from benchmarks.evidence.driver import Results, dmpt_export, say
+from training.checkpoints.atomic import atomic_file
 from training.text.sources import read_lines
 from training.text.tokenizer import load_tokenizer
 
@@ -89,7 +91,7 @@ def prepare(work: Path, base: Path, prose: Path, prose_test: Path, tokens: int) 
     }
     tokenizer, out = load_tokenizer(base), {}
     for (domain, part), found in lines.items():
-        path = out[domain, part] = work / f"{domain}.{part}.txt"
+        path = out[domain, part] = work / f"{domain}.{part}.{tokens}.txt"
         if path.is_file():
             continue
         kept, left = [], tokens if part == "train" else 60_000
@@ -98,7 +100,8 @@ def prepare(work: Path, base: Path, prose: Path, prose_test: Path, tokens: int) 
             left -= len(tokenizer.encode(line, add_special_tokens=False).ids) + 1
             if left <= 0:
                 break
-        path.write_text("\n".join(kept) + "\n", encoding="utf-8")
+        with atomic_file(path) as part_written:
+            part_written.write_text("\n".join(kept) + "\n", encoding="utf-8")
     return out
 
 

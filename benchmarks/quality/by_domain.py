@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.quality.perplexity import Quality
 from benchmarks.quality.scorer import Scorer
+from training.errors import InputError
 from training.model.domains import Served, leaves_of
 
 
@@ -17,7 +18,7 @@ class DomainQuality:
 
     quality: Quality  # with the path mode that was asked for
     paths: dict[str, float]  # leaf -> perplexity of the whole text on that path alone; {} where it cannot be had
-    serving: list[str]  # leaves that training taught the domain; [] where it taught none
+    serving: list[str]  # leaves that training taught the domain; [] where it taught none, or there is only one
 
     @property
     def as_taught(self) -> float | None:
@@ -42,15 +43,24 @@ def by_domain(
     alone: opens the model with one leaf for all tokens; None where that cannot be had. served: what training taught
     to serve domains. measure: scores files.
     """
-    serving = {name: leaves_of(served[name], scorer.head_allocation) if name in served else [] for name in texts}
-    found = {name: measure(scorer, files) for name, files in texts.items()}
+    several = len(scorer.leaves) > 1  # else there is nothing to choose
+    own = {name: served[name] for name in texts if name in served and several}
+    serving = {name: leaves_of(own[name], scorer.head_allocation) if name in own else [] for name in texts}
+
+    def measured(one: Scorer, name: str) -> Quality:
+        try:
+            return measure(one, texts[name])
+        except InputError as error:
+            raise error.after(f"domain '{name}': ") from error
+
+    found = {name: measured(scorer, name) for name in texts}
     paths: dict[str, dict[str, float]] = {name: {} for name in texts}
-    if alone is not None and len(scorer.leaves) > 1:
+    if alone is not None and several:
         for leaf in scorer.leaves:
             one = alone(leaf)
             try:
-                for name, files in texts.items():
-                    paths[name][leaf] = measure(one, files).perplexity
+                for name in texts:
+                    paths[name][leaf] = measured(one, name).perplexity
             finally:
                 one.close()
     return {name: DomainQuality(found[name], paths[name], serving[name]) for name in texts}

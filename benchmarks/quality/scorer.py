@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from runtime.manifest_file import MANIFEST_NAME, read_manifest
 from training.checkpoints.record import Record, recorded
 from training.errors import InputError
-from training.model.domains import Served
+from training.model.domains import Served, check_domains, is_served
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -141,10 +141,16 @@ def record_of_source(source: str | Path) -> Record | None:
 
 
 def domains_of_source(source: str | Path) -> dict[str, Served]:
-    """What serves each domain that a model was taught, from its manifest or config.json."""
-    if kind_of(source) == "onnx":
-        return dict(read_manifest(Path(source)).raw.get("domains") or {})
-    return dict(config_json(Path(source)).get("domains") or {})
+    """What serves each domain that a model was taught, from its manifest or config.json. Raises InputError for a
+    damaged manifest."""
+    if kind_of(source) != "onnx":
+        return dict(config_json(Path(source)).get("domains") or {})  # the loaders have checked it
+    manifest = read_manifest(Path(source))
+    found = manifest.raw.get("domains") or {}
+    if not isinstance(found, dict) or not all(map(is_served, found.values())):
+        raise InputError(f"{source}: the manifest's domains are damaged; export it again")
+    check_domains(found, manifest.head_allocation)
+    return found
 
 
 def scheme_of(manifest: dict[str, Any]) -> str:

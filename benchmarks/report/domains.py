@@ -48,7 +48,7 @@ def picture(model: str, domains: Mapping[str, DomainQuality]) -> str:
 def row(name: str, found: DomainQuality, leaves: list[str], y: float) -> svg.Markup:
     room, at = WIDTH - LEFT - RIGHT, LEFT
     parts = [svg.tag("text", name, x=LEFT - 10, y=y + 15, text_anchor="end")]
-    shares = found.quality.route_shares or {}
+    shares = found.quality.route_shares
     for i, leaf in enumerate(leaves):
         width = room * shares.get(leaf, 0.0)
         said = f"{100 * shares.get(leaf, 0.0):.0f} %"

@@ -17,7 +17,7 @@ class Case:
     kind: Literal["pp", "tg"]
     tokens: int
     depth: int = 0
-    evict: bool = False  # before every step other memory is read, so that the caches hold no weights
+    evict: bool = False  # before every step other memory is read, so that no cache holds weights
 
     @property
     def name(self) -> str:
@@ -41,7 +41,7 @@ class Workload:
     depth: Sequence[int] | None = None  # tokens before the decoded ones; None: the first prompt
     fixed_prompt: bool = False
     fixed_gen: bool = False
-    evict: bool = False  # decode every test a second time with the weights out of the caches
+    evict: bool = False  # time decoding a second time, with evicted weights
 
     def cases(self, context: int) -> list[Case]:
         """The tests for a context, in tokens. Raises InputError when a depth or fixed size does not fit it."""

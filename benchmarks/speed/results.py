@@ -132,6 +132,7 @@ class Speed:
             "samples": test.tokens_per_s,
             "ratio": ratio(self, base, test.case) if base else None,
             "weights": self.weights(test),
+            "evict": test.case.evict,
             "roof_share": self.roof_share(test),
             "python_share": test.python_share,
             "switches": test.switches,

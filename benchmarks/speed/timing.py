@@ -27,7 +27,7 @@ from benchmarks.speed.noise import load_average
 from benchmarks.speed.processes import Worker, WorkerFailed, worker
 from benchmarks.speed.results import Speed
 from runtime.manifest_file import read_manifest
-from training.errors import InputError
+from training.errors import FieldError, InputError
 from training.progress import Bar
 
 DMPT_ONNX = "benchmarks.peers.adapters.dmpt_onnx"
@@ -92,6 +92,7 @@ def measure(
     """
     workload, schedule = workload or Workload(), schedule or Schedule()
     crashed, load = Crashes(failures), load_average()
+    evict = evicting_bytes() if workload.evict else 0
     cold_s: dict[str, list[float]] = {}
     load_s: dict[str, list[float]] = {}
     players: dict[str, tuple[Worker, dict[str, Any]]] = {}  # name -> its process and its reply to "load"
@@ -113,7 +114,9 @@ def measure(
         longest = max(max(case.tokens, case.depth) for case in tests)
         ids = prompt_ids(longest, min(fact["vocab_size"] for fact in facts), text)
         roof = Roof(stack.enter_context(worker("memory")), sorted({1, facts[0]["threads"]})) if schedule.roof else None
-        rounds = play({name: w for name, (w, _) in players.items()}, tests, ids, schedule.repetitions, roof, crashed)
+        rounds = play(
+            {name: w for name, (w, _) in players.items()}, tests, ids, schedule.repetitions, roof, crashed, evict
+        )
         for name in [*rounds]:
             with crashed.noted(name):
                 players[name][1].update(players[name][0].ask(do="finish"))
@@ -125,7 +128,7 @@ def measure(
         for t in crashed.left(targets)
     ]  # fmt: skip
     cached = {t: rates for t, rates in roof.cached.items() if rates} if roof else {}
-    size = last_level_bytes()
+    size = last_level_bytes() if device == "cpu" else 0
     return [
         dataclasses.replace(speed, load_average=load, cache_bytes=size, cached_bytes_per_s=cached) for speed in speeds
     ]
@@ -179,6 +182,7 @@ def play(
     repetitions: int,
     memory: Roof | None,
     crashed: Crashes,
+    evict: int = 0,
 ) -> dict[str, dict[Case, list[dict[str, Any]]]]:
     """The interleaved schedule: for each worker that survives, its replies by test, without the warm-up."""
     turns: dict[str, dict[Case, list[dict[str, Any]]]] = {name: {case: [] for case in tests} for name in workers}
@@ -186,14 +190,16 @@ def play(
         for number in range(1 + repetitions):
             if memory is not None and number > 1 and turns:
                 with crashed.noted(last := [*turns][-1]):
-                    turn(workers[last], tests[-1], ids)  # untimed: brings the caches to the state before any other turn
+                    turn(
+                        workers[last], tests[-1], ids, evict
+                    )  # untimed: brings the caches to the state before any other turn
             for case in tests:
                 for name in [*turns]:
                     bar.set_postfix_str(f"{name} {case.name}", refresh=True)
                     time.sleep(SETTLE_S if len(workers) > 1 else 0)
                     done = False
                     with crashed.noted(name):
-                        turns[name][case].append(turn(workers[name], case, ids))
+                        turns[name][case].append(turn(workers[name], case, ids, evict))
                         done = True
                     if not done:
                         del turns[name]
@@ -203,11 +209,19 @@ def play(
     return {name: {case: replies[1:] for case, replies in mine.items()} for name, mine in turns.items()}
 
 
-def turn(w: Worker, case: Case, ids: list[int]) -> dict[str, Any]:
+def evicting_bytes() -> int:
+    """What is read before every evicted step. Raises InputError when memory is too short."""
+    try:
+        return buffer_bytes()
+    except MemoryError as error:
+        raise FieldError("{evict} has too little free memory: {}", error) from error
+
+
+def turn(w: Worker, case: Case, ids: list[int], evict: int = 0) -> dict[str, Any]:
     """Run one test once: {"seconds", and for tg "native_s" (None: unknown) and leaf "switches"}."""
     if case.kind == "pp":
         return {"seconds": w.ask(do="prefill", ids=ids[: case.tokens])["seconds"]}
-    reply = w.ask(do="decode", ids=ids[: case.depth], n=case.tokens, evict=buffer_bytes() if case.evict else 0)
+    reply = w.ask(do="decode", ids=ids[: case.depth], n=case.tokens, evict=evict if case.evict else 0)
     switches = int(np.count_nonzero(np.diff(reply["routes"])))
     return {"seconds": reply["seconds"], "native_s": reply["native_s"], "switches": switches}
 

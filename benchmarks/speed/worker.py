@@ -6,8 +6,8 @@ Requests and replies are JSON objects, one per line, over standard input and out
                                                  -> {"load_s", "context", "vocab_size", "threads"}
     {"do": "prefill", "ids": [...]}              -> {"seconds"}
     {"do": "decode", "ids": [...], "n": N, "evict": BYTES}  -> {"seconds", "native_s" or null, "ids", "routes"}; evict:
-                                                    before every step, untimed, reads so many bytes, so that the caches
-                                                    hold no weights; 0: not
+                                                    bytes of other memory to read before every step, untimed, so that
+                                                    the last-level cache holds no weights; 0: none
     {"do": "score", "ids": [...], "last": N, "out": FILE}   -> {}; log-probs, float32 [N, vocabulary], as .npy
     {"do": "read", "size": BYTES, "threads": T, "passes": P}  -> {"bytes_per_s"} of the fastest pass
     {"do": "convert", "adapter": MODULE, "source": P, "out": P, "scheme": S}  -> the facts of the adapter
@@ -76,8 +76,8 @@ class Desk:
 
     def __init__(self) -> None:
         self.model: Any = None
-        self.readers: dict[int, bandwidth.Reader] = {}  # by size
-        self.peak_before = 0  # bytes, before the first buffer for eviction
+        self.readers: dict[int, bandwidth.Reader] = {}  # by size, of the measurement of memory
+        self.peak_before, self.evicted = 0, 0  # peak memory before the first eviction, and its buffer: bytes
         self.idle_cpu_s = 0.0
 
     def load(self, adapter: str, path: str, threads: int | None, device: str) -> dict[str, Any]:
@@ -92,12 +92,14 @@ class Desk:
         return {"seconds": self.model.prefill(ids)}
 
     def decode(self, ids: list[int], n: int, evict: int = 0) -> dict[str, Any]:
-        self.model.before_step = nothing
         if evict:
-            self.peak_before = self.peak_before or peak_rss_bytes()
-            reader, threads = self.reader(evict), max(1, int(self.model.threads))
+            self.peak_before, self.evicted = self.peak_before or peak_rss_bytes(), evict
+            reader, threads = bandwidth.Reader(evict), max(1, int(self.model.threads))
             self.model.before_step = lambda: reader.read(threads)
-        seconds, fed, routes = self.model.decode(ids, n)
+        try:
+            seconds, fed, routes = self.model.decode(ids, n)
+        finally:
+            self.model.before_step = nothing  # and the buffer is gone: other models need the memory
         return {"seconds": seconds, "native_s": getattr(self.model, "native_s", None), "ids": fed, "routes": routes}
 
     def score(self, ids: list[int], last: int, out: str) -> dict[str, Any]:
@@ -108,13 +110,10 @@ class Desk:
         np.save(out, np.asarray(self.model.score(ids, last), np.float32), allow_pickle=False)
         return {}
 
-    def reader(self, size: int) -> bandwidth.Reader:
+    def read(self, size: int, threads: int, passes: int = 1) -> dict[str, Any]:
         if size not in self.readers:
             self.readers[size] = bandwidth.Reader(size)
-        return self.readers[size]
-
-    def read(self, size: int, threads: int, passes: int = 1) -> dict[str, Any]:
-        return {"bytes_per_s": max(self.reader(size).bytes_per_s(threads) for _ in range(passes))}
+        return {"bytes_per_s": max(self.readers[size].bytes_per_s(threads) for _ in range(passes))}
 
     def convert(self, adapter: str, source: str, out: str, scheme: str) -> dict[str, Any]:
         facts: dict[str, Any] = importlib.import_module(adapter).convert(source, out, scheme)
@@ -129,9 +128,8 @@ class Desk:
         return of_folder(path, threads, device, ids, n)
 
     def finish(self) -> dict[str, Any]:
-        own = sum(self.readers)  # buffers of the measurement, not of the model
-        peak = max(self.peak_before, peak_rss_bytes() - own)
-        return {"rss_bytes": rss_bytes() - own, "peak_rss_bytes": peak, "idle_cpu_s": self.idle_cpu_s}
+        peak = max(self.peak_before, peak_rss_bytes() - self.evicted)  # without the buffer of the measurement
+        return {"rss_bytes": rss_bytes(), "peak_rss_bytes": peak, "idle_cpu_s": self.idle_cpu_s}
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         try:

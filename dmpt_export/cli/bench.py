@@ -50,7 +50,7 @@ class Counts(click.ParamType):  # type: ignore[type-arg]  # generic only from cl
               help="Measured rounds, after one warm-up round.")  # fmt: skip
 @click.option("--loads", default=3, show_default=True, type=click.IntRange(min=1),
               help="Fresh processes whose load time is measured; one more loads from disk.")  # fmt: skip
-@click.option("--evict", is_flag=True, help="Decode a second time with the weights out of the processor's caches, "
+@click.option("--evict", is_flag=True, help="Also time decoding with the weights evicted from the CPU's caches, "
               "as on a device whose caches are small (cpu only).")  # fmt: skip
 @click.option("--profile", is_flag=True, help="Also measure the time of a decoding step by node type.")
 @click.option("--report", type=click.Path(dir_okay=False), metavar="FILE",

@@ -81,7 +81,8 @@ def command(as_json: bool, **fields: Any) -> None:
         from benchmarks.report.domains import domain_table
 
         domains = {name: one.to_json() for name, one in found.domains.items()}
-        click.echo(json.dumps({"model": request.model, "domains": domains}) if as_json else domain_table(found.domains))
+        shown = json.dumps({"model": request.model, "domains": domains}, allow_nan=False)
+        click.echo(shown if as_json else domain_table(found.domains))
     elif as_json:
         click.echo(json.dumps({"model": request.model, **found.quality.to_json()}, allow_nan=False))
     else:

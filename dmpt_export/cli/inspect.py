@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from dmpt_export.requests.inspect import Inspected, InspectRequest
+from dmpt_export.cli.checks import overwrite
+from dmpt_export.requests.inspect import Inspected, InspectRequest, draw
 
 
 @click.command("inspect", short_help="Show a model's tree, parts, sizes and bits.")
@@ -17,6 +18,7 @@ from dmpt_export.requests.inspect import Inspected, InspectRequest
               "eval --domain on its first 4096 tokens.")  # fmt: skip
 @click.option("--picture", type=click.Path(dir_okay=False), metavar="FILE.svg", help="Draw the domains to this file.")
 @click.option("--all", "full", is_flag=True, help="Show each tensor and operator too.")
+@overwrite
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with everything.")
 def command(full: bool, as_json: bool, **fields: Any) -> None:
     """Show the parts of MODEL: the tree of paths, parameters, bytes and bits of each part, and how much is stored in
@@ -36,9 +38,12 @@ def command(full: bool, as_json: bool, **fields: Any) -> None:
     found = request.run()
     if as_json:
         more = {"usage": found.usage, "domains": {name: one.to_json() for name, one in found.domains.items()}}
-        click.echo(json.dumps({**found.summary, **{key: value for key, value in more.items() if value}}))
+        shown = {**found.summary, **{key: value for key, value in more.items() if value}}
+        click.echo(json.dumps(shown, allow_nan=False))
     else:
         click.echo("\n\n".join(parts(found, full)))
+    if request.picture is not None:  # last, so that a full disk does not lose the result
+        draw(request.picture, found)
 
 
 def parts(found: Inspected, full: bool) -> list[str]:

@@ -18,7 +18,7 @@ from dmpt_export.requests.onnx import ExportRequest
 @click.option("--target", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
               help="cpu: float32 activations; cuda: float16.")  # fmt: skip
 @click.option("--only-path", metavar="LEAF", help="Export one path alone, as a model without routing: for a "
-              "device that serves one domain. --rule and --plan are then for that model.")  # fmt: skip
+              "device that serves one domain. --rule is then for that model's names (transformer.h.*).")  # fmt: skip
 @click.option("--fast-k", type=click.IntRange(min=0), help="Candidates of the anchor head; 0 scores every head fully. "
               "Default: the checkpoint's.")  # fmt: skip
 @click.option("--head-topk", type=click.IntRange(min=0), help="Heads mixed per token; 0 mixes all of the path.")

@@ -38,7 +38,7 @@ class BenchRequest:
     repetitions: int = 5  # measured rounds
     loads: int = 3  # fresh processes whose load time is measured
     profile: bool = False  # also measure the time of a decoding step by node type
-    evict: bool = False  # decode a second time with the weights out of the processor's caches
+    evict: bool = False  # also time decoding with the weights evicted from the CPU's caches
     report: str | None = None  # HTML file
     device: str = "cpu"  # cpu or cuda
     overwrite: bool = False  # an existing report is replaced

@@ -52,7 +52,7 @@ class EvaluateRequest:
 
     def check(self) -> None:
         """Raise OptionError for fields that exclude each other, then InputError for unusable files."""
-        from training.text.named import named_texts
+        from training.text.named import files_of
 
         if bool(self.data) == bool(self.domain):
             raise OptionError("give {data} FILE, or {domain} NAME=FILE for each domain of text")
@@ -63,8 +63,9 @@ class EvaluateRequest:
         require(*(self.device if is_exported(source) else "train" for source in self.models))
         windows = Windows(self.protocol, self.max_length, self.stride)
         windows.check()
-        named = [file for files in named_texts(self.domain).values() for file in files]
-        check_places([*self.data, *named], [folder for folder in (self.base_cache, self.resume) if folder])
+        check_places(
+            [*self.data, *files_of(self.domain)], [folder for folder in (self.base_cache, self.resume) if folder]
+        )
         check_scored(self.model, windows, self.mode, self.fast_k)
         if self.base is not None:
             check_scored(self.base, windows)
@@ -103,7 +104,7 @@ class EvaluateRequest:
         from benchmarks.quality.scorer import domains_of_source
         from training.text.named import named_texts
 
-        resume = Resume(self.resume) if self.resume else None
+        resume = Resume(self.resume, keep=True) if self.resume else None  # those of finished domains, too
 
         def measure(one: Scorer, files: Sequence[str]) -> Quality:
             text = read_text(one, files, self.text_field, self.protocol)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dmpt_export.extras import require
 from dmpt_export.requests.scoring import check_places
 from dmpt_export.requests.sources import check_model, is_exported
-from training.errors import OptionError
+from training.errors import FieldError, OptionError
 from training.progress import say
 
 if TYPE_CHECKING:
@@ -32,20 +32,22 @@ class InspectRequest:
     data: str | None = None  # text to measure path usage and head weights on
     domain: tuple[str, ...] = ()  # NAME=FILE: texts with the names of their domains
     picture: str | None = None  # SVG file to draw the domains to
+    overwrite: bool = False  # an existing picture is replaced
 
     def check(self) -> None:
         """Raise OptionError for fields that exclude each other, then InputError for unusable files."""
-        from training.text.named import named_texts
+        from training.text.named import files_of
 
         if self.picture is not None and not self.domain:
             raise OptionError("{picture} draws domains: give {domain} NAME=FILE for each")
-        files = [file for texts in named_texts(self.domain).values() for file in texts]
-        files += [] if self.data is None else [self.data]
+        files = [*files_of(self.domain), *([] if self.data is None else [self.data])]
         exported = is_exported(self.model)
         require(*([] if exported else ["train"]), *(["cpu"] if exported and files else []))
         check_places(files, [])
         if not exported:
             check_model(self.model)
+        if self.picture is not None:
+            check_picture(Path(self.picture), self.overwrite, [self.model, *files])
 
     def run(self) -> Inspected:
         if not is_exported(self.model):
@@ -55,8 +57,6 @@ class InspectRequest:
         summary = summarise(self.model)
         usage = None if self.data is None else self.follow(self.data)
         domains = self.compare_domains() if self.domain else {}
-        if self.picture is not None:
-            draw(self.picture, summary["name"], domains)
         return Inspected(summary, usage, domains)
 
     def follow(self, text: str) -> dict[str, Any]:
@@ -100,9 +100,20 @@ def first_ids(scorer: Scorer, text: str) -> Any:
     return first_tokens(Path(text), scorer.tokenizer, scorer.end_of_text, MOST)
 
 
-def draw(file: str, name: str, found: dict[str, DomainQuality]) -> None:
+def check_picture(file: Path, overwrite: bool, inputs: Sequence[str]) -> None:
+    """Raise InputError for a picture that cannot be written, or would replace something."""
+    from training.checkpoints.places import check_inputs, check_place
+
+    check_place(file)
+    if file.exists() and not overwrite:
+        raise FieldError("{} exists: give another file, or replace it with {overwrite}", file)
+    check_inputs(file, *inputs)
+
+
+def draw(file: str, found: Inspected) -> None:
+    """Write the picture of the domains, in one step."""
     from benchmarks.report.domains import picture
     from training.checkpoints.atomic import atomic_file
 
     with atomic_file(Path(file)) as tmp:
-        tmp.write_text(picture(name, found), encoding="utf-8")
+        tmp.write_text(picture(found.summary["name"], found.domains), encoding="utf-8")

@@ -75,8 +75,11 @@ class ExportRequest:
         """Raise OptionError for fields that exclude each other, then InputError for unusable files."""
         if not self.quantizes and (self.block or self.asymmetric or self.rules):
             raise OptionError("{block}, {asymmetric} and {rules} need {scheme}")
+        if self.only_path is not None and self.plan is not None:
+            raise OptionError("{plan} is for a model with all its paths: leave it out with {only_path}")
         self.options.check(verified=not self.no_verify, calibrated=self.calib is not None and not self.quantizes)
         require("train", "cpu")
+        from training.checkpoints.folder import float_folder
         from training.checkpoints.places import check_inputs, check_new
 
         check_new(Path(self.out), "onnx", self.overwrite)
@@ -86,8 +89,14 @@ class ExportRequest:
             shape.check_leaf(self.only_path)
         if self.draft_text is not None and not shape.next_tokens:
             raise FieldError("{draft_text} is for an export with draft heads: leave it out")
-        cut = self.only_path is not None  # then rules and plans are for the cut model
-        found = self.quantization(self.checkpoint, None).check() if self.quantizes and not cut else None
+        found = None
+        if self.quantizes:
+            request = self.quantization(self.checkpoint, None)
+            request.check_fields()
+            request.check_schemes()
+            float_folder(self.checkpoint)
+            if self.only_path is None:  # else the rules are for the cut model
+                found = request.check()
         wanted = self.calib is not None and self.kv_cache == "int8"
         ids = first_ids(self.checkpoint, str(self.calib), CALIBRATED) if wanted else None
         counted = None if self.draft_text is None else first_ids(self.checkpoint, self.draft_text, COUNTED)

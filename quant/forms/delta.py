@@ -6,7 +6,8 @@ factor, either in full or only on the candidates.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -80,6 +81,11 @@ class DeltaTensor(Form):
 
     def record(self) -> dict[str, Any]:
         return super().record() | {"anchor": self.anchor_name, "sharers": list(self.sharers)}
+
+    def renamed(self, names: Mapping[str, str]) -> DeltaTensor:
+        own = self.sharers[self.place]
+        sharers = tuple(names[name] for name in self.sharers if name in names)
+        return replace(self, anchor_name=names[self.anchor_name], sharers=sharers, place=sharers.index(names[own]))
 
     @property
     def whole_bytes(self) -> int:

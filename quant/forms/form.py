@@ -86,6 +86,10 @@ class Form(ABC):
             "transposed": self.transposed,
         }
 
+    def renamed(self, names: Mapping[str, str]) -> Form:
+        """The same in a checkpoint whose tensors have other names: old -> new, without those that are left out."""
+        return self
+
     @property
     def nbytes(self) -> int:
         """Bytes stored."""

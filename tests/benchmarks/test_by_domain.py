@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 import dmpt_export
+from dmpt_export.onnx.export import export_onnx
 from tests.helpers.checkpoints import edit_config
 from tests.helpers.cli import run
 
@@ -79,6 +80,12 @@ def test_inspect_draws_what_eval_says(
     shares = [share for one in found.values() for share in one["route_shares"].values()]
     whole = sum(float(bar.attrib["width"]) for bar in bars) / 2  # of one domain
     assert [float(bar.attrib["width"]) / whole for bar in bars] == pytest.approx(shares, abs=1e-3)
+    for file, more in ((picture, []), (dmpt_copy / "config.json", ["--overwrite"]), (texts["code"], ["--overwrite"])):
+        before = Path(file).read_bytes()
+        assert run("inspect", dmpt_copy, *given(texts), "--picture", file, *more) == 3
+        assert Path(file).read_bytes() == before
+    assert run("inspect", dmpt_copy, *given(texts), "--picture", picture, "--overwrite") == 0
+    capsys.readouterr()
     assert run("inspect", dmpt_copy, *given(texts)) == 0
     assert "| prose " in capsys.readouterr().out
 
@@ -117,3 +124,32 @@ def test_wrong_domains_are_refused_in_one_line(
 def test_a_picture_needs_domains(tiny_dmpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("inspect", tiny_dmpt, "--picture", tmp_path / "paths.svg") == 2
     assert "--domain NAME=FILE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("domains", [5, {"wiki": 5}, "xy", ["ab"], {"wiki": "middle"}])
+def test_damaged_domains_of_a_manifest_are_one_line(
+    tiny_dmpt: Path, texts: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], domains: Any
+) -> None:
+    export_onnx(tiny_dmpt, tmp_path / "device", verify=False)
+    manifest = tmp_path / "device" / "dmpt_manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"domains": domains}))
+    assert run("eval", tmp_path / "device", *given(texts)) == 3
+    assert "domain" in capsys.readouterr().err
+
+
+def test_finished_domains_of_a_killed_evaluation_are_not_scored_again(
+    tiny_dmpt: Path, texts: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = report(capsys, "eval", tiny_dmpt, *given(texts), "--resume", tmp_path / "state")
+    assert len(list((tmp_path / "state").glob("eval-*.npz"))) == 6  # two domains, as deployed and on two paths
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("benchmarks.quality.perplexity.judged", None)  # scores nothing
+        assert report(capsys, "eval", tiny_dmpt, *given(texts), "--resume", tmp_path / "state") == whole
+
+
+def test_a_text_that_is_too_short_is_named(
+    tiny_dmpt: Path, texts: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "short.txt").write_text("a\n")
+    assert run("eval", tiny_dmpt, "--domain", f"short={tmp_path / 'short.txt'}") == 3
+    assert "domain 'short': " in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -325,7 +326,7 @@ def test_ctrl_c_reaches_the_parent_of_a_worker_alone() -> None:
 
 
 def test_evicted_steps_read_other_memory_before_each_of_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A real model in its worker: every step is preceded by one read, whose time and memory do not count."""
+    """One read before each step, whose memory does not count."""
     from benchmarks.peers.adapters import nothing
     from benchmarks.speed import bandwidth, worker
 
@@ -372,3 +373,40 @@ def test_where_the_weights_came_from() -> None:
     found = speed([1.0], touched_bytes=100, cache_bytes=200, cached_bytes_per_s={1: [3e10]})
     assert "last-level cache of 0.00 MB 30.0 GB/s on 1" in as_text([found])
     assert "|  cached |" in as_text([found])
+
+
+def test_what_happens_before_a_step_is_not_timed(tiny_dmpt: Path, tmp_path: Path) -> None:
+    from benchmarks.peers.adapters.dmpt_onnx import DmptOnnx
+    from benchmarks.peers.adapters.loop import Stepwise
+    from dmpt_export.onnx.export import export_onnx
+
+    class Peer(Stepwise):
+        def reset(self) -> None: ...
+
+        def feed(self, ids: list[int]) -> np.ndarray:
+            return np.zeros(4, np.float32)
+
+        def logits(self, ids: list[int], last: int) -> np.ndarray:
+            return np.zeros((last, 4), np.float32)
+
+    export_onnx(tiny_dmpt, tmp_path / "device", verify=False)
+    for adapter in (Peer(), DmptOnnx(str(tmp_path / "device"), 1, "cpu")):
+        pauses: list[int] = []
+
+        def pause(own: list[int] = pauses) -> None:
+            own.append(1)
+            time.sleep(0.2)
+
+        adapter.before_step = pause
+        seconds, _, _ = adapter.decode([1, 2, 3], 4)
+        assert len(pauses) == 4
+        assert seconds < 0.6
+
+
+def test_eviction_without_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_full() -> int:
+        raise MemoryError("too full")
+
+    monkeypatch.setattr("benchmarks.speed.timing.buffer_bytes", too_full)
+    with pytest.raises(InputError, match="evict has too little free memory: too full"):
+        measure([fake("A")], Workload(2, 2, evict=True), Schedule(1))

@@ -5,20 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import runtime
+from dmpt_export.check.tolerances import tolerance
 from quant.checkpoint import dequantized_model, load_weights, save_quantized
 from quant.forms.weights import form_of
+from quant.rules import parse_rule
 from quant.single_path import renumbered, save_single_path, single_path
 from tests.helpers.cli import run
 from tests.helpers.exports import TREES
 from tests.helpers.models import random_model, saved_model
 from tests.helpers.tolerances import TOLERANCE
-from training.checkpoints.checkpoint import load_model, model_from_tensors
+from training.checkpoints.checkpoint import model_from_tensors
 from training.errors import InputError
 from training.model.generation import DMPTForCausalLM
 
@@ -81,7 +84,8 @@ def test_any_allocation_kind_and_tie(data: st.DataObject) -> None:
     same(model, leaf, alone)
     h = torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
     assert torch.equal(alone.draft_logits("root", 0, h), model.draft_logits(leaf, 0, h))
-    assert len(renumbered(model.config, leaf)) >= alone.config.n_vocab_heads
+    numbers = renumbered(model.config, leaf)
+    assert [numbers[j] for j in allocation[leaf]] == alone.config.head_allocation["root"]
 
 
 def test_a_path_has_no_tensor_of_another_one() -> None:
@@ -91,11 +95,14 @@ def test_a_path_has_no_tensor_of_another_one() -> None:
     assert {name.split(".")[1] for name in kept if name.startswith("heads.")} == {"0", "1"}
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4", "int3", "int8-dynamic", "fp16"])
+@pytest.mark.parametrize("scheme", ["int8", "int4", "int3", "int8-dynamic", "fp16", "delta-r16"])
 def test_a_quantized_path_has_the_same_bits(scheme: str, tmp_path: Path) -> None:
-    tree = {"heads": 8, "fast_k": 16, "head_kind": "projected", "shared_anchor": True, "tie_word_embeddings": True}
-    saved_model(tmp_path / "whole", [2], **tree)
-    save_quantized(tmp_path / "whole", tmp_path / "quantized", scheme=scheme)
+    kind = {} if scheme.startswith("delta") else {"head_kind": "projected", "shared_anchor": True}
+    allocation = {"left": [0, 1, 2], "right": [5, 3, 4]}
+    saved_model(tmp_path / "whole", [2], 6, head_allocation=allocation, fast_k=16, tie_word_embeddings=True, **kind)
+    rules = [parse_rule(f"heads.*={scheme}")] if scheme.startswith("delta") else []
+    scheme = "int8" if rules else scheme
+    save_quantized(tmp_path / "whole", tmp_path / "quantized", scheme=scheme, rules=rules)
     save_single_path(tmp_path / "quantized", "right", tmp_path / "alone")
     same(dequantized_model(tmp_path / "quantized"), "right", dequantized_model(tmp_path / "alone"))
     before, after = load_weights(tmp_path / "quantized")[1], load_weights(tmp_path / "alone")[1]
@@ -118,11 +125,15 @@ def test_an_exported_path_answers_like_the_path(
     assert list(model.manifest.leaves) == ["root"]
     assert "domains" not in model.manifest.raw
     assert model.manifest.raw["source"]["name"] == f"whole, only path {leaf}"
+    prompt = list(range(5, 25))
+    if scheme is not None:
+        save_quantized(tmp_path / "whole", tmp_path / "quantized", scheme=scheme)
+    reference = dequantized_model(tmp_path / ("whole" if scheme is None else "quantized"))
+    want = reference.log_probs(torch.tensor([prompt]), f"{leaf}_only", 16)[0].detach().numpy()
     if scheme is None:
-        prompt = list(range(5, 25))
-        reference = load_model(tmp_path / "whole")
-        want = reference.log_probs(torch.tensor([prompt]), f"{leaf}_only", 16)[0].detach().numpy()
         assert abs(model.log_probs(prompt) - want).max() < TOLERANCE["float32", "float"]
+    else:
+        assert (np.exp(want) * (want - model.log_probs(prompt))).sum(-1).mean() < tolerance("float32", scheme).kl_mean
     size = sum(file.stat().st_size for file in (tmp_path / "device").glob("model.onnx*"))
     assert run("onnx", tmp_path / "whole", tmp_path / "both", *quantized) == 0
     assert size < 0.9 * sum(file.stat().st_size for file in (tmp_path / "both").glob("model.onnx*"))
@@ -141,3 +152,19 @@ def test_a_model_of_one_path_has_none_to_choose(
 ) -> None:
     assert run("onnx", tiny_gpt2, tmp_path / "device", "--only-path", "root") == 3
     assert "no splits" in capsys.readouterr().err
+
+
+def test_what_the_whole_models_names_say_is_refused_before_any_work(
+    tiny_dmpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_quantized(tiny_dmpt, tmp_path / "quantized", scheme="int8")
+    for arguments, code, message in (
+        ((tiny_dmpt, "--plan", "plan.json"), 2, "leave it out with --only-path"),
+        ((tiny_dmpt, "--scheme", "int8", "--rule", "nonsense"), 2, "nonsense"),
+        ((tmp_path / "quantized", "--scheme", "int8"), 3, f"{tmp_path / 'quantized'} is already quantized"),
+    ):
+        source, *more = arguments
+        assert run("onnx", source, tmp_path / "device", "--only-path", "left", *more) == code
+        assert message in capsys.readouterr().err
+    rule = "transformer.h.3.*=int4"  # only the cut model has this block there
+    assert run("onnx", tiny_dmpt, tmp_path / "device", "--only-path", "left", "--scheme", "int8", "--rule", rule) == 0

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.checkpoints import edit_config
 from tests.helpers.cli import run
 from tests.helpers.models import random_model
 from tests.helpers.tolerances import TOLERANCE
@@ -24,7 +25,9 @@ from training.loop import losses
 from training.loop.clusters import k_means, learn_domains, nearest, trunk_mean
 from training.loop.objective import Objective
 from training.loop.options import TrainOptions
+from training.loop.state import saved_domains
 from training.loop.trainer import train
+from training.loop.watch import Meter
 from training.model.domains import even_domains, heads_of, leaves_of
 from training.model.shape import build_tree, even_allocation, leaf_names
 from training.text.batches import TokenBatches
@@ -44,19 +47,24 @@ def only_domains(**more: Any) -> TrainOptions:
 # --- which text is of which domain ----------------------------------------------------------------------
 
 
+@example([(1, 0), (1, 1), (1, 0)], 3)
+@example([(1, 0), (2, 0)], 3)
 @given(st.lists(st.tuples(st.integers(1, 20), st.integers(NONE, 2)), min_size=1, max_size=6), st.integers(1, 7))
 def test_a_window_has_the_domain_of_all_its_tokens_or_none(pieces: list[tuple[int, int]], length: int) -> None:
     labels = [label for tokens, label in pieces for _ in range(tokens)]
     count = len(labels) // length
     windows = [set(labels[i * length : (i + 1) * length]) for i in range(count)]
     expected = [window.pop() if len(window) == 1 else NONE for window in windows]
-    assert Domains(("a", "b", "c"), tuple(pieces)).of_windows(count, length).tolist() == expected
+    assert Domains.of("abc", pieces).of_windows(count, length).tolist() == expected
 
 
 def test_texts_are_joined_with_their_domains() -> None:
     tokens, domains = joined([(None, np.arange(3)), ("b", np.arange(2)), ("a", np.arange(4)), ("b", np.arange(1))])
     assert tokens.tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 3, 0]
-    assert domains == Domains(("b", "a"), ((3, NONE), (2, 0), (4, 1), (1, 0)))
+    assert domains.names == ("b", "a")
+    assert (domains.ends.tolist(), domains.labels.tolist()) == ([3, 5, 9, 10], [NONE, 0, 1, 0])
+    with pytest.raises(InputError, match="belong to another text"):
+        domains.of_windows(3, 4)
     with pytest.raises(InputError, match="domain 'b' has no text"):
         joined([("a", np.arange(4)), ("b", np.arange(0))])
 
@@ -76,7 +84,7 @@ def test_sequences_keep_their_domains_in_every_pass() -> None:
 @given(st.integers(1, 3), st.data())
 def test_by_default_every_path_serves_one_domain(depth: int, data: st.DataObject) -> None:
     leaves = leaf_names(list(range(1, depth + 1)), depth + 1)
-    names = [f"d{i}" for i in range(data.draw(st.integers(1, len(leaves))))]
+    names = [f"d{i}" for i in range(data.draw(st.integers(2, len(leaves))))]
     allocation = even_allocation(leaves, 2 * len(leaves))
     served = even_domains(names, allocation)
     assert list(served) == names
@@ -94,9 +102,9 @@ def test_heads_serve_a_domain_with_the_leaves_that_have_them() -> None:
 @pytest.mark.parametrize(
     ("domains", "message"),
     [
-        ({"a": "middle"}, "there is no path 'middle'"),
-        ({"a": [0, 9]}, "heads from 0 to 3"),
-        ({"a": []}, "heads from 0 to 3"),
+        ({"a": "middle"}, "there is no path 'middle', choose one of left, right"),
+        ({"a": [0, 9]}, "at least one of 0, 1, 2, 3"),
+        ({"a": []}, "at least one of 0, 1, 2, 3"),
         ({"a b": "left"}, "letters, digits"),
     ],
 )
@@ -247,17 +255,18 @@ def test_k_means_of_fewer_points_than_clusters_ends() -> None:
 
 
 def test_learned_domains_are_the_clusters_of_mean_trunk_outputs() -> None:
-    model = random_model([2], 4)
-    batches = TokenBatches(some_tokens(40 * LENGTH + 1), LENGTH, seed=3)
-    labels = learn_domains(model, batches, 20, 2, seed=0)
-    used = batches.order(0)[:20]
-    assert {*labels[used].tolist()} == {0, 1}
-    assert {*np.delete(labels, used).tolist()} == {NONE}
-    rows = torch.from_numpy(batches.rows[used][:, :-1].astype(np.int64))
+    model, tokens = random_model([2], 4), some_tokens(40 * LENGTH + 5)
+    domains = learn_domains(model, tokens, LENGTH, 2, seed=0)
+    assert domains.names == ("learned-1", "learned-2")
+    labels = domains.of_windows(40, LENGTH)
+    assert 20 <= (labels == 0).sum() < 40  # the larger one first
+    rows = torch.from_numpy(tokens[: 40 * LENGTH].reshape(40, LENGTH).astype(np.int64))
     with torch.no_grad():
         points = trunk_mean(model, rows)
-    centres = torch.stack([points[torch.from_numpy(labels[used]) == i].mean(0) for i in (0, 1)])
-    assert nearest(points, centres).tolist() == labels[used].tolist()
+    centres = torch.stack([points[torch.from_numpy(labels) == i].mean(0) for i in (0, 1)])
+    assert nearest(points, centres).tolist() == labels.tolist()
+    with pytest.raises(InputError, match="needs as many training sequences, there are 1"):
+        learn_domains(model, tokens[: LENGTH + 1], LENGTH, 2, seed=0)
 
 
 # --- training -------------------------------------------------------------------------------------------
@@ -270,24 +279,37 @@ def two_texts() -> tuple[np.ndarray, Domains]:
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("how", ["given", "learned"])
-def test_a_resumed_run_is_bitwise_the_uninterrupted_run(tmp_path: Path, how: str) -> None:
+def test_a_resumed_run_is_bitwise_the_uninterrupted_run(tmp_path: Path) -> None:
     tokens, domains = two_texts()
-    own = {"domains": domains} if how == "given" else {}
-    setting = options(max_steps=7, learn_domains=0 if own else 2, lb_coef=0.1, domain_coef=0.5)
+    setting = options(max_steps=7, lb_coef=0.1, domain_coef=0.5)
     whole, parts = random_model([2], 4), random_model([2], 4)
-    train(whole, tokens, setting, tmp_path / "whole", **own)
-    interrupted_at(parts, tmp_path / "parts", 3, setting, tokens, **own)
+    train(whole, tokens, setting, tmp_path / "whole", domains=domains)
+    interrupted_at(parts, tmp_path / "parts", 3, setting, tokens, domains=domains)
     parts = load_model(tmp_path / "parts" / "last")
-    train(parts, tokens, setting, tmp_path / "parts", resume=True, **own)
+    train(parts, tokens, setting, tmp_path / "parts", resume=True, domains=domains)
     for name, value in whole.state_dict().items():
         assert torch.equal(value, parts.state_dict()[name]), name
-    numbers = [[r["as_taught"], r["domain"], r["lb"]] for r in metrics(tmp_path / "whole") if "domain" in r]
-    assert numbers == [[r["as_taught"], r["domain"], r["lb"]] for r in metrics(tmp_path / "parts") if "domain" in r]
+    numbers = [[r["as_taught"], r["domain"], r["lb"]] for r in metrics(tmp_path / "whole")]
+    assert numbers == [[r["as_taught"], r["domain"], r["lb"]] for r in metrics(tmp_path / "parts")]
     assert len(numbers) == 7
-    if how == "given":
-        with pytest.raises(InputError, match="domains of the training data was"):
-            train(parts, tokens, setting, tmp_path / "parts", resume=True)
+    with pytest.raises(InputError, match="domains of the training data was"):
+        train(parts, tokens, setting, tmp_path / "parts", resume=True)
+    parts.config.domains = {"even": "right", "odd": "left"}
+    with pytest.raises(InputError, match="domains of the training data was"):
+        train(parts, tokens, setting, tmp_path / "parts", resume=True, domains=domains)
+
+
+def test_passes_without_a_domain_do_not_change_what_is_taught() -> None:
+    model = random_model([2], 4, domains={"a": "left", "b": "right"})
+    objective, meter, alone = Objective(model, only_domains(), domains=("a", "b")), Meter(), Meter()
+    for own, meters in ((OWN, (meter, alone)), (torch.full((4,), NONE), (meter,))):
+        loss = objective(IDS, domains=own)
+        for one in meters:
+            one.add(loss)
+    assert meter.means()["as_taught"] == alone.means()["as_taught"] > 0
+    meter.reset()
+    meter.add(loss)
+    assert "as_taught" not in meter.means()
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -335,18 +357,22 @@ def test_domains_of_the_command_line_reach_the_model_and_its_run(
     assert run("train", "--resume", out, "--max-steps", 3) == 0  # the texts are the run's
     assert metrics(out)[-1]["step"] == 3
     assert load_model(out).config.domains == {"prose": "right", "code": [0]}
+    domain_map.write_text('{"prose": "left", "code": [0]}')
+    assert run("train", "--resume", out, "--max-steps", 4, "--domain-map", domain_map) == 3
+    assert "domains of the training data was" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["--domain", "prose"], 2, "NAME=FILE"),
-        (["--domain", "a b={prose}"], 3, "letters, digits"),
+        (["--domain", "a b={prose}"], 2, "letters, digits"),
+        (["--domain", "a={prose}"], 3, "one --domain would be served by everything"),
         (["--domain", "a={missing}"], 3, "does not exist"),
         (["--domain", "a={nothing}"], 3, "is empty"),
         (["--domain", "a={prose}", "--domain", "b={code}", "--domain", "c={code}"], 3, "only 2 paths"),
         (["--domain", "a={prose}", "--learn-domains", "2"], 2, "--learn-domains is for text without domains"),
-        (["--data", "{prose}", "--learn-domains", "1"], 2, "at least 2"),
+        (["--data", "{prose}", "--learn-domains", "1"], 2, "x>=2"),
         (["--data", "{prose}", "--learn-domains", "3"], 3, "only 2 paths"),
         (["--data", "{prose}", "--domain-map", "{map}"], 2, "--domain-map is for text with domains"),
         (["--domain", "other={prose}", "--domain-map", "{map}"], 3, "does not say what serves 'other'"),
@@ -378,8 +404,44 @@ def test_domains_that_cannot_be_taught_are_refused_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_learned_domains_stay_those_of_the_runs_start(tiny_dmpt: Path, texts: dict[str, str], tmp_path: Path) -> None:
+    """Also where the run is resumed with more steps, and in every phase of a recipe."""
+    out, given = tmp_path / "out", ["--data", texts["prose"], "--data", texts["code"], "--learn-domains", 2]
+    assert run("train", tiny_dmpt, out, *given, *SMALL) == 0
+    names = ("learned-1", "learned-2")
+    kept = saved_domains(out, names)
+    assert run("train", "--resume", out, "--max-steps", 40) == 0
+    after = saved_domains(out, names)
+    assert kept is not None
+    assert after is not None
+    assert after.crc32() == kept.crc32()
+    assert metrics(out)[-1]["as_taught"] > 0
+    assert run("train", "--resume", out, "--max-steps", 41, "--learn-domains", 3) == 3
+
+    recipe, phases = tmp_path / "two.json", tmp_path / "phases"
+    recipe.write_text(json.dumps({"about": "a test", "phases": [{"max_length": 16}, {"max_length": 8}]}))
+    assert run("train", tiny_dmpt, phases, *given, *SMALL[:2], "--batch-size", 2, "--cpu", "--recipe", recipe) == 0
+    for number in (1, 2):
+        own = saved_domains(phases / f"phase-{number}", names)
+        assert own is not None
+        assert own.crc32() == kept.crc32()
+
+
+def test_a_new_domain_does_not_take_the_path_of_another(
+    dmpt_copy: Path, texts: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit_config(dmpt_copy, domains={"prose": "right", "code": "left"})
+    given = ["--domain", f"code={texts['code']}"]
+    assert run("train", dmpt_copy, tmp_path / "out", *given, *SMALL) == 0
+    assert load_model(tmp_path / "out").config.domains == {"prose": "right", "code": "left"}
+    given += ["--domain", f"more={texts['prose']}"]
+    assert run("train", dmpt_copy, tmp_path / "other", *given, *SMALL) == 3
+    assert "was taught the domains prose, code and not 'more': say with --domain-map" in capsys.readouterr().err
+
+
 def test_a_model_of_one_path_and_head_has_nothing_to_serve_domains(
     tiny_gpt2: Path, texts: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("train", tiny_gpt2, tmp_path / "out", "--domain", f"a={texts['prose']}", *SMALL) == 3
+    given = ["--domain", f"a={texts['prose']}", "--domain", f"b={texts['code']}"]
+    assert run("train", tiny_gpt2, tmp_path / "out", *given, *SMALL) == 3
     assert "one path and one head" in capsys.readouterr().err

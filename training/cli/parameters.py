@@ -45,8 +45,8 @@ ABOUT = {
     "which the original project chose for GPT-2 small.",
     "Training loss": "The loss is the mean negative log-likelihood plus coefficient times term for each term below; a "
     "coefficient of 0 leaves its term out. --lb-coef keeps both paths in use, --gold-aux-coef teaches gates which path "
-    "predicts better, --domain-coef which path or heads serve a domain (of --domain, or of --learn-domains: "
-    "k-means over the trunk's mean outputs), --switch-coef steadies routes, --next-tokens-coef trains draft heads, "
+    "predicts better, --domain-coef which path or heads serve a domain (--domain, --learn-domains), "
+    "--switch-coef steadies routes, --next-tokens-coef trains draft heads, "
     "--tether-coef keeps paths near the GPT-2 they came from, --head-lb-coef and --head-entropy-coef keep all heads "
     "in use.",
     "Model settings": "Stored in the model; they change what it computes. --head-topk mixes only the heads with the "
@@ -80,6 +80,9 @@ def parameters() -> list[click.Parameter]:
         option(["--domain-map"], type=path, metavar="FILE.json",
                help='What serves each domain: {"code": "left", "prose": [4, 5]}, a path or heads. Default: the '
                "domains share out the paths, or the heads of a single path."),
+        option(["--learn-domains"], type=click.IntRange(min=2), metavar="K",
+               help="Find K domains in text without names before the first step, by k-means over the trunk's mean "
+               "outputs, and teach them."),
         option(["--text-field"], metavar="NAME", help="Text field of JSONL, Parquet and datasets.  [text]"),
         option(["--tokenizer"], metavar="FOLDER", help="Tokenizer for --from-scratch, or instead of MODEL's own."),
         option(["--resume"], is_flag=False, flag_value="", metavar="[RUN]", help="Continue OUT, or the given run."),

@@ -22,7 +22,7 @@ from training.loop.options import TrainOptions, flag, read_freeze_schedule
 from training.model.new_shape import NewShape, check_init
 from training.model.shape import FULL, ROOT, Shape, check_head_kind
 from training.progress import say, tell
-from training.text.named import named_texts
+from training.text.named import files_of
 from training.text.sources import check_source
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class TrainRequest:
     data: tuple[Path, ...] = ()  # text files or hub datasets; none: wikitext-103, or those of the run
     eval_data: tuple[Path, ...] = ()  # held-out text, likewise
     domain: tuple[str, ...] = ()  # NAME=FILE, text to train on with the name of its domain
+    learn_domains: int | None = None  # number of domains to find in a text without names
     domain_map: Path | None = None  # JSON file of what serves each domain; None: the model's, or shared out evenly
     text_field: str | None = None  # text field of JSONL, Parquet and datasets; None: "text", or the run's
     tokenizer: str | None = None  # folder or hub id; None: the model's
@@ -153,12 +154,15 @@ class TrainRequest:
     def inputs(self) -> list[str | Path | None]:
         """The inputs of a new run."""
         places = (self.model, self.tokenizer, self.head_allocation, self.recipe, self.cache_dir, self.domain_map)
-        named = [file for files in named_texts(self.domain).values() for file in files]
-        return [*places, *self.data, *self.eval_data, *named]
+        return [*places, *self.data, *self.eval_data, *files_of(self.domain)]
 
     def texts(self, about: dict[str, Any]) -> Texts:
         """This request's texts, else those of an earlier run, else the original project's; checked."""
-        given = Texts.of(about, self.data, self.eval_data, self.domain, self.text_field)
+        given = Texts.of(
+            about, data=self.data, eval_data=self.eval_data, domain=self.domain, learn_domains=self.learn_domains,
+            text_field=self.text_field,
+        )  # fmt: skip
+        given.domains()
         texts = given.or_default()
         if texts is not given and is_first():  # print once, not from every process
             tell("No text given: training on the hub dataset wikitext-103, like the original project")
@@ -188,7 +192,7 @@ class TrainRequest:
         if changes is not None:
             shape = check_init(shape, changes)
         shape.check_exportable()
-        if (domains := served(found.texts.domains(found.phases), self.domain_map, shape)) is not None:
+        if (domains := served(found.texts.domains(), self.domain_map, shape)) is not None:
             shape.domains = domains
             shape.check()
         for one in found.phases:
@@ -211,17 +215,18 @@ class TrainRequest:
         from training.model.init import init_from_gpt2
 
         if found.first is not None:
-            return load_model(found.first)
-        if self.from_scratch:
+            model = load_model(found.first)
+        elif self.from_scratch:
             torch.manual_seed(self.options.seed)
             model = DMPTForCausalLM(DMPTConfig(**self.new_fields(found.tokenizer)))
         else:
             assert self.model is not None
             model = load_model(self.model)
-        if (changes := self.changes(model.config, found.recipe)) is not None:
+        changes = None if found.first is not None else self.changes(model.config, found.recipe)
+        if changes is not None:
             model = init_from_gpt2(model, changes)
-        if (domains := served(found.texts.domains(found.phases), self.domain_map, model.config)) is not None:
-            model.config.domains = domains
+        if (domains := served(found.texts.domains(), self.domain_map, model.config)) is not None:
+            model.config.domains = domains  # of a resumed run: the trainer refuses others than before
         return model
 
     def new_fields(self, tokenizer: Path) -> dict[str, Any]:
@@ -275,6 +280,10 @@ class TrainRequest:
         with processes.main_process_first():  # the main process tokenises, the others read the result
             reader = Reader(found.texts, found.tokenizer, self.cache_dir, model.config)
             (tokens, domains), eval_tokens = reader.training(), reader.tokens("eval_data")
+        if found.texts.learned:
+            from training.cli.learned import learned
+
+            domains = learned(found.texts.domains(), found.resumed, model, tokens, found.phases[0], processes.device)
         extras, main = Extras(found.tokenizer, found.texts.about), processes.is_main_process
         if len(found.phases) > 1:
             result = self.run_phases(found, model, (tokens, eval_tokens, domains), extras, main)

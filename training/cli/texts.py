@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 from training.checkpoints.files import cache_folder
 from training.checkpoints.folder import read_domain_map
 from training.errors import FieldError, InputError, OptionError
-from training.loop.options import TrainOptions
-from training.model.domains import Served, cluster_names, even_domains
+from training.model.domains import Served, cluster_names, served_domains
 from training.model.shape import Shape
 from training.text.named import named_texts
 from training.text.sources import FIELD, check_source, is_dataset
@@ -27,7 +26,7 @@ DEFAULT_TEXTS = {"data": ["wikitext-103"], "eval_data": ["wikitext-103:validatio
 
 @dataclass(frozen=True)
 class Texts:
-    """A run's record of its texts, as JSON: data, eval_data, domains, text_field; what else it holds is kept."""
+    """A run's record of its texts, as JSON: data, eval_data, domains, learn_domains, text_field; the rest is kept."""
 
     about: dict[str, Any]
 
@@ -35,9 +34,11 @@ class Texts:
     def of(
         cls,
         about: dict[str, Any],
+        *,
         data: Sequence[Path],
         eval_data: Sequence[Path],
         domain: Sequence[str],
+        learn_domains: int | None,
         text_field: str | None,
     ) -> Texts:
         """`about`, of an earlier run or a new one, with these texts instead of its own."""
@@ -45,7 +46,10 @@ class Texts:
             about = {key: value for key, value in about.items() if key not in ("data", "domains")}
         if domain:
             about = about | {"domains": {name: absolute(texts) for name, texts in named_texts(domain).items()}}
-        given = {"data": absolute(data), "eval_data": absolute(eval_data), "text_field": text_field}
+        given = {
+            "data": absolute(data), "eval_data": absolute(eval_data), "learn_domains": learn_domains,
+            "text_field": text_field,
+        }  # fmt: skip
         return cls(about | {key: value for key, value in given.items() if value})
 
     def or_default(self) -> Texts:
@@ -69,12 +73,18 @@ class Texts:
         named = [file for files in self.named.values() for file in files]
         return [*self.about.get("data", ()), *self.about.get("eval_data", ()), *named]
 
-    def domains(self, phases: Sequence[TrainOptions]) -> tuple[str, ...]:
+    @property
+    def learned(self) -> int:
+        """Number of domains to find; 0: none."""
+        return int(self.about.get("learn_domains", 0))
+
+    def domains(self) -> tuple[str, ...]:
         """Names of the domains that are taught. Raises OptionError when some are given and others to be learned."""
-        learned = max(one.learn_domains for one in phases)
-        if learned and self.named:
+        if self.learned and self.named:
             raise OptionError("{learn_domains} is for text without domains: leave out {domain} or {learn_domains}")
-        return cluster_names(learned) or tuple(self.named)
+        if self.learned == 1:
+            raise OptionError("{learn_domains} 1: there must be at least 2 domains to tell apart")
+        return cluster_names(self.learned) or tuple(self.named)
 
 
 def absolute(texts: Iterable[str | Path]) -> list[str]:
@@ -83,14 +93,13 @@ def absolute(texts: Iterable[str | Path]) -> list[str]:
 
 
 def served(names: Sequence[str], domain_map: Path | None, shape: Shape) -> dict[str, Served] | None:
-    """The field `domains` of a model that is trained on texts of these domains; None: as it is.
+    """The field `domains` of a model that is trained on texts of these domains; None: unchanged.
 
-    domain_map: a JSON file that says so; None: as the model says, if it has all of them, else shared out evenly.
+    domain_map: a JSON file that says so; None: as served_domains.
     Raises OptionError for a map without domains, InputError for one that does not fit them or the model.
     """
     if domain_map is None:
-        known = set(names) <= set(shape.domains or {})
-        return None if known else even_domains(names, shape.head_allocation)
+        return served_domains(names, shape.domains, shape.head_allocation)
     if not names:
         raise OptionError("{domain_map} is for text with domains: give {domain} NAME=FILE or {learn_domains}")
     given = read_domain_map(domain_map)

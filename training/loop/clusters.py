@@ -1,45 +1,48 @@
-"""Domains of a text without labels: k-means over the mean trunk outputs of training sequences (`--learn-domains`)."""
+"""Domains of a text without names: k-means over the mean trunk outputs of training sequences (`--learn-domains`)."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from training.errors import FieldError
+from training.model.domains import cluster_names
 from training.model.generation import DMPTForCausalLM
 from training.model.shape import ROOT
 from training.progress import Bar
 from training.text.batches import TokenBatches
-from training.text.domains import NONE
+from training.text.domains import Domains
 
 AT_ONCE = 16  # sequences that the trunk runs together
-FITTED = 4096  # sequences that the means are fitted on
+FITTED = 4096  # sequences that the centres are fitted on
 ROUNDS = 100  # of Lloyd's algorithm, which rarely needs more than twenty
 
 
 @torch.no_grad()
-def learn_domains(model: DMPTForCausalLM, batches: TokenBatches, used: int, count: int, seed: int) -> NDArray[np.int16]:
-    """The cluster of the first `used` training sequences in the order of training, NONE for all others: int16 [n].
+def learn_domains(model: DMPTForCausalLM, tokens: np.ndarray, length: int, count: int, seed: int) -> Domains:
+    """The cluster of every training sequence of `length` tokens, the largest first: learned-1 ... learned-<count>.
 
-    A sequence is the mean of the trunk's outputs over its tokens. Raises FieldError when there are too few sequences.
+    A sequence is the mean of the trunk's outputs over its tokens; the trunk runs over the whole text once.
+    Raises FieldError when there are fewer sequences than clusters.
     """
-    used = min(used, len(batches))
-    if used < count:
-        raise FieldError("{learn_domains} {} needs as many training sequences, there are {}", count, used)
-    device = next(model.parameters()).device
-    means = []
-    with Bar(total=used, desc="learning domains", unit="seq") as bar:
-        for first in range(0, used, AT_ONCE):
-            ids = batches.take(first, min(AT_ONCE, used - first))[:, :-1].to(device)
+    batches = TokenBatches(tokens, length, seed)
+    if len(batches) < count:
+        raise FieldError("{learn_domains} {} needs as many training sequences, there are {}", count, len(batches))
+    model.eval()
+    device, means = next(model.parameters()).device, []
+    with Bar(total=len(batches), desc="learning domains", unit="seq") as bar:
+        for first in range(0, len(batches), AT_ONCE):
+            ids = torch.from_numpy(batches.rows[first : first + AT_ONCE, :-1].astype(np.int64)).to(device)
             means.append(trunk_mean(model, ids).float().cpu())
             bar.update(len(ids))
     points = torch.cat(means)
-    chosen = nearest(points, k_means(points[:FITTED], count, seed))
-    labels: NDArray[np.int16] = np.full(len(batches), NONE, np.int16)
-    labels[batches.order(0)[:used]] = chosen.numpy()
-    return labels
+    order = torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))[:FITTED]
+    own = nearest(points, k_means(points[order], count, seed))
+    by_size = torch.bincount(own, minlength=count).argsort(descending=True, stable=True)
+    labels = by_size.argsort()[own].to(torch.int16).numpy()
+    ends = np.append(np.arange(1, len(batches) + 1, dtype=np.int64) * length, len(tokens))
+    return Domains(cluster_names(count), ends, np.append(labels, labels[-1]))
 
 
 def trunk_mean(model: DMPTForCausalLM, ids: Tensor) -> Tensor:

@@ -29,8 +29,8 @@ class Loss:
     routes: Tensor | None = None  # (L,), share of tokens that gate_hard sends to each leaf
     switch_share: Tensor | None = None  # (), share of tokens that it sends to a different leaf from the token before
     heads: dict[str, Tensor] = field(default_factory=dict)  # leaf -> (H,), mean weight of its heads
-    # Where every leaf is scored: `oracle`, nll if each token took its best leaf, and `foreseen`, how many do; with
-    # domains `as_taught`, how many tokens take a leaf that serves theirs: (), (), ()
+    # Where every leaf is scored: `oracle`, nll if each token took its best leaf, and `foreseen`, the share that does:
+    # (), (). With domains `as_taught.sum` and `.count`: tokens that take a leaf serving theirs, and all that have one.
     choices: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -88,8 +88,8 @@ class Objective:
         gold = self.gold(hidden, labels, full, routes if sparse else best)
         same_text, detached = self.same_text(labels, mask), options.next_tokens_detached
         batch = Batch(
-            self.model, hidden, mask, self.across, gold, None, joined, labels, same_text, detached, domains,
-            self.taught, best, full,
+            self.model, hidden, mask, self.across, gold, log_w=None, joined=joined, labels=labels,
+            same_text=same_text, detached=detached, domains=domains, taught=self.taught, best=best, full=full,
         )  # fmt: skip
         if forked and routes is not None:
             out.routes = masked_mean(F.one_hot(routes, len(hidden.leaves)).float(), mask)
@@ -127,8 +127,9 @@ class Objective:
     def as_taught(self, routes: Tensor, domains: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
         """Loss.choices: routes (B, S), domains (B,)."""
         right = self.taught.leaves.to(routes.device)[domains].gather(1, routes)
-        known = (domains >= 0)[:, None] if mask is None else (domains >= 0)[:, None] & mask
-        return {"as_taught": masked_mean(right.float(), known.expand_as(routes))}
+        known = (domains >= 0)[:, None].expand_as(routes)
+        known = known if mask is None else known & mask
+        return {"as_taught.sum": (right & known).float().sum(), "as_taught.count": known.float().sum()}
 
     def coefficient(self, name: str) -> float:
         """Of a term at the current step."""

@@ -60,8 +60,7 @@ class TrainOptions:
     fast_k_loss: bool = opt(False, "minimise the loss under fast-k, as deployed, instead of that of all heads in full")
     lb_coef: float = opt(1e-3, "load balance: gates split the tokens evenly")
     gold_aux_coef: float = opt(1e-3, "gates learn which leaf gives the next token more probability")
-    domain_coef: float = opt(0.1, "domains: gates and head gates learn what serves a text; no effect without domains")
-    learn_domains: int = opt(0, "tell so many domains of the training text apart, and teach them; 0: none")
+    domain_coef: float = opt(0.1, "domains: gates and head gates learn which paths or heads serve a text's domain")
     switch_coef: float = opt(0.0, "steady routes: neighbouring tokens take the same leaf, which is faster on a device")
     next_tokens_coef: float = opt(0.1, "draft heads: each predicts a token further ahead; no effect without them")
     next_tokens_rise: int = opt(0, "steps over which --next-tokens-coef rises from zero")
@@ -104,8 +103,6 @@ class TrainOptions:
             raise FieldError("{select_balance} is for {train_path_selection} best")
         if self.train_path_selection == BEST and not self.gold_aux_coef:
             raise FieldError("with {train_path_selection} best, gates learn by {gold_aux_coef} alone: set it above 0")
-        if self.learn_domains == 1:
-            raise FieldError("{learn_domains} 1: there must be at least 2 domains to tell apart")
         if self.max_steps < 1 and self.epochs < 1:
             raise FieldError("one of {max_steps} and {epochs} must be above 0")
 

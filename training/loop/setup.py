@@ -7,23 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast
-from numpy.typing import NDArray
 from torch import nn
 
 from training.checkpoints.atomic import recover
 from training.checkpoints.checkpoint import load_model
 from training.checkpoints.earlier import RUN, SAVED, recover_earlier, set_aside
 from training.checkpoints.places import check_run
-from training.errors import FieldError, InputError
-from training.loop.clusters import learn_domains
+from training.errors import InputError
 from training.loop.options import TrainOptions
 from training.model.config import DMPTConfig
 from training.model.dmpt import Attention
-from training.model.domains import cluster_names, even_domains
+from training.model.domains import served_domains
 from training.model.generation import DMPTForCausalLM
-from training.text.batches import TokenBatches
 from training.text.domains import Domains
 
 
@@ -81,28 +76,13 @@ def apply_to_config(model: DMPTForCausalLM, options: TrainOptions) -> None:
                 module.attn_dropout = options.dropout
 
 
-def domains_to_config(config: DMPTConfig, domains: Domains | None, learned: int) -> tuple[str, ...]:
-    """Names of the text's domains, with what serves them in the model's config: as it says if it has all of them, else
-    they share out its paths or heads. Raises InputError when there are too few of these."""
-    if domains is not None and learned:
-        raise FieldError("{learn_domains} is for text without domains: leave out {domain} or {learn_domains}")
-    names = cluster_names(learned) if domains is None else domains.names
-    if any(name not in (config.domains or {}) for name in names):
-        config.domains = even_domains(names, config.head_allocation)
-    config.check()
+def domains_to_config(config: DMPTConfig, domains: Domains | None) -> tuple[str, ...]:
+    """Names of the text's domains, which the config gets if it lacks them. Raises InputError as served_domains."""
+    names = () if domains is None else domains.names
+    if (served := served_domains(names, config.domains, config.head_allocation)) is not None:
+        config.domains = served
+        config.check()
     return names
-
-
-def learned_labels(
-    accelerator: Accelerator, model: DMPTForCausalLM, batches: TokenBatches, used: int, options: TrainOptions
-) -> NDArray[np.int16]:
-    """training.loop.clusters.learn_domains, by the main process for all of them."""
-    model.eval()
-    labels = np.zeros(len(batches), np.int16)
-    if accelerator.is_main_process:
-        labels = learn_domains(model, batches, used, options.learn_domains, options.seed)
-    shared = broadcast(torch.from_numpy(labels.astype(np.int32)).to(accelerator.device))
-    return shared.cpu().numpy().astype(np.int16)
 
 
 def check_tokens(tokens: np.ndarray, eval_tokens: np.ndarray | None, vocab: int) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from training.checkpoints.files import read_json
 from training.checkpoints.tensors import write_tensors
 from training.errors import FieldError, InputError
 from training.model.generation import DMPTForCausalLM
+from training.text.domains import Domains
 
 STATE = "trainer_state"
 FORMAT = 1
@@ -123,6 +125,21 @@ def load_run(folder: Path) -> tuple[Progress, dict[str, Any], dict[str, dict[str
     if missing:
         raise InputError(f"cannot resume: {state} lacks {', '.join(f'{name}.safetensors' for name in missing)}")
     return progress, scalars, files
+
+
+def domain_tensors(domains: Domains) -> dict[str, Tensor]:
+    return {"ends": torch.from_numpy(domains.ends), "labels": torch.from_numpy(domains.labels)}
+
+
+def saved_domains(run: Path, names: Sequence[str]) -> Domains | None:
+    """The domains that a run, or a phase of it, was saved with; None where none was saved."""
+    for file in sorted(run.glob(f"**/{STATE}/domains.safetensors")):
+        try:
+            tensors = load_file(file)
+            return Domains(tuple(names), tensors["ends"].numpy(), tensors["labels"].numpy())
+        except (OSError, SafetensorError, KeyError) as error:
+            raise InputError(f"cannot resume: {file} is damaged ({error}); use an older checkpoint") from error
+    return None
 
 
 # --- random numbers: one state per process --------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import time
@@ -116,7 +117,7 @@ class Trainer:
         self.model = model
         setup.apply_to_config(model, options)
         self.length = min(options.max_length, model.config.n_positions)
-        names = setup.domains_to_config(model.config, domains, options.learn_domains)
+        names = setup.domains_to_config(model.config, domains)
         self.batches = TokenBatches(tokens, self.length, options.seed)
         if domains is not None:
             self.batches.labels = domains.of_windows(len(self.batches), self.length)
@@ -141,17 +142,17 @@ class Trainer:
         model.to(self.accelerator.device)
         self.objective = Objective(model, options, self.across, names)
         self.optimizer = make_optimizer(model, options)
-        about = {} if domains is None else {"domains": [list(names), *map(list, domains.pieces)]}
         crc = zlib.crc32(tokens.data)
-        data = {"tokens": len(tokens), "crc32": crc, "length": self.length, "seed": options.seed, **about}
+        data: dict[str, Any] = {"tokens": len(tokens), "crc32": crc, "length": self.length, "seed": options.seed}
+        self.domains = domains
+        if domains is not None:
+            served = {name: (model.config.domains or {})[name] for name in names}
+            data |= {"domains": json.dumps(served), "domains_crc32": domains.crc32()}
         self.notes: list[str] = []
         self.record = record_of(model.config, model.named_parameters())
         self.progress = state.Progress(options=dataclasses.asdict(options), data=data, record=self.record.to_json())
         if folder is not None:
             self.restore(folder)
-        if options.learn_domains and self.batches.labels is None:
-            sequences = self.total * self.per_step
-            self.batches.labels = setup.learned_labels(self.accelerator, model, self.batches, sequences, options)
         self.meter = Meter(self.progress.meter, self.across)
         self.evaluation: Evaluation | None = None
 
@@ -164,7 +165,7 @@ class Trainer:
             if saved.data.get(name) != (value := self.progress.data.get(name)):
                 raise FieldError(
                     "cannot resume {}: {} of the training data was {} and is now {}: give the same text, tokenizer, "
-                    "{max_length} and {seed}",
+                    "domains, {max_length} and {seed}",
                     folder, name, saved.data.get(name), value,
                 )  # fmt: skip
         for name, value in self.progress.options.items():
@@ -175,8 +176,6 @@ class Trainer:
         state.restore_rng(self.accelerator, files["rng"])
         if self.objective.reference is not None and "tether" in files:
             self.objective.reference.copy_(files["tether"]["heads.0.weight"])
-        if self.options.learn_domains and "domains" in files:
-            self.batches.labels = files["domains"]["labels"].numpy()
         self.record = Record.from_json(saved.record) or self.record
         options, data = self.progress.options, self.progress.data
         self.progress = dataclasses.replace(saved, options=options, data=data, finished=saved.step >= self.total)
@@ -313,8 +312,8 @@ class Trainer:
             tensors = {"rng": rng}
             if self.objective.reference is not None:
                 tensors["tether"] = {"heads.0.weight": self.objective.reference.cpu().contiguous()}
-            if self.options.learn_domains and self.batches.labels is not None:
-                tensors["domains"] = {"labels": torch.from_numpy(self.batches.labels)}
+            if self.domains is not None:
+                tensors["domains"] = state.domain_tensors(self.domains)
             state.save_run(self.out / "last", self.model, self.optimizer, self.progress, tensors, self.tokenizer_from)
             settle(self.out, RUN, SAVED)
         self.accelerator.wait_for_everyone()

@@ -20,6 +20,7 @@ from training.loop.objective import Loss
 from training.progress import Bar
 
 COLLAPSED = 0.05  # warn about a path below this share of the tokens ...
+PARTS = (".sum", ".count")  # of a mean over what was counted, which may be nothing in some passes
 PATIENCE = 3  # ... for this many log lines in a row
 
 
@@ -60,7 +61,13 @@ class Meter:
         """Means since the last reset."""
         self.flush()
         passes = self.sums.get("passes", 0)
-        return {name: total / passes for name, total in self.sums.items() if name != "passes"} if passes else {}
+        if not passes:
+            return {}
+        means = {n: total / passes for n, total in self.sums.items() if n != "passes" and not n.endswith(PARTS)}
+        for name in (n.removesuffix(".sum") for n in self.sums if n.endswith(".sum")):
+            if count := self.sums[f"{name}.count"]:
+                means[name] = self.sums[f"{name}.sum"] / count
+        return means
 
     def reset(self) -> None:
         self.sums.clear()

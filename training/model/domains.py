@@ -40,16 +40,39 @@ def heads_of(served: Served, allocation: Allocation) -> dict[str, list[int]]:
     return {leaf: [i for i, j in enumerate(allocation[leaf]) if j in served] for leaf in leaves_of(served, allocation)}
 
 
+def served_domains(
+    names: Sequence[str], known: Mapping[str, Served] | None, allocation: Allocation
+) -> dict[str, Served] | None:
+    """The field `domains` of a model that is trained on texts with these names; None: unchanged.
+
+    known: the field now. Raises FieldError when it has some other domains, whose paths must not be given away silently,
+    and as even_domains.
+    """
+    known = known or {}
+    missing = [name for name in names if name not in known]
+    if not missing:
+        return None
+    if known and set(known) != set(cluster_names(len(known))):
+        raise FieldError(
+            "the model was taught the domains {} and not '{}': say with {domain_map} FILE what serves each now",
+            ", ".join(known), missing[0],
+        )  # fmt: skip
+    return even_domains(names, allocation)
+
+
 def even_domains(names: Sequence[str], allocation: Allocation) -> dict[str, Served]:
     """The default: domains share out the tree from left to right; on a single path, its heads.
 
-    Raises InputError when there are more domains than paths, or than heads of the single path.
+    Raises FieldError for a single domain, which everything would serve, and for more domains than paths, or than heads
+    of the single path.
 
     >>> even_domains(["a", "b", "c"], {f"{x}_{y}": [0] for x in ("left", "right") for y in ("left", "right")})
     {'a': 'left_left', 'b': 'left_right', 'c': 'right'}
     >>> even_domains(["a", "b"], {"root": [0, 1, 2]})
     {'a': [0, 2], 'b': [1]}
     """
+    if len(names) == 1:
+        raise FieldError("one {domain} would be served by everything: name a second one, or give {domain_map} FILE")
     leaves = list(allocation)
     if len(leaves) == 1:
         heads = list(allocation[leaves[0]])
@@ -79,17 +102,23 @@ def check_domains(domains: Mapping[str, Served], allocation: Allocation) -> None
         check_name(name)
         if isinstance(served, str):
             if not leaves_of(served, allocation):
-                raise InputError(f"domain '{name}': there is no path '{served}'; the paths are {', '.join(allocation)}")
+                paths = ", ".join(nodes_of(allocation))
+                raise InputError(f"domain '{name}': there is no path '{served}', choose one of {paths}")
         elif not served or set(served) - known:
-            raise InputError(
-                f"domain '{name}' is served by heads {list(served)}: give heads from 0 to {max(known)}, at least one"
-            )
+            heads = ", ".join(map(str, sorted(known)))
+            raise InputError(f"domain '{name}' is served by heads {list(served)}: give at least one of {heads}")
+
+
+def nodes_of(allocation: Allocation) -> list[str]:
+    """The names that leaves_under knows, besides the root of several leaves."""
+    stems = {"_".join(leaf.split("_")[: i + 1]) for leaf in allocation for i in range(leaf.count("_") + 1)}
+    return sorted(stems, key=lambda name: (name.count("_"), name))
 
 
 def check_name(name: str) -> None:
-    """Raise InputError for a name that a command line could not take back, or that files could not hold."""
+    """Raise InputError for a name that a command line could not take back."""
     if not NAME.fullmatch(name):
-        raise FieldError("{domain} name '{}': use letters, digits, dots, dashes and underscores", name)
+        raise InputError(f"domain name '{name}': use letters, digits and . + - _")
 
 
 def is_served(value: object) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from training.errors import OptionError
+from training.errors import OptionError, usage
 from training.model.domains import check_name
 
 
@@ -21,6 +21,12 @@ def named_texts(pairs: Iterable[str]) -> dict[str, list[str]]:
         name, equals, file = pair.partition("=")
         if not (name and equals and file):
             raise OptionError("{domain} '{}': give NAME=FILE, such as code=code.txt", pair)
-        check_name(name)
+        with usage():
+            check_name(name)
         out.setdefault(name, []).append(file)
     return out
+
+
+def files_of(pairs: Iterable[str]) -> list[str]:
+    """The files of all domains. Raises OptionError as named_texts."""
+    return [file for files in named_texts(pairs).values() for file in files]
