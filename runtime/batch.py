@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from runtime.cache import Caches, roomier
 from runtime.errors import RequestError
 from runtime.graph_io import DRAFTING
+from runtime.manifest import PER_TENSOR
 from runtime.request import check_count, check_ids
 from runtime.sampling import is_whole
 from runtime.sequence import Sequence
@@ -41,16 +42,22 @@ class Batch:
     array([2, 2, 4])
 
     Each row gives the same result as alone: equal routes, and log-probs equal up to the rounding of kernels that take
-    several rows at once (fp32 1e-4; int8-dynamic quantizes the activations of all rows together, so there it is the
-    activations' quantization error).
+    several rows at once (fp32 1e-4).
     """
 
     def __init__(self, engine: Engine, rows: int, capacity: int = 0) -> None:
         """rows: number of texts, all empty. capacity: tokens to make room for; room doubles when needed.
 
-        Raises SetupError for an onnxruntime that decodes several texts incorrectly.
+        Raises SetupError for an onnxruntime that decodes several texts incorrectly, RequestError for several rows of an
+        int8-dynamic model: its kernels quantize the activations of all rows with one scale, so that they would change
+        each other.
         """
         engine.check_batches()
+        if rows != 1 and engine.manifest.rounds_rows_together:
+            raise RequestError(
+                f"several texts at once would change each other with {PER_TENSOR} weights, whose kernels round the "
+                "activations of all rows together: take one at a time, or export int8 weights"
+            )
         self.engine = engine
         manifest = engine.manifest
         self.config = manifest.config

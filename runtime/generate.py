@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from runtime.batch import Batch
 from runtime.errors import RequestError
 from runtime.lookup import Lookup
+from runtime.manifest import PER_TENSOR
 from runtime.sampling import Sampling
 from runtime.sequence import Sequence
 from runtime.writing import Limits, TextModel, Token, Writing
 
 TOGETHER = 16  # texts of a batch in memory at once; the others follow as these end
-PER_TENSOR = "int8-dynamic"  # the scheme whose kernels quantize the activations of all rows together
 
 
 class Generator(TextModel, Protocol):
@@ -36,8 +36,10 @@ class Generation(Writing):
 
     model: Generator
 
-    def __init__(self, model: Generator, prompt: NDArray[np.int64], sampling: Sampling, limits: Limits) -> None:
-        super().__init__(model, prompt, sampling, limits, row=0)
+    def __init__(
+        self, model: Generator, prompt: NDArray[np.int64], sampling: Sampling, limits: Limits, row: int = 0
+    ) -> None:
+        super().__init__(model, prompt, sampling, limits, row)
         if limits.speculate:
             check_speculation(model)
         self.runs = self.drafted = self.accepted = 0  # runs of the graph; tokens guessed, and those that proved right
@@ -100,7 +102,7 @@ def pairs(guesses: int) -> int:
 
 
 def check_speculation(model: Generator) -> None:
-    if PER_TENSOR in model.manifest.schemes:
+    if model.manifest.rounds_rows_together:
         raise RequestError(
             f"speculate would change the text with {PER_TENSOR} weights, whose rounding depends on how many tokens "
             "run at once: leave it out, or export int8 weights"
@@ -109,7 +111,7 @@ def check_speculation(model: Generator) -> None:
 
 class Generations:
     """Several texts generated together; iterate to get their tokens (`Token.row` is the prompt's index). `texts` are
-    complete afterwards. At most 16 are in memory at once."""
+    complete afterwards. At most 16 are in memory at once; one where kernels round the rows of a batch together."""
 
     def __init__(
         self, model: Generator, prompts: Many[NDArray[np.int64] | None], sampling: Sampling, limits: Limits
@@ -118,15 +120,22 @@ class Generations:
         if limits.speculate:
             raise RequestError("speculate works on one prompt at a time: leave it out, or give the prompts one by one")
         self.model = model
+        self.alone = model.manifest.rounds_rows_together
+        kind = Generation if self.alone else Writing
         self.texts = [
-            Writing(model, prompt, sampling, limits, row) for row, prompt in enumerate(prompts) if prompt is not None
+            kind(model, prompt, sampling, limits, row) for row, prompt in enumerate(prompts) if prompt is not None
         ]
 
     def __iter__(self) -> Iterator[Token]:
         if any(text.ids for text in self.texts):
             raise RequestError("these texts were already generated: start new ones")
-        if not self.texts:
-            return
+        if self.alone:
+            for text in self.texts:
+                yield from text
+        elif self.texts:
+            yield from self.together()
+
+    def together(self) -> Iterator[Token]:
         waiting = deque(self.texts)
         active = [waiting.popleft() for _ in range(min(TOGETHER, len(waiting)))]
         batch = self.model.batch(len(active), max(len(text.prompt) for text in active))

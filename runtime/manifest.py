@@ -8,6 +8,7 @@ from typing import Any
 from runtime.graph_io import DRAFTS, HEAD_LOG_WEIGHTS, TensorSpec, cache_names
 
 ROOT = "root"
+PER_TENSOR = "int8-dynamic"  # the scheme whose kernels quantize the activations of all rows with one scale
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,11 @@ class Manifest:
     @property
     def nodes(self) -> dict[str, Node]:
         return {node.name: node for node in self.tree}
+
+    @property
+    def rounds_rows_together(self) -> bool:
+        """Whether some kernels quantize the activations of all rows of a run with one scale."""
+        return PER_TENSOR in self.schemes
 
     @property
     def schemes(self) -> set[str]:

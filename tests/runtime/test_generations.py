@@ -260,10 +260,13 @@ def test_where_activations_are_rounded_only_ties_may_go_another_way(scheme: str,
         assert same >= 18
 
 
-@pytest.mark.parametrize(
+ROUNDS_TOGETHER = pytest.mark.parametrize(
     ("scheme", "rules"),
     [("int8-dynamic", []), ("int4", ["*.h.0.mlp.c_fc=int8-dynamic"]), ("int8-dynamic", ["*.h.*.mlp.*=int8"])],
 )
+
+
+@ROUNDS_TOGETHER
 def test_schemes_that_round_rows_together_refuse_to_guess(scheme: str, rules: list[str], tmp_path: Path) -> None:
     """Even if few tensors are stored that way."""
     saved_model(tmp_path / "source", **TREES["dual"])
@@ -271,3 +274,22 @@ def test_schemes_that_round_rows_together_refuse_to_guess(scheme: str, rules: li
     export_onnx(tmp_path / "quantized", tmp_path / "onnx", verify=False)
     with runtime.load(tmp_path / "onnx", threads=1) as model, pytest.raises(RequestError, match="int8-dynamic"):
         model.stream([1], speculate=4)
+
+
+@ROUNDS_TOGETHER
+def test_texts_never_change_each_other_where_rows_are_rounded_together(
+    scheme: str, rules: list[str], tmp_path: Path
+) -> None:
+    """Every prompt of a list gets exactly the text that it gets alone; a batch that could not promise it is refused."""
+    saved_model(tmp_path / "source", **TREES["dual"])
+    save_quantized(tmp_path / "source", tmp_path / "quantized", scheme=scheme, rules=[parse_rule(r) for r in rules])
+    export_onnx(tmp_path / "quantized", tmp_path / "onnx", verify=False)
+    prompts = [[1], list(range(2, 40)), [5, 6, 7]]
+    with runtime.load(tmp_path / "onnx", threads=1) as model:
+        together = list(model.stream(prompts, max_new_tokens=12, temperature=0.9, seed=3))
+        for row, prompt in enumerate(prompts):
+            alone = list(model.stream(prompt, max_new_tokens=12, temperature=0.9, seed=3 + row))
+            assert [t.id for t in together if t.row == row] == [t.id for t in alone]
+        with pytest.raises(RequestError, match="change each other with int8-dynamic"):
+            model.batch(2)
+        assert len(model.batch(1)) == 1

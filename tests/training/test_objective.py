@@ -175,6 +175,11 @@ def test_steady_routes_need_paths_to_choose_from(splits: list[int], mode: str, w
         only_nll(mode, switch_coef=0.1).check_shape(random_model(splits, 2).config)
 
 
+def test_a_switch_coefficient_for_gates_that_are_frozen_is_refused() -> None:
+    with pytest.raises(InputError, match="switch_coef teaches the gates that freeze_split_gates keeps"):
+        only_nll("gate_soft", switch_coef=0.1, freeze_split_gates=True).check()
+
+
 def test_the_tether_holds_to_head_0_as_it_was_at_the_start() -> None:
     """The reference is a copy: training head 0 must not move it, and it has no gradient."""
     model = random_model([], 2)

@@ -103,6 +103,8 @@ class TrainOptions:
             raise FieldError("{select_balance} is for {train_path_selection} best")
         if self.train_path_selection == BEST and not self.gold_aux_coef:
             raise FieldError("with {train_path_selection} best, gates learn by {gold_aux_coef} alone: set it above 0")
+        if self.switch_coef and self.freeze_split_gates:
+            raise FieldError("{switch_coef} teaches the gates that {freeze_split_gates} keeps: leave one of them out")
         if self.max_steps < 1 and self.epochs < 1:
             raise FieldError("one of {max_steps} and {epochs} must be above 0")
 
