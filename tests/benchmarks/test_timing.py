@@ -370,6 +370,10 @@ def test_where_the_weights_came_from() -> None:
         assert found.weights(found.first("tg")) == want
         assert found.weights(found.first("pp")) is None
         assert found.weights(evicted) == "from memory"
+    for cached, want in ((1.1e10, "partly cached"), (3e10, "cached")):  # shared with other machines, or not
+        rates = {"cached_bytes_per_s": {2: [cached]}, "read_bytes_per_s": {2: [1e10]}}
+        found = speed([1.0], touched_bytes=100, cache_bytes=200, **rates)
+        assert found.weights(found.first("tg")) == want
     found = speed([1.0], touched_bytes=100, cache_bytes=200, cached_bytes_per_s={1: [3e10]})
     assert "last-level cache of 0.00 MB 30.0 GB/s on 1" in as_text([found])
     assert "|  cached |" in as_text([found])
