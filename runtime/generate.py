@@ -120,19 +120,18 @@ class Generations:
         if limits.speculate:
             raise RequestError("speculate works on one prompt at a time: leave it out, or give the prompts one by one")
         self.model = model
-        self.alone = model.manifest.rounds_rows_together
-        kind = Generation if self.alone else Writing
-        self.texts = [
-            kind(model, prompt, sampling, limits, row) for row, prompt in enumerate(prompts) if prompt is not None
-        ]
+        given = [(row, prompt) for row, prompt in enumerate(prompts) if prompt is not None]
+        self.alone: list[Generation] = []  # generated one after the other
+        if model.manifest.rounds_rows_together:
+            self.alone = [Generation(model, prompt, sampling, limits, row) for row, prompt in given]
+        self.texts: list[Writing] = [*self.alone] or [Writing(model, p, sampling, limits, row) for row, p in given]
 
     def __iter__(self) -> Iterator[Token]:
         if any(text.ids for text in self.texts):
             raise RequestError("these texts were already generated: start new ones")
-        if self.alone:
-            for text in self.texts:
-                yield from text
-        elif self.texts:
+        for text in self.alone:
+            yield from text
+        if self.texts and not self.alone:
             yield from self.together()
 
     def together(self) -> Iterator[Token]:
