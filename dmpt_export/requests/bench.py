@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmpt_export.extras import require
-from training.errors import FieldError, OptionError
+from training.errors import OptionError
 from training.progress import say
 
 if TYPE_CHECKING:
@@ -66,15 +66,12 @@ class BenchRequest:
         from benchmarks.quality.open_scorer import context_of
         from benchmarks.quality.scorer import named
         from benchmarks.speed.timing import target
-        from training.checkpoints.places import check_inputs, check_place
+        from training.checkpoints.places import check_new_file
 
         targets = [target(name, path) for name, path in named(self.models)]
         self.workload().cases(min(context_of(t.path) for t in targets))
         if self.report is not None:
-            check_place(Path(self.report))
-            if Path(self.report).exists() and not self.overwrite:
-                raise FieldError("{} exists: give another file, or replace it with {overwrite}", self.report)
-            check_inputs(Path(self.report), *(t.path for t in targets))
+            check_new_file(Path(self.report), self.overwrite, *(t.path for t in targets))
         return targets
 
     def run(self, targets: list[Target], show: Callable[[Benched], None]) -> Benched:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dmpt_export.extras import require
 from dmpt_export.requests.scoring import check_places
 from dmpt_export.requests.sources import check_model, is_exported
-from training.errors import FieldError, OptionError
+from training.errors import OptionError
 from training.progress import say
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class InspectRequest:
 
     def check(self) -> None:
         """Raise OptionError for fields that exclude each other, then InputError for unusable files."""
+        from training.checkpoints.places import check_new_file
         from training.text.named import files_of
 
         if self.picture is not None and not self.domain:
@@ -47,7 +48,7 @@ class InspectRequest:
         if not exported:
             check_model(self.model)
         if self.picture is not None:
-            check_picture(Path(self.picture), self.overwrite, [self.model, *files])
+            check_new_file(Path(self.picture), self.overwrite, self.model, *files)
 
     def run(self) -> Inspected:
         if not is_exported(self.model):
@@ -98,16 +99,6 @@ def first_ids(scorer: Scorer, text: str) -> Any:
 
     check_vocabulary(scorer.tokenizer, scorer.vocab_size, scorer.folder)
     return first_tokens(Path(text), scorer.tokenizer, scorer.end_of_text, MOST)
-
-
-def check_picture(file: Path, overwrite: bool, inputs: Sequence[str]) -> None:
-    """Raise InputError for a picture that cannot be written, or would replace something."""
-    from training.checkpoints.places import check_inputs, check_place
-
-    check_place(file)
-    if file.exists() and not overwrite:
-        raise FieldError("{} exists: give another file, or replace it with {overwrite}", file)
-    check_inputs(file, *inputs)
 
 
 def draw(file: str, found: Inspected) -> None:

@@ -92,11 +92,12 @@ class ExportRequest:
         found = None
         if self.quantizes:
             request = self.quantization(self.checkpoint, None)
-            request.check_fields()
-            request.check_schemes()
-            float_folder(self.checkpoint)
-            if self.only_path is None:  # else the rules are for the cut model
+            if self.only_path is None:
                 found = request.check()
+            else:  # the rules are for the cut model
+                request.check_fields()
+                request.check_schemes()
+                float_folder(self.checkpoint)
         wanted = self.calib is not None and self.kv_cache == "int8"
         ids = first_ids(self.checkpoint, str(self.calib), CALIBRATED) if wanted else None
         counted = None if self.draft_text is None else first_ids(self.checkpoint, self.draft_text, COUNTED)
@@ -104,7 +105,8 @@ class ExportRequest:
 
     def run(self, found: Found) -> dict[str, Any]:
         """Export, quantized and calibrated with what check() found; returns the manifest."""
-        say("loading PyTorch and ONNX")
+        if found.quantizing is None:  # else quantizing says so
+            say("loading PyTorch and ONNX")
         with tempfile.TemporaryDirectory(prefix="dmpt-export-") as place:
             checkpoint, quantizing = self.checkpoint, found.quantizing
             if self.only_path is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -325,36 +324,6 @@ def test_ctrl_c_reaches_the_parent_of_a_worker_alone() -> None:
     assert (done.stdout, done.stderr) == ("0\n", "")
 
 
-def test_evicted_steps_read_other_memory_before_each_of_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """One read before each step, whose memory does not count."""
-    from benchmarks.peers.adapters import nothing
-    from benchmarks.speed import bandwidth, worker
-
-    class Slow:
-        context, vocab_size, threads, native_s = 64, 10, 2, None
-        before_step = staticmethod(nothing)
-
-        def decode(self, ids: list[int], n: int) -> tuple[float, list[int], list[int]]:
-            for _ in range(n):
-                self.before_step()
-            return 1.0, [1] * n, [0] * n
-
-    reads: list[tuple[int, int]] = []
-    monkeypatch.setattr(
-        bandwidth.Reader, "read", lambda self, threads=1: reads.append((self.buffer.nbytes, threads)) or 1.0
-    )
-    desk = worker.Desk()
-    desk.model = Slow()
-    before = desk.finish()
-    assert desk.decode([1], 3, 1 << 26)["seconds"] == 1.0
-    assert reads == [(1 << 26, 2)] * 3
-    after = desk.finish()
-    assert after["rss_bytes"] - before["rss_bytes"] < 1 << 24
-    assert after["peak_rss_bytes"] - before["peak_rss_bytes"] < 1 << 24
-    desk.decode([1], 3)
-    assert len(reads) == 3
-
-
 def test_evicted_cases_are_the_decoding_ones_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.speed.timing.buffer_bytes", lambda: 1 << 20)
     (found,) = measure([fake("A")], Workload([8, 4], [3], [5, 6], evict=True), Schedule(1))
@@ -377,34 +346,6 @@ def test_where_the_weights_came_from() -> None:
     found = speed([1.0], touched_bytes=100, cache_bytes=200, cached_bytes_per_s={1: [3e10]})
     assert "last-level cache of 0.00 MB 30.0 GB/s on 1" in as_text([found])
     assert "|  cached |" in as_text([found])
-
-
-def test_what_happens_before_a_step_is_not_timed(tiny_dmpt: Path, tmp_path: Path) -> None:
-    from benchmarks.peers.adapters.dmpt_onnx import DmptOnnx
-    from benchmarks.peers.adapters.loop import Stepwise
-    from dmpt_export.onnx.export import export_onnx
-
-    class Peer(Stepwise):
-        def reset(self) -> None: ...
-
-        def feed(self, ids: list[int]) -> np.ndarray:
-            return np.zeros(4, np.float32)
-
-        def logits(self, ids: list[int], last: int) -> np.ndarray:
-            return np.zeros((last, 4), np.float32)
-
-    export_onnx(tiny_dmpt, tmp_path / "device", verify=False)
-    for adapter in (Peer(), DmptOnnx(str(tmp_path / "device"), 1, "cpu")):
-        pauses: list[int] = []
-
-        def pause(own: list[int] = pauses) -> None:
-            own.append(1)
-            time.sleep(0.2)
-
-        adapter.before_step = pause
-        seconds, _, _ = adapter.decode([1, 2, 3], 4)
-        assert len(pauses) == 4
-        assert seconds < 0.6
 
 
 def test_eviction_without_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from tests.helpers.models import random_model
 from tests.helpers.tolerances import TOLERANCE
@@ -241,3 +242,32 @@ def test_passes_without_a_domain_do_not_change_what_is_taught() -> None:
     meter.reset()
     meter.add(loss)
     assert "as_taught" not in meter.means()
+
+
+@pytest.mark.parametrize("term", ["taught", "balance"])
+def test_two_processes_with_unequal_domains_have_the_gradient_of_the_whole_batch(term: str) -> None:
+    """Three of the four known sequences are in one process; the mean of the gradients must be that of all of them."""
+    own, tree = torch.tensor([0, 1, 0, NONE, NONE, 1]), build_tree([1], 2)
+    logits = torch.randn(6, 5, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64).requires_grad_()
+
+    def value(part: Tensor, labels: Tensor, across: losses.Across) -> Tensor:
+        log_w = F.log_softmax(part, -1)
+        if term == "taught":
+            serves = torch.tensor([[True, False], [False, True], [False, False]])[labels]
+            return losses.taught(log_w, serves, (labels >= 0)[:, None].expand(part.shape[:2]).double(), across)
+        return losses.load_balance({"root": log_w}, tree, None, across, counted=labels == 1)
+
+    value(logits, own, losses.alone).backward()
+    whole, logits.grad = logits.grad, None
+    seen: list[list[Tensor]] = [[], []]
+
+    def record(into: list[Tensor]) -> losses.Across:
+        return lambda mean: into.append(mean.detach()) or mean  # type: ignore[func-returns-value]
+
+    for process, (part, labels) in enumerate(zip(logits.detach().split(3), own.split(3), strict=True)):
+        value(part, labels, record(seen[process]))
+    means = [(a + b) / 2 for a, b in zip(*seen, strict=True)]
+    for part, labels in zip(logits.split(3), own.split(3), strict=True):
+        left = iter(means)
+        (value(part, labels, lambda _, left=left: next(left)) / 2).backward()  # type: ignore[misc]
+    assert torch.allclose(logits.grad, whole, rtol=0, atol=CLOSE["abs"])

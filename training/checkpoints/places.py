@@ -109,6 +109,14 @@ def check_inputs(out: Path, *inputs: str | os.PathLike[str] | None) -> None:
                 raise InputError(f"{out} is a file of {given}, which is read: give another place")
 
 
+def check_new_file(out: Path, overwrite: bool, *inputs: str | os.PathLike[str] | None) -> None:
+    """Raise InputError for a file that cannot be written, exists without `overwrite`, or is one of the inputs."""
+    check_place(out)
+    if out.exists() and not overwrite:
+        raise FieldError("{} exists: give another file, or replace it with {overwrite}", out)
+    check_inputs(out, *inputs)
+
+
 def check_place(out: Path) -> None:
     """Raise InputError when `out` cannot be created or written: a bad name, a bad parent, or missing permissions."""
     check_name(out)
