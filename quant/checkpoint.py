@@ -119,7 +119,8 @@ def save_quantized(
     if calibration is not None:
         recorded["calibration"] = calibration.as_dict()
     if smooth is not None and calibration is not None:
-        arrays = balance(config, arrays, plan, calibration, smooth)
+        dynamic = {name for name, rule in plan.items() if rule.scheme == SMOOTHED}
+        arrays = balance(config, arrays, dynamic, calibration, smooth)
         recorded["smooth"] = smooth
     observed = observed_inputs(config, arrays, plan, calibration)
     weights, reports = quantize_tensors(dict(arrays) if calibration else arrays, plan, observed, anchors)
@@ -152,13 +153,10 @@ def observed_inputs(
     return observe(_model(config, arrays), calibration.windows, wanted)
 
 
-def balance(
-    config: DMPTConfig, arrays: Arrays, plan: Mapping[str, Rule], calibration: Calibration, alpha: float
-) -> Arrays:
-    """The tensors, with those of int8-dynamic layers balanced."""
-    chosen = {name for name, rule in plan.items() if rule.scheme == SMOOTHED}
+def balance(config: DMPTConfig, arrays: Arrays, names: set[str], calibration: Calibration, alpha: float) -> Arrays:
+    """The tensors, with the named weights balanced against their inputs: the float model stays the same."""
     largest: dict[str, NDArray[np.float32]] = {}
-    for inputs in observe(_model(config, arrays), calibration.windows, chosen):
+    for inputs in observe(_model(config, arrays), calibration.windows, names):
         largest |= {name: seen.largest for name, seen in inputs.items()}
     return smoothed(arrays, largest, alpha)
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -22,8 +19,6 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 SEVERITY = {"cpu": 4, "cuda": 3}  # errors are raised, but why a CUDA library does not load is only logged
 NO_FALLBACK = "fallback to CPU EP has been explicitly disabled"
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-UNTILED = "ORT_GQA_DISABLE_FLASH_ATTENTION"  # ONNX Runtime reads it when a session is created
-ENVIRONMENT = Lock()  # the environment belongs to the process: one session at a time changes it
 TYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -75,7 +70,7 @@ class Engine:
         options = session_options(self._ort, self.device, threads)
         options.use_deterministic_compute = deterministic
         try:
-            with attention_kernel(self.manifest), large_pages():
+            with large_pages():
                 session = self._ort.InferenceSession(str(path), options, providers=[PROVIDERS[self.device]])
         except self._errors as error:
             raise explained(error, f"ONNX Runtime cannot load {path}") from error
@@ -166,21 +161,6 @@ def session_options(ort: Any, device: str, threads: int) -> Any:
     else:  # the fused kernel takes five times as long as the two it replaces
         options.add_session_config_entry("optimization.disable_specified_optimizers", "SkipLayerNormFusion")
     return options
-
-
-@contextmanager
-def attention_kernel(manifest: Manifest) -> Iterator[None]:
-    """Sessions created inside use untiled attention for float caches: on the CPU 0.5 to 0.9 of the time, with the
-    largest gain for prompts. Tiles do save time on an int8 cache. A setting already in the environment is kept."""
-    with ENVIRONMENT:
-        set_here = manifest.cache_dtype != "int8" and UNTILED not in os.environ
-        if set_here:
-            os.environ[UNTILED] = "1"
-        try:
-            yield
-        finally:
-            if set_here:
-                del os.environ[UNTILED]
 
 
 def check_cuda(ort: Any, manifest: Manifest, folder: Path) -> None:

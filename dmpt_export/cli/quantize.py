@@ -10,7 +10,7 @@ import click
 
 from dmpt_export.cli.checks import Finite, no_verify, overwrite
 from dmpt_export.cli.storage import storage_options
-from dmpt_export.requests.quantize import QuantizeRequest
+from dmpt_export.requests.quantize import SIZE, SPEED, QuantizeRequest
 
 
 @click.command("quantize", short_help="Store a checkpoint's weights in fewer bits.")
@@ -29,7 +29,10 @@ from dmpt_export.requests.quantize import QuantizeRequest
               help="Plan: least damage within this number of bits per weight, counting all tensors.")  # fmt: skip
 @click.option("--candidates", metavar="SCHEME,...", help="Schemes that a plan chooses from for each group, such as "
               "int8,int4:32,int2-gptq; a number of bits means a scheme as in --rule.  [int8, and int4-gptq in "
-              "blocks of 16 to 128]")  # fmt: skip
+              "blocks of 16 to 128; int8 and int8-dynamic for speed]")  # fmt: skip
+@click.option("--prefer", type=click.Choice([SIZE, SPEED]), default=SIZE, show_default=True,
+              help="Within --target-kl: the smallest model, or as much of it as possible in int8-dynamic, where that "
+              "does no harm.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print the result but write no model; OUT is optional.")
 @click.option("--cache-dir", type=click.Path(path_type=Path),
               help="Cache of measured damages: a killed plan continues, a new target is fast.  "
@@ -71,6 +74,7 @@ def command(tensors: bool, as_json: bool, **fields: Any) -> None:
       dmpt-export quantize tuned small --scheme int4-gptq --calib train.txt --rule 'transformer.wte=int8:64'
       dmpt-export quantize tuned small --scheme int4 --rule 'heads.*=delta-r64'
       dmpt-export quantize tuned small --target-size 200MB --calib train.txt
+      dmpt-export quantize tuned fast --target-kl 0.01 --prefer speed --smooth 0.5 --calib train.txt
       dmpt-export onnx small device
 
     OUT gets quantization_report.json and .svg: bits, error and damage of every tensor; a plan also plan.json.

@@ -88,6 +88,11 @@ class Builder:
             return value
         return self.op("Cast", value, name=f"{name}.cast", to=int(self.dtype))
 
+    def filled(self, like: ir.Value, array: np.ndarray, name: str) -> ir.Value:
+        """One value, array [1], in the shape of another tensor."""
+        shape = self.op("Shape", like, name=f"{name}.shape")
+        return self.op("ConstantOfShape", shape, name=name, value=ir.tensor(array))
+
     # --- weights and constants --------------------------------------------------------------------
 
     def weight(self, name: str, array: np.ndarray) -> ir.Value:

@@ -4,9 +4,9 @@
     project         all logits of a head
     gather_rows     some rows of the embedding
 
-dmpt_export.graph.rescore reads rows of heads on candidates. A matrix used both ways (a tied embedding, a head that is
-the anchor of one leaf but not of another) is stored once: MatMulNBits reads the n-bit tensor [N, blocks, bytes]
-unchanged, GatherBlockQuantized along its last axis; only the scales need a second shape.
+dmpt_export.graph.rescore and projected read rows of heads on candidates. A matrix used both ways (a tied embedding, a
+head that is the anchor of one leaf but not of another) is stored once: MatMulNBits reads the n-bit tensor
+[N, blocks, bytes] unchanged, GatherBlockQuantized along its last axis; only the scales need a second shape.
 """
 
 from __future__ import annotations

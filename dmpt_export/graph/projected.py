@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 import onnx_ir as ir
 
 from dmpt_export.graph.builder import MSFT, Builder
-from dmpt_export.graph.linear import gather_rows, project
-from quant.forms.weights import Weights
+from dmpt_export.graph.linear import project
+from quant.forms.weights import Weights, form_of
 from training.model.config import DMPTConfig
 
 
@@ -63,7 +63,8 @@ def on_candidates(
     """Products with the candidates' rows of a head's matrix: vectors [1, n, heads, E], candidates [1, n, K] ->
     [1, n, heads, K]."""
     flat = b.op("Reshape", candidates, b.ints(1, -1), name=f"{name}.ids")
-    rows = gather_rows(b, weights, config.head_name(matrix), flat, f"{name}.rows")
+    weight_name = config.head_name(matrix)
+    rows = form_of(weights[weight_name]).gather_many(b, f"{name}.rows", weight_name, flat)
     rows = b.op("Reshape", rows, b.ints(1, -1, config.fast_k or 0, config.n_embd), name=f"{name}.rows.by_token")
     return b.op("FusedMatMul", vectors, rows, name=f"{name}.on_candidates", domain=MSFT, transB=1)
 

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from training.model.shape import Shape
 
 
+SIZE, SPEED = "size", "speed"
+
+
 @dataclass(frozen=True)
 class Found:
     """Everything that check() read."""
@@ -54,7 +57,8 @@ class QuantizeRequest:
     target_size: int | None = None  # bytes of the weights' file
     target_kl: float | None = None  # nats per token on the calibration text
     target_bits: float | None = None  # per weight, counting all tensors
-    candidates: str | None = None  # comma-separated schemes; None: quant.planning.groups.CANDIDATES
+    candidates: str | None = None  # comma-separated schemes; None: those of `prefer` in quant.planning.groups
+    prefer: str = SIZE  # within target_kl the smallest model, or SPEED: as much as possible in int8-dynamic
     plan: str | None = None  # plan.json of an earlier plan
     dry_run: bool = False  # nothing is written
     cache_dir: Path | None = None  # cache of measured damages; None: the user's cache
@@ -85,7 +89,7 @@ class QuantizeRequest:
             raise OptionError("Missing argument '{out}': the folder to write.")
         if sum(target is not None for target in (self.target_size, self.target_kl, self.target_bits)) > 1:
             raise OptionError("give one of {target_size}, {target_kl} and {target_bits}")
-        chosen = {name: getattr(self, name) for name in ("scheme", "block", "asymmetric", "rules", "smooth", "plan")}
+        chosen = {name: getattr(self, name) for name in ("scheme", "block", "asymmetric", "rules", "plan")}
         others = [name for name, value in chosen.items() if value is not None and value is not False and value != ()]
         if self.planned and others:
             raise OptionError(
@@ -93,6 +97,8 @@ class QuantizeRequest:
             )
         if self.planned and not self.calib:
             raise OptionError("a plan measures damage on calibration text: give some with {calib}")
+        if self.prefer == SPEED and self.target_kl is None:
+            raise OptionError("{prefer} speed needs {target_kl}: how much damage it may do")
         if not self.planned and self.candidates is not None:
             raise OptionError("{candidates} need a plan: give {target_size}, {target_kl} or {target_bits}")
         if self.candidates is not None and not all(part.strip() for part in self.candidates.split(",")):
@@ -109,8 +115,20 @@ class QuantizeRequest:
             self.usual_rules()
             for rule in self.rules:
                 parse_rule(rule)
-            if self.candidates:
-                check_candidates(self.candidates)
+            if self.planned:
+                check_candidates(self.choice)
+                self.check_dynamic()
+
+    def check_dynamic(self) -> None:
+        """Raise OptionError for a plan that is to be fast, or smoothed, without the scheme for it."""
+        from quant.rules import SMOOTHED, parse_scheme
+
+        if SMOOTHED in {parse_scheme(part.strip())[0] for part in self.choice.split(",")}:
+            return
+        if self.prefer == SPEED:
+            raise OptionError("{prefer} speed chooses where {} is safe: add it to {candidates}", SMOOTHED)
+        if self.smooth is not None:
+            raise OptionError("smoothing is for {}: add it to {candidates}, or leave {smooth} out", SMOOTHED)
 
     def check_files(self) -> Found:
         from quant.planning.plan import check_target
@@ -143,18 +161,24 @@ class QuantizeRequest:
         if shapes and self.planned:
             check_target(shapes, anchors_of(shape), self.choice, self.target())
         elif shapes:
-            self.check_rules(shapes, shape, rules)
+            self.check_rules(shapes, shape, rules, self.smoothing(earlier))
         if self.calib is not None:  # last: the tokenizer of a foreign folder takes Transformers, and seconds
             return Found(rules, earlier, read_ids(self.calib, folder, shape, self.calib_tokens))
         return Found(rules, earlier)
 
-    def check_rules(self, shapes: dict[str, tuple[int, ...]], shape: Shape, rules: list[Rule]) -> None:
+    def smoothing(self, earlier: Replay | None) -> float | None:
+        """As asked for, else as in the earlier plan."""
+        return self.smooth if self.smooth is not None or earlier is None else earlier.smooth
+
+    def check_rules(
+        self, shapes: dict[str, tuple[int, ...]], shape: Shape, rules: list[Rule], smooth: float | None
+    ) -> None:
         """Raise InputError for rules that do not fit the tensors, OptionError when they lack what they need."""
         from quant.rules import anchors_of, assign, check_text
 
         chosen = assign(shapes, rules, self.usual_rules(), shape.tie_word_embeddings, anchors_of(shape))
         with usage():
-            check_text(chosen, self.calib is not None, self.smooth)
+            check_text(chosen, self.calib is not None, smooth)
 
     def usual_rules(self) -> list[Rule]:
         """The scheme's own rules, for tensors that no other rule matches."""
@@ -165,14 +189,14 @@ class QuantizeRequest:
     @property
     def choice(self) -> str:
         """The candidates of a plan."""
-        from quant.planning.groups import CANDIDATES
+        from quant.planning.groups import CANDIDATES, FAST_CANDIDATES
 
-        return self.candidates or CANDIDATES
+        return self.candidates or (FAST_CANDIDATES if self.prefer == SPEED else CANDIDATES)
 
     def target(self) -> Target:
         from quant.planning.plan import Target
 
-        return Target(self.target_size, self.target_kl, self.target_bits)
+        return Target(self.target_size, self.target_kl, self.target_bits, self.prefer == SPEED)
 
     def cache(self) -> Path:
         """The folder for a plan's measured damages."""
@@ -198,13 +222,14 @@ class QuantizeRequest:
             assert calibration is not None
             say("measuring the damage of each group in each scheme")
             plan, reports = save_planned(
-                self.checkpoint, out, self.target(), calibration, self.cache(), self.choice, report_files
+                self.checkpoint, out, self.target(), calibration, self.cache(), self.choice, report_files, self.smooth
             )
             return Quantized(reports, plan)
         say("quantizing" if calibration is None else "quantizing, then measuring the damage of each tensor")
         reports = save_quantized(
             self.checkpoint, out, self.storage, found.rules,
-            calibration=calibration, smooth=self.smooth, files=lambda reports: report_files(reports, None),
+            calibration=calibration, smooth=self.smoothing(found.earlier),
+            files=lambda reports: report_files(reports, None),
         )  # fmt: skip
         return Quantized(reports, None)
 
@@ -220,7 +245,7 @@ class QuantizeRequest:
         if self.planned:
             return
         schemes = [SCHEMES[name] for name in (self.scheme, *(rule.scheme for rule in found.rules)) if name in SCHEMES]
-        if self.smooth is None and not any(scheme.calibrated for scheme in schemes):
+        if self.smoothing(found.earlier) is None and not any(scheme.calibrated for scheme in schemes):
             tell(
                 "note: the calibration text changes no weight here, it only measures the damage of each tensor for the "
                 "report; schemes that use it end in -gptq"

@@ -124,12 +124,32 @@ class BlockwiseTensor(Form):
 
     def gather(self, b: Graph, name: str, weight_name: str, ids: Value) -> Value:
         rows = self.gather_blocks(b, name, weight_name, ids)
-        width = self.n_blocks * self.block
         # 0 copies a leading dimension of the ids [B, S]. Not -1: there may be no rows.
-        flat = b.op("Reshape", rows, b.ints(0, 0, width), name=f"{name}.flat")
-        if width == self.shape[1]:
-            return flat
-        return b.op("Slice", flat, b.ints(0), b.ints(self.shape[1]), b.ints(2), name=f"{name}.unpad")
+        return self._unpadded(
+            b, b.op("Reshape", rows, b.ints(0, 0, self.n_blocks * self.block), name=f"{name}.flat"), name
+        )
+
+    def _unpadded(self, b: Graph, rows: Value, name: str) -> Value:
+        """Whole blocks [B, S, blocks * block] -> [B, S, K]."""
+        if self.n_blocks * self.block == self.shape[1]:
+            return rows
+        return b.op("Slice", rows, b.ints(0), b.ints(self.shape[1]), b.ints(2), name=f"{name}.unpad")
+
+    def gather_many(self, b: Graph, name: str, weight_name: str, ids: Value) -> Value:
+        """Gather and DequantizeLinear, with a block as a row: two thirds of the time of GatherBlockQuantized, which
+        goes through the codes one by one. DequantizeLinear takes no 4-bit codes from bytes."""
+        if self.bits != 8 or self.zero_points is not None or b.activations != np.float32:
+            return self.gather(b, name, weight_name, ids)
+
+        def blocks(part: str, array: NDArray[Any], *shape: int) -> Value:
+            rows = b.op("Gather", b.weight(f"{weight_name}.{part}", array), ids, name=f"{name}.{part}", axis=0)
+            return b.op("Reshape", rows, b.ints(*shape), name=f"{name}.{part}.by_block")
+
+        codes, scales = blocks("packed", self.packed, -1, self.block), blocks("scales", self.scales, -1)
+        zeros = b.filled(scales, np.array([2**7], np.uint8), f"{name}.zero_points")
+        values = b.op("DequantizeLinear", codes, scales, zeros, name=name, axis=0)
+        flat = b.op("Reshape", values, b.ints(1, -1, self.n_blocks * self.block), name=f"{name}.flat")
+        return self._unpadded(b, flat, name)
 
     def gather_blocks(self, b: Graph, name: str, weight_name: str, ids: Value) -> Value:
         """Rows by block: ids [...] -> [..., blocks, block]."""

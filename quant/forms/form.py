@@ -28,6 +28,8 @@ class Graph(Protocol):
         self, op_type: str, *inputs: Value | None, name: str, domain: str = "", **attributes: Any
     ) -> Value: ...  # appends a node with one output
 
+    def filled(self, like: Value, array: NDArray[Any], name: str) -> Value: ...  # one value in the shape of `like`
+
     def weight(self, name: str, array: NDArray[Any]) -> Value: ...  # an initializer of the main graph, shared by name
 
     def own_weight(self, name: str, array: NDArray[Any]) -> Value: ...  # one that belongs to the current branch
@@ -63,6 +65,7 @@ class Form(ABC):
     NEEDED: ClassVar[tuple[str, ...]] = ()  # suffixes that it always has
     has_cuda_kernel: ClassVar[bool] = True
     adds_to_anchor: ClassVar[bool] = False  # whether logits() and candidates() return a difference to the anchor's
+    rounds_activations: ClassVar[bool] = False  # whether product() rounds x with one scale for all rows of a run
     is_float: ClassVar[bool] = False  # not quantized: stored under the tensor's own name, without a record
 
     # --- storage ------------------------------------------------------------------------------------
@@ -136,6 +139,10 @@ class Form(ABC):
     def gather(self, b: Graph, name: str, weight_name: str, ids: Value) -> Value:
         """Rows of a matrix [V, E]: ids [B, S] -> [B, S, E]. Ids must be valid: the kernels do not check."""
         raise TypeError(f"{weight_name} is stored as {self.scheme}, whose rows cannot be looked up")
+
+    def gather_many(self, b: Graph, name: str, weight_name: str, ids: Value) -> Value:
+        """gather() for hundreds of rows: ids [1, m] -> [1, m, E]. The same values, by more nodes where faster."""
+        return self.gather(b, name, weight_name, ids)
 
     def candidates(self, reader: Candidates, h: Value, candidates: Value) -> Value:
         """Logits of this head and those stored beside it on candidates, flat, by one method of `reader`."""

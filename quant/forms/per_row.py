@@ -23,6 +23,7 @@ class PerRowTensor(Form):
     transposed: bool = False
     bits: int = field(default=8, init=False)
     has_cuda_kernel: ClassVar[bool] = False
+    rounds_activations: ClassVar[bool] = True
 
     PARTS: ClassVar[tuple[str, ...]] = ("packed", "scales")
     NEEDED: ClassVar[tuple[str, ...]] = PARTS

@@ -1,4 +1,6 @@
-"""Damage of changed weights: KL(float || changed) of the model's predictions on calibration text.
+"""Damage of quantized tensors: KL(float || quantized) of the model's predictions on calibration text.
+
+Where a form's kernel also rounds activations, they are rounded here as it does.
 
 The distribution is the deployed one: hard routing, fast-k and head_topk of the configuration. Everything before the
 first changed block is computed once and cached, so measuring a change near the heads is cheap.
@@ -15,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from quant.forms.form import Form
+from quant.planning.activations import rounding
 from quant.rules import EMBEDDING, PROJECTION, ROWS
 from training.model.dmpt import ROWS_AT_ONCE, Hidden
 from training.model.generation import DMPTForCausalLM
@@ -37,9 +41,10 @@ class Damage:
         self.want = torch.cat(list(self._log_probs(self.clean)))  # (n * S, V)
 
     @torch.inference_mode()
-    def of(self, changed: Arrays) -> float:
-        """Mean KL in nats per token with the model's tensors replaced by `changed`; the originals are restored."""
-        with self._with(changed):
+    def of(self, forms: Mapping[str, Form]) -> float:
+        """Mean KL in nats per token with tensors of the model, by name, stored so; the model is restored."""
+        changed = {name: form.dequantize() for name, form in forms.items()}
+        with self._with(changed), rounding(self.model, [n for n, form in forms.items() if form.rounds_activations]):
             start = self._first(changed)
             hidden = self.clean if start is HEADS else self._run(Hidden(dict(self.clean.leaves)), start)
             total, row = 0.0, 0

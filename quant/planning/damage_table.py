@@ -71,7 +71,7 @@ class Measurements:
                     if group.anchor and is_delta(scheme)
                     else {name: self.stored[name, scheme] for name in group.tensors}
                 )
-                kl = self.damage.of({name: tensor.dequantize() for name, (tensor, _) in tensors.items()})
+                kl = self.damage.of({name: tensor for name, (tensor, _) in tensors.items()})
                 size = sum(tensor.nbytes for tensor, _ in tensors.values())
                 self.known[key(group, scheme)] = asdict(Option(scheme, size, kl))
                 self._remember()
@@ -103,7 +103,7 @@ class Measurements:
     def joint(self, groups: Sequence[Group], schemes: Sequence[str]) -> float:
         """KL with all groups quantized at once."""
         quantized = self.quantized(groups, schemes)
-        return self.damage.of({name: tensor.dequantize() for name, (tensor, _) in quantized.items()})
+        return self.damage.of({name: tensor for name, (tensor, _) in quantized.items()})
 
     def _quantized(self, wanted: Sequence[tuple[Group, str]]) -> Iterator[tuple[Group, str]]:
         """Quantize the wanted groups and yield each: calibrated ones when their block is observed, then the others.
@@ -196,7 +196,7 @@ def with_damage(
     for report in Bar(reports, desc="measure damage", unit=" tensors", leave=False):
         form = form_of(weights[report.name])
         if not form.is_float:
-            report = replace(report, kl=damage.of({report.name: form.dequantize()}))
+            report = replace(report, kl=damage.of({report.name: form}))
         out.append(report)
     return out
 

@@ -16,7 +16,7 @@ from typing import Any
 from quant.planning.groups import Group, candidates_of, check_candidates, groups_of
 from quant.planning.knapsack import Frontier
 from quant.planning.ways_out import ways_out
-from quant.rules import Rule, parse_rule
+from quant.rules import SMOOTHED, Rule, parse_rule
 from quant.schemes import SCHEMES
 from quant.schemes.low_rank import DELTAS
 from training.errors import FieldError, InputError
@@ -48,6 +48,7 @@ class Plan:
     predicted_kl: float
     measured_kl: float
     calibration: dict[str, Any] | None = None  # record of the text that damage was measured on
+    smooth: float | None = None  # how strongly activations were balanced first (quant.smooth)
 
     @property
     def bytes(self) -> int:
@@ -77,6 +78,7 @@ class Plan:
             "predicted_kl": self.predicted_kl,
             "measured_kl": self.measured_kl,
             "calibration": self.calibration,
+            "smooth": self.smooth,
             "rules": [str(rule) for rule in self.rules()],
             "groups": [
                 asdict(group) | {"chosen": options[i].scheme, "options": [asdict(option) for option in options]}
@@ -92,6 +94,7 @@ class Target:
     size: int | None = None  # bytes of the file with all tensors
     kl: float | None = None  # nats per token on the calibration text
     bits: float | None = None  # per weight of the whole model
+    fast: bool = False  # within `kl`, as much as possible in the scheme that is fastest, instead of the smallest model
 
     def __str__(self) -> str:
         if self.size is not None:
@@ -158,7 +161,13 @@ def make_plan(
             )  # fmt: skip
         return plan(chosen, joint(chosen))
     assert target.kl is not None
-    return plan(*_within_kl(Frontier(pairs, largest), pairs, target.kl, joint))
+    costs = [[(slow_bytes(option), option.kl) for option in group] for group in options] if target.fast else pairs
+    return plan(*_within_kl(costs, target.kl, joint))
+
+
+def slow_bytes(option: Option) -> int:
+    """What a plan for speed has least of: bytes that no integer product of activations reads."""
+    return 0 if parse_rule(f"*={option.scheme}").scheme == SMOOTHED else option.bytes
 
 
 def tried(options: list[list[Option]]) -> str:
@@ -167,9 +176,10 @@ def tried(options: list[list[Option]]) -> str:
 
 
 def _within_kl(
-    frontier: Frontier, pairs: list[list[tuple[int, float]]], most: float, joint: Callable[[list[int]], float]
+    pairs: list[list[tuple[int, float]]], most: float, joint: Callable[[list[int]], float]
 ) -> tuple[list[int], float]:
     """The smallest choice whose measured KL is at most `most`, by bisection over the predicted KL."""
+    frontier = Frontier(pairs, sum(max(size for size, _ in group) for group in pairs))
     best = [min(range(len(group)), key=lambda i: group[i][1]) for group in pairs]
     found, measured = best, joint(best)
     if measured > most:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from quant.calibration import Calibration
-from quant.checkpoint import PLANNED, check_unquantized, note_of, write_quantized
+from quant.checkpoint import PLANNED, balance, check_unquantized, note_of, write_quantized
 from quant.forms.weights import Weight
 from quant.planning.damage_table import Measurements
 from quant.planning.groups import CANDIDATES, candidates_of, check_candidates, groups_of
 from quant.planning.plan import Plan, Target, make_plan
 from quant.planning.ways_out import ways_out
 from quant.quantize import TensorReport, float_report
-from quant.rules import anchors_of
+from quant.rules import SMOOTHED, anchors_of
 from training.checkpoints.checkpoint import load_state
 from training.checkpoints.folder import Source
 from training.checkpoints.places import check_replaceable
@@ -32,10 +33,12 @@ def save_planned(
     cache: Path,
     candidates: str = CANDIDATES,
     files: Files = lambda reports, plan: {},
+    smooth: float | None = None,
 ) -> tuple[Plan, list[TensorReport]]:
     """Quantize `source` into the folder `out` by the plan with least damage under `target`; without `out`, only plan.
 
-    cache: folder for measured damages. Raises InputError for an unusable or already quantized source, a target that
+    cache: folder for measured damages. smooth: balance activations first (quant.smooth), where int8-dynamic is a
+    candidate. Raises InputError for an unusable or already quantized source, a target that
     no plan reaches (with the least possible one), unknown candidates, or an unusable `out`.
     """
     if out is not None:
@@ -45,6 +48,11 @@ def save_planned(
     config, arrays = load_state(folder)
     groups = groups_of({name: array.shape for name, array in arrays.items()}, anchors_of(config))
     schemes = [candidates_of(group, candidates) for group in groups]
+    if smooth is not None:
+        dynamic = {
+            name for group, own in zip(groups, schemes, strict=True) if SMOOTHED in own for name in group.tensors
+        }
+        arrays = balance(config, arrays, dynamic, calibration, smooth)
     grouped = {name for group in groups for name in group.tensors}
     sizes = (
         sum(array.nbytes for name, array in arrays.items() if name not in grouped),
@@ -58,7 +66,7 @@ def save_planned(
         lambda chosen: measured.joint(groups, [schemes[g][i] for g, i in enumerate(chosen)]),
         lambda size, least: ways_out(groups, {name: array.shape for name, array in arrays.items()}, size, least),
     )  # fmt: skip
-    plan = replace(plan, calibration=calibration.as_dict())
+    plan = replace(plan, calibration=calibration.as_dict(), smooth=smooth)
     quantized = measured.quantized(groups, plan.schemes())
     weights: dict[str, Weight] = {
         name: quantized[name][0] if name in quantized else array for name, array in arrays.items()
@@ -67,7 +75,8 @@ def save_planned(
     if plan.bytes != sum(report.bytes_after for report in reports):
         raise InputError(f"the damages cached in {measured.path} belong to different tensors: delete that file")
     if out is not None:
-        recorded = {"rules": [rule.as_dict() for rule in plan.rules()], "calibration": calibration.as_dict()}
+        recorded: dict[str, Any] = {"rules": [rule.as_dict() for rule in plan.rules()], "calibration": calibration.as_dict()}
+        recorded |= {} if smooth is None else {"smooth": smooth}
         write_quantized(
             out, config, weights, PLANNED, recorded, folder,
             note_of(source, f"`dmpt-export quantize`, planned for {target},", reports), files(reports, plan),

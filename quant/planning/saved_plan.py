@@ -22,12 +22,14 @@ class Replay:
     path: Path
     rules: list[Rule]
     calibration: dict[str, Any]  # sha256 and tokens of the plan's text; {} if not recorded
+    smooth: float | None = None  # how strongly it balanced activations
 
     @property
     def by_text(self) -> str | None:
-        """A scheme in the plan that needs calibration text, if any."""
+        """What needs calibration text in the plan, if anything: a scheme, or smoothing."""
         schemes = (rule.scheme for rule in self.rules)
-        return next((scheme for scheme in schemes if scheme in SCHEMES and SCHEMES[scheme].calibrated), None)
+        needing = (scheme for scheme in schemes if scheme in SCHEMES and SCHEMES[scheme].calibrated)
+        return next(needing, None if self.smooth is None else "smoothing")
 
     def check_text(self) -> None:
         """Raise InputError when the plan needs calibration text; for requests without any, before other work."""
@@ -54,4 +56,7 @@ def read_plan(path: str | Path) -> Replay:
         raise InputError(f"{path} is not a plan: give the plan.json of a planned quantized folder")
     if text and not (isinstance(text, dict) and type(text.get("sha256")) is str and type(text.get("tokens")) is int):
         raise InputError(f"{path}: calibration must give sha256 and tokens: give the plan.json unchanged")
-    return Replay(Path(path), [parse_rule(rule) for rule in rules], text)
+    smooth = fields.get("smooth")
+    if smooth is not None and not (isinstance(smooth, float | int) and 0 <= smooth <= 1):
+        raise InputError(f"{path}: smooth {smooth!r} must be from 0 to 1: give the plan.json unchanged")
+    return Replay(Path(path), [parse_rule(rule) for rule in rules], text, smooth)

@@ -7,9 +7,12 @@ activation rounded to 8 bits by at most half a step.
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
+import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
+from dmpt_export.graph.builder import MSFT, Builder
 from quant.forms.blockwise import BlockwiseTensor
 from quant.schemes import SCHEMES
 from quant.schemes.blockwise import quantize
@@ -97,3 +100,23 @@ def test_dynamic_quantize_matmul_takes_the_transpose(n: int, k: int) -> None:
     exact = rounded.astype(np.float64) @ matrix.T.astype(np.float64)
     assert (np.abs(y - exact) <= rounding(rounded, matrix)).all()
     assert not y[:, 1].any()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_many_rows_are_the_same_rows(bits: int, block: int) -> None:
+    """Candidates are read by other operators than a step's token: bit for bit the same, also for no rows."""
+    for n, k in SHAPES:
+        tensor = random_tensor(n, k, bits, block, symmetric=True)
+        b = Builder()
+        ids = ir.val("ids", ir.DataType.INT64, [1, "m"])
+        rows = tensor.gather_many(b, "rows", "w", ids)
+        rows.dtype, rows.shape = ir.DataType.FLOAT, ir.Shape([1, "m", k])
+        graph = ir.Graph([ids], [rows], nodes=b.nodes, initializers=list(b.initializers.values()),
+                         opset_imports={"": 21, MSFT: 1}, name="rows")  # fmt: skip
+        assert any(node.op_type == "DequantizeLinear" for node in b.nodes) == (bits == 8)
+        model = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
+        session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+        for wanted in (np.zeros(0, np.int64), np.array([n - 1]), np.random.default_rng(0).integers(0, n, 40)):
+            (got,) = session.run(None, {"ids": wanted[None]})
+            np.testing.assert_array_equal(got[0], tensor.dequantize()[wanted])

@@ -126,9 +126,11 @@ def test_damage_equals_a_whole_run_of_the_changed_model(model: str, text: Path, 
         changed = {}
         for name in group.tensors:
             tensor, _ = quantize_tensor(name, arrays[name], parse_rule(f"{name}=int4"))
-            changed[name] = tensor.dequantize()
+            changed[name] = tensor
         slow = load_model(folder)
-        slow.load_state_dict({name: torch.from_numpy(array) for name, array in changed.items()}, strict=False)
+        slow.load_state_dict(
+            {name: torch.from_numpy(form.dequantize()) for name, form in changed.items()}, strict=False
+        )
         if slow.config.tie_word_embeddings:
             slow.tie_weights()
         got = log_probs(slow, calibration)
@@ -305,7 +307,11 @@ def test_all_zero_tensors_are_named(
         (("--target-size", "1MB", "--target-bits", "4"), 2, "give one of"),
         (("--target-size", "1MB", "--scheme", "int4"), 2, "leave out --scheme"),
         (("--target-size", "1MB", "--candidates", "int5"), 2, "unknown scheme 'int5'"),
-        (("--target-size", "1MB", "--candidates", "int8-dynamic"), 2, "int8-dynamic rounds activations"),
+        (("--target-size", "1MB", "--candidates", "int8-dynamic"), 3, "none of --candidates int8-dynamic can store"),
+        (("--target-size", "1MB", "--prefer", "speed"), 2, "--prefer speed needs --target-kl"),
+        (("--target-kl", "1", "--prefer", "speed", "--candidates", "int8,int4"), 2, "add it to --candidates"),
+        (("--target-kl", "1", "--smooth", "0.5"), 2, "smoothing is for int8-dynamic: add it to --candidates"),
+        (("--scheme", "int8", "--prefer", "speed"), 2, "--prefer speed needs --target-kl"),
         (("--candidates", "int4", "--scheme", "int4"), 2, "--candidates need a plan"),
         ((), 2, "give --scheme, or a target"),
         (("--plan", "nowhere.json"), 3, "nowhere.json"),

@@ -337,3 +337,21 @@ def test_memory_is_given_back_after_long_runs_only(models: dict[str, Model], mon
         sequence.feed(IDS[:size])
     model.score(IDS[:150])
     assert tidied == [False, False, True, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("size", "last", "sizes"), [(5, 1, [5]), (11, 1, [5, 5, 1]), (23, 12, [5, 5, 13]), (9, 9, [9])]
+)
+def test_a_long_prompt_is_read_in_pieces_where_no_token_chooses_a_path(
+    size: int, last: int, sizes: list[int], models: dict[str, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime.sequence, "PIECE", 5)
+    for name, expected in (("gpt2", sizes), ("dual", [size])):
+        sequence = models[name].sequence()
+        sequence.feed(IDS[:3])
+        seen, bind = [], sequence.bind_call
+        monkeypatch.setattr(sequence, "bind_call", lambda n, out, seen=seen, bind=bind: seen.append(n) or bind(n, out))
+        got, _ = sequence.feed(IDS[3 : 3 + size], last=last)
+        assert seen == expected
+        whole = models[name].score(IDS[: 3 + size])[0][-last:]
+        np.testing.assert_allclose(got, whole, rtol=0, atol=FLOAT)
