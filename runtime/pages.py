@@ -1,9 +1,12 @@
-"""Large pages for weights, on Linux.
+"""Memory of the weights, on Linux: large pages for what ONNX Runtime keeps, and none for files that it has read.
 
 A decoding step reads all weights. With 4 kB pages it also waits for address translation: 4 to 14 % of the step on a
 virtual machine. ONNX Runtime does not request large pages for a session's memory, so this module requests them
 afterwards, for the memory added meanwhile. Nothing changes where Linux cannot do that (before 6.1) or large pages are
 switched off.
+
+Weights come from a mapped file, and most kernels keep a copy of their own. The file's pages are then only read again
+for rows of the embedding, but count as the process's memory until the system needs them.
 """
 
 from __future__ import annotations
@@ -13,9 +16,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+DONTNEED = 4  # MADV_DONTNEED: unmap pages now; those of a file that were not changed are read again when needed
 COLLAPSE = 25  # MADV_COLLAPSE of madvise(2): move existing memory into large pages now
 SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
-MAPS = Path("/proc/self/maps")
+MAPS, DETAILS = Path("/proc/self/maps"), Path("/proc/self/smaps")
 Range = tuple[int, int]  # first address, and one past the last
 
 
@@ -29,6 +33,29 @@ def large_pages() -> Iterator[None]:
             first, end = -(-first // size) * size, end // size * size
             if first < end:  # a refusal changes nothing
                 ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), COLLAPSE)
+
+
+def forget_files(paths: Iterable[Path]) -> None:
+    """Unmap the pages of files that this process has mapped and not changed."""
+    for first, end in clean_mappings({str(path.resolve()) for path in paths}):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), DONTNEED)
+
+
+def clean_mappings(paths: set[str]) -> list[Range]:
+    """Where files are mapped without pages of the process's own; empty where the system does not list mappings."""
+    try:
+        lines = DETAILS.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    found, mapped = [], None
+    for line in lines:  # 7f00c000-7f00e000 r--p 00000000 08:01 1234    /models/device/model.onnx.data
+        field, *values = line.split(maxsplit=5)
+        if not field.endswith(":"):
+            first, end = field.split("-")
+            mapped = (int(first, 16), int(end, 16)) if paths.intersection(values[4:]) else None
+        elif mapped and field == "Anonymous:" and values[0] == "0":
+            found.append(mapped)
+    return found
 
 
 def page_size() -> int:

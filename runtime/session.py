@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -10,7 +13,7 @@ from weakref import WeakSet
 
 from runtime.errors import ModelError, OutOfMemory, RequestError, SetupError, install, is_out_of_memory
 from runtime.manifest import Manifest
-from runtime.pages import large_pages
+from runtime.pages import forget_files, large_pages
 from runtime.processor import check_batches, check_runtime
 
 CLOSED = "the model is closed: load it again"
@@ -19,6 +22,8 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 SEVERITY = {"cpu": 4, "cuda": 3}  # errors are raised, but why a CUDA library does not load is only logged
 NO_FALLBACK = "fallback to CPU EP has been explicitly disabled"
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+UNTILED = "ORT_GQA_DISABLE_FLASH_ATTENTION"  # ONNX Runtime reads it when a session is created
+ENVIRONMENT = Lock()  # the environment belongs to the process: one session at a time changes it
 TYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -70,10 +75,11 @@ class Engine:
         options = session_options(self._ort, self.device, threads)
         options.use_deterministic_compute = deterministic
         try:
-            with large_pages():
+            with attention_kernel(self.manifest), large_pages():
                 session = self._ort.InferenceSession(str(path), options, providers=[PROVIDERS[self.device]])
         except self._errors as error:
             raise explained(error, f"ONNX Runtime cannot load {path}") from error
+        forget_files(folder / entry.name for entry in self.manifest.files)
         if session.get_providers()[0] != PROVIDERS[self.device]:
             raise SetupError(f"ONNX Runtime fell back to the CPU: its {self.device} libraries do not load here")
         return session
@@ -161,6 +167,22 @@ def session_options(ort: Any, device: str, threads: int) -> Any:
     else:  # the fused kernel takes five times as long as the two it replaces
         options.add_session_config_entry("optimization.disable_specified_optimizers", "SkipLayerNormFusion")
     return options
+
+
+@contextmanager
+def attention_kernel(manifest: Manifest) -> Iterator[None]:
+    """Sessions created inside use untiled attention for int8 caches alone. At a context of 900 a step's attention takes
+    half as long tiled as untiled over float caches, and 1.4 times as long over int8 ones (AVX-512). A setting already
+    in the environment is kept."""
+    with ENVIRONMENT:
+        set_here = manifest.cache_dtype == "int8" and UNTILED not in os.environ
+        if set_here:
+            os.environ[UNTILED] = "1"
+        try:
+            yield
+        finally:
+            if set_here:
+                del os.environ[UNTILED]
 
 
 def check_cuda(ort: Any, manifest: Manifest, folder: Path) -> None:

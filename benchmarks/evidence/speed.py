@@ -68,6 +68,7 @@ MODELS = (
     Model("DMPT one anchor never", models.Shape(kind="one-anchor", switching="never")),
     Model("DMPT one anchor 20 %", models.Shape(kind="one-anchor", switching=0.2)),
     Model("DMPT one anchor 45 %", models.Shape(kind="one-anchor", switching=0.45)),
+    Model("DMPT one anchor 20 % K=64", models.Shape(kind="one-anchor", switching=0.2), 64),
     Model("DMPT 16 heads", models.Shape(heads=16)),
     Model("DMPT K=64", models.Shape(), 64),
     Model("DMPT K=1024", models.Shape(), 1024),

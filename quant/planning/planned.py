@@ -75,7 +75,10 @@ def save_planned(
     if plan.bytes != sum(report.bytes_after for report in reports):
         raise InputError(f"the damages cached in {measured.path} belong to different tensors: delete that file")
     if out is not None:
-        recorded: dict[str, Any] = {"rules": [rule.as_dict() for rule in plan.rules()], "calibration": calibration.as_dict()}
+        recorded: dict[str, Any] = {
+            "rules": [rule.as_dict() for rule in plan.rules()],
+            "calibration": calibration.as_dict(),
+        }
         recorded |= {} if smooth is None else {"smooth": smooth}
         write_quantized(
             out, config, weights, PLANNED, recorded, folder,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from dmpt_export.onnx.exportable import ExportOptions
 from dmpt_export.onnx.kv_cache import ROOM, SEED, SEQUENCES, calibrate
 from dmpt_export.requests.onnx import CALIBRATED, first_ids
 from quant.checkpoint import dequantized_model, save_quantized
+from runtime import session
 from runtime.model import Model
 from tests.helpers.models import random_model, saved_model
 from training.checkpoints.checkpoint import save_model
@@ -191,3 +194,18 @@ def test_an_export_needs_less_than_two_float_models(scheme: str | None, tmp_path
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert size > 90
     assert int(done.stdout) < 2 * size
+
+
+@pytest.mark.parametrize(
+    ("cache", "before", "inside"),
+    [("float32", None, None), ("float16", None, None), ("int8", None, "1"), ("float32", "1", "1"), ("int8", "0", "0")],
+)
+def test_attention_is_untiled_for_an_int8_cache_alone(
+    cache: str, before: str | None, inside: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(session.UNTILED, raising=False)
+    if before is not None:
+        monkeypatch.setenv(session.UNTILED, before)
+    with session.attention_kernel(SimpleNamespace(cache_dtype=cache)):  # type: ignore[arg-type]
+        assert os.environ.get(session.UNTILED) == inside
+    assert os.environ.get(session.UNTILED) == before

@@ -149,8 +149,8 @@ def test_the_command_line_has_its_own_names(capsys: pytest.CaptureFixture[str], 
     (tmp_path / "run" / "last").mkdir(parents=True)
     assert main(["train", "in", str(tmp_path / "run"), "--data", __file__]) == 3
     assert "continue it with --resume, or replace it with --overwrite\n" in capsys.readouterr().err
-    with pytest.raises(OptionError, match="leave out smooth, or limit its choice with candidates"):
-        QuantizeRequest("in", "out", smooth=0.0, target_bits=4, calib="text").check()
+    with pytest.raises(OptionError, match="leave out asymmetric, or limit its choice with candidates"):
+        QuantizeRequest("in", "out", asymmetric=True, target_bits=4, calib="text").check()
 
 
 def test_options_of_a_training_request_win() -> None:
