@@ -43,6 +43,8 @@ TREES: dict[str, dict[str, Any]] = {
     "quad": {"splits": [2, 3], "fast_k": 16},
     # head 0 is the left anchor and a candidate on the right
     "shared": {"splits": [2], "head_allocation": {"left": [0, 1, 2], "right": [3, 0, 4]}, "fast_k": 16},
+    "projected": {"splits": [2], "head_kind": "projected", "fast_k": 16},
+    "one matrix": {"splits": [2], "head_kind": "projected", "shared_anchor": True, "fast_k": 16},
 }
 QUANTIZED = {
     "float32": (),
