@@ -6,7 +6,7 @@ these bytes unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -32,7 +32,7 @@ from quant.rules import (
     parse_scheme,
 )
 from quant.schemes import SCHEMES, check_installed
-from quant.smooth import Arrays
+from quant.smooth import FOLDED, Arrays
 from quant.smooth import smooth as smoothed
 from training.checkpoints.atomic import atomic_folder
 from training.checkpoints.checkpoint import (
@@ -88,6 +88,7 @@ def save_quantized(
     *,
     calibration: Calibration | None = None,
     smooth: float | None = None,
+    balanced: Collection[str] | None = None,
     files: Callable[[Sequence[TensorReport]], Mapping[str, str]] = lambda reports: {},
 ) -> list[TensorReport]:
     """Quantize a DMPT or GPT-2 folder (or hub id) into the folder `out`, atomically; returns a report per tensor.
@@ -95,8 +96,9 @@ def save_quantized(
     Without `out` nothing is written; without a `scheme` tensors that no rule matches stay float32.
 
     `scheme` is SCHEME[:BLOCK][:asymmetric] as in a rule: "int4:64" sets the block. `rules` come before the scheme's own
-    (quant.rules). `calibration` text is used by calibrated schemes, by balancing (`smooth`, see quant.smooth), and to
-    measure the damage of each tensor. `files`: further text files to write beside the weights, by name.
+    (quant.rules). `calibration` text is used by calibrated schemes, by balancing, and to measure the damage of each
+    tensor. `smooth`: balance activations first (quant.smooth) against the weights in `balanced`, or those that get
+    int8-dynamic. `files`: further text files to write beside the weights, by name.
     Raises InputError for an unusable or already quantized source, an impossible rule, a scheme that lacks its
     calibration, or an `out` that is not a quantized folder; nothing is left behind then.
     """
@@ -114,13 +116,13 @@ def save_quantized(
         raise InputError(f"no tensor of {folder} would be quantized: remove the rules that keep all of them {FLOAT}")
     if scheme is None:
         check_complete(shapes, plan, rules)
-    check_text(plan, calibration is not None, smooth)
+    check_text(plan, calibration is not None, smooth if balanced is None else None)
     recorded: dict[str, Any] = {"rules": [rule.as_dict() for rule in [*rules, *defaults]]}
     if calibration is not None:
         recorded["calibration"] = calibration.as_dict()
     if smooth is not None and calibration is not None:
         dynamic = {name for name, rule in plan.items() if rule.scheme == SMOOTHED}
-        arrays = balance(config, arrays, dynamic, calibration, smooth)
+        arrays = balance(config, arrays, dynamic if balanced is None else balanced, calibration, smooth)
         recorded["smooth"] = smooth
     observed = observed_inputs(config, arrays, plan, calibration)
     weights, reports = quantize_tensors(dict(arrays) if calibration else arrays, plan, observed, anchors)
@@ -153,10 +155,14 @@ def observed_inputs(
     return observe(_model(config, arrays), calibration.windows, wanted)
 
 
-def balance(config: DMPTConfig, arrays: Arrays, names: set[str], calibration: Calibration, alpha: float) -> Arrays:
-    """The tensors, with the named weights balanced against their inputs: the float model stays the same."""
+def balance(
+    config: DMPTConfig, arrays: Arrays, names: Collection[str], calibration: Calibration, alpha: float
+) -> Arrays:
+    """The tensors, with those of the named weights that can be balanced against their inputs: the float model stays the
+    same."""
     largest: dict[str, NDArray[np.float32]] = {}
-    for inputs in observe(_model(config, arrays), calibration.windows, names):
+    possible = {name for name in names if name.removesuffix(".weight").endswith(FOLDED)}
+    for inputs in observe(_model(config, arrays), calibration.windows, possible):
         largest |= {name: seen.largest for name, seen in inputs.items()}
     return smoothed(arrays, largest, alpha)
 

@@ -12,6 +12,7 @@ for rows of the embedding, but count as the process's memory until the system ne
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,12 +44,8 @@ def forget_files(paths: Iterable[Path]) -> None:
 
 def clean_mappings(paths: set[str]) -> list[Range]:
     """Where files are mapped without pages of the process's own; empty where the system does not list mappings."""
-    try:
-        lines = DETAILS.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
     found, mapped = [], None
-    for line in lines:  # 7f00c000-7f00e000 r--p 00000000 08:01 1234    /models/device/model.onnx.data
+    for line in lines_of(DETAILS):  # 7f00c000-7f00e000 r--p 00000000 08:01 1234    /models/device/model.onnx.data
         field, *values = line.split(maxsplit=5)
         if not field.endswith(":"):
             first, end = field.split("-")
@@ -56,6 +53,14 @@ def clean_mappings(paths: set[str]) -> list[Range]:
         elif mapped and field == "Anonymous:" and values[0] == "0":
             found.append(mapped)
     return found
+
+
+def lines_of(path: Path) -> list[str]:
+    """Lines of a file of the system, none if it cannot be read; names in them may hold any characters but a newline."""
+    try:
+        return [os.fsdecode(line) for line in path.read_bytes().split(b"\n") if line]
+    except OSError:
+        return []
 
 
 def page_size() -> int:
@@ -69,12 +74,8 @@ def page_size() -> int:
 
 def own_memory() -> list[Range]:
     """Address ranges of this process's anonymous memory; empty where the system does not list them."""
-    try:
-        lines = MAPS.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
     found = []
-    for line in lines:  # 7f00c000-7f00e000 rw-p 00000000 00:00 0    [heap]
+    for line in lines_of(MAPS):  # 7f00c000-7f00e000 rw-p 00000000 00:00 0    [heap]
         addresses, rights, _, _, inode, *name = line.split(maxsplit=5)
         if rights == "rw-p" and inode == "0" and (not name or name[0] == "[heap]"):
             first, end = addresses.split("-")

@@ -117,8 +117,8 @@ class Sequence:
         tidy: free the memory that the run needed, as always after more than FEW tokens.
         drafting: let draft heads run; drafts() has their tokens.
         """
-        if not self.splits and self.engine.device == "cpu":
-            ids = self._all_but_the_last_piece_read(ids, log_probs)
+        if len(ids) - PIECE >= len(log_probs) and not self.splits and self.engine.device == "cpu":
+            return self._run_in_pieces(ids, log_probs, tidy, drafting)
         size, start = len(ids), self.length
         total = start + size
         self.reserve(total)
@@ -135,18 +135,23 @@ class Sequence:
         self.advance(total, every_node)
         return self.routes.copy()
 
-    def _all_but_the_last_piece_read(
-        self, ids: NDArray[np.int64] | list[int], log_probs: NDArray[np.float32]
-    ) -> NDArray[np.int64] | list[int]:
-        """Run a long prompt's beginning by PIECE tokens; returns the tokens that are left.
+    def _run_in_pieces(
+        self, ids: NDArray[np.int64] | list[int], log_probs: NDArray[np.float32], tidy: bool, drafting: bool
+    ) -> NDArray[np.int64]:
+        """run() for a long prompt, by PIECE tokens; whole or not at all.
 
-        With splits the prompt stays whole: each piece would run the path of its last token.
+        With splits a prompt is not cut: each piece would run the path of its last token.
         """
-        self.reserve(self.length + len(ids))
-        while len(ids) - PIECE >= len(log_probs):
-            piece, ids = ids[:PIECE], ids[PIECE:]
-            self.run(piece, log_probs[:1])
-        return ids
+        before = self.length
+        self.reserve(before + len(ids))
+        try:
+            while len(ids) - PIECE >= len(log_probs):
+                self.run(ids[:PIECE], log_probs[:1])
+                ids = ids[PIECE:]
+            return self.run(ids, log_probs, tidy=tidy, drafting=drafting)
+        except BaseException:
+            self.rewind(before)
+            raise
 
     def head_weights(self) -> NDArray[np.float32] | None:
         """Head weights of each wanted position of the last run: [last, heads], by head number.

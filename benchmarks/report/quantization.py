@@ -94,8 +94,9 @@ def plan_table(plan: Plan) -> str:
     return (
         f"{_aligned(lines)}\n"
         f"{plan.bytes / 1e6:.2f} MB, {plan.bits:.2f} bits per weight; KL on the calibration text: "
-        f"{plan.measured_kl:.4g} measured, {plan.predicted_kl:.4g} as the sum of its parts (weights only: kernels "
-        "that round activations add to it; `dmpt-export eval EXPORT --base CHECKPOINT` measures how much)"
+        f"{plan.measured_kl:.4g} measured, {plan.predicted_kl:.4g} as the sum of its parts (of activations "
+        "only int8-dynamic's rounding is in it: other integer kernels add a little, which `dmpt-export eval EXPORT "
+        "--base CHECKPOINT` measures)"
     )
 
 

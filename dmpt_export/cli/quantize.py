@@ -31,8 +31,8 @@ from dmpt_export.requests.quantize import SIZE, SPEED, QuantizeRequest
               "int8,int4:32,int2-gptq; a number of bits means a scheme as in --rule.  [int8, and int4-gptq in "
               "blocks of 16 to 128; int8 and int8-dynamic for speed]")  # fmt: skip
 @click.option("--prefer", type=click.Choice([SIZE, SPEED]), default=SIZE, show_default=True,
-              help="Within --target-kl: the smallest model, or as much of it as possible in int8-dynamic, where that "
-              "does no harm.")  # fmt: skip
+              help="Within --target-kl: the smallest model, or as much of it as possible in int8-dynamic, which "
+              "reads long prompts faster (one text at a time, no --speculate).")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print the result but write no model; OUT is optional.")
 @click.option("--cache-dir", type=click.Path(path_type=Path),
               help="Cache of measured damages: a killed plan continues, a new target is fast.  "

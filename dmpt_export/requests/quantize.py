@@ -161,24 +161,25 @@ class QuantizeRequest:
         if shapes and self.planned:
             check_target(shapes, anchors_of(shape), self.choice, self.target())
         elif shapes:
-            self.check_rules(shapes, shape, rules, self.smoothing(earlier))
+            self.check_rules(shapes, shape, rules)
         if self.calib is not None:  # last: the tokenizer of a foreign folder takes Transformers, and seconds
             return Found(rules, earlier, read_ids(self.calib, folder, shape, self.calib_tokens))
         return Found(rules, earlier)
 
-    def smoothing(self, earlier: Replay | None) -> float | None:
-        """As asked for, else as in the earlier plan."""
-        return self.smooth if self.smooth is not None or earlier is None else earlier.smooth
+    def smoothing(self, earlier: Replay | None) -> tuple[float | None, tuple[str, ...] | None]:
+        """How strongly to balance activations, and against which weights (None: those that get int8-dynamic): as asked
+        for, else as in the earlier plan, whose weights were chosen and rounded so."""
+        if self.smooth is not None or earlier is None or earlier.smooth is None:
+            return self.smooth, None
+        return earlier.smooth, earlier.balanced
 
-    def check_rules(
-        self, shapes: dict[str, tuple[int, ...]], shape: Shape, rules: list[Rule], smooth: float | None
-    ) -> None:
+    def check_rules(self, shapes: dict[str, tuple[int, ...]], shape: Shape, rules: list[Rule]) -> None:
         """Raise InputError for rules that do not fit the tensors, OptionError when they lack what they need."""
         from quant.rules import anchors_of, assign, check_text
 
         chosen = assign(shapes, rules, self.usual_rules(), shape.tie_word_embeddings, anchors_of(shape))
         with usage():
-            check_text(chosen, self.calib is not None, smooth)
+            check_text(chosen, self.calib is not None, self.smooth)
 
     def usual_rules(self) -> list[Rule]:
         """The scheme's own rules, for tensors that no other rule matches."""
@@ -211,6 +212,7 @@ class QuantizeRequest:
         from quant.calibration import read_calibration
         from quant.checkpoint import save_quantized
         from quant.planning.planned import save_planned
+        from quant.rules import DRAFT, SMOOTHED
 
         calibration = None
         if self.calib is not None:
@@ -224,11 +226,14 @@ class QuantizeRequest:
             plan, reports = save_planned(
                 self.checkpoint, out, self.target(), calibration, self.cache(), self.choice, report_files, self.smooth
             )
+            if SMOOTHED in plan.schemes() and any(DRAFT.fullmatch(report.name) for report in reports):
+                tell(f"note: a model with {SMOOTHED} layers cannot use its draft heads (--speculate)")
             return Quantized(reports, plan)
         say("quantizing" if calibration is None else "quantizing, then measuring the damage of each tensor")
+        smooth, balanced = self.smoothing(found.earlier)
         reports = save_quantized(
             self.checkpoint, out, self.storage, found.rules,
-            calibration=calibration, smooth=self.smoothing(found.earlier),
+            calibration=calibration, smooth=smooth, balanced=balanced,
             files=lambda reports: report_files(reports, None),
         )  # fmt: skip
         return Quantized(reports, None)
@@ -245,7 +250,7 @@ class QuantizeRequest:
         if self.planned:
             return
         schemes = [SCHEMES[name] for name in (self.scheme, *(rule.scheme for rule in found.rules)) if name in SCHEMES]
-        if self.smoothing(found.earlier) is None and not any(scheme.calibrated for scheme in schemes):
+        if self.smoothing(found.earlier)[0] is None and not any(scheme.calibrated for scheme in schemes):
             tell(
                 "note: the calibration text changes no weight here, it only measures the damage of each tensor for the "
                 "report; schemes that use it end in -gptq"

@@ -1,6 +1,7 @@
 """Damage of quantized tensors: KL(float || quantized) of the model's predictions on calibration text.
 
-Where a form's kernel also rounds activations, they are rounded here as it does.
+For int8-dynamic, whose kernel rounds activations with one scale for all rows, they are rounded here as it does: for
+each window of text, or in projections of heads for each chunk of rows. What other integer kernels round is left out.
 
 The distribution is the deployed one: hard routing, fast-k and head_topk of the configuration. Everything before the
 first changed block is computed once and cached, so measuring a change near the heads is cheap.

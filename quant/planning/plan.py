@@ -49,6 +49,7 @@ class Plan:
     measured_kl: float
     calibration: dict[str, Any] | None = None  # record of the text that damage was measured on
     smooth: float | None = None  # how strongly activations were balanced first (quant.smooth)
+    balanced: tuple[str, ...] = ()  # against these weights
 
     @property
     def bytes(self) -> int:
@@ -79,6 +80,7 @@ class Plan:
             "measured_kl": self.measured_kl,
             "calibration": self.calibration,
             "smooth": self.smooth,
+            "balanced": list(self.balanced),
             "rules": [str(rule) for rule in self.rules()],
             "groups": [
                 asdict(group) | {"chosen": options[i].scheme, "options": [asdict(option) for option in options]}

@@ -48,11 +48,11 @@ def save_planned(
     config, arrays = load_state(folder)
     groups = groups_of({name: array.shape for name, array in arrays.items()}, anchors_of(config))
     schemes = [candidates_of(group, candidates) for group in groups]
+    balanced: tuple[str, ...] = ()
     if smooth is not None:
-        dynamic = {
-            name for group, own in zip(groups, schemes, strict=True) if SMOOTHED in own for name in group.tensors
-        }
-        arrays = balance(config, arrays, dynamic, calibration, smooth)
+        dynamic = [group for group, own in zip(groups, schemes, strict=True) if SMOOTHED in own]
+        balanced = tuple(name for group in dynamic for name in group.tensors)
+        arrays = balance(config, arrays, balanced, calibration, smooth)
     grouped = {name for group in groups for name in group.tensors}
     sizes = (
         sum(array.nbytes for name, array in arrays.items() if name not in grouped),
@@ -66,7 +66,7 @@ def save_planned(
         lambda chosen: measured.joint(groups, [schemes[g][i] for g, i in enumerate(chosen)]),
         lambda size, least: ways_out(groups, {name: array.shape for name, array in arrays.items()}, size, least),
     )  # fmt: skip
-    plan = replace(plan, calibration=calibration.as_dict(), smooth=smooth)
+    plan = replace(plan, calibration=calibration.as_dict(), smooth=smooth, balanced=balanced)
     quantized = measured.quantized(groups, plan.schemes())
     weights: dict[str, Weight] = {
         name: quantized[name][0] if name in quantized else array for name, array in arrays.items()

@@ -23,6 +23,7 @@ class Replay:
     rules: list[Rule]
     calibration: dict[str, Any]  # sha256 and tokens of the plan's text; {} if not recorded
     smooth: float | None = None  # how strongly it balanced activations
+    balanced: tuple[str, ...] = ()  # against these weights
 
     @property
     def by_text(self) -> str | None:
@@ -57,6 +58,9 @@ def read_plan(path: str | Path) -> Replay:
     if text and not (isinstance(text, dict) and type(text.get("sha256")) is str and type(text.get("tokens")) is int):
         raise InputError(f"{path}: calibration must give sha256 and tokens: give the plan.json unchanged")
     smooth = fields.get("smooth")
-    if smooth is not None and not (isinstance(smooth, float | int) and 0 <= smooth <= 1):
+    if smooth is not None and not (type(smooth) in (float, int) and 0 <= smooth <= 1):
         raise InputError(f"{path}: smooth {smooth!r} must be from 0 to 1: give the plan.json unchanged")
-    return Replay(Path(path), [parse_rule(rule) for rule in rules], text, smooth)
+    balanced = fields.get("balanced", [])
+    if not isinstance(balanced, list) or not all(isinstance(name, str) for name in balanced):
+        raise InputError(f"{path}: balanced must list names of tensors: give the plan.json unchanged")
+    return Replay(Path(path), [parse_rule(rule) for rule in rules], text, smooth, tuple(balanced))

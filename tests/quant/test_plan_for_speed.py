@@ -100,11 +100,15 @@ def test_the_plan_notices_outliers_and_smoothing_undoes_them(
     assert main(["quantize", str(with_outliers), str(tmp_path / "smooth"), *options, *plan, *smooth]) == 0
     assert outlier in chosen(tmp_path / "smooth")
     assert len(chosen(tmp_path / "smooth")) == linear
+    strict = ["--target-kl", "0.012", "--prefer", "speed"]  # int8 layers are balanced as well
+    assert main(["quantize", str(with_outliers), str(tmp_path / "mixed"), *options, *strict, *smooth]) == 0
+    assert 0 < len(chosen(tmp_path / "mixed")) < linear
     # The plan alone gives the same weights again: it knows how much it smoothed.
-    again = ["--plan", str(tmp_path / "smooth/plan.json")]
-    assert main(["quantize", str(with_outliers), str(tmp_path / "again"), *options, *again]) == 0
-    first, second = (load_weights(tmp_path / name)[1] for name in ("smooth", "again"))
-    assert all(np.array_equal(form_of(first[n]).dequantize(), form_of(second[n]).dequantize()) for n in first)
+    for name in ("smooth", "mixed"):
+        again = ["--plan", str(tmp_path / name / "plan.json")]
+        assert main(["quantize", str(with_outliers), str(tmp_path / f"{name} again"), *options, *again]) == 0
+        first, second = (load_weights(tmp_path / folder)[1] for folder in (name, f"{name} again"))
+        assert all(np.array_equal(form_of(first[n]).dequantize(), form_of(second[n]).dequantize()) for n in first)
     capsys.readouterr()
     assert main(["quantize", str(with_outliers), str(tmp_path / "not"), *again]) == 3
     assert "smoothing needs it: give the same text with --calib" in capsys.readouterr().err

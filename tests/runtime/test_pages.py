@@ -75,15 +75,16 @@ def test_without_a_map_of_memory_nothing_is_asked(tmp_path, monkeypatch):
 
 def resident(address: int) -> int:
     """Bytes in memory of the mapping that starts at an address."""
-    lines = Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = Path("/proc/self/smaps").read_bytes().decode(errors="replace").split("\n")
     start = next(i for i, line in enumerate(lines) if line.startswith(f"{address:x}-"))
     return next(int(line.split()[1]) for line in lines[start:] if line.startswith("Rss:")) * 1024
 
 
 @pytest.mark.skipif(not pages.DETAILS.exists(), reason="this system does not list mappings")
 @pytest.mark.parametrize("change", [False, True])
-def test_pages_of_a_file_are_forgotten_unless_they_were_changed(change, tmp_path):
-    path, size = tmp_path / "a file.data", 16 * mmap.PAGESIZE
+@pytest.mark.parametrize("name", ["a file.data", "odd\x85\u2028\r name"])
+def test_pages_of_a_file_are_forgotten_unless_they_were_changed(change, name, tmp_path):
+    path, size = tmp_path / name, 16 * mmap.PAGESIZE
     content = np.random.default_rng(0).integers(0, 256, size, np.uint8)
     path.write_bytes(content.tobytes())
     with path.open("rb") as file:
@@ -92,6 +93,7 @@ def test_pages_of_a_file_are_forgotten_unless_they_were_changed(change, tmp_path
     assert mapped.sum(dtype=np.int64) == content.sum(dtype=np.int64)  # every page was read
     if change:
         mapped[5] = expected[5] = content[5] ^ 1
+    assert pages.own_memory()
     pages.forget_files([tmp_path / "another", path])
     assert resident(mapped.ctypes.data) == (size if change else 0)
     assert np.array_equal(mapped, expected)

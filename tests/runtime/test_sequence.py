@@ -20,7 +20,7 @@ from benchmarks.quality.checkpoint_scorer import TorchScorer
 from dmpt_export.onnx.export import export_onnx
 from dmpt_export.onnx.manifest import write_manifest
 from runtime.cache import FIRST_CAPACITY
-from runtime.errors import RequestError
+from runtime.errors import OutOfMemory, RequestError
 from runtime.lookup import MOST_SPECULATED
 from runtime.model import SCORED_AT_ONCE, Model
 from runtime.sequence import Sequence
@@ -355,3 +355,26 @@ def test_a_long_prompt_is_read_in_pieces_where_no_token_chooses_a_path(
         assert seen == expected
         whole = models[name].score(IDS[: 3 + size])[0][-last:]
         np.testing.assert_allclose(got, whole, rtol=0, atol=FLOAT)
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_a_prompt_in_pieces_is_read_whole_or_not_at_all(
+    failing: int, models: dict[str, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models["gpt2"]
+    monkeypatch.setattr(runtime.sequence, "PIECE", 5)
+    sequence, run, runs = model.sequence(), model.engine.run, []
+    sequence.feed(IDS[:3])
+
+    def fail(binding: Any, tidy: bool) -> None:
+        runs.append(tidy)
+        if len(runs) == 1 + failing:
+            raise OutOfMemory("planted")
+        run(binding, tidy)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.engine, "run", fail)
+        with pytest.raises(OutOfMemory):
+            sequence.feed(IDS[3:15])
+    assert sequence.length == 3
+    np.testing.assert_allclose(sequence.feed(IDS[3:15])[0], model.score(IDS[:15])[0][-1:], rtol=0, atol=FLOAT)
