@@ -2,7 +2,8 @@
 
     python processor_probe.py DEVICE OUT.npz
 
-Needs only what the device needs. Prompts of several lengths, single steps after one, and a batch of three texts.
+Needs only what the device needs. Prompts of several lengths, single steps after one, and a batch of three texts
+where the model allows batches.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ def outcomes(model: Model) -> dict[str, np.ndarray]:
     rows = [sequence.feed(ids[:START], last=1)]
     rows += [sequence.feed(ids[i : i + 1], last=1) for i in range(START, START + STEPS)]
     keep("single steps", *(np.concatenate(part) for part in zip(*rows, strict=True)))
+    if model.manifest.rounds_rows_together:
+        return out
     batch = model.batch(len(TEXTS))
     rows = [batch.feed([ids[:n] for n in TEXTS])]
     rows += [batch.step(ids[i : i + len(TEXTS)]) for i in range(TOGETHER)]
