@@ -200,19 +200,20 @@ class Model:
         """Generate text while you iterate over the result, one `Token(id, text, path, row)` at a time.
 
         prompt: text or token ids, or a list of these to continue together (`Token.row` is the prompt's index).
-        sampling: temperature, top_k, top_p, repetition_penalty and seed, see `runtime.sampling.Sampling`; greedy unless
-        one of the first three or seed is given; row i of a list uses the seed plus i. stop: one or several strings that
-        end the text. on_full: "stop", or "slide" to continue from the last half of a full context, read again as a new
-        beginning. speculate: guess up to this many tokens, by the model's draft heads or else from the text
-        so far, and check them in one run. Each token is still chosen from the model's own distribution, with the same
-        random numbers, so the text stays the same except where kernel rounding decides (1e-5 for float weights, a few
-        hundredths for int8 and int4, which round activations). After the
-        iteration, the result's `ids`, `text` and `stop_reason` ("end_of_text", "stop_string", "max_new_tokens" or
-        "context_full") are complete; for a list, those of each of its `texts`. Raises RequestError before computing
-        anything. truncate: where to cut a prompt that does not fit: "left" keeps its end, "right" its beginning,
-        "middle" both; on_full "slide" implies "left".
+        sampling: temperature, top_k, top_p, min_p, repetition_penalty, logit_bias and seed, see
+        `runtime.sampling.Sampling`; greedy unless one of the first four or seed is given; row i of a list uses the seed
+        plus i. stop: one or several strings that end the text. on_full: "stop", or "slide" to continue from the last
+        half of a full context, read again as a new beginning. speculate: guess up to this many tokens, by the model's
+        draft heads or else from the text so far, and check them in one run. Each token is still chosen from the model's
+        own distribution, with the same random numbers, so the text stays the same except where kernel rounding decides
+        (1e-5 for float weights, a few hundredths for int8 and int4, which round activations). After the iteration, the
+        result's `ids`, `text` and `stop_reason` ("end_of_text", "stop_string", "max_new_tokens" or "context_full") are
+        complete; for a list, those of each of its `texts`. Raises RequestError before computing anything. truncate:
+        where to cut a prompt that does not fit: "left" keeps its end, "right" its beginning, "middle" both; on_full
+        "slide" implies "left".
         """
         how = Sampling(**sampling)
+        how.check_vocabulary(self.vocab_size)
         limits = Limits(max_new_tokens, stop, on_full, speculate)
         if is_many(prompt):
             return Generations(self, self.many_ids(prompt, limits, truncate), how, limits)

@@ -1,6 +1,6 @@
-"""Choose the next token from log-probabilities: repetition penalty, temperature, top-k, top-p, a seeded draw.
+"""Choose the next token from log-probabilities: penalty and bias, temperature, top-k, top-p, min-p, a seeded draw.
 
-Order and meaning are those of the common tools: penalty, temperature, top-k, top-p. The model returns
+Order and meaning are those of the common tools: penalty, bias, temperature, top-k, top-p, min-p. The model returns
 log-probabilities (never above 0), not logits, so the repetition penalty always multiplies.
 """
 
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TypedDict
 
 import numpy as np
@@ -31,14 +31,16 @@ class SamplingOptions(TypedDict, total=False):
     top_p: float | None
     repetition_penalty: float
     seed: int | None
+    min_p: float | None
+    logit_bias: Mapping[int, float]
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen. Raises RequestError naming an invalid value.
 
-    temperature: 0 takes the likeliest token (the lowest id on ties); None means 1 when top_k, top_p or seed is given,
-    else 0.
+    temperature: 0 takes the likeliest token (the lowest id on ties); None means 1 when top_k, top_p, min_p or seed is
+    given, else 0.
     """
 
     temperature: float | None = None
@@ -46,6 +48,8 @@ class Sampling:
     top_p: float | None = None  # keep the smallest set of likeliest tokens whose probabilities reach p
     repetition_penalty: float = 1.0  # above 1 makes tokens of the prompt and the text so far less likely
     seed: int | None = None  # None: a different text each time
+    min_p: float | None = None  # keep tokens at least this many times as likely as the likeliest
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the log-probs of token ids
 
     def __post_init__(self) -> None:
         if self.temperature is not None and not (is_number(self.temperature) and 0 <= self.temperature <= MOST):
@@ -60,6 +64,15 @@ class Sampling:
             raise RequestError(
                 f"repetition_penalty {self.repetition_penalty!r} must be a number above 0 (1: none), at most {MOST}"
             )
+        if self.min_p is not None and not (is_number(self.min_p) and 0 <= self.min_p <= 1):
+            raise RequestError(f"min_p {self.min_p!r} must be a number from 0 (keeps all tokens) to 1")
+        if not isinstance(self.logit_bias, Mapping):
+            raise RequestError(f"logit_bias {self.logit_bias!r} must map token ids to numbers")
+        for token, bias in self.logit_bias.items():
+            if not (is_whole(token) and token >= 0 and is_number(bias) and abs(bias) <= MOST):
+                raise RequestError(
+                    f"logit_bias {token!r}: {bias!r} must be a token id and a number from -{MOST} (never) to {MOST}"
+                )
         if self.seed is not None and not (is_whole(self.seed) and self.seed >= 0):
             raise RequestError(f"seed {self.seed!r} must be a whole number, 0 or above")
 
@@ -68,7 +81,13 @@ class Sampling:
         """The temperature, with None resolved."""
         if self.temperature is not None:
             return float(self.temperature)
-        return 0.0 if self.top_k is None and self.top_p is None and self.seed is None else 1.0
+        draws = (self.top_k, self.top_p, self.min_p, self.seed)
+        return 0.0 if all(option is None for option in draws) else 1.0
+
+    def check_vocabulary(self, size: int) -> None:
+        """Raise RequestError for a biased token that a vocabulary of this size lacks."""
+        if beyond := [token for token in self.logit_bias if token >= size]:
+            raise RequestError(f"logit_bias for token {beyond[0]}: this model's tokens are 0 to {size - 1}")
 
     def for_row(self, row: int) -> Sampling:
         """The settings of one prompt of a batch: its seed is the batch's seed plus its row."""
@@ -92,11 +111,13 @@ class Sampler:
         self.sampling = sampling
         self.heat = sampling.heat
         self.rng = np.random.default_rng(sampling.seed)
+        self.biased = np.array([*sampling.logit_bias], np.int64)
+        self.bias = np.array([*sampling.logit_bias.values()], np.float32)
         self.seen = dict.fromkeys(seen) if sampling.repetition_penalty != 1 else {}  # ordered, for stable arithmetic
 
     def __call__(self, log_probs: Scores) -> int:
         """The next token id. `log_probs` [vocab] is left unchanged. Raises ModelError when it holds NaN."""
-        scores = self.penalise(log_probs)
+        scores = self.adjusted(log_probs)
         best = int(scores.argmax())  # the first NaN, if there is one
         if math.isnan(scores[best]):
             raise ModelError("the model returned NaN instead of log-probabilities: export it again and check it")
@@ -105,15 +126,20 @@ class Sampler:
             self.seen[token] = None
         return token
 
-    def penalise(self, log_probs: Scores) -> Scores:
-        if not self.seen:
+    def adjusted(self, log_probs: Scores) -> Scores:
+        """With penalty, then bias: a bias may raise log-probs above 0, where the penalty would do the opposite."""
+        if not self.seen and not len(self.biased):
             return log_probs
         scores = log_probs.copy()
         scores[np.fromiter(self.seen, np.int64)] *= self.sampling.repetition_penalty
+        scores[self.biased] += self.bias
         return scores
 
     def draw(self, scores: Scores) -> int:
         tokens, weights = nucleus(*keep_top_k(scores, self.sampling.top_k, self.heat), self.sampling.top_p)
+        if self.sampling.min_p is not None:
+            kept = weights >= np.float32(self.sampling.min_p)  # the largest weight is 1
+            tokens, weights = tokens[kept], weights[kept]
         return int(tokens[index_at(weights, self.rng.random())])
 
 

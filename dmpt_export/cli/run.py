@@ -22,15 +22,33 @@ MOST_NAMED = 10  # unusable prompts in one message
 MOST_INPUT = 64 << 20  # bytes read from standard input; the model checks whether the text fits the context
 
 
+class Bias(click.ParamType):  # type: ignore[type-arg]  # generic only from click 8.4 on
+    """A token id and what is added to its log-probability."""
+
+    name = "bias"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, float]:
+        if isinstance(value, tuple):
+            return value
+        token, _, bias = value.partition("=")
+        try:
+            return int(token), float(bias)
+        except ValueError:
+            self.fail(f"'{value}' is not of the form ID=BIAS, such as 50256=-100.", param, ctx)
+
+
 @click.command("run", short_help="Continue a prompt with an exported model, without torch.")
 @click.argument("model")
 @click.argument("prompt", required=False)
 @click.option("-n", "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True,
               help="Maximum number of new tokens; end of text or a full context stops earlier.")  # fmt: skip
 @click.option("-t", "--temperature", type=float, help="0 always takes the likeliest token, 1 samples from the "
-              "model's distribution. Default: 1 with --top-k, --top-p or --seed, else 0.")  # fmt: skip
+              "model's distribution. Default: 1 with --top-k, --top-p, --min-p or --seed, else 0.")  # fmt: skip
 @click.option("--top-k", type=int, help="Sample among the K likeliest tokens only.")
 @click.option("--top-p", type=float, help="Sample among the likeliest tokens that together have probability P.")
+@click.option("--min-p", type=float, help="Sample among tokens at least P times as likely as the likeliest.")
+@click.option("--logit-bias", type=Bias(), metavar="ID=BIAS", multiple=True, help="Add BIAS to the log-probability "
+              "of token ID; -100 as good as forbids it. May be repeated.")  # fmt: skip
 @click.option("--repetition-penalty", type=float, default=1.0, show_default=True,
               help="Above 1: makes tokens less likely that have already occurred.")  # fmt: skip
 @click.option("--seed", type=int, help="The same seed gives the same text. Default: random.")

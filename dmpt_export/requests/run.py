@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from runtime.generate import Generation, Generations
     from runtime.model import Model
-    from runtime.sampling import Sampling
+    from runtime.sampling import Sampling, SamplingOptions
     from runtime.writing import Limits
 
 
@@ -33,10 +33,12 @@ class RunRequest:
     model: str  # ONNX folder
     prompt: str | None = None  # None: it comes from elsewhere
     max_new_tokens: int = 128  # tokens
-    temperature: float | None = None  # 0: the likeliest token; None: 1 with top_k, top_p or seed, else 0
+    temperature: float | None = None  # 0: the likeliest token; None: 1 with top_k, top_p, min_p or seed, else 0
     top_k: int | None = None  # tokens to sample among
     top_p: float | None = None  # probability of the tokens to sample among
+    min_p: float | None = None  # least probability of those, over the likeliest token's
     repetition_penalty: float = 1.0  # above 1: tokens that occurred already become less likely
+    logit_bias: tuple[tuple[int, float], ...] = ()  # token ids, and what is added to their log-probs
     seed: int | None = None  # None: another one each time
     stop: tuple[str, ...] = ()  # texts that end the output
     on_full: str = "stop"  # stop or slide
@@ -83,7 +85,14 @@ class RunRequest:
     def sampling(self) -> Sampling:
         from runtime.sampling import Sampling
 
-        return Sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty, self.seed)
+        return Sampling(**self.choosing())
+
+    def choosing(self) -> SamplingOptions:
+        """How tokens are chosen, as arguments of runtime.Model.stream."""
+        return {
+            "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty, "logit_bias": dict(self.logit_bias), "seed": self.seed,
+        }  # fmt: skip
 
     def limits(self) -> Limits:
         from runtime.writing import Limits
@@ -94,8 +103,7 @@ class RunRequest:
         """Iterate over the generated tokens that continue a text."""
         made = loaded.model.stream(
             text, self.max_new_tokens, stop=self.stop, on_full=self.on_full, speculate=self.speculate,
-            truncate=self.truncate, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
-            repetition_penalty=self.repetition_penalty, seed=self.seed,
+            truncate=self.truncate, **self.choosing(),
         )  # fmt: skip
         from runtime.generate import Generation
 

@@ -98,7 +98,14 @@ def test_a_temperature_next_to_zero_is_greedy_without_warnings() -> None:
 
 @pytest.mark.parametrize(
     ("options", "heat"),
-    [({}, 0), ({"seed": 1}, 1), ({"top_k": 3}, 1), ({"top_p": 0.5}, 1), ({"temperature": 0.0, "top_k": 3}, 0)],
+    [
+        ({}, 0),
+        ({"seed": 1}, 1),
+        ({"top_k": 3}, 1),
+        ({"top_p": 0.5}, 1),
+        ({"min_p": 0.1}, 1),
+        ({"temperature": 0.0, "top_k": 3}, 0),
+    ],
 )
 def test_without_a_temperature_any_sampling_option_means_one(options: dict[str, Any], heat: float) -> None:
     assert Sampling(**options).heat == heat
@@ -154,6 +161,7 @@ def test_nan_is_an_error(options: dict[str, Any]) -> None:
     [
         ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "hot"),
         ("temperature", 1e300), ("top_k", 0), ("top_k", 2.5), ("top_k", True), ("top_p", 0.0), ("top_p", 1.1),
+        ("min_p", -0.1), ("min_p", 1.1), ("min_p", True),
         ("repetition_penalty", 0), ("repetition_penalty", -1.0), ("repetition_penalty", 1e39), ("seed", -1),
         ("seed", 1.5),
     ],
@@ -163,3 +171,42 @@ def test_bad_values_are_named(name: str, value: Any) -> None:
         Sampling(**{name: value})
     assert caught.value.exit_code == 3
     assert repr(value) in str(caught.value)
+
+
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=30), st.fractions(0, 1), st.sampled_from([0.5, 1.0, 2.0]))
+def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest(
+    weights: list[int], share: Fraction, heat: float
+) -> None:
+    """Against the definition (Nguyen et al., "Turning Up the Heat: Min-p Sampling", 2024), at the temperature."""
+    sampler = Sampler(Sampling(temperature=heat, min_p=float(share), seed=1))
+    drawn = {sampler(log_probs(weights)) for _ in range(60)}
+    odds = [(weight / max(weights)) ** (1 / heat) for weight in weights]
+    assert all(odds[token] >= float(share) * (1 - 1e-5) for token in drawn)
+    if share == 1:
+        assert drawn <= {token for token, weight in enumerate(weights) if weight == max(weights)}
+
+
+def test_min_p_changes_nothing_among_the_tokens_that_it_keeps() -> None:
+    sampler = Sampler(Sampling(min_p=0.5, seed=3))
+    drawn = np.bincount([sampler(log_probs([8, 5, 3, 4])) for _ in range(4000)], minlength=4) / 4000
+    np.testing.assert_allclose(drawn, np.array([8, 5, 0, 4]) / 17, atol=0.03)
+
+
+def test_a_bias_is_added_after_the_penalty() -> None:
+    scores = log_probs([8, 6, 5, 1])
+    assert Sampler(Sampling(logit_bias={3: 10.0}))(scores) == 3
+    assert Sampler(Sampling(logit_bias={0: -100}))(scores) == 1
+    # Penalty first: -0.92 * 1.4 + 2 = 0.71 stays the largest; bias first would turn 1.08 into an even larger 1.5.
+    sampler = Sampler(Sampling(logit_bias={0: 2.0, 1: 2.2}, repetition_penalty=1.4), seen=[0])
+    assert sampler(scores) == 1  # -1.20 + 2.2 = 1.00
+    odds = [float(np.exp(value)) for value in Sampler(Sampling(logit_bias={2: 1.0})).adjusted(scores)]
+    assert odds == pytest.approx([8 / 20, 6 / 20, 5 / 20 * math.e, 1 / 20])
+    np.testing.assert_array_equal(scores, log_probs([8, 6, 5, 1]))
+
+
+@pytest.mark.parametrize(
+    "bias", [{-1: 1.0}, {"7": 1.0}, {1.5: 1.0}, {True: 1.0}, {3: math.inf}, {3: "much"}, {3: 2e6}, [3], None]
+)
+def test_a_bias_must_map_ids_to_numbers(bias: Any) -> None:
+    with pytest.raises(RequestError, match="logit_bias"):
+        Sampling(logit_bias=bias)
