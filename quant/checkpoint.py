@@ -21,8 +21,8 @@ from quant.forms.weights import Weight, form_of
 from quant.planning.damage_table import with_damage
 from quant.quantize import TensorReport, quantize_tensors
 from quant.rules import (
+    DYNAMIC,
     FLOAT,
-    SMOOTHED,
     Rule,
     anchors_of,
     assign,
@@ -121,7 +121,7 @@ def save_quantized(
     if calibration is not None:
         recorded["calibration"] = calibration.as_dict()
     if smooth is not None and calibration is not None:
-        dynamic = {name for name, rule in plan.items() if rule.scheme == SMOOTHED}
+        dynamic = {name for name, rule in plan.items() if rule.scheme == DYNAMIC}
         arrays = balance(config, arrays, dynamic if balanced is None else balanced, calibration, smooth)
         recorded["smooth"] = smooth
     observed = observed_inputs(config, arrays, plan, calibration)

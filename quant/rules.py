@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from training.model.shape import Shape
 
 FLOAT = "float32"  # the scheme of a rule that leaves tensors unchanged
-SMOOTHED = "int8-dynamic"  # the scheme whose layers can be balanced (quant.smooth)
+DYNAMIC = "int8-dynamic"  # the scheme whose kernel rounds activations, which can be balanced for it (quant.smooth)
 LINEAR = re.compile(r"(transformer|paths\.\w+)\.h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
 ROWS = re.compile(r"transformer\.wte\.weight|heads\.\d+\.weight")  # also looked up by row
 DRAFT = re.compile(r"draft_heads\.\w+\.\d+\.weight")  # a draft head
@@ -142,8 +142,8 @@ def check_text(chosen: Mapping[str, Rule], calibrated: bool, smooth: float | Non
     if needing and not calibrated:
         scheme = chosen[needing[0]].scheme
         raise FieldError("{} (for {}) needs calibration text: give some with {calib}", scheme, needing[0])
-    if smooth is not None and all(rule.scheme != SMOOTHED for rule in chosen.values()):
-        raise FieldError("smoothing is for {}, which no tensor gets: leave {smooth} out", SMOOTHED)
+    if smooth is not None and all(rule.scheme != DYNAMIC for rule in chosen.values()):
+        raise FieldError("smoothing is for {}, which no tensor gets: leave {smooth} out", DYNAMIC)
     if smooth is not None and not calibrated:
         raise FieldError("smoothing needs calibration text: give some with {calib}")
 

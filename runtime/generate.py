@@ -24,8 +24,6 @@ TOGETHER = 16  # texts of a batch in memory at once; the others follow as these 
 class Generator(TextModel, Protocol):
     """The part of runtime.model.Model that the loops use."""
 
-    vocab_size: int
-
     def sequence(self, capacity: int = 0) -> Sequence: ...
 
     def batch(self, rows: int, capacity: int = 0) -> Batch: ...

@@ -213,7 +213,6 @@ class Model:
         "slide" implies "left".
         """
         how = Sampling(**sampling)
-        how.check_vocabulary(self.vocab_size)
         limits = Limits(max_new_tokens, stop, on_full, speculate)
         if is_many(prompt):
             return Generations(self, self.many_ids(prompt, limits, truncate), how, limits)

@@ -65,6 +65,7 @@ class TextModel(Protocol):
     codec: TextCodec | None
     context: int  # tokens
     ends: frozenset[int]
+    vocab_size: int
 
 
 class Writing:
@@ -79,6 +80,7 @@ class Writing:
     ) -> None:
         """row: index of the prompt. Its seed is the batch's seed plus its row, so a prompt of a batch gets the same
         text as alone with that seed."""
+        sampling.check_vocabulary(model.vocab_size)
         if limits.stops and model.codec is None:
             raise RequestError(f"{model.folder} has no tokenizer, so stop strings cannot be matched: leave them out")
         self.model = model

@@ -121,14 +121,14 @@ class QuantizeRequest:
 
     def check_dynamic(self) -> None:
         """Raise OptionError for a plan that is to be fast, or smoothed, without the scheme for it."""
-        from quant.rules import SMOOTHED, parse_scheme
+        from quant.rules import DYNAMIC, parse_scheme
 
-        if SMOOTHED in {parse_scheme(part.strip())[0] for part in self.choice.split(",")}:
+        if DYNAMIC in {parse_scheme(part.strip())[0] for part in self.choice.split(",")}:
             return
         if self.prefer == SPEED:
-            raise OptionError("{prefer} speed chooses where {} is safe: add it to {candidates}", SMOOTHED)
+            raise OptionError("{prefer} speed chooses where {} is safe: add it to {candidates}", DYNAMIC)
         if self.smooth is not None:
-            raise OptionError("smoothing is for {}: add it to {candidates}, or leave {smooth} out", SMOOTHED)
+            raise OptionError("smoothing is for {}: add it to {candidates}, or leave {smooth} out", DYNAMIC)
 
     def check_files(self) -> Found:
         from quant.planning.plan import check_target
@@ -207,12 +207,21 @@ class QuantizeRequest:
 
     def run(self, found: Found) -> Quantized:
         """Quantize with the inputs that check() found."""
+        from quant.rules import DRAFT, DYNAMIC
+
+        result = self.quantize(found)
+        dynamic = any(report.scheme == DYNAMIC for report in result.reports)
+        if dynamic and any(DRAFT.fullmatch(report.name) for report in result.reports):
+            tell(f"note: with {DYNAMIC} layers the draft heads cannot be used: `run` refuses --speculate")
+        return result
+
+    def quantize(self, found: Found) -> Quantized:
+        """run() without its note."""
         say("loading PyTorch")
         from benchmarks.report.quantization import report_files
         from quant.calibration import read_calibration
         from quant.checkpoint import save_quantized
         from quant.planning.planned import save_planned
-        from quant.rules import DRAFT, SMOOTHED
 
         calibration = None
         if self.calib is not None:
@@ -226,8 +235,6 @@ class QuantizeRequest:
             plan, reports = save_planned(
                 self.checkpoint, out, self.target(), calibration, self.cache(), self.choice, report_files, self.smooth
             )
-            if SMOOTHED in plan.schemes() and any(DRAFT.fullmatch(report.name) for report in reports):
-                tell(f"note: a model with {SMOOTHED} layers cannot use its draft heads (--speculate)")
             return Quantized(reports, plan)
         say("quantizing" if calibration is None else "quantizing, then measuring the damage of each tensor")
         smooth, balanced = self.smoothing(found.earlier)

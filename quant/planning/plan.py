@@ -16,7 +16,7 @@ from typing import Any
 from quant.planning.groups import Group, candidates_of, check_candidates, groups_of
 from quant.planning.knapsack import Frontier
 from quant.planning.ways_out import ways_out
-from quant.rules import SMOOTHED, Rule, parse_rule
+from quant.rules import DYNAMIC, Rule, parse_rule
 from quant.schemes import SCHEMES
 from quant.schemes.low_rank import DELTAS
 from training.errors import FieldError, InputError
@@ -169,7 +169,7 @@ def make_plan(
 
 def slow_bytes(option: Option) -> int:
     """What a plan for speed has least of: bytes that no integer product of activations reads."""
-    return 0 if parse_rule(f"*={option.scheme}").scheme == SMOOTHED else option.bytes
+    return 0 if parse_rule(f"*={option.scheme}").scheme == DYNAMIC else option.bytes
 
 
 def tried(options: list[list[Option]]) -> str:

@@ -15,7 +15,7 @@ from quant.planning.groups import CANDIDATES, candidates_of, check_candidates, g
 from quant.planning.plan import Plan, Target, make_plan
 from quant.planning.ways_out import ways_out
 from quant.quantize import TensorReport, float_report
-from quant.rules import SMOOTHED, anchors_of
+from quant.rules import DYNAMIC, anchors_of
 from training.checkpoints.checkpoint import load_state
 from training.checkpoints.folder import Source
 from training.checkpoints.places import check_replaceable
@@ -50,7 +50,7 @@ def save_planned(
     schemes = [candidates_of(group, candidates) for group in groups]
     balanced: tuple[str, ...] = ()
     if smooth is not None:
-        dynamic = [group for group, own in zip(groups, schemes, strict=True) if SMOOTHED in own]
+        dynamic = [group for group, own in zip(groups, schemes, strict=True) if DYNAMIC in own]
         balanced = tuple(name for group in dynamic for name in group.tensors)
         arrays = balance(config, arrays, balanced, calibration, smooth)
     grouped = {name for group in groups for name in group.tensors}

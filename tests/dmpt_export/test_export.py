@@ -194,9 +194,8 @@ def test_every_tensor_is_stored_once(name: str, ifs: int, scheme: str, tmp_path:
     assert all(initializer.endswith(f".scales{OWN}") for initializer in inner)
     constants = sum(size for key, size in stored if key.startswith("const."))
     # heads whose scales are stored again: those in two branches, and an anchor's for the rows of projected heads
-    again = {"shared heads": [0, 2], "projected": [0, 4], "projected, one anchor": [0] * (scheme != "int8")}.get(
-        name, []
-    )
+    anchor = [] if scheme == "int8" else [0]  # whose 8-bit candidates are read with the product's scales
+    again = {"shared heads": [0, 2], "projected": [0, 4], "projected, one anchor": anchor}.get(name, [])
     more = [weights[f"heads.{j}.weight"] for j in again]
     scales = sum(head.scales.nbytes for head in more if isinstance(head, BlockwiseTensor))
     assert sum(size for _, size in stored) - constants == sum(w.nbytes for w in weights.values()) + scales

@@ -79,6 +79,14 @@ def test_a_batch_is_one_line_of_json_for_each_line(
     assert err == ""
 
 
+def test_a_batch_refuses_a_bias_for_an_unknown_token(
+    model: str, given_stdin: Callable[[bytes], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    given_stdin(b"stones\nwheels\n")
+    assert main(["run", model, "--batch", "--logit-bias", "999999=1"]) == 3
+    assert "logit_bias for token 999999: this model's tokens are 0 to" in capfd.readouterr().err
+
+
 def test_a_full_context_and_guesses(model: str, capfd: pytest.CaptureFixture[str]) -> None:
     args = ["run", model, PROMPT, "-n", "150", "--threads", "1"]
     texts = []
@@ -151,6 +159,7 @@ def test_json_is_one_object(model: str, capfd: pytest.CaptureFixture[str]) -> No
         (["{model}", "a", "--batch"], 2, "leave PROMPT out"),
         (["{model}", "--batch", "--json"], 2, "leave --json, --echo and -v out"),
         (["{model}", "--batch", "-v"], 2, "leave --json, --echo and -v out"),
+        (["{model}", "a", "--logit-bias", "999999=1"], 3, "logit_bias for token 999999: this model's tokens are 0 to"),
         (["{model}", "a", "--colour"], 2, "No such option"),
         ([], 2, "Missing argument 'MODEL'"),
     ],

@@ -21,7 +21,7 @@ from quant.planning.groups import FAST_CANDIDATES, Group, groups_of
 from quant.planning.plan import Option, Target, make_plan
 from quant.planning.planned import save_planned
 from quant.quantize import quantize_tensor
-from quant.rules import SMOOTHED, parse_rule
+from quant.rules import DYNAMIC, parse_rule
 from quant.schemes import SCHEMES
 from tests.helpers.graphs import rounding, run
 from tests.helpers.models import random_calibration, saved_model
@@ -48,10 +48,10 @@ def test_the_damage_is_that_of_the_exported_kernels(splits: list[int], tmp_path:
     group = "transformer.h.0.mlp.*"
     _, arrays = load_state(source)
     names = [name for name in arrays if name.startswith("transformer.h.0.mlp.") and name.endswith("weight")]
-    forms = {name: quantize_tensor(name, arrays[name], parse_rule(f"*={SMOOTHED}"))[0] for name in names}
+    forms = {name: quantize_tensor(name, arrays[name], parse_rule(f"*={DYNAMIC}"))[0] for name in names}
     model = load_model(source)
     predicted = Damage(model, windows).of(forms)
-    save_quantized(source, tmp_path / "quantized", None, [parse_rule(f"{group}={SMOOTHED}"), parse_rule("*=float32")])
+    save_quantized(source, tmp_path / "quantized", None, [parse_rule(f"{group}={DYNAMIC}"), parse_rule("*=float32")])
     export_onnx(tmp_path / "quantized", tmp_path / "onnx")
     with torch.inference_mode():
         want = model.log_probs(windows)[0].double().numpy()
@@ -83,7 +83,7 @@ def with_outliers(tiny_dmpt: Path, tmp_path: Path) -> Path:
 def chosen(folder: Path) -> set[str]:
     """The groups that are stored as int8-dynamic."""
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-    return {rule.removesuffix(f"={SMOOTHED}") for rule in plan["rules"] if rule.endswith(f"={SMOOTHED}")}
+    return {rule.removesuffix(f"={DYNAMIC}") for rule in plan["rules"] if rule.endswith(f"={DYNAMIC}")}
 
 
 def test_the_plan_notices_outliers_and_smoothing_undoes_them(
@@ -118,7 +118,7 @@ def test_a_plan_for_speed_takes_the_slowest_first() -> None:
     """Least bytes in other schemes, within the divergence, whatever the whole size."""
     groups = [Group((f"*.h.{i}.mlp.*",), (f"w{i}",), size) for i, size in enumerate((100, 300, 200))]
     options = [
-        [Option("int8", g.weights, 0.001), Option(SMOOTHED, g.weights + 8, kl)]
+        [Option("int8", g.weights, 0.001), Option(DYNAMIC, g.weights + 8, kl)]
         for g, kl in zip(groups, (0.01, 0.03, 0.03), strict=True)
     ]
     parts = [[option.kl for option in group] for group in options]
@@ -136,8 +136,20 @@ def test_a_planned_mixture_is_exported_and_checked(tmp_path: Path) -> None:
     calibration = random_calibration(source)
     target = Target(kl=0.05, fast=True)
     plan, _ = save_planned(source, tmp_path / "out", target, calibration, tmp_path / "cache", FAST_CANDIDATES)
-    assert {*plan.schemes()} == {"int8", SMOOTHED}
+    assert {*plan.schemes()} == {"int8", DYNAMIC}
     assert plan.measured_kl <= 0.05
     export_onnx(tmp_path / "out", tmp_path / "onnx")
     with runtime.load(tmp_path / "onnx", threads=1) as model:
         assert model.manifest.rounds_rows_together
+
+
+@pytest.mark.parametrize("with_drafts", [False, True])
+@pytest.mark.parametrize("how", [["--scheme", DYNAMIC], ["--target-kl", "10", "--prefer", "speed"]])
+def test_draft_heads_that_become_useless_are_noted(
+    how: list[str], with_drafts: bool, tiny_gpt2: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, drafts = [str(tiny_gpt2), str(tmp_path / "source")], ["--next-tokens", "1"]
+    assert main(["init", *source, "--splits", "2", *(drafts if with_drafts else [])]) == 0
+    options = ["--calib", str(text), "--calib-tokens", "128", "--cache-dir", str(tmp_path / "cache")]
+    assert main(["quantize", source[1], str(tmp_path / "out"), *options, *how]) == 0
+    assert ("run` refuses --speculate" in capsys.readouterr().err) == with_drafts

@@ -196,9 +196,9 @@ def test_a_bias_is_added_after_the_penalty() -> None:
     scores = log_probs([8, 6, 5, 1])
     assert Sampler(Sampling(logit_bias={3: 10.0}))(scores) == 3
     assert Sampler(Sampling(logit_bias={0: -100}))(scores) == 1
-    # Penalty first: -0.92 * 1.4 + 2 = 0.71 stays the largest; bias first would turn 1.08 into an even larger 1.5.
+    # Token 0: -0.92 * 1.4 + 2 = 0.72, below token 1: -1.20 + 2.2 = 1.00. Bias first: (-0.92 + 2) * 1.4 = 1.52.
     sampler = Sampler(Sampling(logit_bias={0: 2.0, 1: 2.2}, repetition_penalty=1.4), seen=[0])
-    assert sampler(scores) == 1  # -1.20 + 2.2 = 1.00
+    assert sampler(scores) == 1
     odds = [float(np.exp(value)) for value in Sampler(Sampling(logit_bias={2: 1.0})).adjusted(scores)]
     assert odds == pytest.approx([8 / 20, 6 / 20, 5 / 20 * math.e, 1 / 20])
     np.testing.assert_array_equal(scores, log_probs([8, 6, 5, 1]))
