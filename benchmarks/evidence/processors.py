@@ -6,7 +6,7 @@ Tiny random models are quantized and exported (with the usual check) in WORK, th
 an installed emulator provides; missing emulators are listed. A cell is the worst mean KL to this machine, in nats.
 
 --qemu: folder of qemu-user's programs, else those on the PATH. QEMU 7.2 crashes when onnxruntime 1.28 or later is
-imported on Arm; 10.0 does not.
+imported on Arm, and computes int8-dynamic's product wrongly with SME (the processor `max`); 10.0 does neither.
 --arm: root of an unpacked Arm system with Python 3.11, such as Debian's arm64 packages python3.11, python3.11-minimal,
 libpython3.11-minimal, libpython3.11-stdlib, libc6, libgcc-s1, libstdc++6, zlib1g, libexpat1, libssl3, libffi8,
 libbz2-1.0, liblzma5, libsqlite3-0, libuuid1 and libcrypt1 (`apt-get download NAME:arm64`, `dpkg -x`).
