@@ -119,6 +119,15 @@ class Manifest:
         return any(tensor.get("bits") == 4 and tensor["scheme"] not in ("nf4", "fp4") for tensor in used)
 
     @property
+    def searches_empty_leaves(self) -> bool:
+        """Whether a batch may run TopK on no rows, in a leaf that no text takes (earlier exports)."""
+        if len(self.tree) == 1 or self.raw.get("empty_leaves_guarded", False):
+            return False
+        counts = {len(heads) for heads in self.head_allocation.values()}
+        shared = self.raw["config"].get("shared_anchor", False) and len(counts) == 1  # the heads follow the leaves
+        return bool(self.config.head_topk or (self.config.fast_k and not shared))
+
+    @property
     def tells_head_weights(self) -> bool:
         """Whether the graph outputs head weights (older exports do not)."""
         allocation = self.head_allocation.items()

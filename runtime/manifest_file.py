@@ -34,6 +34,7 @@ MANIFEST_NAME = "dmpt_manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
 REPORT_NAME = "quantization_report.json"  # of quantized weights: the error of each tensor; not needed to run
 FORMAT, FORMAT_VERSION = "dmpt-onnx", 2
+STANDARD_FORMAT = "dmpt-onnx-standard"  # of folders for other programs, which this one does not run
 MOST_BYTES = 64 << 20  # of the manifest itself: a real one has a few hundred kB
 TENSOR = {"name": NAME, "dtype": NAME, "shape": SHAPE}
 SCHEMA: dict[str, Any] = {
@@ -75,6 +76,7 @@ SCHEMA: dict[str, Any] = {
 LATER: dict[str, Any] = {
     "requires": {"onnxruntime": VERSION},
     "branches_own_scales": BOOL,
+    "empty_leaves_guarded": BOOL,
     "drafts": {"tokens": COUNT, "vocabulary": COUNT},
     "training": OBJECT_OR_NULL,
     "text": {"prefix": [ID], "end_of_text": [ID]},
@@ -108,6 +110,11 @@ def read_manifest(folder: Path) -> Manifest:
 
 def parse_manifest(raw: Any, where: str = MANIFEST_NAME) -> Manifest:
     """The manifest from its JSON value. Raises ModelError, prefixed by `where`, naming everything missing or wrong."""
+    if isinstance(raw, dict) and raw.get("format") == STANDARD_FORMAT:
+        raise ModelError(
+            f"{where}: this export has the standard layout, for optimum, onnxruntime-genai and transformers.js: "
+            "open it with one of them, or export the checkpoint without --layout standard to run it here"
+        )
     if isinstance(raw, dict) and (raw.get("format") != FORMAT or raw.get("format_version") != FORMAT_VERSION):
         found = f"format {raw.get('format')!r}, format_version {raw.get('format_version')!r}"
         raise ModelError(f"{where} has {found}; this program reads {FORMAT!r}, {FORMAT_VERSION}")

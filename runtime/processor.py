@@ -15,6 +15,7 @@ ARM = ("aarch64", "arm64")
 AT_HWCAP, HWCAP_ASIMDDP = 16, 1 << 20  # Linux, asm/hwcap.h of arm64
 PF_ARM_V82_DP = 43  # Windows, IsProcessorFeaturePresent
 INT8_BATCHES_RIGHT = (1, 28)  # 1.27 attends to the wrong rows of int8 caches when it decodes several texts together
+EMPTY_TOPK_RIGHT = (1, 31)  # 1.30 and earlier divide by the number of rows
 OUTER_SCALES_FIXED = (1, 29)  # 1.28 and earlier read a null pointer; measured from 1.22 to 1.32 under emulation
 
 
@@ -40,12 +41,18 @@ def check_runtime(version: str, manifest: Manifest, folder: Path) -> None:
 
 
 def check_batches(version: str, manifest: Manifest) -> None:
-    """Raise SetupError where this onnxruntime decodes several texts incorrectly. Exports that state the version they
-    need were already checked when loaded."""
+    """Raise SetupError where this onnxruntime decodes several texts incorrectly, and ModelError where it would crash on
+    an earlier export. Exports that state the version they need were already checked when loaded."""
     if manifest.cache_dtype == "int8" and numbers(version) < INT8_BATCHES_RIGHT:
         raise SetupError(
             f"onnxruntime {version} decodes several texts incorrectly with an int8 KV cache: "
             "give one prompt at a time, or pip install --upgrade 'onnxruntime>=1.28'"
+        )
+    if numbers(version) < EMPTY_TOPK_RIGHT and manifest.searches_empty_leaves:
+        raise ModelError(
+            f"this model comes from an earlier dmpt-export, and several texts at once crash onnxruntime {version} with "
+            "it: export it again with `dmpt-export onnx`, give one prompt at a time, or "
+            "pip install --upgrade 'onnxruntime>=1.31'"
         )
 
 

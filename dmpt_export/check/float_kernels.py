@@ -58,7 +58,7 @@ def use_float_caches(model: onnx.ModelProto) -> None:
     for graph in graphs(model.graph):
         for node in graph.node:
             if node.op_type == "GroupQueryAttention":
-                del node.input[7:]
+                del node.input[12:]  # the scales
                 kept = [a for a in node.attribute if "quant" not in a.name and a.name != "kv_cache_bit_width"]
                 del node.attribute[:]
                 node.attribute.extend(kept)

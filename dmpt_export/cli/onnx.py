@@ -15,6 +15,9 @@ from dmpt_export.requests.onnx import ExportRequest
 @click.argument("checkpoint")
 @click.argument("out", type=click.Path())
 @storage_options
+@click.option("--layout", type=click.Choice(["native", "standard"]), default="native", show_default=True,
+              help="native: for dmpt-export's runtime; standard: a folder that optimum, onnxruntime-genai and "
+              "transformers.js open, where every path is computed for every token.")  # fmt: skip
 @click.option("--target", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
               help="cpu: float32 activations; cuda: float16.")  # fmt: skip
 @click.option("--only-path", metavar="LEAF", help="Export one path alone, as a model without routing: for a "
@@ -64,7 +67,7 @@ def command(**fields: Any) -> None:
 def report(manifest: dict[str, Any], out: str) -> str:
     """A few lines on the written files and the differences from torch."""
     sizes = {name: file["size"] for name, file in manifest["files"].items()}
-    model = sum(size for name, size in sizes.items() if name.startswith(manifest["model"]))
+    model = sum(size for name, size in sizes.items() if name.endswith((".onnx", ".onnx.data", ".onnx_data")))
     parameters = manifest["parameters"]
     lines = [
         f"{out}: graph and weights {model / 1e6:.1f} MB ({sum(sizes.values()) / 1e6:.1f} MB with tokenizer and "

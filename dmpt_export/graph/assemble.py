@@ -64,20 +64,7 @@ def build(
     pending = {name: inputs[f"pending.{name}"] for name in config.tree if name != ROOT}
     router = Router(config, weights, time, Tail(b, inputs["last"]), inputs.get("every_node"), pending, past)
 
-    trunk, *branches = config.tree.values()
-    stream = embed(b, weights, inputs["input_ids"], inputs["position_ids"])
-    wanted = None if trunk.children else lambda x, name: router.tail.rows(b, x, name)
-    stream, present = segment(b, config, weights, trunk, stream, time, past, wanted)
-    router.present |= present
-    if trunk.children is None:
-        log_probs, routes = _single_leaf(b, config, weights, router, stream)
-    else:
-        router.rows[ROOT] = stream.total(b, f"{trunk.prefix}.output")
-        router.fork(b, trunk, router.choose(b, trunk, router.rows[ROOT]))
-        for node in branches:
-            router.run_if_needed(b, node)
-        log_probs, routes = router.in_order(b)
-
+    log_probs, routes = run(b, config, weights, inputs["input_ids"], router)
     results = {"log_probs": log_probs, "routes": routes}
     if config.next_tokens:
         vocabulary = np.arange(config.vocab_size) if draft_vocabulary is None else draft_vocabulary
@@ -88,9 +75,13 @@ def build(
     results |= {f"head_log_weights.{leaf}": value for leaf, value in router.head_log_weights.items()}
     for prefix, caches in router.present.items():
         results |= {f"present.{prefix}.key": caches.key, f"present.{prefix}.value": caches.value}
-    outputs = [_named(b, results[spec.name], spec) for spec in output_specs(config, dtype, cache)]
+    outputs = [named(results[spec.name], spec) for spec in output_specs(config, dtype, cache)]
+    return finished(b, list(inputs.values()), outputs, opset)
+
+
+def finished(b: Builder, inputs: list[ir.Value], outputs: list[ir.Value], opset: int) -> ir.Model:
     graph = ir.Graph(
-        list(inputs.values()),
+        inputs,
         outputs,
         nodes=b.nodes,
         initializers=list(b.initializers.values()),
@@ -98,6 +89,22 @@ def build(
         name="dmpt",
     )
     return ir.Model(graph, ir_version=10 if opset < 23 else 11, producer_name="dmpt-export")
+
+
+def run(b: Builder, config: DMPTConfig, weights: Weights, ids: ir.Value, router: Router) -> tuple[ir.Value, ir.Value]:
+    """Embedding to heads: ids int64 [B, S] -> (log-probs [B, N, V], routes int64 [B, N]); `router` keeps the rest."""
+    trunk, *branches = config.tree.values()
+    stream = embed(b, weights, ids, router.time.position_ids)
+    wanted = None if trunk.children else lambda x, name: router.tail.rows(b, x, name)
+    stream, present = segment(b, config, weights, trunk, stream, router.time, router.past, wanted)
+    router.present |= present
+    if trunk.children is None:
+        return _single_leaf(b, config, weights, router, stream)
+    router.rows[ROOT] = stream.total(b, f"{trunk.prefix}.output")
+    router.fork(b, trunk, router.choose(b, trunk, router.rows[ROOT]))
+    for node in branches:
+        router.run_if_needed(b, node)
+    return router.in_order(b)
 
 
 def _single_leaf(
@@ -122,7 +129,7 @@ def _single_leaf(
     return log_probs, b.op("ConstantOfShape", shape, name="routes.zero", value=ir.tensor([0], dtype=ir.DataType.INT64))
 
 
-def _named(b: Builder, value: ir.Value, spec: Spec) -> ir.Value:
+def named(value: ir.Value, spec: Spec) -> ir.Value:
     """Give a result the name, type and shape of its graph output."""
     value.name, value.dtype, value.shape = spec.name, spec.dtype, ir.Shape(spec.shape)
     return value

@@ -31,6 +31,7 @@ class Timeline:
     position_ids: ir.Value  # int64 [B, S]
     seqlens_k: ir.Value  # int32 [B], tokens after this run, minus one
     total_length: ir.Value  # int32 [], tokens after this run
+    bias: ir.Value | None = None  # float [B, 1, S, tokens after this run], added to attention's scores: hides padding
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ def attention(
     """Causal attention over cache and new rows, before c_proj; a cache with shared buffers is written in place."""
     qkv = linear(b, weights, f"{prefix}.attn.c_attn", x)  # (B, R, 3E), packed as the operator expects
     inputs: tuple[ir.Value | None, ...] = (qkv, None, None, past.key, past.value, time.seqlens_k, time.total_length)
+    if time.bias is not None:
+        inputs += (None, None, None, time.bias)
     quantized: dict[str, Any] = {}
     if f"{prefix}.attn.k_scale" in weights:  # an int8 cache, scaled by channel
         scales = (float_weight(b, weights, f"{prefix}.attn.{part}_scale") for part in "kv")

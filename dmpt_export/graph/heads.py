@@ -8,17 +8,19 @@ h --- anchor (all V logits) --- log-softmax --- TopK ----+---- candidates C, mas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from dmpt_export.graph.builder import Builder
+from dmpt_export.graph.builder import Builder, Spec
 from dmpt_export.graph.linear import float_weight, project
 from dmpt_export.graph.projected import head_input, projections
 from dmpt_export.graph.rescore import candidate_logits, groups
 from quant.forms.weights import Weights, form_of
 from training.model.config import DMPTConfig
+
+FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 
 
 def leaf_log_probs(
@@ -53,7 +55,7 @@ def leaf_log_probs(
             for group in groups(config, weights, leaf)
         ]
 
-    return fast_mixture(b, config.fast_k, name, log_anchor, log_pi, score), log_pi
+    return fast_mixture(b, config.fast_k, name, log_anchor, log_pi, score, f"routed_{leaf}"), log_pi
 
 
 def fast_mixture(
@@ -63,15 +65,14 @@ def fast_mixture(
     log_anchor: ir.Value,
     log_pi: ir.Value,
     score: Callable[[ir.Value], list[tuple[ir.Value, bool]]],
+    rows: str | None = None,
 ) -> ir.Value:
     """The anchor's log-probs [1, n, V] with the mixture on its candidates: log_pi [n, H] -> [1, n, V].
 
-    score: candidates [1, n, K] -> the other heads' logits, in order, each [1, n, heads, K] and whether they are to be
+    rows: name of the dimension n where it may be 0. score: candidates [1, n, K] -> the other heads' logits, in order, each [1, n, heads, K] and whether they are to be
     added to the anchor's.
     """
-    log_c, candidates = b.ops(
-        "TopK", log_anchor, b.ints(fast_k), name=f"{name}.candidates", outputs=2, axis=-1, sorted=0
-    )
+    log_c, candidates = top_k(b, log_anchor, fast_k, f"{name}.candidates", (1, rows) if rows else None, sorted=0)
     mass = b.op("ReduceLogSumExp", log_c, b.ints(2), name=f"{name}.mass", keepdims=1)
     # The anchor's log-probs of the candidates serve as its logits: normalised over them, they are log_c - mass.
     anchors = b.op("Unsqueeze", log_c, b.ints(2), name=f"{name}.anchor")
@@ -83,6 +84,31 @@ def fast_mixture(
     mixed = mix(b, within, log_pi, name)
     log_c = b.op("Add", mass, mixed, name=f"{name}.log_c")
     return b.op("ScatterElements", log_anchor, candidates, log_c, name=name, axis=2)
+
+
+def top_k(
+    b: Builder, x: ir.Value, k: int, name: str, rows: tuple[int | str, ...] | None, **attributes: int
+) -> Sequence[ir.Value]:
+    """(values, indices) of the k largest in the last axis: float [*rows, m] -> [*rows, k].
+
+    rows: where there may be none, as in a leaf that no row takes. ONNX Runtime before 1.31 divides by their number,
+    which ends the process. Each leaf needs a name of its own for its rows: equal names share a buffer.
+    """
+
+    def search(inner: Builder) -> Sequence[ir.Value]:
+        return inner.ops("TopK", x, inner.ints(k), name=name, outputs=2, axis=-1, **attributes)
+
+    if rows is None:
+        return search(b)
+    values, indices = Spec(f"{name}.values", FLOAT, (*rows, k)), Spec(f"{name}.indices", INT64, (*rows, k))
+    any_rows = b.op("Cast", b.op("Size", x, name=f"{name}.size"), name=f"{name}.any", to=int(ir.DataType.BOOL))
+    return b.branch(
+        any_rows,
+        search,
+        lambda inner: [inner.nothing(values), inner.nothing(indices)],
+        [values, indices],
+        name=f"{name}.if_any",
+    )
 
 
 def mix(b: Builder, logits: ir.Value, log_pi: ir.Value, name: str) -> ir.Value:
@@ -114,7 +140,7 @@ def head_log_weights(b: Builder, config: DMPTConfig, weights: Weights, leaf: str
     logits = b.op("Div", logits, temperature, name=f"{prefix}.tempered")
     n_heads = len(config.head_allocation[leaf])
     if config.head_topk and config.head_topk < n_heads:
-        kept, which = b.ops("TopK", logits, b.ints(config.head_topk), name=f"{prefix}.topk", outputs=2, axis=-1)
+        kept, which = top_k(b, logits, config.head_topk, f"{prefix}.topk", (f"routed_{leaf}",) if config.splits else None)
         lowest = b.weight("const.minus_inf", np.array([-np.inf], np.float32))
         shape = b.op("Shape", logits, name=f"{prefix}.shape")
         dropped = b.op("Expand", lowest, shape, name=f"{prefix}.dropped")

@@ -8,6 +8,9 @@ A node runs when any of the last N positions is routed to a leaf under it; it th
 processed (`pending`), so its keys and values cover the full context and the result is exact. An inner node's branch
 also evaluates its gate; a node that did not run returns zero rows, and nothing under it runs. With `every_node` all
 nodes run and catch up, as rows that are decoded together must; heads still get only the rows routed to them.
+
+In the standard layout (dmpt_export.graph.standard) nothing is ever pending: every node runs in every step, without an
+If.
 """
 
 from __future__ import annotations
@@ -40,6 +43,12 @@ class Tail:
         """[B, R, E] -> [B, N, E]."""
         return b.op("Slice", x, self.start, b.ints(np.iinfo(np.int64).max), b.ints(1), name=f"{name}.last")
 
+    def places(self, b: Builder, pairs: ir.Value, name: str) -> ir.Value:
+        """Pairs int64 [n, 2], (row, which of its last N), as indices into rows [B, R, E]: int64 [1, n, 2]."""
+        ends = b.weight("const.ends", np.array([[[0, -1]]]))  # positions count from the end of the rows
+        offset = b.op("Mul", self.count, ends, name=f"{name}.tail")
+        return b.op("Add", pairs, offset, name=f"{name}.tail.pairs")
+
     def by_batch(self, b: Builder, *sizes: int) -> ir.Value:
         """The shape that splits flat rows [B * N, ...] by batch."""
         sizes_ = [b.ints(*sizes)] if sizes else []
@@ -54,8 +63,8 @@ class Router:
     weights: Weights
     time: Timeline
     tail: Tail
-    every_node: ir.Value | None  # bool []; None without splits
-    pending: Mapping[str, ir.Value]  # node -> [B, P, E]
+    every_node: ir.Value | None  # bool []; None without splits, and where every node always runs
+    pending: Mapping[str, ir.Value]  # node -> [B, P, E]; empty where every node always runs
     past: Mapping[str, Past]  # block prefix -> caches
     rows: dict[str, ir.Value] = field(default_factory=dict)  # split node -> its new output rows
     on: dict[str, ir.Value] = field(default_factory=dict)  # node -> bool [B, N]: routed through it
@@ -91,10 +100,9 @@ class Router:
             self.on[child] = here
 
     def run_if_needed(self, b: Builder, node: Node) -> None:
-        """Append the node's If and record its outputs."""
+        """Append the node's If, or its blocks where it always runs, and record its outputs."""
         prefixes = block_prefixes(node)
         taken = b.op("ReduceMax", self.on[node.name], name=f"routes.{node.name}.taken", keepdims=0)
-        needed = b.op("Or", taken, self.every_node, name=f"routes.{node.name}.needed")
         specs = [
             *self._result_specs(b, node),
             *map(Spec.of, cache_specs(node, self.config, self.past[prefixes[0]].dtype.numpy().name, "present")),
@@ -110,7 +118,11 @@ class Router:
             kept = [inner.op("Identity", cache, name=f"{node.prefix}.kept") for cache in caches]
             return [*self._skipped(inner, node), *kept]
 
-        results = b.branch(needed, then, otherwise, specs, name=node.prefix)
+        if self.every_node is None:
+            results = then(b)
+        else:
+            needed = b.op("Or", taken, self.every_node, name=f"routes.{node.name}.needed")
+            results = b.branch(needed, then, otherwise, specs, name=node.prefix)
         results, caches = results[: -2 * len(prefixes)], results[-2 * len(prefixes) :]
         if node.children is None:
             self.leaf_results[node.name] = results
@@ -127,19 +139,19 @@ class Router:
     def _run(self, b: Builder, node: Node) -> tuple[Stream, dict[str, Past]]:
         """Catch up: the node's blocks over its pending rows and its parent's new ones."""
         assert node.parent is not None
-        inputs = (self.pending[node.name], self.rows[node.parent])
-        stream = Stream(b.op("Concat", *inputs, name=f"{node.prefix}.input", axis=1))
+        stream = Stream(self.rows[node.parent])
+        if node.name in self.pending:
+            inputs = (self.pending[node.name], stream.x)
+            stream = Stream(b.op("Concat", *inputs, name=f"{node.prefix}.input", axis=1))
         wanted = self._routed(b, node) if node.children is None else None
         return segment(b, self.config, self.weights, node, stream, self.time, self.past, wanted)
 
     def _routed(self, b: Builder, leaf: Node) -> Callable[[ir.Value, str], ir.Value]:
         """Picks the rows routed to a leaf: [B, R, E] -> [1, n, E]."""
         where = b.op("NonZero", self.on[leaf.name], name=f"routes.{leaf.name}.where")  # (2, n): row and position
-        where = b.op("Transpose", where, name=f"routes.{leaf.name}.pairs")
-        ends = b.weight("const.ends", np.array([[[0, -1]]]))  # positions count from the end of the rows
-        offset = b.op("Mul", self.tail.count, ends, name=f"{leaf.prefix}.tail")
-        where = b.op("Add", where, offset, name=f"{leaf.prefix}.tail.pairs")  # (1, n, 2)
-        return lambda x, name: b.op("GatherND", x, where, name=f"{name}.routed")
+        pairs = b.op("Transpose", where, name=f"routes.{leaf.name}.pairs")
+        places = self.tail.places(b, pairs, leaf.prefix)
+        return lambda x, name: b.op("GatherND", x, places, name=f"{name}.routed")
 
     def _result_specs(self, b: Builder, node: Node) -> list[Spec]:
         if node.children is None:

@@ -13,9 +13,10 @@ import onnx_ir as ir
 
 from dmpt_export.graph.assemble import OPSETS, build
 from dmpt_export.graph.versions import least_onnxruntime
-from dmpt_export.onnx.exportable import ExportOptions, deployed
+from dmpt_export.onnx.exportable import LAYOUTS, STANDARD, ExportOptions, deployed
 from dmpt_export.onnx.kv_cache import INT8, KINDS, calibrate
-from dmpt_export.onnx.manifest import ACTIVATIONS, MODEL_FILE, describe, text_rules, write_manifest
+from dmpt_export.onnx.manifest import ACTIVATIONS, EXTERNAL_THRESHOLD, MODEL_FILE, describe, text_rules, write_manifest
+from dmpt_export.onnx.standard import standard_fields, standard_readme, write_graphs, write_settings
 from quant.checkpoint import load_weights
 from quant.forms.weights import Weights, quantized
 from runtime.manifest_file import MANIFEST_NAME, REPORT_NAME
@@ -29,7 +30,6 @@ from training.model.fields import tokens
 
 DATA_FILE = f"{MODEL_FILE}.data"
 DRAFT_VOCABULARY = 8192  # tokens, a sixth of GPT-2's
-EXTERNAL_THRESHOLD = 1024  # bytes; smaller tensors stay inside model.onnx
 
 
 def export_onnx(
@@ -75,20 +75,27 @@ def export_onnx(
     vocabulary = draft_vocabulary(config, options.draft_vocab, counted)
     if target == "cuda":
         check_cuda(weights)
-    model = build(config, weights, ACTIVATIONS[target], scales, opset, vocabulary)
     with atomic_folder(Path(out), "onnx") as temporary:
-        ir.save(model, temporary / MODEL_FILE, external_data=DATA_FILE, size_threshold_bytes=EXTERNAL_THRESHOLD)
+        standard = options.layout == STANDARD
         copy_tokenizer(folder, temporary, config)
+        manifest = describe(config, weights, target, folder, kv_cache, opset)
+        if standard:
+            model = write_graphs(config, weights, temporary, opset)
+            write_settings(config, weights, temporary)
+            manifest |= standard_fields(config, weights)
+        else:
+            model = build(config, weights, ACTIVATIONS[target], scales, opset, vocabulary)
+            ir.save(model, temporary / MODEL_FILE, external_data=DATA_FILE, size_threshold_bytes=EXTERNAL_THRESHOLD)
         if (folder / REPORT_NAME).is_file():  # so that a comparison can show each tensor's damage
             shutil.copyfile(folder / REPORT_NAME, temporary / REPORT_NAME)
-        manifest = describe(config, weights, target, folder, kv_cache, opset)
         if name is not None:
             manifest["source"]["name"] = name
         manifest["text"] = text_rules(config, temporary)
         if config.next_tokens:
             manifest["drafts"] = {"tokens": config.next_tokens, "vocabulary": len(vocabulary)}
         manifest["requires"] = {"onnxruntime": least_onnxruntime(model)}
-        (temporary / "README.md").write_text(readme(manifest), encoding="utf-8")
+        card = standard_readme if standard else readme
+        (temporary / "README.md").write_text(card(manifest), encoding="utf-8")
         write_manifest(manifest, temporary)
         del model, weights  # checking needs the memory
         gc.collect()  # nodes and values of the graph refer to each other
@@ -125,6 +132,8 @@ def check_options(options: ExportOptions) -> None:
     """Raise InputError for unknown values."""
     if options.target not in ACTIVATIONS:
         raise InputError(f"unknown target '{options.target}': choose one of {', '.join(ACTIVATIONS)}")
+    if options.layout not in LAYOUTS:
+        raise InputError(f"unknown layout '{options.layout}': choose one of {', '.join(LAYOUTS)}")
     if options.kv_cache not in KINDS:
         raise InputError(f"unknown kv_cache '{options.kv_cache}': choose one of {', '.join(KINDS)}")
     if options.opset not in OPSETS:

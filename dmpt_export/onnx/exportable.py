@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from training.model.shape import Shape
 
 S = TypeVar("S", bound="Shape")
+NATIVE, STANDARD = "native", "standard"
+LAYOUTS = (NATIVE, STANDARD)
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,16 @@ class ExportOptions:
     opset: int = 21  # version of the standard operators
     draft_vocab: int | None = None  # tokens that draft heads choose among; 0: none; None: 8192, or all if fewer
     atol: float | None = None  # largest allowed difference of a log-prob, instead of the tolerance table's
+    layout: str = NATIVE  # inputs and outputs: ours, or "standard", those of optimum, genai and transformers.js
 
     def check(self, verified: bool, calibrated: bool) -> None:
         """Raise OptionError for options that exclude each other, or that need verification or a text for the cache."""
+        if self.layout == STANDARD and self.target == "cuda":
+            raise OptionError("{layout} standard is for {target} cpu: leave one of them out")
+        if self.layout == STANDARD and self.kv_cache == "int8":
+            raise OptionError("{layout} standard has float caches, as the programs expect: leave {kv_cache} out")
+        if self.layout == STANDARD and self.draft_vocab:
+            raise OptionError("{layout} standard has no draft heads, which the programs cannot use: leave {draft_vocab} out")
         if self.target == "cuda" and self.kv_cache == "int8":
             raise OptionError("an int8 KV cache is for {target} cpu: leave {kv_cache} out")
         if calibrated and self.kv_cache != "int8":
@@ -47,7 +56,7 @@ def deployed(config: S, options: ExportOptions) -> S:
         )
     if vocabulary is not None and vocabulary > config.vocab_size:
         raise FieldError("{draft_vocab} {} is larger than the vocabulary of {}", vocabulary, config.vocab_size)
-    if vocabulary == 0:
+    if vocabulary == 0 or options.layout == STANDARD:
         config.next_tokens = 0
     if fast_k is not None:
         config.fast_k = fast_k or None

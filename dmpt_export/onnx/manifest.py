@@ -24,6 +24,7 @@ from training.model.fields import tokens
 from training.text.tokenizer import load_tokenizer, prefix_ids
 
 MODEL_FILE = "model.onnx"
+EXTERNAL_THRESHOLD = 1024  # bytes; smaller tensors stay inside model.onnx
 ACTIVATIONS = {"cpu": ir.DataType.FLOAT, "cuda": ir.DataType.FLOAT16}  # by target
 
 
@@ -64,8 +65,8 @@ def describe(
         "leaves": config.leaves,
         "head_allocation": config.head_allocation,
         **({"domains": config.domains} if config.domains else {}),
-        "inputs": [_io(spec) for spec in input_specs(config, dtype, cache)],
-        "outputs": [_io(spec) for spec in output_specs(config, dtype, cache)],
+        "inputs": [described(spec) for spec in input_specs(config, dtype, cache)],
+        "outputs": [described(spec) for spec in output_specs(config, dtype, cache)],
         "quantization": {
             "scheme": scheme_of(weights),
             "tensors": {name: _storage(form) for name, form in quantized(weights).items()},
@@ -77,6 +78,7 @@ def describe(
         "bytes_touched_per_token": touched_bytes,
         "parts": parts_table(weights),
         "branches_own_scales": True,  # see Builder.own_weight
+        "empty_leaves_guarded": True,  # see dmpt_export.graph.heads.top_k
         "files": {},
         "source": {"name": folder.name, "fingerprint": fingerprint(config, weights)},
         "tools": tool_versions(),
@@ -101,7 +103,7 @@ def scheme_of(weights: Weights) -> str:
     return layers[0].scheme if layers else "float"
 
 
-def _io(spec: Spec) -> dict[str, Any]:
+def described(spec: Spec) -> dict[str, Any]:
     return {"name": spec.name, "dtype": spec.dtype.numpy().name, "shape": list(spec.shape)}
 
 
@@ -132,7 +134,8 @@ def tool_versions() -> dict[str, str]:
 
 def write_manifest(manifest: dict[str, Any], folder: Path) -> None:
     """List every other file with its hash and size, then write the manifest itself."""
-    names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != MANIFEST_NAME)
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    names = sorted(name for path in paths if (name := path.relative_to(folder).as_posix()) != MANIFEST_NAME)
     manifest["files"] = {}
     for name in names:
         path = folder / name

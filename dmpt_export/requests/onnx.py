@@ -35,6 +35,7 @@ class Found:
 class ExportRequest:
     checkpoint: str  # DMPT folder, quantized folder, or GPT-2 folder or hub id
     out: str  # folder
+    layout: str = ExportOptions.layout  # native, or standard: for optimum, onnxruntime-genai and transformers.js
     target: str = ExportOptions.target  # cpu or cuda
     only_path: str | None = None  # a leaf, exported alone as a model with one path
     fast_k: int | None = None  # candidates of the anchor head; 0: none, every head in full; None: the checkpoint's
@@ -57,7 +58,7 @@ class ExportRequest:
     @property
     def options(self) -> ExportOptions:
         return ExportOptions(
-            self.target, self.fast_k, self.head_topk, self.kv_cache, self.opset, self.draft_vocab, self.atol
+            self.target, self.fast_k, self.head_topk, self.kv_cache, self.opset, self.draft_vocab, self.atol, self.layout
         )
 
     @property

@@ -56,9 +56,14 @@ def read_fields(source: Source) -> tuple[Path, dict[str, Any]]:
     Raises InputError naming the folder and the field.
     """
     folder = resolve(source)
+    if (folder / "dmpt_manifest.json").is_file():
+        use = "open it with optimum or another program that its README.md names"
+        raise InputError(
+            f"{folder} is an exported model, not a checkpoint: "
+            + (use if (folder / "config.json").is_file() else "run it with `dmpt-export run`")
+        )
     if not (folder / "config.json").is_file():
-        known = "an exported model (run it with `dmpt-export run`)" if (folder / "dmpt_manifest.json").is_file() else ""
-        raise InputError(f"{folder} is {known or 'not a model folder: it has no config.json'}")
+        raise InputError(f"{folder} is not a model folder: it has no config.json")
     path = folder / "config.json"
     fields = read_json(path)
     kind = fields.get("model_type")

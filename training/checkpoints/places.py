@@ -17,7 +17,7 @@ OWN_FILES = [
     "*.json", "*.jsonl", "*.safetensors", "*.onnx", "*.onnx.data", "*.md", "*.png", "*.svg", "*.csv", "*.html",
     "merges.txt",
 ]  # fmt: skip
-OWN_FOLDERS = ["trainer_state"]
+OWN_FOLDERS = {"trainer_state": ["*"], "onnx": ["*.onnx", "*.onnx_data"]}  # and what they may hold
 RUNS = ("last", "phase-1")  # exist in a run that can be continued: with one phase, with several
 NAME_MAX = 255  # bytes of a name, on every common file system
 
@@ -140,8 +140,13 @@ def check_place(out: Path) -> None:
 
 
 def _own(path: Path) -> bool:
-    patterns = OWN_FOLDERS if path.is_dir() else OWN_FILES
-    return any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns)
+    if not path.is_dir():
+        return _matches(path.name, OWN_FILES)
+    return path.name in OWN_FOLDERS and all(_matches(name, OWN_FOLDERS[path.name]) for name in os.listdir(path))
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 def beside(target: Path, what: str) -> Path:

@@ -185,7 +185,11 @@ def save_tokenizer(source: Path, target: Path, end: int | None) -> bool:
     tokenizer = load_tokenizer(source)
     tokenizer.save(str(target / READY))
     name = None if end is None else tokenizer.id_to_token(end)
-    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],  # its default has token_type_ids, which generate refuses
+        "clean_up_tokenization_spaces": False,
+    }
     before = json.loads(tokenizer.to_str()).get("pre_tokenizer") or {}
     if "add_prefix_space" in before:
         settings["add_prefix_space"] = before["add_prefix_space"]
