@@ -36,9 +36,9 @@ def parts_table(weights: Weights) -> dict[str, dict[str, int]]:
     return {part: {"parameters": count, "bytes": size} for part, (count, size) in totals(weights).items()}
 
 
-def touched_per_token(config: DMPTConfig, weights: Weights) -> tuple[int, int]:
+def touched_per_token(config: DMPTConfig, weights: Weights, every_path: bool = False) -> tuple[int, int]:
     """(parameters, bytes) that one decoding step reads, see DMPTConfig.touched_per_token."""
     parameters = {name: n_parameters(weight) for name, weight in weights.items()}
     unread = config.vocab_size / config.fast_k - 1 if config.fast_k else 0.0  # unread rows per read row
     sizes = {name: weight.nbytes + round(form_of(weight).whole_bytes * unread) for name, weight in weights.items()}
-    return config.touched_per_token(parameters), config.touched_per_token(sizes)
+    return config.touched_per_token(parameters, every_path), config.touched_per_token(sizes, every_path)

@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from dmpt_export.graph.standard import ALL, KEEP, LAST, build_standard, cache_layers, input_specs, output_specs
 from dmpt_export.onnx.manifest import EXTERNAL_THRESHOLD, MODEL_FILE, described
+from dmpt_export.onnx.sizes import n_parameters, touched_per_token
 from quant.forms.weights import Weights, quantized
 from runtime.manifest_file import MANIFEST_NAME, STANDARD_FORMAT, TOKENIZER_NAME
 from training.checkpoints.files import read_json
@@ -28,7 +29,7 @@ from training.text.tokenizer import load_tokenizer
 
 GENAI, JAVASCRIPT = "genai.onnx", "onnx"
 # transformers.js names its files by type; (bits up to, its word, suffix)
-TYPES = [(4.6, "q4", "_q4"), (9, "q8", "_quantized"), (17, "fp16", "_fp16"), (33, "fp32", "")]
+TYPES = [(6, "q4", "_q4"), (12, "q8", "_quantized"), (17, "fp16", "_fp16"), (33, "fp32", "")]
 
 
 def graph_files(weights: Weights) -> dict[str, str]:
@@ -68,9 +69,13 @@ def write_graphs(config: DMPTConfig, weights: Weights, folder: Path, opset: int)
 
 
 def standard_fields(config: DMPTConfig, weights: Weights) -> dict[str, Any]:
-    """What the manifest says differently: its format, by which our runtime knows the folder, and the graphs."""
+    """What the manifest says differently: its format, by which our runtime knows the folder, the graphs, and what a
+    step reads."""
+    touched_parameters, touched_bytes = touched_per_token(config, weights, every_path=True)
     return {
         "format": STANDARD_FORMAT,
+        "parameters": {"total": sum(map(n_parameters, weights.values())), "touched_per_token": touched_parameters},
+        "bytes_touched_per_token": touched_bytes,
         "graphs": graph_files(weights),
         "inputs": [described(spec) for spec in input_specs(config, ALL)],
         "outputs": [described(spec) for spec in output_specs(config, ALL)],

@@ -216,8 +216,9 @@ class Shape:
         name = known[mode]
         return leaves_under(name, self.leaves)
 
-    def touched_per_token(self, sizes: Mapping[str, int]) -> int:
-        """How much of a model one decoding step reads, for the leaf that reads most.
+    def touched_per_token(self, sizes: Mapping[str, int], every_path: bool = False) -> int:
+        """How much of a model one decoding step reads, for the leaf that reads most. every_path: a step runs the blocks
+        of all nodes, as the standard layout does.
 
         sizes: checkpoint tensor -> its size, in parameters or bytes; the result is in the same unit. A step reads the
         blocks and gates on the way to the leaf, its norm, head gate and projections, one row each of the embedding and
@@ -228,6 +229,8 @@ class Shape:
         def of_leaf(leaf: str, splits: list[str]) -> float:
             parts = ["transformer.h.", "transformer.ln_f.", f"head_gates.{leaf}.", f"paths.{leaf}."]
             parts += [f"{kind}.{name}." for name in splits for kind in ("paths", "gates")]
+            if every_path:
+                parts += ["gates.", *(f"paths.{node}.h." for node in self.tree)]
             own = self.head_allocation[leaf]
             parts += [f"heads.{j}.projection" for j in own if j in self.projected_heads]
             matrices = [self.matrix_of(leaf, j) for j in own]
