@@ -11,7 +11,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "train": ("torch", "transformers", "accelerate", "safetensors", "onnx", "onnx_ir"),
     "bench": ("psutil",),
     "data": ("zstandard", "pyarrow", "datasets"),
-    "optimum": ("optimum",),
+    "optimum": ("optimum.onnxruntime",),  # this project puts a file under `optimum` itself
     "bnb": ("bitsandbytes",),
 }
 
@@ -29,10 +29,18 @@ def require(*extras: str) -> None:
 
     >>> require("cpu", "train")
     """
-    missing = {extra: [m for m in MODULES[extra] if find_spec(m) is None] for extra in extras}
+    missing = {extra: [m for m in MODULES[extra] if not is_there(m)] for extra in extras}
     lacking = [extra for extra, modules in missing.items() if modules]
     if lacking:
         from training.errors import install
 
         names = ", ".join(dict.fromkeys(m for modules in missing.values() for m in modules))
         raise MissingExtra(f"this command needs {names}: {install(*lacking)}")
+
+
+def is_there(module: str) -> bool:
+    """Whether a module can be found; of `a.b`, `a` is imported."""
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False

@@ -23,12 +23,15 @@ BESIDE = (
 )  # fmt: skip
 
 
+PLACED = "dmpt_export/integrations/"  # its files go among those of other packages
+
+
 def packaged(folder: Path) -> dict[str, bytes]:
     """Files of the five packages by their path, as a wheel should have them."""
-    files = (file for name in PACKAGES for file in (folder / name).rglob("*") if file.is_file())
-    kinds = (".py", ".json", ".toml", ".md", ".typed")
+    files = (file for name in (*PACKAGES, "optimum") for file in (folder / name).rglob("*") if file.is_file())
+    kinds = (".py", ".json", ".toml", ".md", ".mjs", ".typed")
     return {
-        file.relative_to(folder).as_posix(): file.read_bytes()
+        file.relative_to(folder).as_posix().removeprefix(PLACED): file.read_bytes()
         for file in files
         if file.suffix in kinds and "__pycache__" not in file.parts
     }

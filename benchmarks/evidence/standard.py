@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def main() -> None:
                 results.append({"model": model.name, "stored": stored, "package": package, **row})
                 say(str(results[-1]))
     (options.work / "packages.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(table(results))
+    sys.stdout.write(table(results) + "\n")
 
 
 def programs(options: argparse.Namespace) -> list[tuple[str, list[str], Path | None]]:
@@ -130,13 +131,14 @@ def until_different(got: list[int], want: list[int]) -> int:
     >>> until_different([1, 2, 3], [1, 2, 4])
     2
     """
-    return next((i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b), min(len(got), len(want)))
+    pairs = enumerate(zip(got, want, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(got), len(want)))
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown."""
     lines = [
-        f"| model | stored | package | prompts alone, equal of {NEW_TOKENS} | in a padded batch | beams alone = batch |",
+        f"| model | stored | package | alone: equal of {NEW_TOKENS} | in a padded batch | beams alone = batch |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in results:

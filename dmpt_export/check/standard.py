@@ -40,7 +40,9 @@ class StandardModel:
     def __enter__(self) -> StandardModel:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
         del self.session
 
     def sequence(self, rows: int = 1) -> Texts:
@@ -82,8 +84,9 @@ def padded(ids: list[int], shorter: int, left: bool) -> tuple[Int64s, Int64s]:
     """A batch of the text and its first `shorter` tokens, padded on one side with its own tokens: ids, mask [2, S]."""
     missing = len(ids) - shorter
     texts = [[*ids[:missing], *ids[:shorter]] if left else [*ids[:shorter], *ids[:missing]], ids]
-    seen = [[0] * missing, [1] * shorter]
-    return np.array(texts), np.array([sum(seen if left else seen[::-1], []), [1] * len(ids)])
+    mask = np.ones((2, len(ids)), np.int64)
+    mask[0, slice(missing) if left else slice(shorter, None)] = 0
+    return np.array(texts), mask
 
 
 def compare_padded(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,17 +133,25 @@ def compare_runs(
     """Whole-sequence scoring and prefill-then-step decoding against torch; in the standard layout, padding too."""
     import runtime
 
-    standard = "graphs" in manifest
-    with StandardModel(folder / manifest["model"]) if standard else runtime.load(folder) as model:
-        whole = Outcome(*model.score(ids))
-        stepped = decode_stepwise(model, ids)
+    if "graphs" in manifest:
+        with StandardModel(folder / manifest["model"]) as other:
+            return {
+                **compare_alone(other, ids, want, tolerance, how),
+                **compare_padded(other, ids, want, tolerance, how),
+            }
+    with runtime.load(folder) as model:
         if want.drafts.gaps.size:
             want.drafts.compare(want.routes, *draft_tokens(model, ids), 1 - tolerance.top1, f"{how}draft heads")
-        batch = compare_padded(model, ids, want, tolerance, how) if standard else {}
+        return compare_alone(model, ids, want, tolerance, how)
+
+
+def compare_alone(
+    model: Model | StandardModel, ids: list[int], want: Reference, tolerance: Tolerance, how: str
+) -> dict[str, Any]:
+    whole, stepped = Outcome(*model.score(ids)), decode_stepwise(model, ids)
     return {
         "whole": compare(want, whole, tolerance, f"{how}scored as a whole"),
         "stepwise": compare(want.part(stepped.first), stepped, tolerance, f"{how}decoded stepwise"),
-        **batch,
     }
 
 

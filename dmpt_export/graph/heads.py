@@ -69,10 +69,10 @@ def fast_mixture(
 ) -> ir.Value:
     """The anchor's log-probs [1, n, V] with the mixture on its candidates: log_pi [n, H] -> [1, n, V].
 
-    rows: name of the dimension n where it may be 0. score: candidates [1, n, K] -> the other heads' logits, in order, each [1, n, heads, K] and whether they are to be
-    added to the anchor's.
+    rows: name of the dimension n where it may be 0. score: candidates [1, n, K] -> the other heads' logits, in order,
+    each [1, n, heads, K] and whether they are to be added to the anchor's.
     """
-    log_c, candidates = top_k(b, log_anchor, fast_k, f"{name}.candidates", (1, rows) if rows else None, sorted=0)
+    log_c, candidates = top_k(b, log_anchor, fast_k, f"{name}.candidates", (1, rows) if rows else None)
     mass = b.op("ReduceLogSumExp", log_c, b.ints(2), name=f"{name}.mass", keepdims=1)
     # The anchor's log-probs of the candidates serve as its logits: normalised over them, they are log_c - mass.
     anchors = b.op("Unsqueeze", log_c, b.ints(2), name=f"{name}.anchor")
@@ -86,17 +86,15 @@ def fast_mixture(
     return b.op("ScatterElements", log_anchor, candidates, log_c, name=name, axis=2)
 
 
-def top_k(
-    b: Builder, x: ir.Value, k: int, name: str, rows: tuple[int | str, ...] | None, **attributes: int
-) -> Sequence[ir.Value]:
-    """(values, indices) of the k largest in the last axis: float [*rows, m] -> [*rows, k].
+def top_k(b: Builder, x: ir.Value, k: int, name: str, rows: tuple[int | str, ...] | None) -> Sequence[ir.Value]:
+    """(values, indices) of the k largest in the last axis, in any order: float [*rows, m] -> [*rows, k].
 
     rows: where there may be none, as in a leaf that no row takes. ONNX Runtime before 1.31 divides by their number,
     which ends the process. Each leaf needs a name of its own for its rows: equal names share a buffer.
     """
 
     def search(inner: Builder) -> Sequence[ir.Value]:
-        return inner.ops("TopK", x, inner.ints(k), name=name, outputs=2, axis=-1, **attributes)
+        return inner.ops("TopK", x, inner.ints(k), name=name, outputs=2, axis=-1, sorted=0)
 
     if rows is None:
         return search(b)
@@ -140,7 +138,9 @@ def head_log_weights(b: Builder, config: DMPTConfig, weights: Weights, leaf: str
     logits = b.op("Div", logits, temperature, name=f"{prefix}.tempered")
     n_heads = len(config.head_allocation[leaf])
     if config.head_topk and config.head_topk < n_heads:
-        kept, which = top_k(b, logits, config.head_topk, f"{prefix}.topk", (f"routed_{leaf}",) if config.splits else None)
+        kept, which = top_k(
+            b, logits, config.head_topk, f"{prefix}.topk", (f"routed_{leaf}",) if config.splits else None
+        )
         lowest = b.weight("const.minus_inf", np.array([-np.inf], np.float32))
         shape = b.op("Shape", logits, name=f"{prefix}.shape")
         dropped = b.op("Expand", lowest, shape, name=f"{prefix}.dropped")

@@ -34,7 +34,7 @@ def cache_layers(config: DMPTConfig) -> list[str]:
 
 def cache_specs(config: DMPTConfig, label: str, length: str) -> list[Spec]:
     """Caches of all layers: inputs (`past_key_values`) or outputs (`present`)."""
-    shape = ("batch_size", config.n_head, length, config.n_embd // config.n_head)
+    shape: tuple[int | str, ...] = ("batch_size", config.n_head, length, config.n_embd // config.n_head)
     layers = range(len(cache_layers(config)))
     return [Spec(f"{label}.{i}.{part}", FLOAT, shape) for i in layers for part in ("key", "value")]
 
@@ -53,7 +53,7 @@ def input_specs(config: DMPTConfig, rows: str) -> list[Spec]:
 
 def output_specs(config: DMPTConfig, rows: str) -> list[Spec]:
     """Outputs in order."""
-    length = {ALL: "sequence_length", KEEP: "num_logits", LAST: 1}[rows]
+    length: int | str = {ALL: "sequence_length", KEEP: "num_logits"}.get(rows, 1)
     logits = Spec("logits", FLOAT, ("batch_size", length, config.vocab_size))
     return [logits, *cache_specs(config, "present", "total_sequence_length")]
 

@@ -36,7 +36,9 @@ class ExportOptions:
         if self.layout == STANDARD and self.kv_cache == "int8":
             raise OptionError("{layout} standard has float caches, as the programs expect: leave {kv_cache} out")
         if self.layout == STANDARD and self.draft_vocab:
-            raise OptionError("{layout} standard has no draft heads, which the programs cannot use: leave {draft_vocab} out")
+            raise OptionError(
+                "{layout} standard has no draft heads, which the programs cannot use: leave {draft_vocab} out"
+            )
         if self.target == "cuda" and self.kv_cache == "int8":
             raise OptionError("an int8 KV cache is for {target} cpu: leave {kv_cache} out")
         if calibrated and self.kv_cache != "int8":

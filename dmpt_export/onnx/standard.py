@@ -57,8 +57,8 @@ def write_graphs(config: DMPTConfig, weights: Weights, folder: Path, opset: int)
     written = ir.load(path).graph.initializers
     for name, rows in others:
         other = build_standard(config, weights, rows, opset)
-        for initializer in other.graph.initializers.values():
-            stored = written[initializer.name].const_value if initializer.name in written else None
+        for weight, initializer in other.graph.initializers.items():
+            stored = written[weight].const_value if weight in written else None
             if isinstance(stored, ir.ExternalTensor):
                 initializer.const_value = ir.ExternalTensor(
                     f"{JAVASCRIPT}/{data}", stored.offset, stored.length, stored.dtype,
@@ -169,8 +169,8 @@ def standard_readme(manifest: dict[str, Any]) -> str:
     layers = len([spec for spec in manifest["inputs"] if spec["name"].endswith(".key")])
     cache = 8 * layers * config["n_embd"] * config["n_positions"]
     paths = (
-        f"\nThese programs know no paths: every one of the {len(leaves)} ({', '.join(leaves)}) is computed for every "
-        "token. dmpt-export's own\nruntime computes a path only when a token takes it: export without `--layout` for it.\n"
+        f"\nThese programs know no paths: each one ({', '.join(leaves)}) is computed for every token.\n"
+        "dmpt-export's own runtime computes a path only when a token takes it: export without `--layout` for it.\n"
         if len(leaves) > 1
         else ""
     )

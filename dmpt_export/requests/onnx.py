@@ -58,7 +58,14 @@ class ExportRequest:
     @property
     def options(self) -> ExportOptions:
         return ExportOptions(
-            self.target, self.fast_k, self.head_topk, self.kv_cache, self.opset, self.draft_vocab, self.atol, self.layout
+            self.target,
+            self.fast_k,
+            self.head_topk,
+            self.kv_cache,
+            self.opset,
+            self.draft_vocab,
+            self.atol,
+            self.layout,
         )
 
     @property

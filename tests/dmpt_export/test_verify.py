@@ -12,10 +12,11 @@ import torch
 
 import dmpt_export.onnx.export as export_module
 import runtime
-from dmpt_export.check import verify
+from dmpt_export.check import reference, verify
 from dmpt_export.check.float_kernels import force_turns, read_graph
+from dmpt_export.check.reference import ENOUGH, prompt_length, sent_to
 from dmpt_export.check.tolerances import EXACT, TOLERANCES
-from dmpt_export.check.verify import ENOUGH, SEED, prompt_length, sent_to
+from dmpt_export.check.verify import SEED
 from dmpt_export.cli.main import main
 from dmpt_export.onnx.export import export_onnx
 from dmpt_export.onnx.exportable import ExportOptions
@@ -219,6 +220,6 @@ def test_candidates_that_tie_are_not_a_fault(tmp_path: Path, monkeypatch: pytest
     parity = export_onnx(tmp_path / "source", tmp_path / "onnx")["parity"]
     assert parity["whole"]["candidate_ties"] > 5
     assert parity["whole"]["max_abs_diff"] < 1e-4
-    monkeypatch.setattr(verify, "EDGE", 0.0)
+    monkeypatch.setattr(reference, "EDGE", 0.0)
     with pytest.raises(ValidationError, match="largest log-prob difference"):
         export_onnx(tmp_path / "source", tmp_path / "other")

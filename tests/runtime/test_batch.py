@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import runtime
 from dmpt_export.check.float_kernels import read_graph, use_float_kernels
-from dmpt_export.check.tolerances import TOLERANCES, tolerance
 from dmpt_export.check.reference import torch_references
+from dmpt_export.check.tolerances import TOLERANCES, tolerance
 from dmpt_export.onnx.export import export_onnx
 from dmpt_export.onnx.manifest import write_manifest
 from quant.checkpoint import save_quantized

@@ -174,3 +174,28 @@ def test_linux_says_which_instructions_there_are(bits: int, found: bool, monkeyp
     monkeypatch.setattr(processor.sys, "platform", "linux")
     monkeypatch.setattr(processor.ctypes, "CDLL", lambda _: type("Libc", (), {"getauxval": staticmethod(getauxval)}))
     assert processor.has_dot_product() is found
+
+
+@pytest.mark.parametrize(
+    ("tree", "crashes"),
+    [("dual, fast-k", True), ("quad, fast-k", True), ("dual, all heads", False), ("multi-head", False),
+     ("projected, one anchor", False), ("projected, one anchor, shared heads", True)],
+)  # fmt: skip
+def test_batches_that_would_search_an_empty_leaf_are_refused(
+    tree: str, crashes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TopK on no rows ends the process with onnxruntime before 1.31; exports guard it now."""
+    folder = device(saved_model(tmp_path / "source", **TREES[tree]), tmp_path, "float")
+    old = Path(shutil.copytree(folder, tmp_path / "old"))
+    path = old / MANIFEST_NAME
+    raw = json.loads(path.read_text())
+    del raw["empty_leaves_guarded"]
+    path.write_text(json.dumps(raw))
+    for place, version, refused in ((old, "1.30.0", crashes), (old, "1.31.0", False), (folder, "1.30.0", False)):
+        monkeypatch.setattr(session, "import_onnxruntime", with_version(version))
+        with runtime.load(place) as model:
+            if refused:
+                with pytest.raises(ModelError, match=r"several texts at once crash onnxruntime 1\.30\.0"):
+                    model.batch(2)
+            else:
+                assert len(model.batch(2)) == 2

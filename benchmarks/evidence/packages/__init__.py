@@ -2,6 +2,6 @@
 
     PROGRAM REQUEST.json > ANSWER.json
 
-Request: folder, prompts, new_tokens, beams. Answer: version, prompt_ids, alone, batch (new ids of each prompt, by itself
-and in a padded batch), beams_alone, beams_batch (null where the package has none), seconds (by tokens, alone).
+Request: folder, prompts, new_tokens, beams. Answer: version, prompt_ids, alone and batch (new ids of each prompt, by
+itself and in a padded batch), beams_alone and beams_batch (null where the package has none), seconds a token, alone.
 """

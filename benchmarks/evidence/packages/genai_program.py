@@ -46,7 +46,7 @@ def main() -> None:
         "beams_batch": None,  # of prompts of one length only
         "seconds": seconds / (new * len(prompts)),
     }
-    print(json.dumps(answer))
+    json.dump(answer, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def main() -> None:
         "beams_batch": write(prompts, beams, num_beams=3),
         "seconds": seconds / (new * len(prompts)),
     }
-    print(json.dumps(answer))
+    json.dump(answer, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """`optimum-cli dmpt VERB ...` and `optimum-cli export dmpt CHECKPOINT OUT ...`.
 
-optimum 2 imports every file of the namespace package `optimum.commands.register`, where installing this project puts this
-one. Options are passed on as they are: argparse leaves them alone, because no argument begins with its prefix.
+optimum 2 imports every file of the namespace package `optimum.commands.register`, where installing this project puts
+this one. Options are passed on as they are: argparse leaves them alone, because no argument begins with its prefix.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum.commands.export.base import ExportCommand
 
 
-class DmptCommand(BaseOptimumCLICommand):  # type: ignore[misc]
+class DmptCommand(BaseOptimumCLICommand):
     """dmpt-export, under optimum-cli."""
 
     COMMAND = CommandInfo(
