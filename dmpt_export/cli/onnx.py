@@ -75,6 +75,10 @@ def report(manifest: dict[str, Any], out: str) -> str:
         f"{parameters['total']:,} parameters, {parameters['touched_per_token']:,} touched per token "
         f"({manifest['bytes_touched_per_token'] / 1e6:.2f} MB)"
     ]
+    if "graphs" in manifest:
+        from dmpt_export.onnx.standard import cache_line
+
+        lines.append(cache_line(manifest))
     if manifest["parity"] is None:
         lines.append("not verified against torch")
     else:

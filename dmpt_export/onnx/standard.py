@@ -163,11 +163,17 @@ def write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
+def cache_line(manifest: dict[str, Any]) -> str:
+    """What keys and values of one text take; the programs hold two copies, or room for the whole context at once."""
+    config = manifest["config"]
+    layers = len([spec for spec in manifest["inputs"] if spec["name"].endswith(".key")])
+    size = 2 * 4 * layers * config["n_embd"] * config["n_positions"]
+    return f"keys and values of a full context: {layers} layers, {size / 1e6:.0f} MB of float32 for each text"
+
+
 def standard_readme(manifest: dict[str, Any]) -> str:
     """README.md of the folder: five lines for each program."""
     config, leaves = manifest["config"], manifest["leaves"]
-    layers = len([spec for spec in manifest["inputs"] if spec["name"].endswith(".key")])
-    cache = 8 * layers * config["n_embd"] * config["n_positions"]
     paths = (
         f"\nThese programs know no paths: each one ({', '.join(leaves)}) is computed for every token.\n"
         "dmpt-export's own runtime computes a path only when a token takes it: export without `--layout` for it.\n"
@@ -178,7 +184,7 @@ def standard_readme(manifest: dict[str, Any]) -> str:
 
 Exported by dmpt-export, weights {manifest["quantization"]["scheme"]}, {manifest["parameters"]["total"]:,} parameters, \
 context {config["n_positions"]} tokens.
-Caches: {layers} layers, float32, {cache / 1e6:.0f} MB for a full context.
+{cache_line(manifest).capitalize()}.
 {paths}
 `logits` are log-probs of the deployed model.
 

@@ -12,7 +12,7 @@ import torch
 
 import dmpt_export.onnx.export as export_module
 import runtime
-from dmpt_export.check import reference, verify
+from dmpt_export.check import reference
 from dmpt_export.check.float_kernels import force_turns, read_graph
 from dmpt_export.check.reference import ENOUGH, prompt_length, sent_to
 from dmpt_export.check.tolerances import EXACT, TOLERANCES
