@@ -24,7 +24,7 @@ from runtime.session import Engine
 from runtime.text import TextCodec, utf8
 from runtime.threads import resolve_threads
 from runtime.truncation import LEFT, check_side, shortened, shortened_text
-from runtime.writing import SLIDE, STOP, Limits
+from runtime.writing import SLIDE, STOP, Limits, Writing
 
 # Positions per run when scoring. Each one returns a vocabulary row and gathers its fast_k candidates' rows of all other
 # heads: positions * fast_k * heads * n_embd values. For 64 positions of GPT-2 small with fast_k 256 and three other
@@ -195,6 +195,7 @@ class Model:
         on_full: str = STOP,
         speculate: int = 0,
         truncate: str | None = None,
+        logprobs: int | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Generation | Generations:
         """Generate text while you iterate over the result, one `Token(id, text, path, row)` at a time.
@@ -210,10 +211,11 @@ class Model:
         result's `ids`, `text` and `stop_reason` ("end_of_text", "stop_string", "max_new_tokens" or "context_full") are
         complete; for a list, those of each of its `texts`. Raises RequestError before computing anything. truncate:
         where to cut a prompt that does not fit: "left" keeps its end, "right" its beginning, "middle" both; on_full
-        "slide" implies "left".
+        "slide" implies "left". logprobs: give each Token its log-probability (`logprob`) and those of this many
+        likeliest tokens (`top_logprobs`), in the model's deployed distribution, before penalty, bias and temperature.
         """
         how = Sampling(**sampling)
-        limits = Limits(max_new_tokens, stop, on_full, speculate)
+        limits = Limits(max_new_tokens, stop, on_full, speculate, logprobs)
         if is_many(prompt):
             return Generations(self, self.many_ids(prompt, limits, truncate), how, limits)
         return Generation(self, self.prompt_for(prompt, limits, truncate), how, limits)
@@ -228,6 +230,7 @@ class Model:
         on_full: str = STOP,
         speculate: int = 0,
         truncate: str | None = None,
+        logprobs: int | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> str | list[Any]:
         """Continue a prompt: returns the new text for a text, the list of new token ids for token ids.
@@ -235,19 +238,21 @@ class Model:
         A list of prompts is continued together and gives a list of the results that each prompt gives alone. on_token:
         called as on_token(token_id, piece) for each new token of a single prompt as soon as it is chosen. The joined
         pieces are the new text; no piece splits a character. An end-of-text token, if chosen, is the last id and has
-        no text. For the other arguments, limits and errors see stream().
+        no text. With logprobs the result of a prompt is its list of Tokens instead. For the other arguments, limits and
+        errors see stream().
         """
         made = self.stream(
-            prompt, max_new_tokens, stop=stop, on_full=on_full, speculate=speculate, truncate=truncate, **sampling
-        )
+            prompt, max_new_tokens, stop=stop, on_full=on_full, speculate=speculate, truncate=truncate,
+            logprobs=logprobs, **sampling,
+        )  # fmt: skip
         if on_token is not None and isinstance(made, Generations):
             raise RequestError("on_token is for one prompt: use stream() for several")
         for token in made:
             if on_token is not None:
                 on_token(token.id, token.text)
         if isinstance(made, Generations):
-            return [t.text if isinstance(p, str) else t.ids for p, t in zip(prompt, made.texts, strict=True)]
-        return made.text if isinstance(prompt, str) else made.ids
+            return [result(text, asked) for asked, text in zip(prompt, made.texts, strict=True)]
+        return result(made, prompt)
 
     # --- end ----------------------------------------------------------------------------------
 
@@ -260,3 +265,10 @@ class Model:
 
     def __exit__(self, *raised: object) -> None:
         self.close()
+
+
+def result(text: Writing, prompt: Any) -> Any:
+    """What generate() returns for one prompt."""
+    if text.limits.logprobs is not None:
+        return text.tokens
+    return text.text if isinstance(prompt, str) else text.ids

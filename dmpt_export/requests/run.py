@@ -44,6 +44,7 @@ class RunRequest:
     on_full: str = "stop"  # stop or slide
     truncate: str | None = None  # where a prompt that does not fit is cut: left, middle or right
     speculate: int = 0  # tokens to guess at most
+    logprobs: int | None = None  # likeliest tokens to report with each token; 0: its own log-prob; None: neither
     batch: bool = False  # the prompt has one prompt a line
     threads: int | None = None  # of the CPU; None: what this process may use
     deterministic: bool = False  # one thread and reproducible arithmetic
@@ -97,13 +98,13 @@ class RunRequest:
     def limits(self) -> Limits:
         from runtime.writing import Limits
 
-        return Limits(self.max_new_tokens, self.stop, self.on_full, self.speculate)
+        return Limits(self.max_new_tokens, self.stop, self.on_full, self.speculate, self.logprobs)
 
     def stream(self, loaded: Loaded, text: str) -> Generation:
         """Iterate over the generated tokens that continue a text."""
         made = loaded.model.stream(
             text, self.max_new_tokens, stop=self.stop, on_full=self.on_full, speculate=self.speculate,
-            truncate=self.truncate, **self.choosing(),
+            truncate=self.truncate, logprobs=self.logprobs, **self.choosing(),
         )  # fmt: skip
         from runtime.generate import Generation
 
