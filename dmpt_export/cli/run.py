@@ -63,6 +63,10 @@ class Bias(click.ParamType):  # type: ignore[type-arg]  # generic only from clic
               "check them in one run: by draft heads where the model has them, else from the text so far.")  # fmt: skip
 @click.option("--logprobs", type=click.IntRange(min=0), metavar="N", help="With --json or --batch: give each token's "
               "log-probability and those of the N likeliest tokens, before temperature, penalty and bias.")  # fmt: skip
+@click.option("--save-prompt", metavar="FILE", help="Read the prompt, save it to FILE for --after, and write no text. "
+              "FILE fits this export alone.")  # fmt: skip
+@click.option("--after", metavar="FILE", help="Continue a prompt that --save-prompt saved, without reading it again; "
+              "PROMPT follows it.")  # fmt: skip
 @click.option("--batch", is_flag=True, help="Read one prompt per line from standard input, continue them "
               "together, and print one line of JSON for each, in order.")  # fmt: skip
 @click.option("--threads", type=int, help="CPU threads. Default: all available to this process.")
@@ -86,6 +90,8 @@ def command(as_json: bool, verbose: bool, echo: bool, **fields: Any) -> None:
       dmpt-export run device "The tide mill" --temperature 0.8 --top-k 40 --seed 1
       echo "The tide mill" | dmpt-export run device --json
       dmpt-export run device --batch < prompts.txt
+      dmpt-export run device --save-prompt rules.prompt < rules.txt
+      dmpt-export run device --after rules.prompt "Question: "
 
     Next: `dmpt-export eval MODEL --data FILE` for its perplexity, `dmpt-export bench MODEL` for its speed.
     """
@@ -94,13 +100,21 @@ def command(as_json: bool, verbose: bool, echo: bool, **fields: Any) -> None:
         raise click.UsageError("--batch prints a line of JSON for each prompt: leave --json, --echo and -v out")
     if request.logprobs is not None and not (as_json or request.batch):
         raise click.UsageError("--logprobs prints with --json or --batch only: give one of them")
+    if request.save_prompt is not None and (as_json or echo):
+        raise click.UsageError("--save-prompt writes no text: leave --json and --echo out")
     request.check()
-    if request.prompt is None and not request.batch and not as_json and is_terminal(sys.stdin, sys.stdout):
+    once = request.batch or as_json or request.save_prompt is not None
+    if request.prompt is None and not once and is_terminal(sys.stdin, sys.stdout):
         with request.run() as loaded:
             converse(loaded, request, lambda text: show(request.stream(loaded, text), Clock(0.0), False, echo and text))
         return
     text = read_prompt() if request.prompt is None else as_utf8(request.prompt)
     with request.run() as loaded:
+        if request.save_prompt is not None:
+            tokens = request.save(loaded, text)
+            if verbose or sys.stderr.isatty():
+                click.echo(f"{tokens} tokens saved to {request.save_prompt}", err=True)
+            return
         if request.batch:
             show_batch(*request.stream_lines(loaded, text))
             return
@@ -180,12 +194,14 @@ class Clock:
     def statistics(self, generation: Generation) -> dict[str, Any]:
         """The first token ends the prefill; decoding speed is measured over the others."""
         prefill, decode, new = self.first - self.started, self.latest - self.first, len(generation.ids)
+        read = len(generation.prompt) - generation.known
         return {
             "prompt_tokens": len(generation.prompt),
             "new_tokens": new,
             "stop_reason": generation.stop_reason,
             "load_s": round(self.load_s, 4),
-            "prefill_tokens_per_s": round(len(generation.prompt) / prefill, 2) if prefill > 0 else None,
+            **({"saved_tokens": generation.known} if generation.after is not None else {}),
+            "prefill_tokens_per_s": round(read / prefill, 2) if prefill > 0 else None,
             "decode_tokens_per_s": round((new - 1) / decode, 2) if decode > 0 else None,
             **(guesses(generation) if generation.limits.speculate else {}),
             "path_shares": {path: round(count / new, 4) for path, count in sorted(self.paths.items())},
