@@ -16,8 +16,9 @@ from runtime.errors import ModelError, OutOfMemory, RequestError, SetupError
 
 if TYPE_CHECKING:
     from runtime.model import Model
+    from runtime.sequence import Sequence
 
-__all__ = ["ModelError", "OutOfMemory", "RequestError", "SetupError", "load"]
+__all__ = ["ModelError", "OutOfMemory", "RequestError", "SetupError", "load", "load_prompt"]
 
 
 def load(
@@ -43,3 +44,14 @@ def load(
     from runtime.model import Model
 
     return Model(folder, device=device, threads=threads, verify=verify, deterministic=deterministic)
+
+
+def load_prompt(model: Model, path: str | PathLike[str]) -> Sequence:
+    """The text that `Sequence.save` wrote, with its caches, to generate `after` it or to feed further tokens to.
+
+    Raises RequestError for a file that is missing, damaged, of a later format, or saved with another model or another
+    export of it.
+    """
+    from runtime.sequence import Sequence
+
+    return Sequence.load(model.engine, path)

@@ -24,6 +24,7 @@ from runtime.graph_io import DRAFTING
 from runtime.manifest import PER_TENSOR
 from runtime.request import check_count, check_ids
 from runtime.sampling import is_whole
+from runtime.saved_prompt import State
 from runtime.sequence import Sequence
 from runtime.session import Engine
 
@@ -101,6 +102,13 @@ class Batch:
         leaf = sequence.run(ids, log_probs[None], every_node=True)[0]
         self.lengths[row] += len(ids)
         return int(leaf)
+
+    def put(self, row: int, state: State) -> None:
+        """Replace one row's text by one that every node has processed whole."""
+        self.reserve(len(state.ids))
+        self.caches.fill(row, state.caches)
+        self.lengths[row] = len(state.ids)
+        self.bound = self.bound and self.engine.device == "cpu"  # elsewhere the caches have moved
 
     def step(self, ids: ArrayLike) -> tuple[Float32s, Int64s]:
         """Append one token to every row, in one run: ids [rows]. Returns and raises as feed()."""

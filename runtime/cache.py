@@ -80,6 +80,14 @@ class Caches:
         self.replace(larger)
         self.capacity = capacity
 
+    def fill(self, row: int, content: Mapping[str, NDArray[Any]]) -> None:
+        """Overwrite the beginning of one text's keys and values: by cache name, [n_head, tokens, head_dim]."""
+        for name, first in content.items():
+            array = self.buffers[name].host()
+            array[row, :, : first.shape[1]] = first
+            if self.engine.device != "cpu":  # host() is a copy
+                self.buffers[name] = Buffer(array, self.engine)
+
     def reorder(self, index: NDArray[np.int64], filled: int) -> None:
         """Replace text i by the first `filled` tokens of text index[i]; texts may be repeated and left out.
 

@@ -15,6 +15,7 @@ from runtime.errors import RequestError
 from runtime.lookup import Lookup
 from runtime.manifest import PER_TENSOR
 from runtime.sampling import Sampling
+from runtime.saved_prompt import State
 from runtime.sequence import Sequence
 from runtime.writing import Limits, TextModel, Token, Writing
 
@@ -35,9 +36,18 @@ class Generation(Writing):
     model: Generator
 
     def __init__(
-        self, model: Generator, prompt: NDArray[np.int64], sampling: Sampling, limits: Limits, row: int = 0
+        self,
+        model: Generator,
+        prompt: NDArray[np.int64],
+        sampling: Sampling,
+        limits: Limits,
+        row: int = 0,
+        after: Sequence | None = None,
     ) -> None:
+        """after: a text that was read already, with which the prompt begins. A copy of it is continued."""
         super().__init__(model, prompt, sampling, limits, row)
+        self.after = after
+        self.known = 0 if after is None else min(after.length, len(prompt) - 1)  # tokens that are not read again
         if limits.speculate:
             check_speculation(model)
         self.runs = self.drafted = self.accepted = 0  # runs of the graph; tokens guessed, and those that proved right
@@ -51,11 +61,11 @@ class Generation(Writing):
         """
         if self.ids:
             raise RequestError("this text was already generated: start a new one")
-        sequence = self.model.sequence()
+        sequence = self.model.sequence() if self.after is None else beginning(self.after, self.prompt)
         rows = np.empty((1 + self.limits.speculate, self.model.vocab_size), np.float32)
         drafting = bool(self.limits.speculate and self.model.manifest.draft_tokens)
         lookup = Lookup(self.prompt.tolist(), self.limits.speculate) if self.limits.speculate and not drafting else None
-        new: list[int] = self.prompt.tolist()
+        new: list[int] = self.prompt[sequence.length :].tolist()
         guesses: list[int] = []
         while True:
             log_probs = rows[: 1 + len(guesses)]
@@ -90,6 +100,15 @@ class Generation(Writing):
         return min(self.model.context - used, self.limits.max_new_tokens - len(self.ids) - 1)
 
 
+def beginning(after: Sequence, prompt: NDArray[np.int64]) -> Sequence:
+    """A copy of a text with which a prompt begins, without the prompt's last token: running that predicts the next."""
+    sequence = after.copy(len(prompt))
+    sequence.rewind(len(prompt) - 1)
+    if not np.array_equal(sequence.tokens, prompt[: sequence.length]):
+        raise RequestError("the text to continue (after) has changed since: start again, or continue a copy() of it")
+    return sequence
+
+
 def pairs(guesses: int) -> int:
     """The largest number of drafts that makes the rows of a run even: kernels read weights once for two rows.
 
@@ -112,16 +131,21 @@ class Generations:
     complete afterwards. At most 16 are in memory at once; one where kernels round the rows of a batch together."""
 
     def __init__(
-        self, model: Generator, prompts: Many[NDArray[np.int64] | None], sampling: Sampling, limits: Limits
+        self,
+        model: Generator,
+        prompts: Many[NDArray[np.int64] | None],
+        sampling: Sampling,
+        limits: Limits,
+        after: Sequence | None = None,
     ) -> None:
-        """prompts: None is left out, and keeps its row."""
+        """prompts: None is left out, and keeps its row. after: a text that was read already, with which all begin."""
         if limits.speculate:
             raise RequestError("speculate works on one prompt at a time: leave it out, or give the prompts one by one")
-        self.model = model
+        self.model, self.after = model, after
         given = [(row, prompt) for row, prompt in enumerate(prompts) if prompt is not None]
         self.alone: list[Generation] = []  # generated one after the other
         if model.manifest.rounds_rows_together:
-            self.alone = [Generation(model, prompt, sampling, limits, row) for row, prompt in given]
+            self.alone = [Generation(model, prompt, sampling, limits, row, after) for row, prompt in given]
         self.texts: list[Writing] = [*self.alone] or [Writing(model, p, sampling, limits, row) for row, p in given]
 
     def __iter__(self) -> Iterator[Token]:
@@ -133,11 +157,12 @@ class Generations:
             yield from self.together()
 
     def together(self) -> Iterator[Token]:
+        saved = self.saved()
         waiting = deque(self.texts)
         active = [waiting.popleft() for _ in range(min(TOGETHER, len(waiting)))]
         batch = self.model.batch(len(active), max(len(text.prompt) for text in active))
         log_probs = np.empty((len(active), self.model.vocab_size), np.float32)
-        new = [enter(batch, row, text.prompt.tolist()) for row, text in enumerate(active)]
+        new = [enter(batch, row, text.prompt.tolist(), saved) for row, text in enumerate(active)]
         while active:
             routes = batch.run(new, log_probs[: len(active)])
             for row, text in enumerate(active):
@@ -145,7 +170,7 @@ class Generations:
                 yield token
                 if text.stop_reason is not None and waiting:
                     active[row] = waiting.popleft()
-                    new[row] = enter(batch, row, active[row].prompt.tolist())
+                    new[row] = enter(batch, row, active[row].prompt.tolist(), saved)
                 elif text.stop_reason is None:
                     full = batch.lengths[row] == self.model.context  # on_full is "slide"
                     new[row] = enter(batch, row, text.kept()) if full else token.id
@@ -154,10 +179,28 @@ class Generations:
                 batch.reorder(going)
             active, new = [active[row] for row in going], [new[row] for row in going]
 
+    def saved(self) -> State | None:
+        """The text with which all begin, processed by every node, as in a batch."""
+        if self.after is None:
+            return None
+        sequence = beginning(self.after, max((text.prompt for text in self.texts), key=len))
+        if sequence.length and set(sequence.done.values()) != {sequence.length}:
+            last = sequence.tokens[-1:]
+            sequence.rewind(sequence.length - 1)
+            sequence.run(last, np.empty((1, self.model.vocab_size), np.float32), every_node=True)
+        return sequence.state()
 
-def enter(batch: Batch, row: int, ids: list[int]) -> int:
-    """Replace a row's text by all but the last of these tokens; the last one is for the next run."""
+
+def enter(batch: Batch, row: int, ids: list[int], saved: State | None = None) -> int:
+    """Replace a row's text by all but the last of these tokens; the last one is for the next run.
+
+    saved: a text with which they begin.
+    """
     batch.forget(row)
-    if len(ids) > 1:
-        batch.run_row(row, ids[:-1], np.empty(batch.config.vocab_size, np.float32))
+    if saved is not None:
+        batch.put(row, saved)
+        batch.lengths[row] = min(len(saved.ids), len(ids) - 1)
+    known = int(batch.lengths[row])
+    if len(ids) - 1 > known:
+        batch.run_row(row, ids[known:-1], np.empty(batch.config.vocab_size, np.float32))
     return ids[-1]

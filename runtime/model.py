@@ -17,14 +17,14 @@ from runtime.files import check_files
 from runtime.generate import Generation, Generations
 from runtime.manifest import Manifest
 from runtime.manifest_file import TOKENIZER_NAME, read_manifest
-from runtime.request import check_count, check_ids, is_many
+from runtime.request import check_count, check_ids, is_empty, is_many
 from runtime.sampling import Sampling, SamplingOptions
 from runtime.sequence import Sequence
 from runtime.session import Engine
 from runtime.text import TextCodec, utf8
 from runtime.threads import resolve_threads
 from runtime.truncation import LEFT, check_side, shortened, shortened_text
-from runtime.writing import SLIDE, STOP, Limits
+from runtime.writing import SLIDE, STOP, Limits, Writing
 
 # Positions per run when scoring. Each one returns a vocabulary row and gathers its fast_k candidates' rows of all other
 # heads: positions * fast_k * heads * n_embd values. For 64 positions of GPT-2 small with fast_k 256 and three other
@@ -82,14 +82,20 @@ class Model:
         return self.codec
 
     def prompt_ids(
-        self, prompt: str | ArrayLike, truncate: str | None = None, room: int | None = None
+        self,
+        prompt: str | ArrayLike,
+        truncate: str | None = None,
+        room: int | None = None,
+        after: Sequence | None = None,
     ) -> NDArray[np.int64]:
         """Ids of a prompt that fits the context. Text that is too long is rejected before it is tokenised.
 
         truncate: of a prompt that does not fit, drop tokens "left", "middle" or "right" until `room` are left (the
-        whole context by default).
+        whole context by default). after: what the prompt continues; its ids are put in front and never cut, and the
+        prompt may then be empty.
         """
         check_side(truncate)
+        before = np.empty(0, np.int64) if after is None else self.tokens_of(after)
         room = self.context if room is None else room
         if isinstance(prompt, str):
             if truncate is not None:
@@ -100,32 +106,55 @@ class Model:
                     f"the prompt has {size} bytes, a context of {self.context} tokens holds at most {most}: shorten "
                     "it, or choose where to cut it (truncate)"
                 )
-            if not prompt:
+            if not prompt and after is None:
                 raise RequestError("the prompt is empty: give some text")
-            prompt = self.encode(prompt)
-        if truncate is None:
-            return check_ids(prompt, self.vocab_size, self.context)
-        ids = check_ids(prompt, self.vocab_size, max(self.context, np.size(prompt)))
-        if len(ids) <= self.context:
-            return ids
-        prefix = len(self.manifest.prefix) if ids[: len(self.manifest.prefix)].tolist() == self.manifest.prefix else 0
-        return np.asarray(shortened(ids.tolist(), room, truncate, prefix), np.int64)
+            prompt = self._codec().encode(prompt, begins=after is None)
+        if after is not None and is_empty(prompt):
+            return before
+        most = self.context if truncate is None else max(self.context, len(before) + np.size(prompt))
+        ids = check_ids(prompt, self.vocab_size, most, len(before))
+        if len(before) + len(ids) > self.context:
+            ids = self._shortened(ids, room, str(truncate), len(before))
+        return np.concatenate([before, ids]) if len(before) else ids
 
-    def prompt_for(self, prompt: str | ArrayLike, limits: Limits, truncate: str | None) -> NDArray[np.int64]:
+    def _shortened(self, ids: NDArray[np.int64], room: int, truncate: str, used: int) -> NDArray[np.int64]:
+        """Ids cut to room - used; without `used` tokens before them, the prefix of the folder stays."""
+        if used >= room:
+            raise RequestError(
+                f"a prompt cut to fit would get {room} tokens, and the text that it continues has {used}: shorten "
+                "that text, or give a prompt that fits"
+            )
+        prefix = self.manifest.prefix
+        kept = len(prefix) if not used and ids[: len(prefix)].tolist() == prefix else 0
+        return np.asarray(shortened(ids.tolist(), room - used, truncate, kept), np.int64)
+
+    def tokens_of(self, after: Sequence) -> NDArray[np.int64]:
+        """Ids of a text to continue. Raises RequestError for one of another model, or without tokens."""
+        if not isinstance(after, Sequence) or after.engine is not self.engine:
+            raise RequestError("after must be a sequence of this model, such as runtime.load_prompt returns")
+        if not after.length:
+            raise RequestError("the sequence to continue (after) has no tokens: feed some to it, or leave it out")
+        return after.tokens
+
+    def prompt_for(
+        self, prompt: str | ArrayLike, limits: Limits, truncate: str | None, after: Sequence | None = None
+    ) -> NDArray[np.int64]:
         """prompt_ids() with room for what is to be generated; on_full "slide" implies truncate "left".
 
         A prompt that is cut keeps the context less max_new_tokens, at least half; to slide, half.
         """
         half, slides = max(1, self.context // 2), limits.on_full == SLIDE
         room = half if slides else max(self.context - limits.max_new_tokens, half)
-        return self.prompt_ids(prompt, LEFT if slides and truncate is None else truncate, room)
+        return self.prompt_ids(prompt, LEFT if slides and truncate is None else truncate, room, after)
 
-    def many_ids(self, prompts: Many[str | ArrayLike], limits: Limits, truncate: str | None) -> list[NDArray[np.int64]]:
+    def many_ids(
+        self, prompts: Many[str | ArrayLike], limits: Limits, truncate: str | None, after: Sequence | None = None
+    ) -> list[NDArray[np.int64]]:
         """prompt_for() of each prompt. Errors name the prompt by its number, from 1."""
         ids = []
         for number, prompt in enumerate(prompts, start=1):
             try:
-                ids.append(self.prompt_for(prompt, limits, truncate))
+                ids.append(self.prompt_for(prompt, limits, truncate, after))
             except RequestError as error:
                 raise RequestError(f"prompt {number} of {len(prompts)}: {error}") from error
         return ids
@@ -195,6 +224,8 @@ class Model:
         on_full: str = STOP,
         speculate: int = 0,
         truncate: str | None = None,
+        logprobs: int | None = None,
+        after: Sequence | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Generation | Generations:
         """Generate text while you iterate over the result, one `Token(id, text, path, row)` at a time.
@@ -210,13 +241,16 @@ class Model:
         result's `ids`, `text` and `stop_reason` ("end_of_text", "stop_string", "max_new_tokens" or "context_full") are
         complete; for a list, those of each of its `texts`. Raises RequestError before computing anything. truncate:
         where to cut a prompt that does not fit: "left" keeps its end, "right" its beginning, "middle" both; on_full
-        "slide" implies "left".
+        "slide" implies "left". logprobs: give each Token its log-probability (`logprob`) and those of this many
+        likeliest tokens (`top_logprobs`), in the model's deployed distribution, before penalty, bias and temperature.
+        after: a text that was read already (`runtime.load_prompt`, or a `sequence()` that you fed), which the prompt
+        continues, and may be empty; it stays unchanged, so several prompts can follow it.
         """
         how = Sampling(**sampling)
-        limits = Limits(max_new_tokens, stop, on_full, speculate)
+        limits = Limits(max_new_tokens, stop, on_full, speculate, logprobs)
         if is_many(prompt):
-            return Generations(self, self.many_ids(prompt, limits, truncate), how, limits)
-        return Generation(self, self.prompt_for(prompt, limits, truncate), how, limits)
+            return Generations(self, self.many_ids(prompt, limits, truncate, after), how, limits, after)
+        return Generation(self, self.prompt_for(prompt, limits, truncate, after), how, limits, after=after)
 
     def generate(
         self,
@@ -228,6 +262,8 @@ class Model:
         on_full: str = STOP,
         speculate: int = 0,
         truncate: str | None = None,
+        logprobs: int | None = None,
+        after: Sequence | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> str | list[Any]:
         """Continue a prompt: returns the new text for a text, the list of new token ids for token ids.
@@ -235,19 +271,21 @@ class Model:
         A list of prompts is continued together and gives a list of the results that each prompt gives alone. on_token:
         called as on_token(token_id, piece) for each new token of a single prompt as soon as it is chosen. The joined
         pieces are the new text; no piece splits a character. An end-of-text token, if chosen, is the last id and has
-        no text. For the other arguments, limits and errors see stream().
+        no text. With logprobs the result of a prompt is its list of Tokens instead. For the other arguments, limits and
+        errors see stream().
         """
         made = self.stream(
-            prompt, max_new_tokens, stop=stop, on_full=on_full, speculate=speculate, truncate=truncate, **sampling
-        )
+            prompt, max_new_tokens, stop=stop, on_full=on_full, speculate=speculate, truncate=truncate,
+            logprobs=logprobs, after=after, **sampling,
+        )  # fmt: skip
         if on_token is not None and isinstance(made, Generations):
             raise RequestError("on_token is for one prompt: use stream() for several")
         for token in made:
             if on_token is not None:
                 on_token(token.id, token.text)
         if isinstance(made, Generations):
-            return [t.text if isinstance(p, str) else t.ids for p, t in zip(prompt, made.texts, strict=True)]
-        return made.text if isinstance(prompt, str) else made.ids
+            return [result(text, asked) for asked, text in zip(prompt, made.texts, strict=True)]
+        return result(made, prompt)
 
     # --- end ----------------------------------------------------------------------------------
 
@@ -260,3 +298,10 @@ class Model:
 
     def __exit__(self, *raised: object) -> None:
         self.close()
+
+
+def result(text: Writing, prompt: Any) -> Any:
+    """What generate() returns for one prompt."""
+    if text.limits.logprobs is not None:
+        return text.tokens
+    return text.text if isinstance(prompt, str) else text.ids

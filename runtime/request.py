@@ -54,3 +54,15 @@ def is_many(prompt: Any) -> bool:
         return not isinstance(prompt, str) and len(prompt[0]) >= 0
     except (TypeError, IndexError, KeyError):  # not a list, an empty one, or a list of numbers
         return False
+
+
+def is_empty(prompt: Any) -> bool:
+    """Whether a prompt is a list without token ids.
+
+    >>> is_empty([]), is_empty(np.zeros(0)), is_empty([1]), is_empty(7), is_empty(np.array(7))
+    (True, True, False, False, False)
+    """
+    try:
+        return len(prompt) == 0
+    except TypeError:
+        return False

@@ -143,6 +143,19 @@ class Sampler:
         return int(tokens[index_at(weights, self.rng.random())])
 
 
+def likeliest(log_probs: Scores, n: int) -> tuple[tuple[int, float], ...]:
+    """(id, log-prob) of the n likeliest of the tokens [vocab], falling; lower ids first on ties.
+
+    >>> likeliest(np.array([-3.0, -1.0, -2.0, -1.0], np.float32), 3)
+    ((1, -1.0), (3, -1.0), (2, -2.0))
+    """
+    if n == 0:
+        return ()
+    tokens = np.flatnonzero(log_probs >= np.partition(log_probs, -n)[-n])
+    falling = tokens[np.argsort(-log_probs[tokens], kind="stable")[:n]]
+    return tuple(zip(falling.tolist(), log_probs[falling].tolist(), strict=True))
+
+
 def index_at(weights: Scores, share: float) -> int:
     """The index where the running sum passes `share`, below 1, of the total.
 

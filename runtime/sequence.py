@@ -13,17 +13,19 @@ the wanted positions are routed through, and these catch up on all their pending
 
 from __future__ import annotations
 
+from os import PathLike
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from runtime.cache import Caches, roomier
-from runtime.errors import ModelError
+from runtime.errors import ModelError, RequestError
 from runtime.graph_io import DRAFTING, DRAFTS, HEAD_LOG_WEIGHTS
 from runtime.lookup import MOST_SPECULATED
 from runtime.manifest import ROOT, Node
 from runtime.request import check_count, check_ids
+from runtime.saved_prompt import State, lags, read_state, write_state
 from runtime.session import Engine
 
 # Tokens of a prompt that run together. A prompt of 512 (GPT-2 small, int8, AVX-512) takes 0.96 of a single run's time,
@@ -57,7 +59,8 @@ class Sequence:
         self.binding = engine.binding()
         self.of_any_size = manifest.outputs_of_any_size
         self.output_index = {name: i for i, name in enumerate(manifest.outputs)}
-        self.ids = np.zeros(self.config.n_positions, np.int64)
+        self.fed = np.zeros(self.config.n_positions, np.int64)  # all tokens; those that a caller's caches had are 0
+        self.ids = np.zeros(self.config.n_positions, np.int64)  # of a run
         self.positions = np.zeros(self.config.n_positions, np.int64)
         self.seqlens = np.zeros(1, np.int32)
         self.total = np.zeros((), np.int32)
@@ -83,6 +86,11 @@ class Sequence:
         """Tokens fed so far."""
         return self.done[ROOT]
 
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """Ids of the tokens fed so far, [length]."""
+        return self.fed[: self.length].copy()
+
     def reset(self) -> None:
         """Forget all tokens; the memory is kept for the next text."""
         self.rewind(0)
@@ -92,8 +100,11 @@ class Sequence:
         if length < self.length:
             self.done = {name: min(done, length) for name, done in self.done.items()}
 
-    def feed(self, ids: ArrayLike, last: int = 1) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Append tokens and predict the next token after each of the last `last` of them.
+    def feed(
+        self, ids: ArrayLike, last: int = 1, every_path: bool = False
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Append tokens and predict the next token after each of the last `last` of them. every_path: all paths read
+        them now, so that none has to catch up later; for a text that is saved and continued many times.
 
         Returns log-probs of the next token, float32 [last, vocab], and the leaf each position was routed to,
         int64 [last], as indices into `manifest.leaves`. Both belong to the caller. Raises RequestError for bad ids,
@@ -101,7 +112,7 @@ class Sequence:
         """
         tokens = check_ids(ids, self.config.vocab_size, self.config.n_positions, self.length)
         log_probs = np.empty((check_count("last", last, len(tokens)), self.config.vocab_size), np.float32)
-        return log_probs, self.run(tokens, log_probs)
+        return log_probs, self.run(tokens, log_probs, every_path)
 
     def run(
         self,
@@ -122,7 +133,7 @@ class Sequence:
         size, start = len(ids), self.length
         total = start + size
         self.reserve(total)
-        self.ids[:size] = ids
+        self.ids[:size] = self.fed[start:total] = ids
         self.positions[:size] = self.every_position[start:total]
         self.seqlens[0] = total - 1
         self.total[()] = total
@@ -176,6 +187,49 @@ class Sequence:
         Empty unless it was drafting."""
         drafts: NDArray[np.int64] = self.binding.get_outputs_as_ortvaluevector()[self.output_index[DRAFTS]].numpy()[0]
         return drafts
+
+    # --- copies and files ---------------------------------------------------------------------
+
+    def copy(self, capacity: int = 0) -> Sequence:
+        """The same text in memory of its own, with room for `capacity` tokens. Nodes that lag behind still do."""
+        copy = Sequence(self.engine, max(capacity, self.length))
+        copy.restore(self.state())
+        return copy
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the text and its caches to a file, in one step; runtime.load_prompt reads it.
+
+        Raises RequestError for an empty text, or where anything but a saved prompt would be replaced; OSError.
+        """
+        if self.length == 0:
+            raise RequestError("there are no tokens to save: feed some first")
+        write_state(path, self.state(), self.engine.manifest)
+
+    @classmethod
+    def load(cls, engine: Engine, path: str | PathLike[str]) -> Sequence:
+        """The text that save() wrote with the same export. Raises RequestError, see read_state()."""
+        state = read_state(path, engine.manifest)
+        sequence = cls(engine, len(state.ids))
+        sequence.restore(state)
+        return sequence
+
+    def state(self) -> State:
+        """Everything that depends on the tokens. Its arrays are views: the next run may change them."""
+        done, node_of = self.done, self.caches.node_of
+        rows = {s: self.rows[s][done[s] - lag : done[s]] for s, lag in lags(self.engine.manifest, done).items()}
+        caches = {name: b.host()[self.row, :, : done[node_of[name]]] for name, b in self.caches.buffers.items()}
+        return State(self.tokens, dict(done), rows, caches)
+
+    def restore(self, state: State) -> None:
+        """Replace the text. Rows that every child has processed are missing from a state, and are never needed."""
+        self.reset()
+        self.reserve(len(state.ids))
+        self.done = dict(state.done)
+        self.fed[: self.length] = state.ids
+        for split, rows in state.rows.items():
+            self.rows[split][self.done[split] - len(rows) : self.done[split]] = rows
+        self.caches.fill(self.row, state.caches)
+        self.bind_all()
 
     # --- memory -------------------------------------------------------------------------------
 

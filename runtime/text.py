@@ -24,10 +24,13 @@ class TextCodec:
         except Exception as error:
             raise ModelError(f"{path} is not a tokenizer ({error}): export the model again") from error
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text. Raises RequestError for text that has no UTF-8 form (lone surrogates)."""
+    def encode(self, text: str, begins: bool = True) -> list[int]:
+        """Token ids of a text. begins: False for a text that continues another one and so gets no prefix.
+
+        Raises RequestError for text that has no UTF-8 form (lone surrogates).
+        """
         utf8(text)
-        return [*self.prefix, *self.tokenizer.encode(text, add_special_tokens=False).ids]
+        return [*(self.prefix if begins else ()), *self.tokenizer.encode(text, add_special_tokens=False).ids]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; bytes that are not UTF-8 become U+FFFD."""

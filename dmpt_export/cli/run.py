@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import sys
 import time
@@ -17,6 +18,7 @@ from dmpt_export.requests.run import RunRequest
 
 if TYPE_CHECKING:
     from runtime.generate import Generation, Generations
+    from runtime.writing import Writing
 
 MOST_NAMED = 10  # unusable prompts in one message
 MOST_INPUT = 64 << 20  # bytes read from standard input; the model checks whether the text fits the context
@@ -59,6 +61,12 @@ class Bias(click.ParamType):  # type: ignore[type-arg]  # generic only from clic
               "not fit the context: left keeps its end. Default: refuse it; with --on-full slide: left.")  # fmt: skip
 @click.option("--speculate", type=int, default=0, metavar="N", show_default=True, help="Guess up to N tokens and "
               "check them in one run: by draft heads where the model has them, else from the text so far.")  # fmt: skip
+@click.option("--logprobs", type=click.IntRange(min=0), metavar="N", help="With --json or --batch: give each token's "
+              "log-probability and those of the N likeliest tokens, before temperature, penalty and bias.")  # fmt: skip
+@click.option("--save-prompt", metavar="FILE", help="Read the prompt, save it to FILE for --after, and write no text. "
+              "FILE fits this export alone.")  # fmt: skip
+@click.option("--after", metavar="FILE", help="Continue a prompt that --save-prompt saved, without reading it again; "
+              "PROMPT follows it.")  # fmt: skip
 @click.option("--batch", is_flag=True, help="Read one prompt per line from standard input, continue them "
               "together, and print one line of JSON for each, in order.")  # fmt: skip
 @click.option("--threads", type=int, help="CPU threads. Default: all available to this process.")
@@ -82,19 +90,31 @@ def command(as_json: bool, verbose: bool, echo: bool, **fields: Any) -> None:
       dmpt-export run device "The tide mill" --temperature 0.8 --top-k 40 --seed 1
       echo "The tide mill" | dmpt-export run device --json
       dmpt-export run device --batch < prompts.txt
+      dmpt-export run device --save-prompt rules.prompt < rules.txt
+      dmpt-export run device --after rules.prompt "Question: "
 
     Next: `dmpt-export eval MODEL --data FILE` for its perplexity, `dmpt-export bench MODEL` for its speed.
     """
     request = RunRequest(**fields)
     if request.batch and (as_json or verbose or echo):
         raise click.UsageError("--batch prints a line of JSON for each prompt: leave --json, --echo and -v out")
+    if request.logprobs is not None and not (as_json or request.batch):
+        raise click.UsageError("--logprobs prints with --json or --batch only: give one of them")
+    if request.save_prompt is not None and (as_json or echo):
+        raise click.UsageError("--save-prompt writes no text: leave --json and --echo out")
     request.check()
-    if request.prompt is None and not request.batch and not as_json and is_terminal(sys.stdin, sys.stdout):
+    once = request.batch or as_json or request.save_prompt is not None
+    if request.prompt is None and not once and is_terminal(sys.stdin, sys.stdout):
         with request.run() as loaded:
             converse(loaded, request, lambda text: show(request.stream(loaded, text), Clock(0.0), False, echo and text))
         return
     text = read_prompt() if request.prompt is None else as_utf8(request.prompt)
     with request.run() as loaded:
+        if request.save_prompt is not None:
+            tokens = request.save(loaded, text)
+            if verbose or sys.stderr.isatty():
+                click.echo(f"{tokens} tokens saved to {request.save_prompt}", err=True)
+            return
         if request.batch:
             show_batch(*request.stream_lines(loaded, text))
             return
@@ -107,9 +127,26 @@ def command(as_json: bool, verbose: bool, echo: bool, **fields: Any) -> None:
                 click.echo()
         statistics = {**clock.statistics(generation), "threads": loaded.model.threads, "device": request.device}
     if as_json:
-        click.echo(json.dumps({"text": generation.text, "ids": generation.ids, **statistics}))
+        click.echo(json.dumps({**result(generation), **statistics}))
     elif verbose or sys.stderr.isatty():
         click.echo(summary(statistics), err=True)
+
+
+def result(text: Writing) -> dict[str, Any]:
+    """What JSON says of a complete text."""
+    found: dict[str, Any] = {"text": text.text, "ids": text.ids}
+    if text.limits.logprobs is not None and text.model.codec is not None:
+        codec = text.model.codec
+
+        def entry(token: int, logprob: float | None) -> dict[str, Any]:
+            finite = logprob is not None and math.isfinite(logprob)  # JSON has no infinity
+            return {"id": token, "text": codec.decode([token]), "logprob": logprob if finite else None}
+
+        found["logprobs"] = [
+            {**entry(token.id, token.logprob), "top_logprobs": [entry(*pair) for pair in token.top_logprobs]}
+            for token in text.tokens
+        ]
+    return found
 
 
 def is_terminal(*streams: Any) -> bool:
@@ -157,12 +194,14 @@ class Clock:
     def statistics(self, generation: Generation) -> dict[str, Any]:
         """The first token ends the prefill; decoding speed is measured over the others."""
         prefill, decode, new = self.first - self.started, self.latest - self.first, len(generation.ids)
+        read = len(generation.prompt) - generation.known
         return {
             "prompt_tokens": len(generation.prompt),
             "new_tokens": new,
             "stop_reason": generation.stop_reason,
             "load_s": round(self.load_s, 4),
-            "prefill_tokens_per_s": round(len(generation.prompt) / prefill, 2) if prefill > 0 else None,
+            **({"saved_tokens": generation.known} if generation.after is not None else {}),
+            "prefill_tokens_per_s": round(read / prefill, 2) if prefill > 0 else None,
             "decode_tokens_per_s": round((new - 1) / decode, 2) if decode > 0 else None,
             **(guesses(generation) if generation.limits.speculate else {}),
             "path_shares": {path: round(count / new, 4) for path, count in sorted(self.paths.items())},
@@ -207,7 +246,7 @@ def show_batch(generations: Generations, wrong: dict[int, str]) -> None:
             elif text.stop_reason is None:
                 return
             else:
-                click.echo(json.dumps({"text": text.text, "ids": text.ids, "stop_reason": text.stop_reason}))
+                click.echo(json.dumps({**result(text), "stop_reason": text.stop_reason}))
             del unprinted[row]
 
     for _ in generations:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from runtime.generate import Generation, Generations
     from runtime.model import Model
     from runtime.sampling import Sampling, SamplingOptions
+    from runtime.sequence import Sequence
     from runtime.writing import Limits
 
 
@@ -26,6 +27,7 @@ class Loaded:
 
     model: Model
     seconds: float  # that loading took
+    after: Sequence | None  # the saved prompt to continue
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,9 @@ class RunRequest:
     on_full: str = "stop"  # stop or slide
     truncate: str | None = None  # where a prompt that does not fit is cut: left, middle or right
     speculate: int = 0  # tokens to guess at most
+    logprobs: int | None = None  # likeliest tokens to report with each token; 0: its own log-prob; None: neither
+    after: str | None = None  # file of a saved prompt that the prompt continues
+    save_prompt: str | None = None  # file for the prompt's caches; no text is written
     batch: bool = False  # the prompt has one prompt a line
     threads: int | None = None  # of the CPU; None: what this process may use
     deterministic: bool = False  # one thread and reproducible arithmetic
@@ -56,6 +61,10 @@ class RunRequest:
             from training.errors import OptionError
 
             raise OptionError("{batch} reads its prompts from standard input, one a line: leave {prompt} out")
+        if self.save_prompt is not None and (self.batch or self.logprobs is not None):
+            from training.errors import OptionError
+
+            raise OptionError("{save_prompt} reads one prompt and writes no text: leave {batch} and {logprobs} out")
         require(self.device)
         from runtime.errors import RequestError
         from runtime.threads import resolve_threads
@@ -70,6 +79,16 @@ class RunRequest:
             from training.errors import OptionError
 
             raise OptionError("{}", error) from error
+        self.check_files()
+
+    def check_files(self) -> None:
+        """Raise RequestError for a saved prompt that is not there, or a place where none can be written."""
+        from runtime.saved_prompt import check_place, check_saved
+
+        if self.after is not None:
+            check_saved(self.after)
+        if self.save_prompt is not None:
+            check_place(self.save_prompt)
 
     @contextmanager
     def run(self) -> Iterator[Loaded]:
@@ -80,7 +99,8 @@ class RunRequest:
         with runtime.load(
             self.model, self.device, self.threads, verify=not self.no_check, deterministic=self.deterministic
         ) as model:
-            yield Loaded(model, time.perf_counter() - started)
+            after = None if self.after is None else runtime.load_prompt(model, self.after)
+            yield Loaded(model, time.perf_counter() - started, after)
 
     def sampling(self) -> Sampling:
         from runtime.sampling import Sampling
@@ -97,13 +117,13 @@ class RunRequest:
     def limits(self) -> Limits:
         from runtime.writing import Limits
 
-        return Limits(self.max_new_tokens, self.stop, self.on_full, self.speculate)
+        return Limits(self.max_new_tokens, self.stop, self.on_full, self.speculate, self.logprobs)
 
     def stream(self, loaded: Loaded, text: str) -> Generation:
         """Iterate over the generated tokens that continue a text."""
         made = loaded.model.stream(
             text, self.max_new_tokens, stop=self.stop, on_full=self.on_full, speculate=self.speculate,
-            truncate=self.truncate, **self.choosing(),
+            truncate=self.truncate, logprobs=self.logprobs, after=loaded.after, **self.choosing(),
         )  # fmt: skip
         from runtime.generate import Generation
 
@@ -120,8 +140,21 @@ class RunRequest:
         wrong = {}
         for row, line in enumerate(text.split("\n")):
             try:
-                ids.append(loaded.model.prompt_for(line.removesuffix("\r"), limits, self.truncate))
+                ids.append(loaded.model.prompt_for(line.removesuffix("\r"), limits, self.truncate, loaded.after))
             except RequestError as error:
                 ids.append(None)
                 wrong[row] = str(error)
-        return Generations(loaded.model, ids, sampling, limits), wrong
+        return Generations(loaded.model, ids, sampling, limits, loaded.after), wrong
+
+    def save(self, loaded: Loaded, text: str) -> int:
+        """Read a text, after a saved prompt if there is one, and save its caches: the number of tokens.
+
+        Every path reads it, so that none has to catch up on it later, each time the prompt is continued.
+        """
+        assert self.save_prompt is not None
+        ids = loaded.model.prompt_for(text, self.limits(), self.truncate, loaded.after)
+        sequence = loaded.model.sequence(len(ids)) if loaded.after is None else loaded.after
+        if len(ids) > sequence.length:
+            sequence.feed(ids[sequence.length :], every_path=True)
+        sequence.save(self.save_prompt)
+        return len(ids)
