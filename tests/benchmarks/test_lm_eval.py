@@ -266,6 +266,17 @@ def test_harness_describes_the_model(harness: Any, model: Model) -> None:
         harness.chat_template(True)
 
 
+def test_the_models_of_the_harness_stay_known() -> None:
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+    code = (
+        "import benchmarks.lm_eval.model\n"
+        "from lm_eval.api.registry import model_registry\n"
+        "assert {'dmpt', 'hf'} <= set(model_registry)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_harness_arguments(harness: Any, exported: Path) -> None:
     for wrong, match in (({}, "no path"), ({"path": str(exported), "dtype": "x"}, "unknown dtype")):
         with pytest.raises(RequestError, match=match):
