@@ -35,6 +35,7 @@ from quant.schemes import SCHEMES, check_installed
 from quant.smooth import FOLDED, Arrays
 from quant.smooth import smooth as smoothed
 from training.checkpoints.atomic import atomic_folder
+from training.checkpoints.card import scheme_tags
 from training.checkpoints.checkpoint import (
     config_fields,
     copy_tokenizer,
@@ -130,7 +131,7 @@ def save_quantized(
         reports = with_damage(_model(config, arrays), weights, reports, calibration)
     if out is not None:
         note = note_of(source, f"`dmpt-export quantize --scheme {name}`" if name else "a plan's rules", reports)
-        write_quantized(out, config, weights, name or PLANNED, recorded, folder, note, files(reports))
+        write_quantized(out, config, weights, name or PLANNED, recorded, folder, note, files(reports), folder)
     return reports
 
 
@@ -181,11 +182,13 @@ def write_quantized(
     tokenizer_from: Source | None = None,
     note: str | None = None,
     files: Mapping[str, str] = MappingProxyType({}),
+    source: Source | None = None,
 ) -> None:
     """Write a quantized folder atomically; `load_weights` returns the same bits.
 
-    `scheme` and `recorded` (rules, calibration) record the request; `note` goes into the model card. Raises InputError
-    when `out` holds anything but a quantized checkpoint.
+    `scheme` and `recorded` (rules, calibration) record the request; `note` goes into the model card, with what the
+    card of `source` states of license and the like. Raises InputError when `out` holds anything but a quantized
+    checkpoint.
     """
     quantization = {
         "scheme": scheme,
@@ -200,7 +203,7 @@ def write_quantized(
         write_json(tmp / "config.json", config_fields(config) | {"quantization": quantization})
         if tokenizer_from is not None:
             copy_tokenizer(tokenizer_from, tmp, config)
-        card = {"README.md": model_card(config, Path(out).resolve().name, note)}
+        card = {"README.md": model_card(config, Path(out).resolve().name, note, source, *scheme_tags(scheme))}
         for name, text in (card | dict(files)).items():
             (tmp / name).write_text(text, encoding="utf-8")
 

@@ -29,10 +29,11 @@ def save_single_path(source: Source, leaf: str, out: Path) -> None:
     config, weights = single_path(config, weights, leaf)
     if quantized(weights):
         scheme = read_config(folder).quantization["scheme"]
-        write_quantized(out, config, weights, scheme, {}, folder)  # its rules are for the names of the whole model
+        # without rules: those of the source are for the names of the whole model
+        write_quantized(out, config, weights, scheme, {}, folder, source=folder)
     else:
         tensors = {name: torch.from_numpy(form_of(weight).dequantize()) for name, weight in weights.items()}
-        save_model(model_from_tensors(config, tensors), out, folder)
+        save_model(model_from_tensors(config, tensors), out, folder, source=folder)
 
 
 def single_path(config: DMPTConfig, weights: Weights, leaf: str) -> tuple[DMPTConfig, dict[str, Weight]]:

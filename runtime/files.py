@@ -9,7 +9,7 @@ from pathlib import Path
 
 from runtime.errors import ModelError
 from runtime.manifest import FileSpec, Manifest
-from runtime.manifest_file import MANIFEST_NAME
+from runtime.manifest_file import CARD_NAME, MANIFEST_NAME
 
 LINK = "is a symbolic or hard link (`cp -RL` makes a folder without links)"
 
@@ -20,9 +20,11 @@ def check_files(folder: Path, manifest: Manifest, verify: bool = True) -> None:
     Links let a folder from elsewhere point at files outside it, so symbolic links are refused. A hard link cannot be
     distinguished from the file itself (`cp -al` makes them). If the manifest lists it, its sha256 must match, so it can
     only hold what the manifest's author knew. Without `verify`, or if it is not listed, it is refused, because the
-    graph may name any file in the folder as its data. Raises ModelError naming every file that differs, and how.
+    graph may name any file in the folder as its data. README.md, which people edit, is treated as if it were not
+    listed where it differs. Raises ModelError naming every file that differs, and how.
     """
-    problems = [f"{entry.name} {fault}" for entry in manifest.files if (fault := file_fault(folder, entry, verify))]
+    compared = [entry for entry in manifest.files if entry.name == manifest.model or not is_card(folder / entry.name)]
+    problems = [f"{entry.name} {fault}" for entry in compared if (fault := file_fault(folder, entry, verify))]
     listed = {MANIFEST_NAME, *(entry.name for entry in manifest.files)}
     # The graph names its data files itself, and ONNX Runtime follows hard links.
     problems += [f"{entry.name} {LINK}" for entry in os.scandir(folder) if entry.name not in listed and is_link(entry)]
@@ -46,6 +48,17 @@ def file_fault(folder: Path, entry: FileSpec, verify: bool) -> str | None:
         return "has a different sha256 than its manifest" if verify and sha256(path) != entry.sha256 else None
     except OSError as error:
         return f"cannot be read ({error.strerror})"
+
+
+def is_card(path: Path) -> bool:
+    """Whether this is the card, missing or a file of its own: model hubs have it edited, and nothing here reads it."""
+    if path.name != CARD_NAME:
+        return False
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return True
+    return stat.S_ISREG(found.st_mode) and found.st_nlink == 1
 
 
 def is_link(entry: os.DirEntry[str]) -> bool:

@@ -32,6 +32,7 @@ from runtime.schema import (
 
 MANIFEST_NAME = "dmpt_manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
+CARD_NAME = "README.md"  # the model card, for people
 REPORT_NAME = "quantization_report.json"  # of quantized weights: the error of each tensor; not needed to run
 FORMAT, FORMAT_VERSION = "dmpt-onnx", 2
 STANDARD_FORMAT = "dmpt-onnx-standard"  # of folders for other programs, which this one does not run

@@ -25,7 +25,7 @@ SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 NAMED = re.compile(r"(?:benchmarks|dmpt_export|docs|quant|runtime|tests|training|\.ci)/[\w./-]*|[\w-]+\.(?:toml|txt)")
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 NOT_FILES = {"train.txt", "test.txt", "valid.txt", "book.txt", "prompts.txt"}  # of the person who reads
-NOT_OURS = {"--upgrade"}  # options of other programs
+NOT_OURS = {"--upgrade", "--model_args"}  # options of other programs
 
 
 def read(document: str) -> str:

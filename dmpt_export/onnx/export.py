@@ -21,6 +21,7 @@ from quant.checkpoint import load_weights
 from quant.forms.weights import Weights, quantized
 from runtime.manifest_file import MANIFEST_NAME, REPORT_NAME
 from training.checkpoints.atomic import atomic_folder
+from training.checkpoints.card import CARD, LIBRARY, card_text, inherited, model_fields, scheme_tags, tags_of, title
 from training.checkpoints.checkpoint import copy_tokenizer, read_config
 from training.checkpoints.files import resolve
 from training.checkpoints.places import check_replaceable
@@ -94,8 +95,7 @@ def export_onnx(
         if config.next_tokens:
             manifest["drafts"] = {"tokens": config.next_tokens, "vocabulary": len(vocabulary)}
         manifest["requires"] = {"onnxruntime": least_onnxruntime(model)}
-        card = standard_readme if standard else readme
-        (temporary / "README.md").write_text(card(manifest), encoding="utf-8")
+        (temporary / CARD).write_text(card_of(manifest, inherited(folder), standard), encoding="utf-8")
         write_manifest(manifest, temporary)
         del model, weights  # checking needs the memory
         gc.collect()  # nodes and values of the graph refer to each other
@@ -138,6 +138,15 @@ def check_options(options: ExportOptions) -> None:
         raise InputError(f"unknown kv_cache '{options.kv_cache}': choose one of {', '.join(KINDS)}")
     if options.opset not in OPSETS:
         raise InputError(f"opset {options.opset} cannot be used: give {OPSETS[0]} to {OPSETS[-1]}")
+
+
+def card_of(manifest: dict[str, Any], known: dict[str, Any], standard: bool) -> str:
+    """The folder's README.md. known: what its source's card states of license and the like."""
+    heads = 1 + max(head for own in manifest["head_allocation"].values() for head in own)
+    tags = ["onnx", *tags_of(manifest["config"]["splits"], heads), *scheme_tags(manifest["quantization"]["scheme"])]
+    named = manifest | {"source": {"name": title(manifest["source"]["name"])}}
+    body = standard_readme(named) if standard else readme(named)
+    return card_text(model_fields(tags, known, "onnx" if standard else LIBRARY), body)
 
 
 def readme(manifest: dict[str, Any]) -> str:

@@ -138,7 +138,7 @@ class ConvertRequest:
             f"perplexity on them: {fitted.perplexity:.2f}, with the full heads {fitted.perplexity_before:.2f}",
         ]
         card = f"Projected heads, fitted to the full heads of `{Path(self.source).name}`.\n\n{as_list(notes)}"
-        save_model(fitted.model, self.out, tokenizer_from=found.folder, card=card)
+        save_model(fitted.model, self.out, tokenizer_from=found.folder, card=card, source=found.folder)
         return Converted(fitted.model.num_parameters(), fitted.model.config, notes)
 
 

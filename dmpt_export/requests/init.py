@@ -84,5 +84,5 @@ class InitRequest:
             load_model(found.folder), found.shape, noise=self.noise, gate_bias=self.gate_bias, seed=self.seed
         )
         card = f"Initialised from `{Path(self.source).name}` without training."
-        save_model(model, self.out, tokenizer_from=found.folder, card=card)
+        save_model(model, self.out, tokenizer_from=found.folder, card=card, source=found.folder)
         return Made(model.num_parameters(), model.config, (self.out / "tokenizer.json").is_file())

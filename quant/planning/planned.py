@@ -82,7 +82,7 @@ def save_planned(
         recorded |= {} if smooth is None else {"smooth": smooth}
         write_quantized(
             out, config, weights, PLANNED, recorded, folder,
-            note_of(source, f"`dmpt-export quantize`, planned for {target},", reports), files(reports, plan),
+            note_of(source, f"`dmpt-export quantize`, planned for {target},", reports), files(reports, plan), folder,
         )  # fmt: skip
     return plan, reports
 

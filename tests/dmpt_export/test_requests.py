@@ -17,6 +17,7 @@ import pytest
 
 from dmpt_export.cli.main import cli, main
 from dmpt_export.requests.bench import BenchRequest
+from dmpt_export.requests.card import CardRequest
 from dmpt_export.requests.compare import CompareRequest
 from dmpt_export.requests.convert import ConvertRequest
 from dmpt_export.requests.eval import EvaluateRequest
@@ -42,6 +43,7 @@ LEAST: dict[str, tuple[list[str], Any]] = {
     "inspect": (["m"], InspectRequest("m")),
     "bench": (["m", "n"], BenchRequest(("m", "n"))),
     "compare": (["m", "n"], CompareRequest(("m", "n"))),
+    "card": (["m", "c"], CardRequest("m", "c")),
     "convert": (["m", "o"], ConvertRequest("m", Path("o"))),
 }
 SHOWN = {"as_json", "echo", "form", "full", "tensors", "verbose"}  # how a result is printed

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from training.checkpoints.atomic import atomic_folder
+from training.checkpoints.card import CARD, card_text, inherited, model_fields, tags_of, title
 from training.checkpoints.files import TOKENIZER_FILES, read_json, resolve
 from training.checkpoints.folder import SINGLE, Source, float_folder, headers, naming, read_fields
 from training.checkpoints.tensors import read_tensors, write_tensors
@@ -157,15 +158,20 @@ def _listed(names: list[str]) -> str:
 
 
 def save_model(
-    model: DMPTForCausalLM, out: Source, tokenizer_from: Source | None = None, card: str | None = None
+    model: DMPTForCausalLM,
+    out: Source,
+    tokenizer_from: Source | None = None,
+    card: str | None = None,
+    source: Source | None = None,
 ) -> None:
     """Write a checkpoint folder atomically: config, weights, tokenizer, generation config, model card.
 
-    `card`: Markdown for README.md about the model's origin. Raises InputError when `out` holds anything but a
+    `card`: Markdown for README.md about the model's origin. `source`: the model that it was made from, for the license
+    and the like on its card. Raises InputError when `out` holds anything but a
     checkpoint of ours.
     """
     with atomic_folder(out, "checkpoint") as tmp:
-        write_model(model, tmp, tokenizer_from, card, name=Path(out).resolve().name)
+        write_model(model, tmp, tokenizer_from, card, Path(out).resolve().name, source)
 
 
 def write_model(
@@ -174,6 +180,7 @@ def write_model(
     tokenizer_from: Source | None = None,
     card: str | None = None,
     name: str = "DMPT",
+    source: Source | None = None,
 ) -> None:
     """Write the files of save_model into an existing folder (from atomic_folder), which may get more files."""
     config = model.config
@@ -189,7 +196,7 @@ def write_model(
     write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
     if tokenizer_from is not None:
         copy_tokenizer(tokenizer_from, folder, config)
-    (folder / "README.md").write_text(model_card(config, name, card), encoding="utf-8")
+    (folder / CARD).write_text(model_card(config, name, card, source), encoding="utf-8")
 
 
 def config_fields(config: DMPTConfig) -> dict[str, Any]:
@@ -219,19 +226,16 @@ def copy_tokenizer(src: Source, dst: Source, config: Any = None) -> bool:
     return save_tokenizer(source, Path(dst), next(iter(tokens(getattr(config, "eos_token_id", None))), None))
 
 
-def model_card(config: DMPTConfig, name: str, note: str | None) -> str:
-    """README.md of a checkpoint folder."""
+def model_card(config: DMPTConfig, name: str, note: str | None, source: Source | None = None, *tags: str) -> str:
+    """README.md of a checkpoint folder. source: what the weights come from, whose card states license and the like."""
     leaves = ", ".join(f"`{leaf}` {heads}" for leaf, heads in config.head_allocation.items())
     heads = ""
     if config.projected_heads:
         matrices = "one matrix for all leaves" if config.shared_anchor else "one matrix a leaf, its anchor's"
         heads = f" (projected: {matrices})"
     kind = "Dynamic Multiple Path Transformer (DMPT)" if config.splits else "transformer without splits"
-    return f"""---
-library_name: dmpt-export
-pipeline_tag: text-generation
----
-# {name}
+    known = {} if source is None else inherited(source)
+    body = f"""# {title(name)}
 
 A {kind} built on GPT-2: {config.n_layer} blocks of width {config.n_embd}, context {config.n_positions},
 vocabulary {config.vocab_size}, splits {config.splits}, vocabulary heads by leaf: {leaves}{heads}.
@@ -240,3 +244,4 @@ vocabulary {config.vocab_size}, splits {config.splits}, vocabulary heads by leaf
 
 Quantize it with `dmpt-export quantize`, export it with `dmpt-export onnx`, look inside with `dmpt-export inspect`.
 """
+    return card_text(model_fields([*tags_of(config.splits, config.n_vocab_heads), *tags], known), body)

@@ -30,7 +30,9 @@ EXPECTED = "give a .pt file that the original project's training wrote"
 MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 
 
-def resolve(source: str | os.PathLike[str], files: Sequence[str] = (*MODEL_FILES, *TOKENIZER_FILES)) -> Path:
+def resolve(
+    source: str | os.PathLike[str], files: Sequence[str] = (*MODEL_FILES, *TOKENIZER_FILES, "README.md")
+) -> Path:
     """The local folder of a model: `source` itself, or the folder with the `files` of its hub snapshot.
 
     A folder wins over a hub id of the same name. Raises InputError when there is neither.

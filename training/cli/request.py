@@ -284,7 +284,8 @@ class TrainRequest:
             from training.cli.learned import learned
 
             domains = learned(found.texts.domains(), found.resumed, model, tokens, found.phases[0], processes.device)
-        extras, main = Extras(found.tokenizer, found.texts.about), processes.is_main_process
+        source = found.resumed or (None if self.model is None else resolve(self.model))
+        extras, main = Extras(found.tokenizer, found.texts.about, source), processes.is_main_process
         if len(found.phases) > 1:
             result = self.run_phases(found, model, (tokens, eval_tokens, domains), extras, main)
         else:

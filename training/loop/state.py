@@ -60,13 +60,14 @@ def save_run(
     progress: Progress,
     tensors: dict[str, dict[str, Tensor]],
     tokenizer_from: str | os.PathLike[str] | None,
+    source: str | os.PathLike[str] | None = None,
 ) -> None:
     """Write OUT/last: model and trainer state together, in one atomic step.
 
     tensors: the state besides the optimizer's, by file stem; rng is always there.
     """
     with atomic_folder(folder, "checkpoint") as tmp:
-        write_model(model, tmp, tokenizer_from, name=folder.parent.resolve().name)
+        write_model(model, tmp, tokenizer_from, name=folder.parent.resolve().name, source=source)
         state = tmp / STATE
         state.mkdir()
         optimizer_tensors, scalars = optimizer_state(optimizer)

@@ -55,6 +55,7 @@ class Extras:
 
     tokenizer_from: str | os.PathLike[str] | None = None  # model folder whose tokenizer goes into the checkpoints
     about: dict[str, Any] | None = None  # anything JSON can hold, stored with the trainer state
+    source: str | os.PathLike[str] | None = None  # model folder that is trained, for the license on the new cards
     title: str | None = "training"  # of the bar on stderr, when that is a terminal; None: no bar
 
 
@@ -111,7 +112,7 @@ class Trainer:
     ) -> None:
         options.check()
         options.check_installed()
-        self.options, self.out, self.tokenizer_from = options, out, extras.tokenizer_from
+        self.options, self.out, self.extras = options, out, extras
         self.accelerator = Accelerator(gradient_accumulation_steps=options.grad_accum_steps, cpu=setup.on_cpu(options))
         torch.manual_seed(options.seed + self.accelerator.process_index)
         self.model = model
@@ -301,7 +302,7 @@ class Trainer:
             progress.best_loss = result.loss
             if self.accelerator.is_main_process:
                 self.note_training()
-                save_model(self.model, self.out / "best", self.tokenizer_from)
+                save_model(self.model, self.out / "best", self.extras.tokenizer_from, source=self.extras.source)
             self.accelerator.wait_for_everyone()
 
     def save(self) -> None:
@@ -314,7 +315,8 @@ class Trainer:
                 tensors["tether"] = {"heads.0.weight": self.objective.reference.cpu().contiguous()}
             if self.domains is not None:
                 tensors["domains"] = state.domain_tensors(self.domains)
-            state.save_run(self.out / "last", self.model, self.optimizer, self.progress, tensors, self.tokenizer_from)
+            sources = self.extras.tokenizer_from, self.extras.source
+            state.save_run(self.out / "last", self.model, self.optimizer, self.progress, tensors, *sources)
             settle(self.out, RUN, SAVED)
         self.accelerator.wait_for_everyone()
 

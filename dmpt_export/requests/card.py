@@ -1,0 +1,88 @@
+"""Put the measured figures of a comparison on a model folder's card."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.errors import FieldError, InputError
+
+FORMAT, FORMAT_VERSION = "dmpt-comparison", 1  # of benchmarks.comparison.result
+
+
+@dataclass(frozen=True)
+class Found:
+    """Everything that check() read."""
+
+    card: Path
+    row: dict[str, Any]  # of the model
+    about: dict[str, Any]  # the whole comparison
+
+
+@dataclass(frozen=True)
+class CardRequest:
+    model: str  # ONNX, DMPT or quantized folder
+    comparison: str  # comparison.json of `compare`, or the folder that holds it
+    row: str | None = None  # name of the model there; None: the row whose folder this is
+
+    def check(self) -> Found:
+        """Raise InputError for a folder or file that cannot be used, or figures of another model."""
+        folder = Path(self.model)
+        if not folder.is_dir():
+            raise InputError(f"{folder} is not a folder: give the model folder whose card gets the figures")
+        about = read_comparison(Path(self.comparison))
+        row = self.row_of(about["rows"])
+        check_row(folder, row)
+        return Found(folder / "README.md", row, about)
+
+    def row_of(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """The model's row. Raises InputError where there is none, or several."""
+        if self.row is not None:
+            found = [row for row in rows if row["name"] == self.row]
+        else:
+            found = [row for row in rows if Path(row["path"]).resolve() == Path(self.model).resolve()]
+        if len(found) != 1:
+            names = ", ".join(row["name"] for row in rows)
+            raise FieldError(
+                "{} has {} rows {}: choose one with {row}: {}", self.comparison, len(found) or "no",
+                f"for {self.model}" if self.row is None else f"named {self.row}", names,
+            )  # fmt: skip
+        return found[0]
+
+    def run(self, found: Found) -> Path:
+        """Write the card, after check()."""
+        from benchmarks.report.card import with_figures
+        from training.checkpoints.atomic import atomic_file
+
+        before = found.card.read_text(encoding="utf-8") if found.card.exists() else f"# {found.row['name']}\n"
+        after = with_figures(before, Path(self.model).resolve().name, found.row, found.about)
+        with atomic_file(found.card) as temporary:
+            temporary.write_text(after, encoding="utf-8")
+        return found.card
+
+
+def read_comparison(path: Path) -> dict[str, Any]:
+    """comparison.json. Raises InputError for anything else."""
+    from training.checkpoints.files import read_json
+
+    about = read_json(path / "comparison.json" if path.is_dir() else path)
+    if (about.get("format"), about.get("format_version")) != (FORMAT, FORMAT_VERSION) or not about.get("rows"):
+        raise InputError(f"{path} is not a comparison: give the comparison.json that `dmpt-export compare --out` wrote")
+    return about
+
+
+def check_row(folder: Path, row: dict[str, Any]) -> None:
+    """Raise InputError where a row is about another model, or a failed one, as far as size and scheme show."""
+    from benchmarks.quality.scorer import kind_of, onnx_size, scheme_of_source, weight_files
+
+    if row.get("failure"):
+        raise InputError(f"{row['name']} failed in this comparison: compare it again")
+    kind = kind_of(folder)
+    size = onnx_size(folder) if kind == "onnx" else sum(file.stat().st_size for file in weight_files(folder))
+    own = {"kind": kind, "scheme": scheme_of_source(folder), "size_bytes": size}
+    if unlike := [name for name, value in own.items() if row[name] != value]:
+        seen = ", ".join(f"{name} {row[name]} instead of {own[name]}" for name in unlike)
+        raise InputError(
+            f"the figures of {row['name']} are those of another model than {folder} ({seen}): compare it again"
+        )
