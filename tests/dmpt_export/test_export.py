@@ -184,7 +184,8 @@ def test_every_tensor_is_stored_once(name: str, ifs: int, scheme: str, tmp_path:
         save_quantized(source, folder, scheme=scheme)
     export_onnx(folder, tmp_path / "onnx", verify=False)
     graph = onnx.load(tmp_path / "onnx" / "model.onnx").graph
-    assert len(list(graphs(graph))) == 1 + 2 * ifs
+    guards = (".if_any.then", ".if_any.else")  # around TopK, without weights
+    assert len([part for part in graphs(graph) if not part.name.endswith(guards)]) == 1 + 2 * ifs
     stored = [(t.name, onnx.numpy_helper.to_array(t).nbytes) for t in initializers(graph)]
     _, weights = load_weights(folder)
     for key in weights:
