@@ -20,7 +20,21 @@ import click
 from dmpt_export import __version__
 
 # In the order of the work; each is dmpt_export/cli/<verb>.py. The help lists them in this order.
-VERBS = ("init", "train", "quantize", "onnx", "run", "eval", "bench", "compare", "card", "inspect", "demo", "convert")
+VERBS = (
+    "init",
+    "train",
+    "quantize",
+    "onnx",
+    "run",
+    "eval",
+    "bench",
+    "compare",
+    "card",
+    "page",
+    "inspect",
+    "demo",
+    "convert",
+)
 
 OK, BUG, USAGE, BAD_INPUT, NO_RESOURCES, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 5, 130, 141
 

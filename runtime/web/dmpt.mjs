@@ -11,15 +11,14 @@
  * The graph and how it is driven: docs/design.md, "Driving the graph".
  */
 
+import { checked, compare, DmptError, opened, parsed } from './folder.mjs'
 import { ByteStreamer, Sampler, StopStrings, WholeStreamer } from './text.mjs'
 
-const FORMAT = 'dmpt-onnx', FORMAT_VERSION = 2, STANDARD = 'dmpt-onnx-standard'
+export { DmptError }
+
 const FIRST_CAPACITY = 128 // tokens that caches have room for at first
 const ARRAYS = { float32: Float32Array, int8: Int8Array }
-const NOT_READ = /^(head_log_weights\.|drafts$)/ // outputs
-
-/** A folder, setting or request that cannot be used; `message` says what to do. */
-export class DmptError extends Error {}
+const HEADS = 'head_log_weights.' // outputs of this name and the leaf's
 
 /**
  * @typedef {object} LoadOptions
@@ -62,62 +61,6 @@ export async function load({ ort, folder, Tokenizer, read, progress = () => {}, 
   return new Model(ort, opener, manifest, tokenizer && Tokenizer && new Tokenizer(tokenizer, settings), tokenizer)
 }
 
-/** How the files of a folder are read: from a path in Node, else from an address. */
-async function opened(folder) {
-  if (typeof process === 'object' && process.versions?.node && !/^https?:/.test(folder)) {
-    const { readFile } = await import('node:fs/promises')
-    return { path: folder, read: name => readFile(`${folder}/${name}`).catch(error => { throw new DmptError(`${folder}/${name} cannot be read (${error.code}): give the folder that dmpt-export onnx made`) }) }
-  }
-  return { read: (name, report) => fetched(`${String(folder).replace(/\/$/, '')}/${name}`, report) }
-}
-
-async function fetched(address, report = () => {}) {
-  const response = await fetch(address)
-  if (!response.ok) throw new DmptError(`${address}: ${response.status} ${response.statusText}`)
-  const parts = []
-  let size = 0
-  for (const reader = response.body.getReader(); ;) {
-    const { done, value } = await reader.read()
-    if (done) break
-    parts.push(value)
-    report(size += value.length)
-  }
-  const bytes = new Uint8Array(size)
-  for (let at = 0; parts.length;) { const part = parts.shift(); bytes.set(part, at); at += part.length }
-  return bytes
-}
-
-function parsed(bytes, name) {
-  try {
-    return JSON.parse(new TextDecoder().decode(bytes))
-  } catch (error) {
-    throw new DmptError(`${name} is not JSON (${error.message}): export the model again`)
-  }
-}
-
-function checked(manifest) {
-  if (manifest.format === STANDARD) throw new DmptError('this export has the standard layout, for transformers.js: open it there, or export the checkpoint without --layout standard')
-  if (manifest.format !== FORMAT || manifest.format_version !== FORMAT_VERSION) throw new DmptError(`this program reads ${FORMAT}, ${FORMAT_VERSION}; the folder has ${manifest.format}, ${manifest.format_version}`)
-  if (manifest.activation_dtype !== 'float32') throw new DmptError('this export is for CUDA: export it with --target cpu')
-  return manifest
-}
-
-/** Size and sha256 of a file that was read, or that lies in the folder. */
-async function compare(name, bytes, path, want, verify) {
-  let size = bytes?.length, digest
-  if (path && !bytes) {
-    const { createReadStream } = await import('node:fs'), { createHash } = await import('node:crypto'), hash = createHash('sha256')
-    size = 0
-    if (verify) for await (const part of createReadStream(`${path}/${name}`)) { size += part.length; hash.update(part) }
-    else size = (await (await import('node:fs/promises')).stat(`${path}/${name}`)).size
-    digest = hash.digest('hex')
-  } else if (verify && globalThis.crypto?.subtle) { // absent on pages without https
-    digest = [...new Uint8Array(await crypto.subtle.digest('SHA-256', bytes))].map(b => b.toString(16).padStart(2, '0')).join('')
-  }
-  if (size !== want.size) throw new DmptError(`${name} has ${size} bytes, expected ${want.size}: load or copy the folder again`)
-  if (verify && digest && digest !== want.sha256) throw new DmptError(`${name} has a different sha256 than its manifest: load or copy the folder again`)
-}
-
 /** A loaded model. Each text has a Sequence of its own; runs of one model must not overlap. */
 export class Model {
   constructor(ort, session, manifest, tokenizer, tokenizerFile) {
@@ -136,7 +79,9 @@ export class Model {
       for (let name = leaf; name !== null; name = nodes[name].parent) way.unshift(name)
       return way
     })
-    this.outputs = manifest.outputs.map(output => output.name).filter(name => !NOT_READ.test(name))
+    const outputs = manifest.outputs.map(output => output.name)
+    this.outputs = outputs.filter(name => !name.startsWith(HEADS) && name !== 'drafts')
+    this.headOutputs = outputs.filter(name => name.startsWith(HEADS))
   }
 
   /** A new, empty text, with room for `capacity` tokens. */
@@ -188,6 +133,7 @@ export class Model {
  * @property {number} [maxNewTokens] default 128
  * @property {string | string[]} [stop] strings that end the text and are cut from it
  * @property {AbortSignal} [signal] ends the text at the next token
+ * @property {boolean} [heads] give each token the weights of its path's heads, by head number
  * @property {number} [temperature] 0: the likeliest token; default 1 with topK, topP, minP or seed, else 0
  * @property {number} [topK]
  * @property {number} [topP]
@@ -199,12 +145,12 @@ export class Model {
 
 /** One text while it is written. `ids`, `text` and `stopReason` are complete after the iteration. */
 export class Generation {
-  constructor(model, prompt, { maxNewTokens = 128, stop = [], signal, ...sampling }) {
+  constructor(model, prompt, { maxNewTokens = 128, stop = [], signal, heads = false, ...sampling }) {
     this.prompt = typeof prompt === 'string' ? model.encode(prompt) : Array.from(prompt)
     check(this.prompt, model, 0)
     if (!(Number.isInteger(maxNewTokens) && maxNewTokens > 0)) throw new DmptError(`maxNewTokens ${maxNewTokens} must be a whole number above 0`)
     if ([stop].flat().some(text => typeof text !== 'string' || !text)) throw new DmptError('a stop string must be text and not empty')
-    Object.assign(this, { model, maxNewTokens, signal, ids: [], text: '', stopReason: null })
+    Object.assign(this, { model, maxNewTokens, signal, withHeads: heads, ids: [], text: '', stopReason: null })
     this.sampler = new Sampler(sampling, this.prompt, model.vocabSize, DmptError)
     this.stops = new StopStrings([stop].flat())
     this.streamer = model.tokenizerFile ? model.streamer() : null
@@ -216,12 +162,12 @@ export class Generation {
     try {
       for (let next = this.prompt; this.stopReason === null; next = [this.ids.at(-1)]) {
         if (this.signal?.aborted) { this.stopReason = 'aborted'; return }
-        const { logProbs, routes } = await sequence.feed(next)
+        const { logProbs, routes, heads } = await sequence.feed(next, 1, this.withHeads)
         const id = this.sampler.next(logProbs)
         this.ids.push(id)
         const text = this.piece(id, sequence.length)
         this.text += text
-        yield { id, text, path: this.model.leaves[routes[0]] }
+        yield { id, text, path: this.model.leaves[routes[0]], ...(heads ? { heads } : {}) }
       }
     } finally { sequence.dispose() }
   }
@@ -303,9 +249,11 @@ export class Sequence {
   /**
    * Append token ids.
    * @param {number[]} ids @param {number} [last] how many last positions are wanted
-   * @returns {Promise<{logProbs: Float32Array, routes: number[]}>} log-probs of the next token [last * vocabSize], and leaves
+   * @param {boolean} [withHeads] also the head weights of the last position
+   * @returns {Promise<{logProbs: Float32Array, routes: number[], heads?: Record<number, number>}>} log-probs of the next
+   *   token [last * vocabSize], and leaves
    */
-  async feed(ids, last = 1) {
+  async feed(ids, last = 1, withHeads = false) {
     const { model, past } = this, width = model.config.n_embd, start = this.length, total = start + ids.length
     check(ids, model, start)
     if (!(Number.isInteger(last) && last >= 1 && last <= ids.length)) throw new DmptError(`last ${last} must be a whole number from 1 to ${ids.length}`)
@@ -324,7 +272,7 @@ export class Sequence {
       const pending = this.rows[parent].subarray(this.done[name] * width, this.done[parent] * width)
       feeds[`pending.${name}`] = this.tensor('float32', pending, [1, pending.length / width, width])
     }
-    const fetches = Object.fromEntries(model.outputs.map(name => [name, null]))
+    const fetches = Object.fromEntries([...model.outputs, ...(withHeads ? model.headOutputs : [])].map(name => [name, null]))
     for (const [name, cache] of Object.entries(past)) {
       feeds[`past.${name}`] = cache
       if (model.inPlace) fetches[`present.${name}`] = cache
@@ -332,7 +280,13 @@ export class Sequence {
     const out = await model.session.run(feeds, fetches)
     const routes = Array.from(out.routes.data, Number)
     this.advance(out, new Set(routes.flatMap(leaf => model.ways[leaf])), total)
-    return { logProbs: out.log_probs.data, routes }
+    return { logProbs: out.log_probs.data, routes, ...(withHeads ? { heads: this.heads(out, model.leaves[routes.at(-1)]) } : {}) }
+  }
+
+  /** Weights of the heads of the last position, routed to `leaf`: a leaf's only head has weight 1. */
+  heads(out, leaf) {
+    const numbers = this.model.manifest.head_allocation[leaf], logs = out[HEADS + leaf]?.data.slice(-numbers.length)
+    return Object.fromEntries(numbers.map((head, i) => [head, logs ? Math.exp(logs[i]) : 1]))
   }
 
   /** Note which nodes ran; keep their rows, and their caches where these are new. */

@@ -15,9 +15,14 @@ from training.errors import FieldError, InputError
 # What a folder of ours may hold. Anything else in a folder to be replaced is the user's work.
 OWN_FILES = [
     "*.json", "*.jsonl", "*.safetensors", "*.onnx", "*.onnx.data", "*.md", "*.png", "*.svg", "*.csv", "*.html",
-    "merges.txt",
+    "merges.txt", "*.mjs", "*.css",
 ]  # fmt: skip
-OWN_FOLDERS = {"trainer_state": ["*"], "onnx": ["*.onnx", "*.onnx_data"]}  # and what they may hold
+OWN_FOLDERS = {  # and what they may hold
+    "trainer_state": ["*"],
+    "onnx": ["*.onnx", "*.onnx_data"],
+    "vendor": ["*.mjs", "*.wasm", "*.LICENSE"],
+    "model": OWN_FILES,
+}
 RUNS = ("last", "phase-1")  # exist in a run that can be continued: with one phase, with several
 NAME_MAX = 255  # bytes of a name, on every common file system
 
@@ -39,6 +44,7 @@ KINDS: dict[str, Callable[[Path], bool]] = {
     "checkpoint": lambda folder: _is_dmpt(folder, quantized=False),
     "quantized": lambda folder: _is_dmpt(folder, quantized=True),
     "onnx": lambda folder: (folder / "dmpt_manifest.json").is_file(),
+    "page": lambda folder: (folder / "page.mjs").is_file() and (folder / "model").is_dir(),
     "comparison": lambda folder: (folder / "comparison.json").is_file(),
 }
 

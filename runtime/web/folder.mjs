@@ -1,0 +1,62 @@
+/** Reading and checking the files of an exported folder, as runtime/manifest_file.py and runtime/files.py. */
+
+const FORMAT = 'dmpt-onnx', FORMAT_VERSION = 2, STANDARD = 'dmpt-onnx-standard'
+
+/** A folder, setting or request that cannot be used; `message` says what to do. */
+export class DmptError extends Error {}
+
+/** How the files of a folder are read: from a path in Node, else from an address. */
+export async function opened(folder) {
+  if (typeof process === 'object' && process.versions?.node && !/^https?:/.test(folder)) {
+    const { readFile } = await import('node:fs/promises')
+    return { path: folder, read: name => readFile(`${folder}/${name}`).catch(error => { throw new DmptError(`${folder}/${name} cannot be read (${error.code}): give the folder that dmpt-export onnx made`) }) }
+  }
+  return { read: (name, report) => fetched(`${String(folder).replace(/\/$/, '')}/${name}`, report) }
+}
+
+export async function fetched(address, report = () => {}) {
+  const response = await fetch(address)
+  if (!response.ok) throw new DmptError(`${address}: ${response.status} ${response.statusText}`)
+  const parts = []
+  let size = 0
+  for (const reader = response.body.getReader(); ;) {
+    const { done, value } = await reader.read()
+    if (done) break
+    parts.push(value)
+    report(size += value.length)
+  }
+  const bytes = new Uint8Array(size)
+  for (let at = 0; parts.length;) { const part = parts.shift(); bytes.set(part, at); at += part.length }
+  return bytes
+}
+
+export function parsed(bytes, name) {
+  try {
+    return JSON.parse(new TextDecoder().decode(bytes))
+  } catch (error) {
+    throw new DmptError(`${name} is not JSON (${error.message}): export the model again`)
+  }
+}
+
+export function checked(manifest) {
+  if (manifest.format === STANDARD) throw new DmptError('this export has the standard layout, for transformers.js: open it there, or export the checkpoint without --layout standard')
+  if (manifest.format !== FORMAT || manifest.format_version !== FORMAT_VERSION) throw new DmptError(`this program reads ${FORMAT}, ${FORMAT_VERSION}; the folder has ${manifest.format}, ${manifest.format_version}`)
+  if (manifest.activation_dtype !== 'float32') throw new DmptError('this export is for CUDA: export it with --target cpu')
+  return manifest
+}
+
+/** Size and sha256 of a file that was read, or that lies in the folder. */
+export async function compare(name, bytes, path, want, verify) {
+  let size = bytes?.length, digest
+  if (path && !bytes) {
+    const { createReadStream } = await import('node:fs'), { createHash } = await import('node:crypto'), hash = createHash('sha256')
+    size = 0
+    if (verify) for await (const part of createReadStream(`${path}/${name}`)) { size += part.length; hash.update(part) }
+    else size = (await (await import('node:fs/promises')).stat(`${path}/${name}`)).size
+    digest = hash.digest('hex')
+  } else if (verify && globalThis.crypto?.subtle) { // absent on pages without https
+    digest = [...new Uint8Array(await crypto.subtle.digest('SHA-256', bytes))].map(b => b.toString(16).padStart(2, '0')).join('')
+  }
+  if (size !== want.size) throw new DmptError(`${name} has ${size} bytes, expected ${want.size}: load or copy the folder again`)
+  if (verify && digest && digest !== want.sha256) throw new DmptError(`${name} has a different sha256 than its manifest: load or copy the folder again`)
+}
