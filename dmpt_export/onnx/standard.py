@@ -1,4 +1,4 @@
-"""A folder in the standard layout, which optimum, onnxruntime-genai and transformers.js open as it is.
+"""A folder in the standard layout, which optimum, onnxruntime-genai and transformers.js open.
 
     model.onnx                    optimum: log-probs of every row
     genai.onnx                    onnxruntime-genai: of each text's last token
