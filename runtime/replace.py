@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 # Without POSIX file locks, what killed runs leave beside the file stays until it is removed by hand.
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
+LONGEST_NAME = 255 - len(f"..tmp-{secrets.token_hex(4)}")  # bytes, so that the temporary name still fits
 
 
 @contextlib.contextmanager

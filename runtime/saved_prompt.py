@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from runtime.errors import RequestError
 from runtime.manifest import ROOT, Manifest
 from runtime.manifest_file import REPORT_NAME
-from runtime.replace import replacing
+from runtime.replace import LONGEST_NAME, replacing
 from runtime.schema import COUNT, ID, NAME, SHA256, Each, faults, shown
 
 MAGIC = b"dmpt-prompt-file"
@@ -96,12 +96,21 @@ def little(dtype: Any) -> np.dtype[Any]:
 
 
 def check_place(path: str | PathLike[str]) -> None:
-    """Raise RequestError where a saved prompt cannot be written: no folder, or something else is there."""
-    place = Path(path)
-    if not place.parent.is_dir():
-        raise RequestError(f"{place.parent} is not a folder: a prompt can be saved in existing folders only")
-    if place.exists():
-        with opened(place, "it would be replaced, give another place"):
+    """Raise RequestError where a saved prompt cannot be written: no folder, no permission, or another file."""
+    try:
+        target = Path(path).resolve()  # a link is written through
+        there = target.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle; a null character
+        why = error.strerror if isinstance(error, OSError) else error
+        raise RequestError(f"{path} cannot be used ({why}): give another place") from error
+    if not target.parent.is_dir():
+        raise RequestError(f"{target.parent} is not a folder: a prompt can be saved in existing folders only")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise RequestError(f"{target.parent} is not writable: give another place")
+    if len(os.fsencode(target.name)) > LONGEST_NAME:
+        raise RequestError(f"the name '{target.name}' is too long: give one of at most {LONGEST_NAME} bytes")
+    if there:
+        with opened(Path(path), "it would be replaced, give another place"):
             pass
 
 
@@ -153,12 +162,13 @@ class Damage(Exception):
 def opened(path: Path, advice: str = "give a file that a prompt was saved to") -> Iterator[BinaryIO]:
     """A file that begins with MAGIC, at its beginning. Raises RequestError for anything else."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait
-            raise RequestError(f"{path} is not a regular file: {advice}")
-        file = open(path, "rb")  # noqa: SIM115 (closed below)
+        regular = stat.S_ISREG(path.stat().st_mode)
+        file = open(path, "rb") if regular else None  # noqa: SIM115 (closed below); opening a pipe would wait
     except (OSError, ValueError) as error:  # ValueError: a null character
         why = error.strerror if isinstance(error, OSError) else error
         raise RequestError(f"{path} cannot be read ({why}): {advice}") from error
+    if file is None:
+        raise RequestError(f"{path} is not a regular file: {advice}")
     with file:
         if file.read(len(MAGIC)) != MAGIC:
             raise RequestError(f"{path} is not a saved prompt: {advice}")

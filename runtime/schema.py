@@ -22,6 +22,8 @@ def name(value: object) -> bool:
 # A leaf of a declaration describes the value in words; the words select the check.
 COUNT = "a whole number above 0"
 ID = "a whole number, 0 or above"
+NUMBER = "a number"
+NUMBER_OR_NULL = "a number, or null"
 ID_OR_NULL = "a whole number, 0 or above, or null"
 NAME = "a non-empty string"
 NAME_OR_NULL = "a non-empty string, or null"
@@ -36,6 +38,8 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     COUNT: lambda v: whole(v, 1),
     ID: lambda v: whole(v, 0),
     ID_OR_NULL: lambda v: v is None or whole(v, 0),
+    NUMBER: lambda v: type(v) in (int, float),
+    NUMBER_OR_NULL: lambda v: v is None or type(v) in (int, float),
     NAME: name,
     NAME_OR_NULL: lambda v: v is None or name(v),
     PAIR_OR_NULL: lambda v: v is None or (isinstance(v, list) and len(v) == 2 and all(map(name, v))),

@@ -45,7 +45,7 @@ def settings_of(given: Mapping[str, Any], context: int, most: int | None = None)
             f"the generation setting {', '.join(f'{name}={value}' for name, value in unknown.items())} does not exist "
             f"here: leave it out; there are until, {LENGTHS[0]}, do_sample, temperature, {', '.join(SAMPLING)}"
         )
-    room = int(lengths[0]) if lengths else min(most or MOST_NEW, max(1, context // 2))
+    room = whole(LENGTHS[0], lengths[0]) if lengths else min(most or MOST_NEW, max(1, context // 2))
     if not 1 <= room < context:
         raise RequestError(
             f"{LENGTHS[0]}={room} leaves no room for a prompt in the context of {context} tokens: set it from 1 to "
@@ -56,6 +56,18 @@ def settings_of(given: Mapping[str, Any], context: int, most: int | None = None)
     elif "repetition_penalty" in options:
         sampling["repetition_penalty"] = float(options["repetition_penalty"])
     return Settings(room, tuple(text for text in until if text), sampling)
+
+
+def whole(name: str, value: Any) -> int:
+    """A setting as a whole number. Raises RequestError.
+
+    >>> whole("batch_size", "4")
+    4
+    """
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        raise RequestError(f"{name}={value} must be a whole number") from None
 
 
 def sampling_of(do_sample: bool | None, temperature: float | None) -> SamplingOptions:

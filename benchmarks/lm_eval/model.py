@@ -22,7 +22,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 import runtime
-from benchmarks.lm_eval.generation import MOST_NEW, TOGETHER, continued, settings_of
+from benchmarks.lm_eval.generation import MOST_NEW, TOGETHER, continued, settings_of, whole
 from benchmarks.lm_eval.likelihood import Answer, Likelihoods, Pair
 from runtime.errors import RequestError
 from runtime.manifest_file import read_manifest
@@ -67,7 +67,9 @@ class DMPTLM(TemplateLM):
         if self.prefix is None:
             raise RequestError(f"{path} names no end-of-text token, which the harness puts before every document")
         automatic = isinstance(batch_size, str) and batch_size.startswith("auto")
-        self.together = TOGETHER if automatic else int(batch_size)
+        self.together = TOGETHER if automatic else whole("batch_size", batch_size)
+        if self.together < 1:
+            raise RequestError(f"batch_size={batch_size}: set it to 1 or above, or to auto")
         self.most_new, self.seed = max_gen_toks, seed
         self.likelihoods = Likelihoods(self.model)
 

@@ -1,6 +1,6 @@
 """Measured figures on a model card: a section of README.md, and `model-index` in its metadata.
 
-Both are replaced when the card gets new figures; everything else on the card stays as it is. The form of `model-index`
+Both are replaced when the card gets new figures; everything else on the card stays unchanged. The form of `model-index`
 is that of the Hugging Face hub (Model Cards, "Evaluation results"): a task, a dataset and metrics.
 """
 

@@ -1,4 +1,4 @@
-"""A folder in the standard layout, which optimum, onnxruntime-genai and transformers.js open as it is.
+"""A folder in the standard layout, which optimum, onnxruntime-genai and transformers.js open.
 
     model.onnx                    optimum: log-probs of every row
     genai.onnx                    onnxruntime-genai: of each text's last token
@@ -173,7 +173,7 @@ def cache_line(manifest: dict[str, Any]) -> str:
 
 def standard_readme(manifest: dict[str, Any]) -> str:
     """README.md of the folder: five lines for each program."""
-    config, leaves = manifest["config"], manifest["leaves"]
+    config, leaves, line = manifest["config"], manifest["leaves"], cache_line(manifest)
     paths = (
         f"\nThese programs know no paths: each one ({', '.join(leaves)}) is computed for every token.\n"
         "dmpt-export's own runtime computes a path only when a token takes it: export without `--layout` for it.\n"
@@ -184,7 +184,7 @@ def standard_readme(manifest: dict[str, Any]) -> str:
 
 Exported by dmpt-export, weights {manifest["quantization"]["scheme"]}, {manifest["parameters"]["total"]:,} parameters, \
 context {config["n_positions"]} tokens.
-{cache_line(manifest).capitalize()}.
+{line[0].upper()}{line[1:]}.
 {paths}
 `logits` are log-probs of the deployed model.
 

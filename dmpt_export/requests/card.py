@@ -6,9 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runtime.schema import COUNT, NAME, NUMBER, NUMBER_OR_NULL, faults
 from training.errors import FieldError, InputError
 
 FORMAT, FORMAT_VERSION = "dmpt-comparison", 1  # of benchmarks.comparison.result
+ABOUT = {"rows": [{"name": NAME, "path": NAME}], "data": [NAME], "created": NAME, "machine": {"cpu": NAME},
+         "versions": {}}  # fmt: skip
+ROW = {"kind": NAME, "scheme": NAME, "size_bytes": COUNT}
+QUALITY = {"perplexity": NUMBER, "accuracy": NUMBER, "tokens_scored": COUNT, "protocol": NAME, "max_length": COUNT,
+           "stride": COUNT}  # fmt: skip
+SPEED = {"decode_tokens_per_s": NUMBER, "prefill_tokens_per_s": NUMBER, "threads": COUNT, "prompt_tokens": COUNT,
+         "generated_tokens": COUNT, "repetitions": COUNT}  # fmt: skip
+OPTIONAL = ("word_perplexity", "bits_per_byte")
 
 
 @dataclass(frozen=True)
@@ -16,6 +25,7 @@ class Found:
     """Everything that check() read."""
 
     card: Path
+    text: str | None  # of the card; None: there is none yet
     row: dict[str, Any]  # of the model
     about: dict[str, Any]  # the whole comparison
 
@@ -34,7 +44,8 @@ class CardRequest:
         about = read_comparison(Path(self.comparison))
         row = self.row_of(about["rows"])
         check_row(folder, row)
-        return Found(folder / "README.md", row, about)
+        card = folder / "README.md"
+        return Found(card, read_card(card), row, about)
 
     def row_of(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """The model's row. Raises InputError where there is none, or several."""
@@ -55,7 +66,7 @@ class CardRequest:
         from benchmarks.report.card import with_figures
         from training.checkpoints.atomic import atomic_file
 
-        before = found.card.read_text(encoding="utf-8") if found.card.exists() else f"# {found.row['name']}\n"
+        before = f"# {found.row['name']}\n" if found.text is None else found.text
         after = with_figures(before, Path(self.model).resolve().name, found.row, found.about)
         with atomic_file(found.card) as temporary:
             temporary.write_text(after, encoding="utf-8")
@@ -69,7 +80,28 @@ def read_comparison(path: Path) -> dict[str, Any]:
     about = read_json(path / "comparison.json" if path.is_dir() else path)
     if (about.get("format"), about.get("format_version")) != (FORMAT, FORMAT_VERSION) or not about.get("rows"):
         raise InputError(f"{path} is not a comparison: give the comparison.json that `dmpt-export compare --out` wrote")
+    if problems := faults(about, ABOUT):
+        raise InputError(f"{path} is damaged ({problems[0]}): compare again")
     return about
+
+
+def read_card(path: Path) -> str | None:
+    """The text of a card; None without one. Raises InputError for a file that is no text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as UTF-8 text ({error}): write it again, or move it away") from error
+
+
+def check_figures(row: dict[str, Any]) -> None:
+    """Raise InputError for a row that lacks a figure or a condition of it."""
+    form: dict[str, Any] = ROW | {name: NUMBER_OR_NULL for name in OPTIONAL if name in row}
+    form |= QUALITY if row.get("perplexity") is not None else {}
+    form |= SPEED if row.get("decode_tokens_per_s") is not None else {}
+    if problems := faults(row, form):
+        raise InputError(f"the figures of {row['name']} are damaged ({problems[0]}): compare it again")
 
 
 def check_row(folder: Path, row: dict[str, Any]) -> None:
@@ -78,6 +110,7 @@ def check_row(folder: Path, row: dict[str, Any]) -> None:
 
     if row.get("failure"):
         raise InputError(f"{row['name']} failed in this comparison: compare it again")
+    check_figures(row)
     kind = kind_of(folder)
     size = onnx_size(folder) if kind == "onnx" else sum(file.stat().st_size for file in weight_files(folder))
     own = {"kind": kind, "scheme": scheme_of_source(folder), "size_bytes": size}

@@ -178,6 +178,7 @@ def test_default_length_leaves_room_for_the_prompt() -> None:
     [
         ({"num_beams": 4}, "num_beams=4 does not exist here"),
         ({"max_gen_toks": 64}, "max_gen_toks=64 leaves no room for a prompt in the context of 64 tokens"),
+        ({"max_gen_toks": "many"}, "max_gen_toks=many must be a whole number"),
         ({"do_sample": True, "temperature": 0.0}, "set a temperature above 0"),
     ],
 )
@@ -278,9 +279,15 @@ def test_the_models_of_the_harness_stay_known() -> None:
 
 
 def test_harness_arguments(harness: Any, exported: Path) -> None:
-    for wrong, match in (({}, "no path"), ({"path": str(exported), "dtype": "x"}, "unknown dtype")):
+    path = str(exported)
+    for given, match in (
+        ({}, "no path"),
+        ({"path": path, "dtype": "x"}, "unknown dtype"),
+        ({"path": path, "batch_size": "many"}, "batch_size=many must be a whole number"),
+        ({"path": path, "batch_size": 0}, "batch_size=0: set it to 1 or above"),
+    ):
         with pytest.raises(RequestError, match=match):
-            type(harness).create_from_arg_obj(wrong)
+            type(harness).create_from_arg_obj(given)
     made = type(harness).create_from_arg_obj({"path": str(exported), "batch_size": "auto"}, {"batch_size": 1})
     assert (made.together, made.model.device) == (16, "cpu")
     made.model.close()

@@ -150,6 +150,15 @@ def test_without_a_text_there_is_no_index(exported: Path) -> None:
         (lambda about: about["rows"][0].update(path="moved"), "has no rows for"),
         (lambda about: about.update(format="x"), "is not a comparison"),
         (lambda about: about.update(rows=[]), "is not a comparison"),
+        (lambda about: about.update(rows=7), "is damaged (rows: 7 is not a list)"),
+        (lambda about: about.update(rows={"a": 1}), "is damaged (rows"),
+        (lambda about: about.update(rows=["a"]), "is damaged (rows[0]: 'a' is not an object)"),
+        (lambda about: about["rows"][0].pop("path"), "is damaged (rows[0].path: missing)"),
+        (lambda about: about.pop("machine"), "is damaged (machine: missing)"),
+        (lambda about: about["rows"][0].pop("kind"), "figures of mine are damaged (kind: missing)"),
+        (lambda about: about["rows"][0].pop("stride"), "figures of mine are damaged (stride: missing)"),
+        (lambda about: about["rows"][0].update(threads="1"), "figures of mine are damaged (threads: '1' is not"),
+        (lambda about: about["rows"][0].update(bits_per_byte=[]), "figures of mine are damaged (bits_per_byte"),
     ],
 )
 def test_figures_of_another_model_are_refused(
@@ -167,3 +176,20 @@ def test_figures_of_another_model_are_refused(
     assert match in err
     assert err.count("\n") == 1
     assert read(device) == before
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_card_that_is_no_text_is_left_alone(
+    folder: bool, device: Path, report: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = device / "README.md"
+    card.unlink()
+    if folder:
+        card.mkdir()
+    else:
+        card.write_bytes(b"# caf\xe9\n")
+    assert run("card", device, report) == 3
+    err = capsys.readouterr().err
+    assert "README.md cannot be read as UTF-8 text" in err
+    assert err.count("\n") == 1
+    assert folder or card.read_bytes() == b"# caf\xe9\n"

@@ -203,6 +203,7 @@ def test_settings_describe_the_graphs(tiny_quad: Path, tmp_path: Path) -> None:
     assert (tokenizer.padding_side, tokenizer.pad_token_id) == ("left", config.eos_token_id)
     assert set(tokenizer(["a b", "a b c d"], padding=True)) == {"input_ids", "attention_mask"}
     assert GenerationConfig.from_pretrained(folder).pad_token_id == config.eos_token_id
+    assert f"\nKeys and values of a full context: {layers} layers, 0 MB of " in (folder / "README.md").read_text()
 
 
 def test_every_path_is_counted(tiny_dmpt: Path, tmp_path: Path) -> None:

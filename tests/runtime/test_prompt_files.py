@@ -215,8 +215,9 @@ def test_what_is_not_a_saved_prompt(models: dict[str, Model], tmp_path: Path) ->
     places = {"text": "is not a saved prompt", "empty": "is not a saved prompt", "pipe": "is not a regular file",
               "nowhere": "No such file", "": "is not a regular file", "a\0b": "null"}  # fmt: skip
     for name, message in places.items():
-        with pytest.raises(RequestError, match=message):
+        with pytest.raises(RequestError, match=message) as refused:
             runtime.load_prompt(models["dual"], tmp_path / name)
+        assert str(refused.value).count("give a file") == 1
 
 
 # --- writing files ----------------------------------------------------------------------------------
@@ -228,8 +229,13 @@ def test_only_saved_prompts_are_replaced(models: dict[str, Model], tmp_path: Pat
     for name, message in {"text": "is not a saved prompt: it would be replaced", "": "is not a regular file"}.items():
         with pytest.raises(RequestError, match=message):
             sequence.save(tmp_path / name)
-    with pytest.raises(RequestError, match="nowhere is not a folder"):
-        sequence.save(tmp_path / "nowhere" / "saved")
+    (tmp_path / "astray").symlink_to("nowhere/saved")
+    for place, message in {"nowhere/saved": "nowhere is not a folder", "astray": "nowhere is not a folder",
+                           "n" * 255: "too long: give one of at most 241", "n" * 300: "too long", "a\0b": "null",
+                           }.items():  # fmt: skip
+        with pytest.raises(RequestError, match=message):
+            sequence.save(tmp_path / place)
+    (tmp_path / "astray").unlink()
     with pytest.raises(RequestError, match="no tokens to save"):
         models["dual"].sequence().save(tmp_path / "new")
     assert (tmp_path / "text").read_text() == "The tide mill"
@@ -239,6 +245,7 @@ def test_only_saved_prompts_are_replaced(models: dict[str, Model], tmp_path: Pat
     fed(models["dual"], IDS[:12]).save(tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
     assert runtime.load_prompt(models["dual"], tmp_path / "saved").length == 12
+    sequence.save(tmp_path / ("n" * 241))
 
 
 def test_a_failed_save_leaves_the_old_file(

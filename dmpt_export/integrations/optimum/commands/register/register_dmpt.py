@@ -1,7 +1,7 @@
 """`optimum-cli dmpt VERB ...` and `optimum-cli export dmpt CHECKPOINT OUT ...`.
 
 optimum 2 imports every file of the namespace package `optimum.commands.register`, where installing this project puts
-this one. Options are passed on as they are: argparse leaves them alone, because no argument begins with its prefix.
+this one. Options are passed on unchanged: argparse leaves them alone, because no argument begins with its prefix.
 """
 
 from __future__ import annotations
