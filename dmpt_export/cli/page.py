@@ -19,6 +19,8 @@ from dmpt_export.requests.page import PageRequest
 def command(**fields: Any) -> None:
     """Write the folder OUT: a page that loads the exported MODEL, keeps it in the browser, and writes text.
 
+    GPT-2s in any scheme, DMPTs in float or int8-dynamic, which is also the fastest scheme in a browser.
+
     Everything that the page needs lies beside it, so any server of static files can give it out. Tokens are
     colored by their path; the pointer on a token shows the weights of its heads.
 

@@ -41,6 +41,14 @@ class PageRequest:
             raise InputError(f"{self.model} was exported for {manifest.target}: a page needs --target cpu")
         if "tokenizer.json" not in {entry.name for entry in manifest.files}:
             raise InputError(f"{self.model} has no tokenizer, which a page needs to read what is typed")
+        if len(manifest.tree) > 1 and any(
+            tensor.get("block") and name.startswith("paths.")
+            for name, tensor in manifest.raw["quantization"]["tensors"].items()
+        ):
+            raise InputError(
+                f"{self.model} keeps scales inside the branches of its graph, which onnxruntime-web cannot load from a "
+                "data file: export the model with --scheme int8-dynamic, which also runs faster in a browser"
+            )
         check_files(Path(self.model), manifest)
         missing = [name for name, file in self.vendor().items() if not file.is_file()]
         if missing:

@@ -39,7 +39,7 @@ const HEADS = 'head_log_weights.' // outputs of this name and the leaf's
  */
 export async function load({ ort, folder, Tokenizer, read, progress = () => {}, verify = true, session = {} }) {
   const source = read ? { read } : await opened(folder)
-  const manifest = checked(parsed(await source.read('dmpt_manifest.json'), 'dmpt_manifest.json'))
+  const manifest = checked(parsed(await source.read('dmpt_manifest.json'), 'dmpt_manifest.json'), !source.path)
   const names = Object.keys(manifest.files).filter(name => name.startsWith(manifest.model) || name.startsWith('tokenizer'))
   const sizes = names.map(name => manifest.files[name].size), total = sizes.reduce((a, b) => a + b, 0), files = {}
   let done = 0

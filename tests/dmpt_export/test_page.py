@@ -12,6 +12,7 @@ import runtime
 from dmpt_export.onnx.export import export_onnx
 from dmpt_export.onnx.exportable import ExportOptions
 from dmpt_export.requests.page import VENDOR
+from quant.checkpoint import save_quantized
 from tests.helpers.cli import run
 from tests.helpers.models import saved_model
 from tests.helpers.paths import REPOSITORY
@@ -69,7 +70,10 @@ def test_what_cannot_become_a_page_is_refused(
     export_onnx(saved_model(tmp_path / "bare", splits=[], heads=1), tmp_path / "no-tokenizer", verify=False)
     export_onnx(tiny_dmpt, tmp_path / "cuda", ExportOptions(target="cuda"), verify=False)
     export_onnx(tiny_dmpt, tmp_path / "standard", ExportOptions(layout="standard"), verify=False)
+    save_quantized(tiny_dmpt, tmp_path / "quantized", "int8")
+    export_onnx(tmp_path / "quantized", tmp_path / "int8", verify=False)
     cases = [
+        ("int8", modules, "--scheme int8-dynamic"),
         ("no-tokenizer", modules, "no tokenizer"),
         ("cuda", modules, "exported for cuda"),
         ("standard", modules, "standard layout"),
