@@ -12,6 +12,7 @@ from pathlib import PurePath
 from typing import Any
 
 from benchmarks.report.table import markdown, megabytes, readable
+from runtime.schema import COUNT, NAME, NUMBER, NUMBER_OR_NULL
 from training.checkpoints.card import BLOCK, block, card_text, title
 
 BEGIN, END = "<!-- measured by dmpt-export -->", "<!-- end of what dmpt-export measured -->"
@@ -23,6 +24,23 @@ METRICS = {  # name in a comparison -> type and name on the hub
     "bits_per_byte": ("bits_per_byte", "bits per byte"),
     "accuracy": ("accuracy", "top-1 accuracy"),
 }
+
+# What is read of a comparison, as runtime.schema checks it.
+ABOUT = {"rows": [{"name": NAME, "path": NAME}], "data": [NAME], "created": NAME, "machine": {"cpu": NAME},
+         "versions": {}}  # fmt: skip
+ROW = {"kind": NAME, "scheme": NAME, "size_bytes": COUNT}
+QUALITY = {"perplexity": NUMBER, "accuracy": NUMBER, "tokens_scored": COUNT, "protocol": NAME, "max_length": COUNT,
+           "stride": COUNT}  # fmt: skip
+SPEED = {"decode_tokens_per_s": NUMBER, "prefill_tokens_per_s": NUMBER, "threads": COUNT, "prompt_tokens": COUNT,
+         "generated_tokens": COUNT, "repetitions": COUNT}  # fmt: skip
+OPTIONAL = ("word_perplexity", "bits_per_byte")
+
+
+def row_form(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row must hold for the figures that it has."""
+    form: dict[str, Any] = ROW | {name: NUMBER_OR_NULL for name in OPTIONAL if name in row}
+    form |= QUALITY if row.get("perplexity") is not None else {}
+    return form | (SPEED if row.get("decode_tokens_per_s") is not None else {})
 
 
 def with_figures(card: str, name: str, row: Mapping[str, Any], about: Mapping[str, Any]) -> str:

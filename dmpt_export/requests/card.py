@@ -6,18 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.schema import COUNT, NAME, NUMBER, NUMBER_OR_NULL, faults
 from training.errors import FieldError, InputError
 
 FORMAT, FORMAT_VERSION = "dmpt-comparison", 1  # of benchmarks.comparison.result
-ABOUT = {"rows": [{"name": NAME, "path": NAME}], "data": [NAME], "created": NAME, "machine": {"cpu": NAME},
-         "versions": {}}  # fmt: skip
-ROW = {"kind": NAME, "scheme": NAME, "size_bytes": COUNT}
-QUALITY = {"perplexity": NUMBER, "accuracy": NUMBER, "tokens_scored": COUNT, "protocol": NAME, "max_length": COUNT,
-           "stride": COUNT}  # fmt: skip
-SPEED = {"decode_tokens_per_s": NUMBER, "prefill_tokens_per_s": NUMBER, "threads": COUNT, "prompt_tokens": COUNT,
-         "generated_tokens": COUNT, "repetitions": COUNT}  # fmt: skip
-OPTIONAL = ("word_perplexity", "bits_per_byte")
 
 
 @dataclass(frozen=True)
@@ -75,6 +66,8 @@ class CardRequest:
 
 def read_comparison(path: Path) -> dict[str, Any]:
     """comparison.json. Raises InputError for anything else."""
+    from benchmarks.report.card import ABOUT
+    from runtime.schema import faults
     from training.checkpoints.files import read_json
 
     about = read_json(path / "comparison.json" if path.is_dir() else path)
@@ -97,10 +90,10 @@ def read_card(path: Path) -> str | None:
 
 def check_figures(row: dict[str, Any]) -> None:
     """Raise InputError for a row that lacks a figure or a condition of it."""
-    form: dict[str, Any] = ROW | {name: NUMBER_OR_NULL for name in OPTIONAL if name in row}
-    form |= QUALITY if row.get("perplexity") is not None else {}
-    form |= SPEED if row.get("decode_tokens_per_s") is not None else {}
-    if problems := faults(row, form):
+    from benchmarks.report.card import row_form
+    from runtime.schema import faults
+
+    if problems := faults(row, row_form(row)):
         raise InputError(f"the figures of {row['name']} are damaged ({problems[0]}): compare it again")
 
 
