@@ -23,17 +23,18 @@ BESIDE = (
 )  # fmt: skip
 
 
+NOT_OURS = shutil.ignore_patterns("__pycache__", "results", "node_modules")
 PLACED = "dmpt_export/integrations/"  # its files go among those of other packages
 
 
 def packaged(folder: Path) -> dict[str, bytes]:
     """Files of the five packages by their path, as a wheel should have them."""
     files = (file for name in (*PACKAGES, "optimum") for file in (folder / name).rglob("*") if file.is_file())
-    kinds = (".py", ".json", ".toml", ".md", ".mjs", ".typed")
+    kinds = (".py", ".json", ".toml", ".md", ".mjs", ".html", ".css", ".typed")
     return {
         file.relative_to(folder).as_posix().removeprefix(PLACED): file.read_bytes()
         for file in files
-        if file.suffix in kinds and "__pycache__" not in file.parts
+        if file.suffix in kinds and not {"__pycache__", "node_modules"} & {*file.parts}
     }
 
 
@@ -42,7 +43,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("setuptools", minversion="70.1", reason="setuptools 70.1 builds the wheel: install [dev]")
     source = tmp_path_factory.mktemp("source")  # building writes into its folder
     for name in PACKAGES:
-        shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+        shutil.copytree(REPOSITORY / name, source / name, ignore=NOT_OURS)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copyfile(REPOSITORY / name, source / name)
     out = tmp_path_factory.mktemp("wheel")
@@ -65,7 +66,7 @@ def test_the_sdist_holds_what_the_tests_and_documents_need(tmp_path: Path) -> No
     pytest.importorskip("setuptools", minversion="70.1", reason="setuptools 70.1 builds the sdist: install [dev]")
     source, ours = tmp_path / "source", (*PACKAGES, "tests", "docs")  # building writes into its folder
     for name in ours:
-        shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "node_modules"))
     for name in BESIDE:
         shutil.copyfile(REPOSITORY / name, source / name)
     (source / "tests" / "__pycache__").mkdir()

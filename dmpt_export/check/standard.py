@@ -111,8 +111,10 @@ def compare_others(
 ) -> dict[str, Any]:
     """The same in the layout's other graphs, which give only the last row; padded on the right where the graph looks
     for it."""
-    results, lengths = {}, prompt_lengths(ids)
+    results: dict[str, dict[str, Any]] = {}
+    lengths = prompt_lengths(ids)
     for name in (name for name in manifest["graphs"] if name != manifest["model"]):
+        results[name] = {}
         with StandardModel(folder / name) as model:
             texts = model.sequence(rows=2)
             log_probs, routes = texts.step(*padded(ids[: lengths[1]], lengths[0], left=model.counts), keep=1)
@@ -121,7 +123,8 @@ def compare_others(
                 whole = Outcome(
                     np.concatenate([log_probs[row], got.log_probs]), np.concatenate([routes[row], got.routes]), first
                 )
-                results[name] = compare(want.part(first, first + len(whole.routes)), whole, tolerance, name)
+                part = want.part(first, first + len(whole.routes))
+                results[name]["padded" if row == 0 else "batch"] = compare(part, whole, tolerance, name)
     return results
 
 

@@ -45,7 +45,8 @@ def command(**fields: Any) -> None:
     """Export CHECKPOINT to the folder OUT: one graph for prefill, decoding and scoring.
 
     CHECKPOINT is a DMPT folder, a quantized folder, or a GPT-2 folder or hub id. Routing becomes one If per
-    path, so a path without tokens is not computed; fast-k becomes TopK and a gather of head rows. The result is
+    path, so a path without tokens is not computed (with --layout standard all are); fast-k becomes TopK and a
+    gather of head rows. The result is
     run and compared with torch (routes first, then log-probs, on every path) before OUT appears. If it differs
     beyond tolerance, it is not published and the exit code is 4.
 

@@ -31,6 +31,7 @@ class PageRequest:
     def check(self) -> Manifest:
         """Raise InputError for a folder, target or package that the page cannot use."""
         from runtime.files import check_files
+        from runtime.manifest import PER_TENSOR
         from runtime.manifest_file import read_manifest
         from training.checkpoints.places import check_inputs, check_new
 
@@ -42,7 +43,7 @@ class PageRequest:
         if "tokenizer.json" not in {entry.name for entry in manifest.files}:
             raise InputError(f"{self.model} has no tokenizer, which a page needs to read what is typed")
         if len(manifest.tree) > 1 and any(
-            tensor.get("block") and name.startswith("paths.")
+            tensor.get("block") and tensor["scheme"] != PER_TENSOR and name.startswith("paths.")
             for name, tensor in manifest.raw["quantization"]["tensors"].items()
         ):
             raise InputError(

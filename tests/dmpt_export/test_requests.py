@@ -24,6 +24,7 @@ from dmpt_export.requests.eval import EvaluateRequest
 from dmpt_export.requests.init import InitRequest
 from dmpt_export.requests.inspect import InspectRequest
 from dmpt_export.requests.onnx import ExportRequest
+from dmpt_export.requests.page import PageRequest
 from dmpt_export.requests.quantize import QuantizeRequest
 from dmpt_export.requests.run import RunRequest
 from tests.helpers.paths import REPOSITORY
@@ -44,6 +45,7 @@ LEAST: dict[str, tuple[list[str], Any]] = {
     "bench": (["m", "n"], BenchRequest(("m", "n"))),
     "compare": (["m", "n"], CompareRequest(("m", "n"))),
     "card": (["m", "c"], CardRequest("m", "c")),
+    "page": (["m", "o"], PageRequest("m", "o")),
     "convert": (["m", "o"], ConvertRequest("m", Path("o"))),
 }
 SHOWN = {"as_json", "echo", "form", "full", "tensors", "verbose"}  # how a result is printed
