@@ -168,6 +168,16 @@ def tiny_dmpt(make_dmpt: Callable[..., DMPTForCausalLM], tmp_path_factory: pytes
 
 
 @pytest.fixture(scope="session")
+def dual_device(tiny_dmpt: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its ONNX folder, which no test may change."""
+    from dmpt_export.onnx.export import export_onnx
+
+    out = tmp_path_factory.mktemp("dual_device") / "device"
+    export_onnx(tiny_dmpt, out, verify=False)
+    return out
+
+
+@pytest.fixture(scope="session")
 def tiny_quad(make_dmpt: Callable[..., DMPTForCausalLM], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random quad DMPT: splits 2 and 3, uneven heads (one leaf without a head gate), fast-k 16, head_topk 2."""
     folder = tmp_path_factory.mktemp("tiny_quad") / "model"

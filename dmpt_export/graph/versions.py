@@ -19,12 +19,15 @@ SINCE = {
     ("GatherBlockQuantized", "bits", 2): (1, 27),
     ("GroupQueryAttention", "kv_cache_bit_width", 8): (1, 28),  # 1.27 has it, but gives wrong results for batches
 }
+ATTENTION_BIAS, BIAS_SINCE = 10, (1, 22)  # input of GroupQueryAttention; 1.21 refuses the graph
 
 
 def least_onnxruntime(model: ir.Model) -> str:
     """Such as "1.23"."""
     versions = [EARLIEST, OPSETS.get(model.graph.opset_imports[""], EARLIEST)]
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        if node.op_type == "GroupQueryAttention" and any(node.inputs[ATTENTION_BIAS : ATTENTION_BIAS + 1]):
+            versions.append(BIAS_SINCE)
         for name, attribute in node.attributes.items():
             if attribute.type == ir.AttributeType.INT:
                 versions.append(SINCE.get((node.op_type, name, attribute.as_int()), EARLIEST))

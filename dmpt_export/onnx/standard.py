@@ -186,7 +186,7 @@ Exported by dmpt-export, weights {manifest["quantization"]["scheme"]}, {manifest
 context {config["n_positions"]} tokens.
 {line[0].upper()}{line[1:]}.
 {paths}
-`logits` are log-probs of the deployed model.
+`logits` are log-probs of the deployed model. ONNX Runtime {manifest["requires"]["onnxruntime"]} or later.
 
 optimum (`pip install 'optimum-onnx[onnxruntime]'`):
 

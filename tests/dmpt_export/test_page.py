@@ -18,13 +18,6 @@ from tests.helpers.models import saved_model
 from tests.helpers.paths import REPOSITORY
 
 
-@pytest.fixture(scope="module")
-def device(tiny_dmpt: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("page") / "device"
-    export_onnx(tiny_dmpt, out, verify=False)
-    return out
-
-
 @pytest.fixture
 def modules(tmp_path: Path) -> Path:
     """node_modules with files of the right names."""
@@ -36,9 +29,9 @@ def modules(tmp_path: Path) -> Path:
     return tmp_path / "node_modules"
 
 
-def test_all_that_the_page_loads_lies_beside_it(device: Path, modules: Path, tmp_path: Path) -> None:
+def test_all_that_the_page_loads_lies_beside_it(dual_device: Path, modules: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
-    assert run("page", device, site, "--modules", modules) == 0
+    assert run("page", dual_device, site, "--modules", modules) == 0
     loaded: set[str] = set()
     for file in (*site.glob("*.mjs"), site / "index.html"):
         text = file.read_text(encoding="utf-8")
@@ -48,13 +41,13 @@ def test_all_that_the_page_loads_lies_beside_it(device: Path, modules: Path, tmp
     assert {"page.mjs", "page.css", "dmpt.mjs", "folder.mjs", "text.mjs", "vendor/ort.wasm.min.mjs"} <= relative
     assert not [name for name in relative if not (site / name).is_file()]
     with runtime.load(site / "model") as model:  # still a complete export
-        assert model.manifest.raw == json.loads((device / "dmpt_manifest.json").read_text())
+        assert model.manifest.raw == json.loads((dual_device / "dmpt_manifest.json").read_text())
 
 
 def test_an_earlier_page_is_replaced_only_when_asked(
-    device: Path, modules: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dual_device: Path, modules: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = ["page", device, tmp_path / "site", "--modules", modules]
+    line = ["page", dual_device, tmp_path / "site", "--modules", modules]
     assert run(*line) == 0
     assert run(*line) == 3
     assert "--overwrite" in capsys.readouterr().err
@@ -65,7 +58,7 @@ def test_an_earlier_page_is_replaced_only_when_asked(
 
 
 def test_what_cannot_become_a_page_is_refused(
-    device: Path, modules: Path, tiny_dmpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dual_device: Path, modules: Path, tiny_dmpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     export_onnx(saved_model(tmp_path / "bare", splits=[], heads=1), tmp_path / "no-tokenizer", verify=False)
     export_onnx(tiny_dmpt, tmp_path / "cuda", ExportOptions(target="cuda"), verify=False)
@@ -82,7 +75,7 @@ def test_what_cannot_become_a_page_is_refused(
     for name, packages, message in cases:
         assert run("page", tmp_path / name, tmp_path / "site", "--modules", packages) == 3
         assert message in capsys.readouterr().err
-    assert run("page", device, tmp_path / "site", "--modules", tmp_path) == 3
+    assert run("page", dual_device, tmp_path / "site", "--modules", tmp_path) == 3
     assert "npm install onnxruntime-web @huggingface/tokenizers" in capsys.readouterr().err
     assert not (tmp_path / "site").exists()
 

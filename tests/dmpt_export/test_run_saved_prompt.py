@@ -16,16 +16,9 @@ from tests.helpers.cli import run
 RULES, QUESTION = "The tide mill", " is driven by"
 
 
-@pytest.fixture(scope="module")
-def device(tiny_dmpt: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("device") / "onnx"
-    export_onnx(tiny_dmpt, out, verify=False)
-    return out
-
-
 @pytest.fixture
-def saved(device: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Path:
-    assert run("run", device, RULES, "--threads", 1, "--save-prompt", tmp_path / "saved") == 0
+def saved(dual_device: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Path:
+    assert run("run", dual_device, RULES, "--threads", 1, "--save-prompt", tmp_path / "saved") == 0
     assert capfd.readouterr() == ("", "")
     return tmp_path / "saved"
 
@@ -38,56 +31,59 @@ def read(model: Model, *texts: str) -> Sequence:
     return sequence
 
 
-def test_the_text_follows_the_saved_one(device: Path, saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_text_follows_the_saved_one(dual_device: Path, saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
     options = ["-n", 20, "--seed", 3, "--threads", 1]
-    with runtime.load(device, threads=1) as model:
+    with runtime.load(dual_device, threads=1) as model:
         want = model.generate(QUESTION, 20, seed=3, after=read(model, RULES))
         ids = model.encode(RULES) + model.encode(QUESTION)
         assert want == model.decode(model.generate(ids, 20, seed=3))
     for _ in range(2):
-        assert run("run", device, QUESTION, "--after", saved, *options) == 0
+        assert run("run", dual_device, QUESTION, "--after", saved, *options) == 0
         assert capfd.readouterr().out == f"{want}\n"
-    assert run("run", device, QUESTION, "--after", saved, *options, "--json") == 0
+    assert run("run", dual_device, QUESTION, "--after", saved, *options, "--json") == 0
     got = json.loads(capfd.readouterr().out)
     assert got["text"] == want
     assert got["prompt_tokens"] == len(ids)
     assert got["saved_tokens"] == len(ids) - len(model.encode(QUESTION))
 
 
-def test_an_empty_prompt_continues_the_saved_text(device: Path, saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert run("run", device, "", "--after", saved, "-n", 20, "--threads", 1) == 0
-    with runtime.load(device, threads=1) as model:
+def test_an_empty_prompt_continues_the_saved_text(
+    dual_device: Path, saved: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run("run", dual_device, "", "--after", saved, "-n", 20, "--threads", 1) == 0
+    with runtime.load(dual_device, threads=1) as model:
         assert capfd.readouterr().out == f"{model.generate(RULES, 20)}\n"
         assert set(runtime.load_prompt(model, saved).done.values()) == {len(model.encode(RULES))}  # on every path
 
 
 def test_a_batch_follows_it(
-    device: Path, saved: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    dual_device: Path, saved: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dmpt_export.cli.run.read_prompt", lambda: f"{QUESTION}\n and\n{'x' * 99}")
-    assert run("run", device, "--batch", "--after", saved, "-n", 9, "--threads", 1) == 3
+    assert run("run", dual_device, "--batch", "--after", saved, "-n", 9, "--threads", 1) == 3
     got = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
-    with runtime.load(device, threads=1) as model:
+    with runtime.load(dual_device, threads=1) as model:
         rules = read(model, RULES)
         assert [line.get("text") for line in got[:2]] == [model.generate(q, 9, after=rules) for q in (QUESTION, " and")]
     assert "that are already there do not fit the context of 64" in got[2]["error"]
 
 
 def test_a_saved_text_can_be_extended(
-    device: Path, saved: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    dual_device: Path, saved: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert (
-        run("run", device, QUESTION, "--after", saved, "--save-prompt", tmp_path / "longer", "-v", "--threads", 1) == 0
+        run("run", dual_device, QUESTION, "--after", saved, "--save-prompt", tmp_path / "longer", "-v", "--threads", 1)
+        == 0
     )
-    with runtime.load(device, threads=1) as model:
+    with runtime.load(dual_device, threads=1) as model:
         longer = read(model, RULES, QUESTION)
         assert capfd.readouterr() == ("", f"{longer.length} tokens saved to {tmp_path / 'longer'}\n")
         longer.save(tmp_path / "want")
     assert (tmp_path / "longer").read_bytes() == (tmp_path / "want").read_bytes()
 
 
-def test_the_prefix_of_texts_is_not_repeated(device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with runtime.load(device, threads=1) as model:
+def test_the_prefix_of_texts_is_not_repeated(dual_device: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with runtime.load(dual_device, threads=1) as model:
         assert model.codec is not None
         monkeypatch.setattr(model.codec, "prefix", [7, 8])
         rules = model.sequence()
@@ -122,7 +118,7 @@ def test_mistakes_are_seen_before_a_model_is_loaded(
 
 
 def test_a_prompt_of_another_model(
-    device: Path, saved: Path, tiny_quad: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    dual_device: Path, saved: Path, tiny_quad: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     export_onnx(tiny_quad, tmp_path / "quad", verify=False)
     assert run("run", tmp_path / "quad", QUESTION, "--after", saved) == 3

@@ -206,6 +206,17 @@ def test_settings_describe_the_graphs(tiny_quad: Path, tmp_path: Path) -> None:
     assert f"\nKeys and values of a full context: {layers} layers, 0 MB of " in (folder / "README.md").read_text()
 
 
+def test_the_version_that_has_the_bias_is_required(tmp_path: Path) -> None:
+    """Measured: 1.20 and 1.21 refuse such a graph, 1.22 to 1.32 run it; the native layout runs with 1.20."""
+    source = saved_model(tmp_path / "source", **DUAL)
+    least = {
+        layout: export_onnx(source, tmp_path / layout, ExportOptions(layout=layout), verify=False)["requires"]
+        for layout in ("native", STANDARD)
+    }
+    assert least == {"native": {"onnxruntime": "1.20"}, STANDARD: {"onnxruntime": "1.22"}}
+    assert "ONNX Runtime 1.22 or later" in (tmp_path / STANDARD / "README.md").read_text()
+
+
 def test_every_path_is_counted(tiny_dmpt: Path, tmp_path: Path) -> None:
     """A step reads the blocks of all paths, so the report must not give one path's."""
     native = export_onnx(tiny_dmpt, tmp_path / "native", verify=False)

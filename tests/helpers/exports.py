@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import runtime
+from dmpt_export.onnx.export import export_onnx
 from quant.forms.blockwise import BlockwiseTensor
+from runtime.model import Model
+from tests.helpers.models import saved_model
 
 TREES: dict[str, dict[str, Any]] = {
     "gpt2": {"splits": [], "heads": 1},
@@ -41,6 +48,20 @@ TREES: dict[str, dict[str, Any]] = {
     },
     "odd sizes": {"splits": [1], "heads": 4, "fast_k": 3, "vocab_size": 53, "n_embd": 24, "n_head": 3, "n_layer": 3},
 }  # fmt: skip
+
+
+@contextmanager
+def endless_models(root: Path, trees: Mapping[str, dict[str, Any]]) -> Iterator[dict[str, Model]]:
+    """Random models by tree, without an end-of-text token, so that texts have the requested length."""
+    loaded = {}
+    for tree, fields in trees.items():
+        saved_model(root / tree, **fields)
+        export_onnx(root / tree, root / f"{tree} onnx", verify=False)
+        loaded[tree] = runtime.load(root / f"{tree} onnx", threads=1)
+        loaded[tree].ends = frozenset()
+    yield loaded
+    for model in loaded.values():
+        model.close()
 
 
 def wrong_scale(weight: Any) -> Any:

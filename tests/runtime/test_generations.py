@@ -23,6 +23,7 @@ from runtime.lookup import LONGEST, SHORTEST, Lookup
 from runtime.model import Model
 from runtime.sampling import Sampler, Sampling
 from runtime.sequence import Sequence
+from tests.helpers.exports import endless_models
 from tests.helpers.models import saved_model
 
 CONTEXT, VOCAB = 64, 97
@@ -35,16 +36,8 @@ TREES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Model]]:
-    """Random models without an end-of-text token, so that texts have the requested length."""
-    root, loaded = tmp_path_factory.mktemp("together"), {}
-    for tree, fields in TREES.items():
-        saved_model(root / tree, **fields)
-        export_onnx(root / tree, root / f"{tree} onnx", verify=False)
-        loaded[tree] = runtime.load(root / f"{tree} onnx", threads=1)
-        loaded[tree].ends = frozenset()
-    yield loaded
-    for model in loaded.values():
-        model.close()
+    with endless_models(tmp_path_factory.mktemp("together"), TREES) as loaded:
+        yield loaded
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from runtime.model import Model
 from runtime.sampling import likeliest
 from runtime.writing import Token
 from tests.helpers.cli import run
-from tests.helpers.models import saved_model
+from tests.helpers.exports import endless_models
 from tests.helpers.tolerances import TOLERANCE
 
 FLOAT = TOLERANCE[("float32", "float")]
@@ -35,16 +35,8 @@ PROMPT = [5, 6, 7, 5, 6, 7, 5, 6]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Model]]:
-    """Random models without an end-of-text token, so that texts have the requested length."""
-    root, loaded = tmp_path_factory.mktemp("logprobs"), {}
-    for tree, fields in TREES.items():
-        saved_model(root / tree, **fields)
-        export_onnx(root / tree, root / f"{tree} onnx", verify=False)
-        loaded[tree] = runtime.load(root / f"{tree} onnx", threads=1)
-        loaded[tree].ends = frozenset()
-    yield loaded
-    for model in loaded.values():
-        model.close()
+    with endless_models(tmp_path_factory.mktemp("logprobs"), TREES) as loaded:
+        yield loaded
 
 
 def check(model: Model, prompt: list[int], tokens: list[Token], n: int) -> None:
