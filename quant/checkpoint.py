@@ -91,6 +91,7 @@ def save_quantized(
     smooth: float | None = None,
     balanced: Collection[str] | None = None,
     files: Callable[[Sequence[TensorReport]], Mapping[str, str]] = lambda reports: {},
+    vocabulary: str | None = None,
 ) -> list[TensorReport]:
     """Quantize a DMPT or GPT-2 folder (or hub id) into the folder `out`, atomically; returns a report per tensor.
 
@@ -99,14 +100,15 @@ def save_quantized(
     `scheme` is SCHEME[:BLOCK][:asymmetric] as in a rule: "int4:64" sets the block. `rules` come before the scheme's own
     (quant.rules). `calibration` text is used by calibrated schemes, by balancing, and to measure the damage of each
     tensor. `smooth`: balance activations first (quant.smooth) against the weights in `balanced`, or those that get
-    int8-dynamic. `files`: further text files to write beside the weights, by name.
+    int8-dynamic. `files`: further text files to write beside the weights, by name. `vocabulary`: scheme of the
+    embedding and the heads; None: as quant.rules.default_rules chooses.
     Raises InputError for an unusable or already quantized source, an impossible rule, a scheme that lacks its
     calibration, or an `out` that is not a quantized folder; nothing is left behind then.
     """
     if out is not None:
         check_replaceable(Path(out), "quantized")
     name = None if scheme is None else parse_scheme(scheme)[0]
-    defaults = [] if scheme is None else default_rules(*parse_scheme(scheme))
+    defaults = [] if scheme is None else default_rules(*parse_scheme(scheme), vocabulary)
     folder = check_unquantized(source)
     config, arrays = load_state(folder)
     shapes = {name: array.shape for name, array in arrays.items()}

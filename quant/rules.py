@@ -111,17 +111,24 @@ def check_options(scheme: str, block: int | None, asymmetric: bool) -> None:
             raise InputError(f"{scheme} has a fast kernel for blocks from {low} to {high} only, not {block}")
 
 
-def default_rules(scheme: str, block: int | None = None, asymmetric: bool = False) -> list[Rule]:
+def default_rules(
+    scheme: str, block: int | None = None, asymmetric: bool = False, vocabulary: str | None = None
+) -> list[Rule]:
     """The rules for one scheme on the whole model: all block layers, projections, the embedding and the heads.
 
-    With a scheme whose rows cannot be looked up (int8-dynamic), the embedding and the heads get int8.
+    vocabulary: the scheme of the last two; None: the same, or int8 beside a scheme whose rows cannot be looked up or
+    that gains nothing there (int8-dynamic, on a processor).
     """
     if scheme in DELTAS:
         raise InputError(f"{scheme} is for heads: give a scheme for the rest and a rule 'heads.*={scheme}'")
     if scheme not in SCHEMES:
         raise InputError(f"unknown scheme '{scheme}': choose one of {', '.join(SCHEMES)}")
     how = SCHEMES[scheme]
-    rows = scheme if how.rows else "int8"
+    rows = vocabulary or how.vocabulary or scheme
+    if rows not in SCHEMES or not SCHEMES[rows].rows:
+        raise FieldError(
+            "{vocab_scheme} {} cannot look up rows: choose one of {}", rows, ", ".join(row_schemes())
+        )
     check_options(scheme if how.blocks else rows, block, False)
     check_options(scheme, None, asymmetric)
     layers = ("*.h.*.attn.c_attn", "*.h.*.attn.c_proj", "*.h.*.mlp.c_fc", "*.h.*.mlp.c_proj")
@@ -130,7 +137,13 @@ def default_rules(scheme: str, block: int | None = None, asymmetric: bool = Fals
         Rule(f"{layer}.weight", scheme, block if how.blocks else None, asymmetric) for layer in (*layers, *before_heads)
     ]
     block = block if SCHEMES[rows].blocks else None
+    asymmetric = asymmetric and SCHEMES[rows].zero_points
     return [*rules, Rule("heads.*.weight", rows, block, asymmetric), Rule(EMBEDDING, rows, block, asymmetric)]
+
+
+def row_schemes() -> list[str]:
+    """Schemes for the embedding and the heads."""
+    return [name for name, scheme in SCHEMES.items() if scheme.rows]
 
 
 def check_text(chosen: Mapping[str, Rule], calibrated: bool, smooth: float | None) -> None:
@@ -253,7 +266,7 @@ def _check_rule(rule: Rule, shapes: Mapping[str, Sequence[int]], matched: list[s
     if rows and rule.scheme in SCHEMES and not SCHEMES[rule.scheme].rows:
         raise InputError(
             f"rule '{rule}' matches {_listed(rows)}, whose rows are looked up one by one, which {rule.scheme} "
-            f"cannot do: use {' or '.join(name for name, scheme in SCHEMES.items() if scheme.rows)} for it"
+            f"cannot do: use {' or '.join(row_schemes())} for it"
         )
 
 

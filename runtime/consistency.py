@@ -7,7 +7,7 @@ from runtime.manifest import ROOT, Manifest, Node
 from runtime.schema import unsafe_name
 
 MOST_BLOCKS = 10_000
-TARGETS = ("cpu", "cuda")
+TARGETS = ("cpu", "cuda", "web")
 FLOATS = ("float32", "float16")
 
 

@@ -57,7 +57,7 @@ class Manifest:
     """The parsed manifest; `raw` is the unchanged JSON, for fields that only people and tools read."""
 
     model: str  # file name of the graph
-    target: str  # "cpu" or "cuda"
+    target: str  # "cpu", "cuda" or "web"
     activation_dtype: str  # of hidden rows: "float32" or "float16"
     cache_dtype: str  # of keys and values: the same, or "int8"
     config: ModelConfig

@@ -18,8 +18,9 @@ from dmpt_export.requests.onnx import ExportRequest
 @click.option("--layout", type=click.Choice(["native", "standard"]), default="native", show_default=True,
               help="native: for dmpt-export's runtime; standard: a folder that optimum, onnxruntime-genai and "
               "transformers.js open, where every path is computed for every token.")  # fmt: skip
-@click.option("--target", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
-              help="cpu: float32 activations; cuda: float16.")  # fmt: skip
+@click.option("--target", type=click.Choice(["cpu", "cuda", "web"]), default="cpu", show_default=True,
+              help="cpu: float32 activations; cuda: float16; web: as cpu, in what browsers run fast: without --scheme, "
+              "int8-dynamic for every matrix.")  # fmt: skip
 @click.option("--only-path", metavar="LEAF", help="Export one path alone, as a model without routing: for a "
               "device that serves one domain. --rule is then for that model's names (transformer.h.*).")  # fmt: skip
 @click.option("--fast-k", type=click.IntRange(min=0), help="Candidates of the anchor head; 0 scores every head fully. "
@@ -27,7 +28,7 @@ from dmpt_export.requests.onnx import ExportRequest
 @click.option("--head-topk", type=click.IntRange(min=0), help="Heads mixed per token; 0 mixes all of the path.")
 @click.option("--kv-cache", type=click.Choice(["float", "int8"]), default="float", show_default=True,
               help="Storage of keys and values: int8 needs a quarter of the memory and less time at long contexts, "
-              "with a small loss (cpu only).")  # fmt: skip
+              "with a small loss (not cuda).")  # fmt: skip
 @click.option("--calib", metavar="FILE", help="Typical text: for quantizing, and to calibrate the scales of an int8 KV "
               "cache (default there: random tokens).")  # fmt: skip
 @click.option("--draft-vocab", type=click.IntRange(min=0), metavar="N", help="Tokens that draft heads choose among; 0 "
@@ -37,7 +38,7 @@ from dmpt_export.requests.onnx import ExportRequest
 @click.option("--opset", type=click.IntRange(20, 24), default=21, show_default=True,
               help="Version of the standard operators.")  # fmt: skip
 @click.option("--atol", type=Finite(min=0, min_open=True), help="Largest allowed difference of a log-prob "
-              "from torch, with float kernels (cpu only). Default: the tolerance table's, 1e-4.")  # fmt: skip
+              "from torch, with float kernels (not cuda). Default: the tolerance table's, 1e-4.")  # fmt: skip
 @click.option("--no-verify", is_flag=True, callback=skip_verification,
               help="Publish without comparing the model with torch, or a GPT-2 with Transformers.")  # fmt: skip
 @overwrite

@@ -19,6 +19,12 @@ def schemes() -> Iterable[str]:
     return SCHEMES
 
 
+def row_schemes() -> Iterable[str]:
+    from quant.rules import row_schemes
+
+    return row_schemes()
+
+
 def deltas() -> Iterable[str]:
     """Delta schemes, which are only for rules; the request's check reports that."""
     from quant.schemes.low_rank import DELTAS
@@ -47,6 +53,12 @@ OPTIONS = [
         "--scheme",
         type=TableChoice("scheme", schemes, deltas),
         help="How to store weights; `dmpt-export quantize --help` describes each.",
+    ),
+    click.option(
+        "--vocab-scheme",
+        type=TableChoice("scheme", row_schemes),
+        help="Another one for the embedding and the vocabulary matrices. Default: --scheme's, or int8 beside nf4, fp4 "
+        "and int8-dynamic.",
     ),
     click.option(
         "--block",

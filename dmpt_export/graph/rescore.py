@@ -32,10 +32,12 @@ from dmpt_export.graph.projected import candidate_logits as projected_logits
 from quant.forms.blockwise import BlockwiseTensor
 from quant.forms.delta import DeltaTensor
 from quant.forms.form import Form
+from quant.forms.per_row import PerRowTensor
 from quant.forms.weights import Weights, form_of
 from training.model.config import DMPTConfig
 from training.model.shape import PROJECTED
 
+Coded = BlockwiseTensor | PerRowTensor  # heads whose rows are read as integers
 TOP = 64  # largest rounded value of h: two products with bytes fit the 16 bits in which older processors add them
 REST = 128  # steps of the rest, which is at most half a step of the rounded value, so at most TOP again
 TINY = np.finfo(np.float32).tiny
@@ -122,8 +124,11 @@ class _Rows:
             lambda: np.stack([part(head) for head in self.stored], axis=1).reshape(shape),
         )
 
-    def _packed(self) -> ir.Value:
-        return self.interleaved(".packed", lambda head: head.parts()["packed"])
+    def coded(self, which: int) -> ir.Value:
+        """Codes of whole rows, [V, heads * blocks, bytes] or [V, heads * bytes] (0), or their scales
+        [V, heads * blocks] (1)."""
+        part = self.first().row_parts[which]
+        return self.interleaved(f".{part}", lambda head: head.graph_part(part))
 
     # --- the three ways ---------------------------------------------------------------------------
 
@@ -139,7 +144,8 @@ class _Rows:
         return array if head.bits == 16 else array.astype(self.b.activations, copy=False)
 
     def from_dequantized(self, h: ir.Value, candidates: ir.Value) -> ir.Value:
-        b, first, activations = self.b, self.first(), self.b.activations
+        b, first, activations = self.b, self.stored[0], self.b.activations
+        assert isinstance(first, BlockwiseTensor)
         scales = self.interleaved(
             ".scales.rows", lambda head: head.parts()["scales"].astype(activations, copy=False)[..., None]
         )
@@ -147,7 +153,7 @@ class _Rows:
         if first.zero_points is not None:  # the operator needs one byte per block
             zeros = self.interleaved(".zero_points.rows", lambda head: head.graph_part("zero_points.rows")[..., None])
         axes = {"gather_axis": 0, "quantize_axis": 2, "bits": first.bits, "block_size": first.block}
-        inputs = (self._packed(), candidates, scales, zeros)
+        inputs = (self.coded(0), candidates, scales, zeros)
         rows = self.op("GatherBlockQuantized", *inputs, part="gathered", domain=MSFT, **axes)
         padded = first.n_blocks * first.block
         rows = self.op("Reshape", rows, self.by_head(padded), part="flat")
@@ -155,10 +161,10 @@ class _Rows:
             rows = self.op("Slice", rows, b.ints(0), b.ints(self.width), b.ints(3), part="unpad")
         return self._dot(rows, h)
 
-    def first(self) -> BlockwiseTensor:
+    def first(self) -> Coded:
         """The first head; all heads of the group have its layout."""
         head = self.stored[0]
-        assert isinstance(head, BlockwiseTensor)
+        assert isinstance(head, BlockwiseTensor | PerRowTensor)
         return head
 
     def by_head(self, width: int) -> ir.Value:
@@ -173,14 +179,13 @@ class _Rows:
         b, first = self.b, self.first()
         if b.dtype != ir.DataType.FLOAT:
             return self.from_dequantized(h, candidates)
-        gathered = self.op("Gather", self._packed(), candidates, part="gathered", axis=0)
-        codes = self.op("Reshape", gathered, self.by_head(first.n_blocks * first.packed.shape[2]), part="codes")
-        table = self.interleaved(".scales", lambda head: head.parts()["scales"])
-        scales = self.op("Gather", table, candidates, part="scales.gathered", axis=0)
+        gathered = self.op("Gather", self.coded(0), candidates, part="gathered", axis=0)
+        codes = self.op("Reshape", gathered, self.by_head(first.n_blocks * first.block_bytes), part="codes")
+        scales = self.op("Gather", self.coded(1), candidates, part="scales.gathered", axis=0)
         scales = self.op("Reshape", scales, self.by_head(first.n_blocks), part="scales")
         x, step = self._in_steps(first, h)
         if first.bits == 8:
-            sums = self._product(codes, 128, self._columns(first, x))  # (1, n, K * heads, 2 * blocks)
+            sums = self._product(codes, first.row_middle, self._columns(first, x))  # (1, n, K * heads, 2 * blocks)
         else:
             sums = self._nibble_product(first, codes, x)
         merge = b.weight(f"const.rescore.merge.{first.bits}.{first.n_blocks}", _merge(first))
@@ -190,14 +195,14 @@ class _Rows:
         total = b.weight(f"const.ones.{first.n_blocks}", np.ones((first.n_blocks, 1), np.float32))
         return self.op("Mul", self.op("MatMul", scaled, total, part="dot"), step, part="unscaled")
 
-    def _in_steps(self, first: BlockwiseTensor, h: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def _in_steps(self, first: Coded, h: ir.Value) -> tuple[ir.Value, ir.Value]:
         """(h in units of a step of its row, padded to whole blocks, the step [1, n, 1, 1]); 4 bits: y, x - y / 16."""
         b = self.b
         missing = first.n_blocks * first.block - self.width
         if missing:
             h = self.op("Pad", h, b.ints(0, 0, 0, 0, 0, missing), part="padded")
         per_byte = 8 // first.bits
-        by_byte = b.ints(0, 0, first.n_blocks * first.packed.shape[2], per_byte)
+        by_byte = b.ints(0, 0, first.n_blocks * first.block_bytes, per_byte)
         x = self.op("Reshape", h, by_byte, part="h")
         if per_byte == 2:
             turn = b.weight("const.rescore.turn", np.array([[0, 1], [1, -1 / 16]], np.float32))
@@ -208,10 +213,10 @@ class _Rows:
         step = self.op("Mul", self.op("Max", largest, floor, part="range"), share, part="step")
         return self.op("Div", x, step, part="in_steps"), step
 
-    def _columns(self, first: BlockwiseTensor, x: ir.Value) -> ir.Value:
+    def _columns(self, first: Coded, x: ir.Value) -> ir.Value:
         """[1, n, bytes, 1] -> int8 [1, n, bytes, 2 * blocks]: each block's values in its own column, then the rests."""
         b = self.b
-        own = np.eye(first.n_blocks, dtype=np.float32).repeat(first.packed.shape[2], axis=0)
+        own = np.eye(first.n_blocks, dtype=np.float32).repeat(first.block_bytes, axis=0)
         spread = self.op("Mul", x, b.weight(f"const.rescore.own.{len(own)}.{first.n_blocks}", own), part="spread")
         whole = self.op("Round", spread, part="whole")
         finer = b.weight("const.rescore.rest", np.array(REST, np.float32))
@@ -220,10 +225,11 @@ class _Rows:
         return self.op("Cast", columns, part="columns", to=int(ir.DataType.INT8))
 
     def _product(self, codes: ir.Value, zero: int, columns: ir.Value) -> ir.Value:
-        zero_point = self.b.weight(f"const.uint8.{zero}", np.array(zero, np.uint8))
+        kind = np.uint8 if zero else np.int8
+        zero_point = self.b.weight(f"const.{kind.__name__}.{zero}", np.array(zero, kind))
         return self.op("MatMulInteger", codes, columns, zero_point, part="product")
 
-    def _nibble_product(self, first: BlockwiseTensor, codes: ir.Value, x: ir.Value) -> ir.Value:
+    def _nibble_product(self, first: Coded, codes: ir.Value, x: ir.Value) -> ir.Value:
         b = self.b
         low = self.op("BitwiseAnd", codes, b.weight("const.uint8.15", np.array(15, np.uint8)), part="low")
         y, rest = b.ops("Split", x, name=f"{self.name}.halves", outputs=2, axis=3, num_outputs=2)
@@ -232,7 +238,7 @@ class _Rows:
         return self.op("Concat", bytes_, lows, part="products", axis=3)
 
 
-def _merge(first: BlockwiseTensor) -> np.ndarray:
+def _merge(first: Coded) -> np.ndarray:
     """Matrix that sums the columns of each block: [columns, blocks]."""
     weights = [1, 1 / REST] if first.bits == 8 else [1 / 16, 1 / 16 / REST, 1, 1 / REST]
     return np.concatenate([np.eye(first.n_blocks, dtype=np.float32) * np.float32(w) for w in weights])

@@ -86,7 +86,7 @@ def export_onnx(
             manifest |= standard_fields(config, weights)
         else:
             model = build(config, weights, ACTIVATIONS[target], scales, opset, vocabulary)
-            ir.save(model, temporary / MODEL_FILE, external_data=DATA_FILE, size_threshold_bytes=EXTERNAL_THRESHOLD)
+            save_graph(model, temporary)
         if (folder / REPORT_NAME).is_file():  # so that a comparison can show each tensor's damage
             shutil.copyfile(folder / REPORT_NAME, temporary / REPORT_NAME)
         if name is not None:
@@ -106,6 +106,18 @@ def export_onnx(
             manifest["parity"] = check_export(temporary, manifest, folder, config, options.atol, vocabulary)
             write_manifest(manifest, temporary)
     return manifest
+
+
+def save_graph(model: ir.Model, folder: Path) -> None:
+    """Write the graph, and beside it the initializers of its main part that are not small.
+
+    Those of branches stay inside the graph's file: onnxruntime-web (1.30) finds no data file for them.
+    """
+    large = [v for v in model.graph.initializers.values() if v.const_value.nbytes > EXTERNAL_THRESHOLD]
+    stored = ir.external_data.convert_tensors_to_external([v.const_value for v in large], folder, DATA_FILE)
+    for value, tensor in zip(large, stored, strict=True):
+        value.const_value = tensor
+    ir.save(model, folder / MODEL_FILE)
 
 
 def draft_vocabulary(config: DMPTConfig, size: int | None, counted: np.ndarray | None) -> np.ndarray:

@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 S = TypeVar("S", bound="Shape")
 NATIVE, STANDARD = "native", "standard"
 LAYOUTS = (NATIVE, STANDARD)
+WEB = "web"  # the target
 
 
 @dataclass(frozen=True)
 class ExportOptions:
     """Options of an export."""
 
-    target: str = "cpu"  # "cpu" (float32 activations) or "cuda" (float16)
+    target: str = "cpu"  # "cpu" or "web" (float32 activations), or "cuda" (float16)
     fast_k: int | None = None  # fast_k and head_topk: 0 turns it off, None keeps the checkpoint's
     head_topk: int | None = None
     kv_cache: str = "float"  # of the activations' type, or "int8" (cpu): a quarter of the memory, for a small loss
@@ -32,7 +33,7 @@ class ExportOptions:
     def check(self, verified: bool, calibrated: bool) -> None:
         """Raise OptionError for options that exclude each other, or that need verification or a text for the cache."""
         if self.layout == STANDARD and self.target == "cuda":
-            raise OptionError("{layout} standard is for {target} cpu: leave one of them out")
+            raise OptionError("{layout} standard is for {target} cpu or web: leave one of them out")
         if self.layout == STANDARD and self.kv_cache == "int8":
             raise OptionError("{layout} standard has float caches, as the programs expect: leave {kv_cache} out")
         if self.layout == STANDARD and self.draft_vocab:
@@ -40,11 +41,11 @@ class ExportOptions:
                 "{layout} standard has no draft heads, which the programs cannot use: leave {draft_vocab} out"
             )
         if self.target == "cuda" and self.kv_cache == "int8":
-            raise OptionError("an int8 KV cache is for {target} cpu: leave {kv_cache} out")
+            raise OptionError("an int8 KV cache is for {target} cpu or web: leave {kv_cache} out")
         if calibrated and self.kv_cache != "int8":
             raise OptionError("{calib} is for {kv_cache} int8")
         if self.atol is not None and (self.target == "cuda" or not verified):
-            raise OptionError("{atol} is for the check of {target} cpu: leave out {no_verify} or {atol}")
+            raise OptionError("{atol} is for the check of {target} cpu or web: leave out {no_verify} or {atol}")
         if self.atol is not None and not 0 < self.atol < math.inf:
             raise OptionError("{atol} {} must be a number above 0", self.atol)
 

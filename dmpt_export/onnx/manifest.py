@@ -25,7 +25,7 @@ from training.text.tokenizer import load_tokenizer, prefix_ids
 
 MODEL_FILE = "model.onnx"
 EXTERNAL_THRESHOLD = 1024  # bytes; smaller tensors stay inside model.onnx
-ACTIVATIONS = {"cpu": ir.DataType.FLOAT, "cuda": ir.DataType.FLOAT16}  # by target
+ACTIVATIONS = {"cpu": ir.DataType.FLOAT, "web": ir.DataType.FLOAT, "cuda": ir.DataType.FLOAT16}  # by target
 
 
 def describe(
@@ -78,6 +78,7 @@ def describe(
         "bytes_touched_per_token": touched_bytes,
         "parts": parts_table(weights),
         "branches_own_scales": True,  # see Builder.own_weight
+        "branches_inline": True,  # see dmpt_export.onnx.export.save_graph
         "empty_leaves_guarded": True,  # see dmpt_export.graph.heads.top_k
         "files": {},
         "source": {"name": folder.name, "fingerprint": fingerprint(config, weights)},

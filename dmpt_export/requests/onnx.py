@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmpt_export.extras import require
-from dmpt_export.onnx.exportable import ExportOptions, deployed
+from dmpt_export.onnx.exportable import WEB, ExportOptions, deployed
 from dmpt_export.requests.quantize import Found as Quantizing
 from dmpt_export.requests.quantize import QuantizeRequest
-from dmpt_export.requests.sources import check_model
+from dmpt_export.requests.sources import check_model, is_quantized
 from training.errors import FieldError, OptionError
-from training.progress import say
+from training.progress import say, tell
 
 if TYPE_CHECKING:
     import numpy as np
 
 
+WEB_SCHEME = "int8-dynamic"  # its product is the only quantized one that does not unpack weights in WebAssembly
 CALIBRATED, COUNTED = 4, 1000  # contexts of text read to calibrate a cache, and to count tokens
 
 
@@ -36,12 +38,13 @@ class ExportRequest:
     checkpoint: str  # DMPT folder, quantized folder, or GPT-2 folder or hub id
     out: str  # folder
     layout: str = ExportOptions.layout  # native, or standard: for optimum, onnxruntime-genai and transformers.js
-    target: str = ExportOptions.target  # cpu or cuda
+    target: str = ExportOptions.target  # cpu, cuda, or web, which quantizes a float checkpoint by WEB_SCHEME
     only_path: str | None = None  # a leaf, exported alone as a model with one path
     fast_k: int | None = None  # candidates of the anchor head; 0: none, every head in full; None: the checkpoint's
     head_topk: int | None = None  # heads mixed per token; 0: all of the path; None: the checkpoint's
     kv_cache: str = ExportOptions.kv_cache  # float or int8
     scheme: str | None = None  # quantize first, as QuantizeRequest with this and the next fields
+    vocab_scheme: str | None = None  # of the embedding and the heads; None: what suits the scheme and the target
     block: int | None = None  # weights that share a scale; None: the scheme's own
     asymmetric: bool = False  # with a zero point for each block
     rules: tuple[str, ...] = ()  # PATTERN=SCHEME[:BLOCK][:asymmetric], the first that matches wins
@@ -69,23 +72,37 @@ class ExportRequest:
         )
 
     @property
-    def quantizes(self) -> bool:
+    def asks_to_quantize(self) -> bool:
         return bool(self.scheme or self.target_size is not None or self.plan)
+
+    @cached_property
+    def usual_scheme(self) -> str | None:
+        """The scheme that the target gives a float checkpoint. Raises InputError as is_quantized."""
+        if self.asks_to_quantize or self.target != WEB or is_quantized(self.checkpoint):
+            return None
+        return WEB_SCHEME
+
+    @property
+    def quantizes(self) -> bool:
+        return self.asks_to_quantize or self.usual_scheme is not None
 
     def quantization(self, checkpoint: str, out: str | None) -> QuantizeRequest:
         """Quantizing `checkpoint` into `out`; None: only to check it."""
+        scheme, vocabulary = self.scheme or self.usual_scheme, self.vocab_scheme
+        if self.target == WEB and scheme == WEB_SCHEME:
+            vocabulary = vocabulary or WEB_SCHEME
         return QuantizeRequest(
-            checkpoint, out, self.scheme, self.block, self.asymmetric, self.rules, self.calib,
+            checkpoint, out, scheme, vocabulary, self.block, self.asymmetric, self.rules, self.calib,
             target_size=self.target_size, plan=self.plan, dry_run=out is None,
         )  # fmt: skip
 
     def check(self) -> Found:
         """Raise OptionError for fields that exclude each other, then InputError for unusable files."""
-        if not self.quantizes and (self.block or self.asymmetric or self.rules):
-            raise OptionError("{block}, {asymmetric} and {rules} need {scheme}")
+        if not self.asks_to_quantize and (self.block or self.asymmetric or self.rules or self.vocab_scheme):
+            raise OptionError("{block}, {asymmetric}, {rules} and {vocab_scheme} need {scheme}")
         if self.only_path is not None and self.plan is not None:
             raise OptionError("{plan} is for a model with all its paths: leave it out with {only_path}")
-        self.options.check(verified=not self.no_verify, calibrated=self.calib is not None and not self.quantizes)
+        self.options.check(verified=not self.no_verify, calibrated=self.calib is not None and not self.asks_to_quantize)
         require("train", "cpu")
         from training.checkpoints.folder import float_folder
         from training.checkpoints.places import check_inputs, check_new
@@ -135,10 +152,23 @@ class ExportRequest:
         name = Path(self.checkpoint).resolve().name if Path(self.checkpoint).is_dir() else self.checkpoint
         if self.only_path is not None:
             name += f", only path {self.only_path}"
-        return export_onnx(
+        manifest = export_onnx(
             checkpoint, self.out, self.options, verify=not self.no_verify, calibration=found.ids,
             counted=found.counted, name=name, say=say,
         )  # fmt: skip
+        if self.target == WEB:
+            warn_of_slow(manifest["quantization"]["tensors"])
+        return manifest
+
+
+def warn_of_slow(stored: dict[str, dict[str, Any]]) -> None:
+    """Print a line if a browser would unpack matrices again for every token."""
+    slow = sorted({form["scheme"] for form in stored.values()} - {WEB_SCHEME, "fp16"})
+    if slow:
+        tell(
+            f"note: WebAssembly unpacks {', '.join(slow)} weights at every token, which takes several times as long as "
+            f"{WEB_SCHEME} (or fp16, where that loses too much)"
+        )
 
 
 def first_ids(checkpoint: str, file: str, sequences: int) -> np.ndarray:

@@ -48,6 +48,7 @@ class QuantizeRequest:
     checkpoint: str  # DMPT folder, or GPT-2 folder or hub id
     out: str | None = None  # folder; None only with dry_run
     scheme: str | None = None  # of quant.schemes
+    vocab_scheme: str | None = None  # of the embedding and the heads; None: what suits the scheme
     block: int | None = None  # weights that share a scale; None: the scheme's default
     asymmetric: bool = False  # with a zero point for each block
     rules: tuple[str, ...] = ()  # PATTERN=SCHEME[:BLOCK][:asymmetric], the first match wins
@@ -89,7 +90,7 @@ class QuantizeRequest:
             raise OptionError("Missing argument '{out}': the folder to write.")
         if sum(target is not None for target in (self.target_size, self.target_kl, self.target_bits)) > 1:
             raise OptionError("give one of {target_size}, {target_kl} and {target_bits}")
-        chosen = {name: getattr(self, name) for name in ("scheme", "block", "asymmetric", "rules", "plan")}
+        chosen = {name: getattr(self, name) for name in ("scheme", "vocab_scheme", "block", "asymmetric", "rules", "plan")}
         others = [name for name, value in chosen.items() if value is not None and value is not False and value != ()]
         if self.planned and others:
             raise OptionError(
@@ -103,6 +104,8 @@ class QuantizeRequest:
             raise OptionError("{candidates} need a plan: give {target_size}, {target_kl} or {target_bits}")
         if self.candidates is not None and not all(part.strip() for part in self.candidates.split(",")):
             raise OptionError("{candidates} '{}' has an empty part: give comma-separated schemes", self.candidates)
+        if self.vocab_scheme and not self.scheme:
+            raise OptionError("{vocab_scheme} needs {scheme}: what the layers get")
         if not self.planned and not self.scheme and not self.plan:
             raise OptionError("give {scheme}, or a target for a plan such as {target_size} 200MB, or {plan} PLAN.json")
 
@@ -185,7 +188,7 @@ class QuantizeRequest:
         """The scheme's own rules, for tensors that no other rule matches."""
         from quant.rules import default_rules
 
-        return default_rules(self.scheme, self.block, self.asymmetric) if self.scheme else []
+        return default_rules(self.scheme, self.block, self.asymmetric, self.vocab_scheme) if self.scheme else []
 
     @property
     def choice(self) -> str:
@@ -241,7 +244,7 @@ class QuantizeRequest:
         reports = save_quantized(
             self.checkpoint, out, self.storage, found.rules,
             calibration=calibration, smooth=smooth, balanced=balanced,
-            files=lambda reports: report_files(reports, None),
+            files=lambda reports: report_files(reports, None), vocabulary=self.vocab_scheme,
         )  # fmt: skip
         return Quantized(reports, None)
 

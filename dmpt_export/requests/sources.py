@@ -25,6 +25,15 @@ def check_model(source: str) -> Shape:
     return shape
 
 
+def is_quantized(source: str) -> bool:
+    """Whether the source is a quantized checkpoint. Raises InputError for a folder or hub id that cannot be read."""
+    from training.checkpoints.files import resolve
+    from training.checkpoints.folder import read_fields
+
+    _, fields = read_fields(resolve(source))
+    return "quantization" in fields
+
+
 def check_tokenizer(source: str, vocab_size: int | None = None) -> None:
     """Raise InputError when a folder or hub id has no tokenizer, a damaged one, or one that does not fit."""
     from training.checkpoints.files import TOKENIZER_FILES, resolve

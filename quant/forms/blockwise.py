@@ -96,6 +96,16 @@ class BlockwiseTensor(Form):
 
     # --- graph --------------------------------------------------------------------------------------
 
+    row_parts: ClassVar[tuple[str, str]] = ("packed", "scales")
+
+    @property
+    def row_middle(self) -> int:
+        return 2 ** (self.bits - 1)
+
+    @property
+    def block_bytes(self) -> int:
+        return self.packed.shape[2]
+
     @property
     def has_cuda_kernel(self) -> bool:  # type: ignore[override]
         return self.bits != 2

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quant.rules import EMBEDDING, TIED_HEAD
+from training.model.generation import DMPTForCausalLM
+
 LEVELS = 255  # steps between the least and the largest value
 
 
@@ -26,13 +29,15 @@ def rounded(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def rounding(model: nn.Module, names: Collection[str]) -> Iterator[None]:
-    """Inside, the linear layers with these weights (checkpoint names) get rounded inputs."""
+def rounding(model: DMPTForCausalLM, names: Collection[str]) -> Iterator[None]:
+    """Inside, the linear layers and heads with these weights (checkpoint names) get rounded inputs."""
 
     def before(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
         return (rounded(inputs[0]),)
 
-    layers = [model.get_submodule(name.removesuffix(".weight")) for name in names]
+    tied = model.config.tie_word_embeddings  # an embedding by itself is only looked up
+    products = [TIED_HEAD if name == EMBEDDING else name for name in names if tied or name != EMBEDDING]
+    layers = [model.get_submodule(name.removesuffix(".weight")) for name in products]
     hooks = [layer.register_forward_pre_hook(before) for layer in layers]
     try:
         yield

@@ -67,17 +67,21 @@ def groups_of(shapes: Mapping[str, Sequence[int]], anchors: Mapping[str, set[str
 def candidates_of(group: Group, text: str) -> list[str]:
     """The schemes of a comma-separated list that can store the group, each once and by name: "8" is int8.
 
-    A number of bits means GPTQ's scheme if there is one, as in rules with calibration text. Raises InputError when
-    no scheme fits.
+    A number of bits means GPTQ's scheme if there is one, as in rules with calibration text. int8-dynamic is for
+    vocabulary matrices only if the list has no int8, which a processor reads as fast. Raises InputError when no scheme
+    fits.
     """
     looked_up = any(ROWS.fullmatch(name) for name in group.tensors)
 
     def fits(rule: Rule) -> bool:
         if rule.scheme in DELTAS:
             return DELTAS[rule.scheme] <= group.rank
-        return rule.scheme != FLOAT and (SCHEMES[rule.scheme].rows or not looked_up)
+        if rule.scheme == FLOAT or not looked_up:
+            return rule.scheme != FLOAT
+        return SCHEMES[rule.scheme].rows and SCHEMES[rule.scheme].vocabulary not in listed
 
     rules = [parse_rule(f"{group.patterns[0]}={scheme.strip()}", calibrated=True) for scheme in text.split(",")]
+    listed = {rule.scheme for rule in rules}
     fit = list(dict.fromkeys(str(rule).partition("=")[2] for rule in rules if fits(rule)))
     if not fit:
         raise FieldError("none of {candidates} {} can store {}: add int8 or int4", text, group)

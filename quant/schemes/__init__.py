@@ -49,6 +49,7 @@ class Scheme:
     rounding: Rounding = Rounding.ACTIVATIONS  # of the CPU kernels
     blocks: bool = True  # has an option `block`: a scale per `block` inputs
     rows: bool = True  # single rows can be looked up, as the embedding and the heads need
+    vocabulary: str | None = None  # what the embedding and the heads get beside layers in this scheme; None: the same
     calibrated: bool = False  # needs `inputs`: the layer's inputs on calibration text
     zero_points: bool = True  # has an option `symmetric`: with or without zero points
     block_range: tuple[int, int] = (MIN_BLOCK, MAX_BLOCK)  # blocks with a fast kernel
@@ -62,6 +63,7 @@ TABLE_OF_16: dict[str, Any] = {
     "form": CodebookTensor,
     "rounding": Rounding.NONE,
     "rows": False,
+    "vocabulary": "int8",
     "zero_points": False,
     "block_range": (32, MAX_BLOCK),
     "package": "bitsandbytes",
@@ -70,7 +72,9 @@ TWO_BITS = (32, 128)  # ONNX Runtime 1.32 takes 16 and 256, too, but some hundre
 
 SCHEMES: dict[str, Scheme] = {
     "int8": Scheme(int8, 8),
-    "int8-dynamic": Scheme(int8_dynamic, 8, PerRowTensor, Rounding.COARSE, blocks=False, rows=False, zero_points=False),
+    "int8-dynamic": Scheme(
+        int8_dynamic, 8, PerRowTensor, Rounding.COARSE, blocks=False, vocabulary="int8", zero_points=False
+    ),
     "int4": Scheme(int4, 4),
     "int4-hqq": Scheme(int4_hqq, 4, zero_points=False),
     "int4-gptq": Scheme(int4_gptq, 4, calibrated=True),
