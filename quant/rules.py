@@ -126,9 +126,7 @@ def default_rules(
     how = SCHEMES[scheme]
     rows = vocabulary or how.vocabulary or scheme
     if rows not in SCHEMES or not SCHEMES[rows].rows:
-        raise FieldError(
-            "{vocab_scheme} {} cannot look up rows: choose one of {}", rows, ", ".join(row_schemes())
-        )
+        raise FieldError("{vocab_scheme} {} cannot look up rows: choose one of {}", rows, ", ".join(row_schemes()))
     check_options(scheme if how.blocks else rows, block, False)
     check_options(scheme, None, asymmetric)
     layers = ("*.h.*.attn.c_attn", "*.h.*.attn.c_proj", "*.h.*.mlp.c_fc", "*.h.*.mlp.c_proj")

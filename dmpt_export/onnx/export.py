@@ -113,9 +113,10 @@ def save_graph(model: ir.Model, folder: Path) -> None:
 
     Those of branches stay inside the graph's file: onnxruntime-web (1.30) finds no data file for them.
     """
-    large = [v for v in model.graph.initializers.values() if v.const_value.nbytes > EXTERNAL_THRESHOLD]
-    stored = ir.external_data.convert_tensors_to_external([v.const_value for v in large], folder, DATA_FILE)
-    for value, tensor in zip(large, stored, strict=True):
+    held = [(value, value.const_value) for value in model.graph.initializers.values()]
+    large = [(value, tensor) for value, tensor in held if tensor is not None and tensor.nbytes > EXTERNAL_THRESHOLD]
+    stored = ir.external_data.convert_tensors_to_external([tensor for _, tensor in large], folder, DATA_FILE)
+    for (value, _), tensor in zip(large, stored, strict=True):
         value.const_value = tensor
     ir.save(model, folder / MODEL_FILE)
 

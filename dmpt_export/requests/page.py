@@ -39,16 +39,20 @@ class PageRequest:
         check_inputs(Path(self.out), self.model, self.modules)
         manifest = read_manifest(Path(self.model))
         if manifest.activation_dtype != "float32":
-            raise InputError(f"{self.model} was exported for {manifest.target}: a page needs --target cpu")
+            raise InputError(f"{self.model} was exported for {manifest.target}: a page needs --target web")
         if "tokenizer.json" not in {entry.name for entry in manifest.files}:
             raise InputError(f"{self.model} has no tokenizer, which a page needs to read what is typed")
-        if len(manifest.tree) > 1 and any(
-            tensor.get("block") and tensor["scheme"] != PER_TENSOR and name.startswith("paths.")
-            for name, tensor in manifest.raw["quantization"]["tensors"].items()
+        if (
+            len(manifest.tree) > 1
+            and "branches_inline" not in manifest.raw
+            and any(
+                tensor.get("block") and tensor["scheme"] != PER_TENSOR and name.startswith("paths.")
+                for name, tensor in manifest.raw["quantization"]["tensors"].items()
+            )
         ):
             raise InputError(
-                f"{self.model} keeps scales inside the branches of its graph, which onnxruntime-web cannot load from a "
-                "data file: export the model with --scheme int8-dynamic, which also runs faster in a browser"
+                f"{self.model} was made by an earlier dmpt-export, with scales where browsers cannot read them: export "
+                "the model again"
             )
         check_files(Path(self.model), manifest)
         missing = [name for name, file in self.vendor().items() if not file.is_file()]

@@ -90,7 +90,9 @@ class QuantizeRequest:
             raise OptionError("Missing argument '{out}': the folder to write.")
         if sum(target is not None for target in (self.target_size, self.target_kl, self.target_bits)) > 1:
             raise OptionError("give one of {target_size}, {target_kl} and {target_bits}")
-        chosen = {name: getattr(self, name) for name in ("scheme", "vocab_scheme", "block", "asymmetric", "rules", "plan")}
+        chosen = {
+            name: getattr(self, name) for name in ("scheme", "vocab_scheme", "block", "asymmetric", "rules", "plan")
+        }
         others = [name for name, value in chosen.items() if value is not None and value is not False and value != ()]
         if self.planned and others:
             raise OptionError(

@@ -42,9 +42,9 @@ export function parsed(bytes, name) {
 export function checked(manifest, inMemory = false) {
   if (manifest.format === STANDARD) throw new DmptError('this export has the standard layout, for transformers.js: open it there, or export the checkpoint without --layout standard')
   if (manifest.format !== FORMAT || manifest.format_version !== FORMAT_VERSION) throw new DmptError(`this program reads ${FORMAT}, ${FORMAT_VERSION}; the folder has ${manifest.format}, ${manifest.format_version}`)
-  if (manifest.activation_dtype !== 'float32') throw new DmptError('this export is for CUDA: export it with --target cpu')
+  if (manifest.activation_dtype !== 'float32') throw new DmptError('this export is for CUDA: export it with --target web')
   if (inMemory && !manifest.branches_inline && manifest.tree.length > 1 && Object.entries(manifest.quantization.tensors).some(([name, form]) => form.block && form.scheme !== 'int8-dynamic' && name.startsWith('paths.'))) {
-    throw new DmptError('browsers cannot load scales inside the branches of a graph: export this model with --scheme int8-dynamic, which also runs faster there')
+    throw new DmptError('an earlier dmpt-export made this folder, with scales where browsers cannot read them: export the model again')
   }
   return manifest
 }

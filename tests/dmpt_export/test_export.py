@@ -142,6 +142,30 @@ def test_quantized_onnx_follows_torch_with_dequantized_weights(name: str, scheme
     assert parity["whole"]["kl_mean"] > 0  # integer kernels round activations: exactly zero would mean float ran
 
 
+@pytest.mark.parametrize("name", ["dual, fast-k", "odd sizes", "multi-head", *MORE])
+def test_every_matrix_rounded_by_row_follows_torch(name: str, tmp_path: Path) -> None:
+    """int8-dynamic for the vocabulary too: one array serves embedding, logits and candidates."""
+    source = saved_model(tmp_path / "source", **TREES[name])
+    save_quantized(source, tmp_path / "quantized", "int8-dynamic", vocabulary="int8-dynamic")
+    parity = export_onnx(tmp_path / "quantized", tmp_path / "onnx")["parity"]
+    assert parity["whole"]["kl_mean"] > 0
+    stored = [tensor.name for tensor in initializers(read_graph(tmp_path / "onnx" / "model.onnx").graph)]
+    assert not [one for one in stored if one.startswith("transformer.wte.weight.int8") and not one.endswith(".rows")]
+    assert stored.count("transformer.wte.weight.int8.rows") == 1
+
+
+def test_initializers_of_branches_stay_in_the_graph_file(tmp_path: Path) -> None:
+    """onnxruntime-web cannot read them from a data file."""
+    source = saved_model(tmp_path / "source", **TREES["quad, fast-k"], n_embd=128, n_head=4)
+    save_quantized(source, tmp_path / "quantized", "int8")
+    export_onnx(tmp_path / "quantized", tmp_path / "onnx", verify=False)
+    whole = read_graph(tmp_path / "onnx" / "model.onnx").graph
+    own = [tensor for part in graphs(whole) if part is not whole for tensor in part.initializer]
+    assert max(len(tensor.raw_data) for tensor in own) > 1024, "none is large enough for a data file"
+    assert not [tensor.name for tensor in own if tensor.external_data]
+    assert [tensor.name for tensor in whole.initializer if tensor.external_data]
+
+
 def test_what_quantizing_cost_goes_along(tmp_path: Path) -> None:
     """A comparison of exported models draws it."""
     source = saved_model(tmp_path / "source", [], 1)

@@ -35,7 +35,8 @@ def logits(
     config = random_model([], 4, n_embd=width, n_head=1, vocab_size=VOCAB, fast_k=k).config
     rng = np.random.default_rng(width + k)
     arrays = {f"heads.{j}.weight": rng.normal(size=(VOCAB, width)).astype(np.float32) for j in range(4)}
-    weights: dict[str, Any] = {name: SCHEMES[scheme](a, block=block) if scheme else a for name, a in arrays.items()}
+    options = {"block": block} if scheme and SCHEMES[scheme].blocks else {}
+    weights: dict[str, Any] = {name: SCHEMES[scheme](a, **options) if scheme else a for name, a in arrays.items()}
     assert groups(config, weights, "root") == [[1, 2, 3]]
     x, c, got = scored_candidates(config, weights, rng, n, 3, exact)
     matrices = [weights[f"heads.{j}.weight"] for j in (1, 2, 3)]
@@ -44,7 +45,7 @@ def logits(
 
 
 @pytest.mark.parametrize("exact", [True, False])
-@pytest.mark.parametrize("scheme", [None, "int8", "int4"])
+@pytest.mark.parametrize("scheme", [None, "int8", "int4", "int8-dynamic"])
 @pytest.mark.parametrize(
     ("block", "width", "k", "n"),
     [(32, 64, 7, 1), (16, 40, 5, 3), (128, 24, 1, 2), (16, 72, VOCAB, 2), (32, 64, 7, 0)],

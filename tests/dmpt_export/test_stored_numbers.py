@@ -26,6 +26,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "int8": {"scheme": "int8"},
     "int4 with zero points": {"scheme": "int4:asymmetric"},
     "int8-dynamic": {"scheme": "int8-dynamic"},
+    "int8-dynamic everywhere": {"scheme": "int8-dynamic", "vocabulary": "int8-dynamic"},
     "fp16": {"scheme": "fp16"},
     "deltas": {"scheme": "int8", "rules": [parse_rule("heads.*=delta-r16")]},
 }
@@ -48,7 +49,7 @@ def stored(source: Path, out: Path, scheme: str) -> Path:
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_all_tensors_are_compared(source: Path, scheme: str, target: str, tmp_path: Path) -> None:
-    if target == "cuda" and scheme == "int8-dynamic":
+    if target == "cuda" and scheme.startswith("int8-dynamic"):
         pytest.skip("not for CUDA")
     folder = stored(source, tmp_path / "quantized", scheme)
     export_onnx(folder, tmp_path / "onnx", ExportOptions(target=target), verify=False)
@@ -79,6 +80,9 @@ def last_row(weight: Any) -> Any:
         ("int4 with zero points", "heads.7.weight"),
         ("int4 with zero points", "heads.4.weight"),  # an anchor: its scales are its branch's own
         ("int8", "transformer.wte.weight"),
+        ("int8-dynamic everywhere", "heads.3.weight"),  # read on candidates alone
+        ("int8-dynamic everywhere", "heads.4.weight"),  # an anchor
+        ("int8-dynamic everywhere", "transformer.wte.weight"),
         ("deltas", "transformer.wte.weight"),
     ],
 )

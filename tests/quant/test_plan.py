@@ -307,7 +307,7 @@ def test_all_zero_tensors_are_named(
         (("--target-size", "1MB", "--target-bits", "4"), 2, "give one of"),
         (("--target-size", "1MB", "--scheme", "int4"), 2, "leave out --scheme"),
         (("--target-size", "1MB", "--candidates", "int5"), 2, "unknown scheme 'int5'"),
-        (("--target-size", "1MB", "--candidates", "int8-dynamic"), 3, "none of --candidates int8-dynamic can store"),
+        (("--target-size", "1MB", "--candidates", "delta-r16"), 3, "none of --candidates delta-r16 can store"),
         (("--target-size", "1MB", "--prefer", "speed"), 2, "--prefer speed needs --target-kl"),
         (("--target-kl", "1", "--prefer", "speed", "--candidates", "int8,int4"), 2, "add it to --candidates"),
         (("--target-kl", "1", "--smooth", "0.5"), 2, "smoothing is for int8-dynamic: add it to --candidates"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,16 @@ def test_activations_are_rounded_as_the_kernel_rounds_them(shift: float) -> None
         assert (np.abs(row.astype(np.float64) @ matrix.T - kernel) <= rounding(row, matrix)).all()
 
 
+@pytest.mark.parametrize(("group", "tied"), [("transformer.h.0.mlp.*", True), ("heads.*", False), ("heads.0", True)])
 @pytest.mark.parametrize("splits", [[], [1]])
-def test_the_damage_is_that_of_the_exported_kernels(splits: list[int], tmp_path: Path) -> None:
+def test_the_damage_is_that_of_the_exported_kernels(splits: list[int], group: str, tied: bool, tmp_path: Path) -> None:
     """The same text through ONNX Runtime's kernels in one run, float weights elsewhere."""
-    source = saved_model(tmp_path / "source", splits, 2 ** len(splits))
+    source = saved_model(tmp_path / "source", splits, 2 ** len(splits), tie_word_embeddings=tied)
     windows = random_calibration(source).windows[:1]
-    group = "transformer.h.0.mlp.*"
     _, arrays = load_state(source)
-    names = [name for name in arrays if name.startswith("transformer.h.0.mlp.") and name.endswith("weight")]
+    names = [name for name in arrays if fnmatch(name, f"{group.removesuffix('.*')}.*weight")]
+    if group == "heads.0":
+        names = ["transformer.wte.weight"]
     forms = {name: quantize_tensor(name, arrays[name], parse_rule(f"*={DYNAMIC}"))[0] for name in names}
     model = load_model(source)
     predicted = Damage(model, windows).of(forms)
@@ -153,3 +156,17 @@ def test_draft_heads_that_become_useless_are_noted(
     options = ["--calib", str(text), "--calib-tokens", "128", "--cache-dir", str(tmp_path / "cache")]
     assert main(["quantize", source[1], str(tmp_path / "out"), *options, *how]) == 0
     assert ("run` refuses --speculate" in capsys.readouterr().err) == with_drafts
+
+
+def test_a_plan_may_round_the_vocabulary_where_nothing_else_is_fast(
+    tiny_dmpt: Path, text: Path, tmp_path: Path
+) -> None:
+    """With int8 among the candidates, vocabulary matrices get that: a processor reads it as fast."""
+    options = ["--calib", str(text), "--calib-tokens", "256", "--cache-dir", str(tmp_path / "cache")]
+    for candidates, vocabulary in (("int8-dynamic,fp16", "int8-dynamic"), ("int8-dynamic,int8", "int8")):
+        out = tmp_path / vocabulary
+        line = ["quantize", str(tiny_dmpt), str(out), *options, "--target-kl", "10", "--prefer", "speed"]
+        assert main([*line, "--candidates", candidates]) == 0
+        rules = json.loads((out / "plan.json").read_text(encoding="utf-8"))["rules"]
+        assert {rule.partition("=")[2] for rule in rules if rule.startswith("heads.")} == {vocabulary}
+        assert {rule.partition("=")[2] for rule in rules if ".h." in rule} == {"int8-dynamic"}

@@ -14,13 +14,20 @@ SIZES = {"vocab_size": 40, "n_positions": 8, "n_embd": 16, "n_layer": 4, "n_head
 LAYERS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
-def plan(scheme: str, *texts: str, block: int | None = None, tied: bool = False) -> dict[str, str]:
+def plan(
+    scheme: str,
+    *texts: str,
+    block: int | None = None,
+    tied: bool = False,
+    asymmetric: bool = False,
+    vocabulary: str | None = None,
+) -> dict[str, str]:
     """Tensor -> 'scheme[:block]' for a dual model with 4 heads."""
     config = DMPTConfig(
         **SIZES, splits=[2], head_allocation={"left": [0, 1], "right": [2, 3]}, tie_word_embeddings=tied
     )
     rules = [parse_rule(text) for text in texts]
-    chosen = assign(expected_shapes(config), rules, default_rules(scheme, block), tied)
+    chosen = assign(expected_shapes(config), rules, default_rules(scheme, block, asymmetric, vocabulary), tied)
     return {name: str(rule).partition("=")[2] for name, rule in chosen.items()}
 
 
@@ -36,7 +43,29 @@ def test_defaults_take_all_linears_heads_and_the_embedding_and_nothing_else(sche
     rows = {"transformer.wte.weight", *(f"heads.{j}.weight" for j in range(4))}
     assert set(chosen) == {*blocks(), *rows}
     assert {chosen[name] for name in blocks()} == {scheme}
-    assert {chosen[name] for name in rows} == {scheme if SCHEMES[scheme].rows else "int8"}
+    assert {chosen[name] for name in rows} == {"int8" if scheme in ("nf4", "fp4", "int8-dynamic") else scheme}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("scheme", list(SCHEMES))
+def test_the_vocabulary_can_have_a_scheme_of_its_own(scheme: str, tied: bool) -> None:
+    for vocabulary in SCHEMES:
+        if SCHEMES[vocabulary].rows:
+            chosen = plan(scheme, tied=tied, vocabulary=vocabulary)
+            rows = {"transformer.wte.weight", *(f"heads.{j}.weight" for j in range(tied, 4))}
+            assert {chosen[name] for name in rows} == {vocabulary}
+            assert {chosen[name] for name in chosen.keys() - rows} == {scheme}
+        else:
+            with pytest.raises(InputError, match="cannot look up rows: choose one of int8, int8-dynamic, int4"):
+                plan(scheme, tied=tied, vocabulary=vocabulary)
+
+
+def test_zero_points_and_blocks_reach_a_vocabulary_that_has_them() -> None:
+    assert plan("int4", asymmetric=True, vocabulary="int8")["heads.1.weight"] == "int8:asymmetric"
+    assert plan("int4", asymmetric=True, vocabulary="fp16")["heads.1.weight"] == "fp16"
+    assert plan("int4", block=64, vocabulary="int8")["heads.1.weight"] == "int8:64"
+    with pytest.raises(InputError, match="int8-dynamic has no blocks"):
+        plan("int8-dynamic", block=64, vocabulary="int8-dynamic")
 
 
 def test_only_block_weights_are_transposed() -> None:
@@ -82,7 +111,7 @@ def test_float_can_be_claimed_before_a_wide_rule() -> None:
         ("transformer.h.9.*=int4", "matches no tensor: "),
         ("transformer.h.1.mlp.c_fk=int4", r"did you mean transformer\.h\.1\.mlp\.c_fc"),
         ("zzz=int4", r"names look like transformer\."),
-        ("heads.1=int8-dynamic", r"heads\.1\.weight, whose rows are looked up .* use int8 or int4"),
+        ("heads.1=nf4", r"heads\.1\.weight, whose rows are looked up .* use int8 or int8-dynamic or int4"),
         ("heads.1=int5", "unknown scheme 'int5', choose one of int8"),
         ("heads.1=5", "no scheme has 5 bits, choose one of 32, 16, 8, 4, 3, 2"),
         ("heads.1=int2:256", "blocks from 32 to 128 only, not 256"),

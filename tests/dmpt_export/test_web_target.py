@@ -1,0 +1,68 @@
+"""`onnx --target web`: what browsers run fast, unless something else is asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import runtime
+from dmpt_export.cli.main import main
+
+
+def exported(source: Path, out: Path, *options: str) -> dict[str, Any]:
+    assert main(["onnx", str(source), str(out), "--target", "web", "--no-verify", *options]) == 0
+    manifest: dict[str, Any] = json.loads((out / "dmpt_manifest.json").read_text(encoding="utf-8"))
+    return manifest
+
+
+def schemes(manifest: dict[str, Any]) -> dict[str, str]:
+    return {name: stored["scheme"] for name, stored in manifest["quantization"]["tensors"].items()}
+
+
+@pytest.mark.parametrize("kind", ["tiny_gpt2", "tiny_dmpt", "tiny_quad"])
+def test_every_matrix_gets_int8_dynamic(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source: Path = request.getfixturevalue(kind)
+    manifest = exported(source, tmp_path / "web")
+    assert manifest["target"] == "web"
+    found = schemes(manifest)
+    assert set(found.values()) == {"int8-dynamic"}
+    assert "transformer.wte.weight" in found
+    assert "unpacks" not in capsys.readouterr().err
+    assert schemes(exported(source, tmp_path / "asked", "--scheme", "int8-dynamic")) == found
+
+
+def test_what_is_asked_for_comes_first(tiny_dmpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = schemes(exported(tiny_dmpt, tmp_path / "rule", "--scheme", "int8-dynamic", "--rule", "*.mlp.*=fp16"))
+    assert {scheme for name, scheme in found.items() if ".mlp." in name} == {"fp16"}
+    assert {scheme for name, scheme in found.items() if ".mlp." not in name} == {"int8-dynamic"}
+    assert "unpacks" not in capsys.readouterr().err
+    found = schemes(exported(tiny_dmpt, tmp_path / "vocabulary", "--scheme", "int8-dynamic", "--vocab-scheme", "fp16"))
+    assert found["transformer.wte.weight"] == "fp16"
+    found = schemes(exported(tiny_dmpt, tmp_path / "int4", "--scheme", "int4"))
+    assert set(found.values()) == {"int4"}
+    assert "note: WebAssembly unpacks int4 weights at every token" in capsys.readouterr().err
+
+
+def test_a_quantized_checkpoint_stays_as_it_was_stored(
+    tiny_dmpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["quantize", str(tiny_dmpt), str(tmp_path / "int8"), "--scheme", "int8"]) == 0
+    assert set(schemes(exported(tmp_path / "int8", tmp_path / "web")).values()) == {"int8"}
+    assert "WebAssembly unpacks int8" in capsys.readouterr().err
+
+
+def test_python_runs_it_as_any_other_export(tiny_dmpt: Path, tmp_path: Path) -> None:
+    exported(tiny_dmpt, tmp_path / "web")
+    main(["onnx", str(tiny_dmpt), str(tmp_path / "cpu"), "--no-verify", "--scheme", "int8-dynamic",
+          "--vocab-scheme", "int8-dynamic"])  # fmt: skip
+    outcomes = []
+    for name in ("web", "cpu"):
+        with runtime.load(tmp_path / name, threads=1) as model:
+            outcomes.append(model.sequence().feed([3, 1, 4, 1, 5], last=5)[0])
+    np.testing.assert_array_equal(*outcomes)
