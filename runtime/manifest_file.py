@@ -77,6 +77,7 @@ SCHEMA: dict[str, Any] = {
 LATER: dict[str, Any] = {
     "requires": {"onnxruntime": VERSION},
     "branches_own_scales": BOOL,
+    "branches_inline": BOOL,
     "empty_leaves_guarded": BOOL,
     "drafts": {"tokens": COUNT, "vocabulary": COUNT},
     "training": OBJECT_OR_NULL,
