@@ -43,19 +43,20 @@ def build(
     scales: Mapping[str, np.ndarray] | None = None,
     opset: int = OPSET,
     draft_vocabulary: np.ndarray | None = None,
+    untiled: bool = False,
 ) -> ir.Model:
     """The graph of one model.
 
     `weights` maps the checkpoint's tensor names to float arrays or QuantizedTensors; `dtype` is the type of
     activations and caches (FLOAT or FLOAT16). `config.fast_k` and `config.head_topk` are fixed in the graph. `scales`
     (see dmpt_export.onnx.kv_cache) makes the caches int8. draft_vocabulary: int64 [n], tokens that draft heads choose
-    among, if there are any; None: all.
+    among, if there are any; None: all. untiled: see Timeline.
     """
     cache = INT8 if scales else dtype
     weights = {**weights, **(scales or {})}
     b = Builder(dtype)
     inputs = {spec.name: spec.value() for spec in input_specs(config, dtype, cache)}
-    time = Timeline(inputs["position_ids"], inputs["seqlens_k"], inputs["total_length"])
+    time = Timeline(inputs["position_ids"], inputs["seqlens_k"], inputs["total_length"], untiled=untiled)
     past = {
         p: Past(inputs[f"past.{p}.key"], inputs[f"past.{p}.value"])
         for node in config.tree.values()

@@ -23,6 +23,8 @@ from quant.forms.weights import Weights
 from training.model.config import DMPTConfig
 from training.model.shape import ACTIVATIONS, Node
 
+AFTER_SOFTMAX = 2  # GroupQueryAttention's qk_output
+
 
 @dataclass(frozen=True)
 class Timeline:
@@ -32,6 +34,7 @@ class Timeline:
     seqlens_k: ir.Value  # int32 [B], tokens after this run, minus one
     total_length: ir.Value  # int32 [], tokens after this run
     bias: ir.Value | None = None  # float [B, 1, S, tokens after this run], added to attention's scores: hides padding
+    untiled: bool = False  # attention for WebAssembly, where tiles of many rows take eight times as long
 
 
 @dataclass(frozen=True)
@@ -75,20 +78,22 @@ def attention(
     inputs: tuple[ir.Value | None, ...] = (qkv, None, None, past.key, past.value, time.seqlens_k, time.total_length)
     if time.bias is not None:
         inputs += (None, None, None, time.bias)
-    quantized: dict[str, Any] = {}
+    how: dict[str, Any] = {}
+    if time.untiled:  # the tiled kernel cannot give its probabilities
+        how = {"qk_output": AFTER_SOFTMAX}
     if f"{prefix}.attn.k_scale" in weights:  # an int8 cache, scaled by channel
         scales = (float_weight(b, weights, f"{prefix}.attn.{part}_scale") for part in "kv")
         inputs += (*[None] * 5, *scales)
-        quantized = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
-    y, key, value = b.ops(
+        how |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+    y, key, value, *_ = b.ops(
         "GroupQueryAttention",
         *inputs,
         name=f"{prefix}.attn",
-        outputs=3,
+        outputs=4 if time.untiled else 3,
         domain=MSFT,
         num_heads=config.n_head,
         kv_num_heads=config.n_head,
-        **quantized,
+        **how,
     )
     return y, Past(key, value)
 

@@ -11,6 +11,8 @@ mask. GroupQueryAttention alone would only know padding behind a text, and not f
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 
@@ -58,8 +60,10 @@ def output_specs(config: DMPTConfig, rows: str) -> list[Spec]:
     return [logits, *cache_specs(config, "present", "total_sequence_length")]
 
 
-def build_standard(config: DMPTConfig, weights: Weights, rows: str = ALL, opset: int = OPSET) -> ir.Model:
-    """The graph of one model in the standard layout, with float32 activations and caches.
+def build_standard(
+    config: DMPTConfig, weights: Weights, rows: str = ALL, opset: int = OPSET, untiled: bool = False
+) -> ir.Model:
+    """The graph of one model in the standard layout, with float32 activations and caches. untiled: see Timeline.
 
     The routes are computed but are no output: the check adds the value `routes`. Graphs that differ only in `rows` have
     the same initializers but for small constants.
@@ -68,7 +72,7 @@ def build_standard(config: DMPTConfig, weights: Weights, rows: str = ALL, opset:
     inputs = {spec.name: spec.value() for spec in input_specs(config, rows)}
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     new = b.op("Shape", ids, name="rows.new", start=1, end=2)  # (1)
-    time = timeline(b, mask, new, inputs["position_ids"])
+    time = replace(timeline(b, mask, new, inputs["position_ids"]), untiled=untiled)
     layers = cache_layers(config)
     past = {
         prefix: Past(inputs[f"past_key_values.{i}.key"], inputs[f"past_key_values.{i}.value"])

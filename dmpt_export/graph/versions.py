@@ -17,6 +17,7 @@ SINCE = {
     ("GatherBlockQuantized", "bits", 8): (1, 23),  # no `bits` before
     ("GatherBlockQuantized", "bits", 4): (1, 23),
     ("GatherBlockQuantized", "bits", 2): (1, 27),
+    ("GroupQueryAttention", "qk_output", 2): (1, 23),
     ("GroupQueryAttention", "kv_cache_bit_width", 8): (1, 28),  # 1.27 has it, but gives wrong results for batches
 }
 ATTENTION_BIAS, BIAS_SINCE = 10, (1, 22)  # input of GroupQueryAttention; 1.21 refuses the graph

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from dmpt_export.graph.assemble import OPSETS, build
 from dmpt_export.graph.versions import least_onnxruntime
-from dmpt_export.onnx.exportable import LAYOUTS, STANDARD, ExportOptions, deployed
+from dmpt_export.onnx.exportable import LAYOUTS, STANDARD, WEB, ExportOptions, deployed
 from dmpt_export.onnx.kv_cache import INT8, KINDS, calibrate
 from dmpt_export.onnx.manifest import ACTIVATIONS, EXTERNAL_THRESHOLD, MODEL_FILE, describe, text_rules, write_manifest
 from dmpt_export.onnx.standard import standard_fields, standard_readme, write_graphs, write_settings
@@ -81,11 +81,11 @@ def export_onnx(
         copy_tokenizer(folder, temporary, config)
         manifest = describe(config, weights, target, folder, kv_cache, opset)
         if standard:
-            model = write_graphs(config, weights, temporary, opset)
+            model = write_graphs(config, weights, temporary, opset, target == WEB)
             write_settings(config, weights, temporary)
             manifest |= standard_fields(config, weights)
         else:
-            model = build(config, weights, ACTIVATIONS[target], scales, opset, vocabulary)
+            model = build(config, weights, ACTIVATIONS[target], scales, opset, vocabulary, untiled=target == WEB)
             save_graph(model, temporary)
         if (folder / REPORT_NAME).is_file():  # so that a comparison can show each tensor's damage
             shutil.copyfile(folder / REPORT_NAME, temporary / REPORT_NAME)

@@ -46,17 +46,17 @@ def javascript_type(weights: Weights) -> tuple[str, str]:
     return next((word, suffix) for most, word, suffix in TYPES if bits <= most or most == TYPES[-1][0])
 
 
-def write_graphs(config: DMPTConfig, weights: Weights, folder: Path, opset: int) -> ir.Model:
-    """The three graphs, which share a data file; returns the first one written."""
+def write_graphs(config: DMPTConfig, weights: Weights, folder: Path, opset: int, untiled: bool) -> ir.Model:
+    """The three graphs, which share a data file; returns the first one written. untiled: see graph.blocks.Timeline."""
     *others, (first, rows) = graph_files(weights).items()
     path = folder / first
     path.parent.mkdir()
-    model = build_standard(config, weights, rows, opset)
+    model = build_standard(config, weights, rows, opset, untiled)
     data = f"{path.name}_data"
     ir.save(model, path, external_data=data, size_threshold_bytes=EXTERNAL_THRESHOLD)
     written = ir.load(path).graph.initializers
     for name, rows in others:
-        other = build_standard(config, weights, rows, opset)
+        other = build_standard(config, weights, rows, opset, untiled)
         for weight, initializer in other.graph.initializers.items():
             stored = written[weight].const_value if weight in written else None
             if isinstance(stored, ir.ExternalTensor):

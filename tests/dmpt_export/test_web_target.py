@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import runtime
+from dmpt_export.check.float_kernels import graphs, read_graph
 from dmpt_export.cli.main import main
 
 
@@ -57,12 +58,31 @@ def test_a_quantized_checkpoint_stays_as_it_was_stored(
     assert "WebAssembly unpacks int8" in capsys.readouterr().err
 
 
-def test_python_runs_it_as_any_other_export(tiny_dmpt: Path, tmp_path: Path) -> None:
-    exported(tiny_dmpt, tmp_path / "web")
-    main(["onnx", str(tiny_dmpt), str(tmp_path / "cpu"), "--no-verify", "--scheme", "int8-dynamic",
-          "--vocab-scheme", "int8-dynamic"])  # fmt: skip
+@pytest.mark.parametrize("cache", ["float", "int8"])
+def test_python_runs_it_as_any_other_export(cache: str, tiny_dmpt: Path, tmp_path: Path) -> None:
+    options = ("--scheme", "fp16", "--kv-cache", cache)
+    exported(tiny_dmpt, tmp_path / "web", *options)
+    assert main(["onnx", str(tiny_dmpt), str(tmp_path / "cpu"), "--no-verify", *options]) == 0
+    ids = np.random.default_rng(1).integers(0, 90, 40).tolist()
     outcomes = []
     for name in ("web", "cpu"):
         with runtime.load(tmp_path / name, threads=1) as model:
-            outcomes.append(model.sequence().feed([3, 1, 4, 1, 5], last=5)[0])
-    np.testing.assert_array_equal(*outcomes)
+            sequence = model.sequence()
+            steps = [sequence.feed(ids[:30], last=30)[0], *(sequence.feed([token])[0] for token in ids[30:])]
+            outcomes.append(np.concatenate(steps))
+    np.testing.assert_allclose(*outcomes, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["native", "standard"])
+def test_no_attention_is_tiled(layout: str, tiny_quad: Path, tmp_path: Path) -> None:
+    """In WebAssembly tiles of many rows take eight times as long; the kernel that gives its probabilities has none."""
+    manifest = exported(tiny_quad, tmp_path / "web", "--layout", layout)
+    assert manifest["requires"]["onnxruntime"] == "1.23"
+    name = "model.onnx"
+    nodes = [node for part in graphs(read_graph(tmp_path / "web" / name).graph) for node in part.node]
+    attentions = [node for node in nodes if node.op_type == "GroupQueryAttention"]
+    assert attentions
+    for node in attentions:
+        assert {attribute.name: attribute.i for attribute in node.attribute}["qk_output"] == 2
+        assert len(node.output) == 4
+        assert node.output[3]  # without a name the kernel would not make it, and could tile
