@@ -12,11 +12,12 @@
  */
 
 import { checked, compare, DmptError, opened, parsed } from './folder.mjs'
+import { open, reach } from './heap.mjs'
+import { check, Sequence } from './sequence.mjs'
 import { ByteStreamer, Sampler, StopStrings, WholeStreamer } from './text.mjs'
 
-export { DmptError }
+export { DmptError, Sequence }
 
-const FIRST_CAPACITY = 128 // tokens that caches have room for at first
 const ARRAYS = { float32: Float32Array, int8: Int8Array }
 const HEADS = 'head_log_weights.' // outputs of this name and the leaf's
 
@@ -28,6 +29,7 @@ const HEADS = 'head_log_weights.' // outputs of this name and the leaf's
  * @property {(name: string) => Promise<Uint8Array>} [read] reads one of its files, instead of the address
  * @property {(bytes: number, total: number) => void} [progress] called while files are read from an address
  * @property {boolean} [verify] compare each file's sha256 with the manifest; default true
+ * @property {string} [factory] address of onnxruntime-web's ort-wasm-simd-threaded.mjs: lets caches stay in the wasm heap
  * @property {object} [session] more options of InferenceSession.create
  */
 
@@ -37,7 +39,7 @@ const HEADS = 'head_log_weights.' // outputs of this name and the leaf's
  * @returns {Promise<Model>}
  * @throws {DmptError} for a folder that is no export of the native layout, was damaged, or needs another target
  */
-export async function load({ ort, folder, Tokenizer, read, progress = () => {}, verify = true, session = {} }) {
+export async function load({ ort, folder, Tokenizer, read, progress = () => {}, verify = true, factory, session = {} }) {
   const source = read ? { read } : await opened(folder)
   const manifest = checked(parsed(await source.read('dmpt_manifest.json'), 'dmpt_manifest.json'), !source.path)
   const names = Object.keys(manifest.files).filter(name => name.startsWith(manifest.model) || name.startsWith('tokenizer'))
@@ -57,15 +59,17 @@ export async function load({ ort, folder, Tokenizer, read, progress = () => {}, 
   const graph = source.path ? `${source.path}/${manifest.model}` : files[manifest.model]
   const tokenizer = files['tokenizer.json'] && parsed(files['tokenizer.json'], 'tokenizer.json')
   const settings = files['tokenizer_config.json'] ? parsed(files['tokenizer_config.json'], 'tokenizer_config.json') : {}
-  const opener = await ort.InferenceSession.create(graph, options)
-  return new Model(ort, opener, manifest, tokenizer && Tokenizer && new Tokenizer(tokenizer, settings), tokenizer)
+  const wasm = factory && [options.executionProviders ?? 'wasm'].flat().every(provider => (provider.name ?? provider) === 'wasm')
+  if (wasm) await reach(ort, factory)
+  const created = await ort.InferenceSession.create(graph, options)
+  return new Model(ort, created, wasm ? await open(ort, created) : null, manifest, tokenizer && Tokenizer && new Tokenizer(tokenizer, settings), tokenizer)
 }
 
 /** A loaded model. Each text has a Sequence of its own; runs of one model must not overlap. */
 export class Model {
-  constructor(ort, session, manifest, tokenizer, tokenizerFile) {
-    Object.assign(this, { ort, session, manifest, tokenizer, tokenizerFile, config: manifest.config, leaves: manifest.leaves })
-    this.inPlace = Boolean(ort.env?.versions?.node) // onnxruntime-node writes into buffers that it is given
+  constructor(ort, session, heap, manifest, tokenizer, tokenizerFile) {
+    Object.assign(this, { ort, session, heap, manifest, tokenizer, tokenizerFile, config: manifest.config, leaves: manifest.leaves })
+    this.inPlace = Boolean(heap ?? ort.env?.versions?.node) // onnxruntime-node writes into buffers that it is given
     this.context = manifest.config.n_positions
     this.vocabSize = manifest.config.vocab_size
     this.ends = new Set(manifest.text?.end_of_text ?? [manifest.config.eos_token_id])
@@ -86,6 +90,20 @@ export class Model {
 
   /** A new, empty text, with room for `capacity` tokens. */
   sequence(capacity = 0) { return new Sequence(this, capacity) }
+
+  /** A new tensor for keys or values, of zeros. */
+  cache(dims) {
+    const type = this.manifest.cache_dtype
+    return this.heap?.tensor(type, dims) ?? new this.ort.Tensor(type, new ARRAYS[type](dims.reduce((a, b) => a * b, 1)), dims)
+  }
+
+  run(feeds, fetches) { return (this.heap ?? this.session).run(feeds, fetches) }
+
+  /** Free the model's memory; dispose its sequences first. */
+  async dispose() {
+    this.heap?.dispose()
+    await this.session.release()
+  }
 
   /** @param {string} text @returns {number[]} ids, after those that stand in front of every prompt */
   encode(text) {
@@ -183,119 +201,4 @@ export class Generation {
   }
 
   rest() { return this.streamer ? this.stops.push(this.streamer.flush()) + this.stops.flush() : '' }
-}
-
-function check(ids, model, length) {
-  if (!ids.length) throw new DmptError('the prompt is empty: give some text')
-  if (length + ids.length > model.context) throw new DmptError(`${length + ids.length} tokens do not fit the context of ${model.context}: shorten the prompt`)
-  const wrong = ids.find(id => !(Number.isInteger(id) && id >= 0 && id < model.vocabSize))
-  if (wrong !== undefined) throw new DmptError(`token id ${wrong} must be a whole number from 0 to ${model.vocabSize - 1}`)
-}
-
-/** One text: caches, and exact hard routing by lazy catch-up, as runtime/sequence.py. */
-export class Sequence {
-  constructor(model, capacity) {
-    this.model = model
-    this.done = Object.fromEntries(model.nodes.map(node => [node.name, 0])) // tokens in each node's caches
-    this.rows = Object.fromEntries(model.nodes.filter(node => node.splits).map(node => [node.name, new Float32Array()]))
-    this.past = {}
-    this.capacity = 0
-    this.reserve(Math.max(1, capacity))
-  }
-
-  get length() { return this.done.root }
-
-  tensor(type, data, dims) { return new this.model.ort.Tensor(type, data, dims) }
-
-  /** Room for `total` tokens. Caches that are not written in place stay as long as their text. */
-  reserve(total) {
-    if (total <= this.capacity) return
-    const { model, past } = this, width = model.config.n_embd
-    let capacity = Math.max(this.capacity, FIRST_CAPACITY)
-    while (capacity < total) capacity *= 2
-    this.capacity = Math.min(capacity, model.context)
-    for (const node of model.nodes) {
-      for (const name of node.caches) if (model.inPlace || !past[name]) past[name] = this.cache(past[name], this.done[node.name], model.inPlace ? this.capacity : 0)
-      if (node.splits) {
-        const rows = new Float32Array(this.capacity * width)
-        rows.set(this.rows[node.name].subarray(0, this.done[node.name] * width))
-        this.rows[node.name] = rows
-      }
-    }
-  }
-
-  /** A cache of `length` positions with the first `kept` of another one. */
-  cache(old, kept, length) {
-    const { n_head: heads, head_dim: dim } = this.model.config, type = this.model.manifest.cache_dtype
-    const data = new ARRAYS[type](heads * length * dim), before = old ? old.dims[2] : 0
-    for (let head = 0; old && head < heads; head++) data.set(old.data.subarray(head * before * dim, (head * before + kept) * dim), head * length * dim)
-    return this.tensor(type, data, [1, heads, length, dim])
-  }
-
-  /** Forget all but the first `length` tokens. */
-  rewind(length) {
-    for (const node of this.model.nodes) {
-      if (this.done[node.name] <= length) continue
-      this.done[node.name] = length
-      if (!this.model.inPlace) for (const name of node.caches) this.past[name] = this.cache(this.past[name], length, length)
-    }
-  }
-
-  dispose() {
-    for (const tensor of Object.values(this.past)) tensor.dispose?.()
-    this.past = {}
-  }
-
-  /**
-   * Append token ids.
-   * @param {number[]} ids @param {number} [last] how many last positions are wanted
-   * @param {boolean} [withHeads] also the head weights of the last position
-   * @returns {Promise<{logProbs: Float32Array, routes: number[], heads?: Record<number, number>}>} log-probs of the next
-   *   token [last * vocabSize], and leaves
-   */
-  async feed(ids, last = 1, withHeads = false) {
-    const { model, past } = this, width = model.config.n_embd, start = this.length, total = start + ids.length
-    check(ids, model, start)
-    if (!(Number.isInteger(last) && last >= 1 && last <= ids.length)) throw new DmptError(`last ${last} must be a whole number from 1 to ${ids.length}`)
-    this.reserve(total)
-    const feeds = {
-      input_ids: this.tensor('int64', BigInt64Array.from(ids, BigInt), [1, ids.length]),
-      position_ids: this.tensor('int64', BigInt64Array.from(ids, (_, i) => BigInt(start + i)), [1, ids.length]),
-      seqlens_k: this.tensor('int32', Int32Array.of(total - 1), [1]),
-      total_length: this.tensor('int32', Int32Array.of(total), []),
-      last: this.tensor('int64', BigInt64Array.of(BigInt(last)), []),
-    }
-    if (model.nodes.length > 1) feeds.every_node = this.tensor('bool', Uint8Array.of(0), [])
-    if (model.manifest.drafts) feeds.drafting = this.tensor('bool', Uint8Array.of(0), [])
-    for (const { name, parent } of model.nodes) {
-      if (parent === null) continue
-      const pending = this.rows[parent].subarray(this.done[name] * width, this.done[parent] * width)
-      feeds[`pending.${name}`] = this.tensor('float32', pending, [1, pending.length / width, width])
-    }
-    const fetches = Object.fromEntries([...model.outputs, ...(withHeads ? model.headOutputs : [])].map(name => [name, null]))
-    for (const [name, cache] of Object.entries(past)) {
-      feeds[`past.${name}`] = cache
-      if (model.inPlace) fetches[`present.${name}`] = cache
-    }
-    const out = await model.session.run(feeds, fetches)
-    const routes = Array.from(out.routes.data, Number)
-    this.advance(out, new Set(routes.flatMap(leaf => model.ways[leaf])), total)
-    return { logProbs: out.log_probs.data, routes, ...(withHeads ? { heads: this.heads(out, model.leaves[routes.at(-1)]) } : {}) }
-  }
-
-  /** Weights of the heads of the last position, routed to `leaf`: a leaf's only head has weight 1. */
-  heads(out, leaf) {
-    const numbers = this.model.manifest.head_allocation[leaf], logs = out[HEADS + leaf]?.data.slice(-numbers.length)
-    return Object.fromEntries(numbers.map((head, i) => [head, logs ? Math.exp(logs[i]) : 1]))
-  }
-
-  /** Note which nodes ran; keep their rows, and their caches where these are new. */
-  advance(out, ran, total) {
-    for (const { name, caches, splits } of this.model.nodes) {
-      if (!ran.has(name)) continue
-      if (splits) this.rows[name].set(out[`rows.${name}`].data, this.done[name] * this.model.config.n_embd)
-      if (!this.model.inPlace) for (const cache of caches) this.past[cache] = out[`present.${cache}`]
-      this.done[name] = total
-    }
-  }
 }

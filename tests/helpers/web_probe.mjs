@@ -3,18 +3,31 @@ import { readFileSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { pathToFileURL } from 'node:url'
 
+const HEAP = 'onnxruntime-web, caches in the heap' // an engine
 const request = JSON.parse(readFileSync(process.argv[2], 'utf-8'))
 const found = name => import(pathToFileURL(createRequire(`${request.web}/package.json`).resolve(name)))
-const ort = await found(request.engine), tokenizers = await found('@huggingface/tokenizers')
+const ort = await found(request.engine.split(',')[0]), tokenizers = await found('@huggingface/tokenizers')
 const Tokenizer = tokenizers.Tokenizer ?? tokenizers.default.Tokenizer // resolve() finds its CommonJS form
+const web = request.engine !== 'onnxruntime-node'
 const { load } = await import(pathToFileURL(`${request.web}/dmpt.mjs`))
+const { open: openHeap } = await import(pathToFileURL(`${request.web}/heap.mjs`))
 const { Sampler, pcg64 } = await import(pathToFileURL(`${request.web}/text.mjs`))
-if (request.engine === 'onnxruntime-web') ort.env.wasm.numThreads = 1
+if (web) ort.env.wasm.numThreads = 1
+const factory = pathToFileURL(`${request.web}/node_modules/onnxruntime-web/dist/ort-wasm-simd-threaded.mjs`).href
 const models = {}
 
+const reader = folder => web ? async name => new Uint8Array(readFileSync(`${folder}/${name}`)) : undefined
+
 async function open(folder) {
-  const read = request.engine === 'onnxruntime-web' ? async name => new Uint8Array(readFileSync(`${folder}/${name}`)) : undefined
-  return models[folder] ??= await load({ ort, Tokenizer, folder, read })
+  return models[folder] ??= await load({ ort, Tokenizer, folder, read: reader(folder), factory: request.engine === HEAP ? factory : undefined })
+}
+
+const FAULTS = {
+  'a function is missing': wasm => { delete wasm._OrtGetTensorData },
+  'pointers are wider': wasm => { wasm.PTR_SIZE = 8 },
+  'outputs are not written in place': wasm => { const run = wasm._OrtRun; wasm._OrtRun = (...all) => { wasm.setValue(all[6], 0, '*'); return run(...all) } },
+  'a run has other parameters': wasm => { const run = wasm._OrtRun; wasm._OrtRun = (session, a, b, ...rest) => run(session, b, a, ...rest) },
+  'types have other numbers': wasm => { const create = wasm._OrtCreateTensor; wasm._OrtCreateTensor = (type, ...rest) => create(type + 1, ...rest) },
 }
 
 const JOBS = {
@@ -32,6 +45,25 @@ const JOBS = {
     for await (const token of generation) tokens.push(token)
     const { ids, text, stopReason } = generation
     return { ids, text, stopReason, pieces: tokens.map(token => token.text), paths: tokens.map(token => token.path) }
+  },
+  async heap({ folder, fault }) { // whether caches stay in the heap with this fault of onnxruntime-web, and what is left in it
+    const first = await open(folder), wasm = globalThis[Symbol.for('dmpt-runtime.bridge')]?.module, taken = new Set()
+    const whole = { ...wasm }
+    if (wasm) FAULTS[fault]?.(wasm)
+    const heap = await openHeap(ort, first.session), used = heap !== null
+    Object.assign(wasm ?? {}, whole)
+    if (!used) return { used }
+    wasm._malloc = size => { const at = whole._malloc(size); taken.add(at); return at }
+    wasm._free = at => { taken.delete(at); whole._free(at) }
+    const model = await load({ ort, Tokenizer, folder, read: reader(folder), factory })
+    const sequence = model.sequence(), second = model.sequence(200)
+    for (let i = 0; i < 40; i++) await sequence.feed([i, i + 1, i + 2, i + 3, i + 4], 1, true)
+    const most = taken.size
+    sequence.dispose()
+    second.dispose()
+    await model.dispose()
+    Object.assign(wasm, whole)
+    return { used, most, left: taken.size }
   },
   async texts({ folder, texts }) {
     const model = await open(folder)

@@ -1,7 +1,8 @@
 """The JavaScript runtime in Node gives what the Python one gives: log-probs, routes, tokens, texts and refusals.
 
 Needs Node and `npm ci --ignore-scripts` in runtime/web; skipped with a reason where one is missing. Engines:
-onnxruntime-node, which writes caches in place, and onnxruntime-web, whose caches are copied, as in a browser.
+onnxruntime-node, which writes caches in place, and onnxruntime-web, as in a browser, whose caches are copied or lie in its
+heap.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ MISSING = (
     else "no node_modules: run `npm ci --ignore-scripts` in runtime/web"
 )
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
-ENGINES = ("onnxruntime-node", "onnxruntime-web")
+HEAP = "onnxruntime-web, caches in the heap"
+ENGINES = ("onnxruntime-node", "onnxruntime-web", HEAP)
 EXACT = TOLERANCES[("float32", "float")].max_abs
 Ask = Callable[..., list[dict[str, Any]]]
 
@@ -64,6 +66,7 @@ def devices(
     place = tmp_path_factory.mktemp("web")
     sources = {"gpt2": tiny_gpt2, "dual": tiny_dmpt, "quad": tiny_quad}
     sources["one matrix"] = saved_model(place / "one-matrix", **TREES["projected, one anchor"])
+    sources["long"] = saved_model(place / "long-source", **TREES["dual, all heads"], n_positions=300)
     for name, source in sources.items():
         export_onnx(source, place / name, verify=False)
     return {name: place / name for name in sources}
@@ -114,16 +117,28 @@ def test_log_probs_and_routes_are_those_of_python(name: str, engine: str, device
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_caches_keep_their_tokens_when_they_grow(engine: str, devices: dict[str, Path], ask: Ask) -> None:
+    ids = np.random.default_rng(7).integers(0, 97, 300).tolist()
+    steps = [[ids[:100], 1], [ids[100:129], 2], [ids[129:130], 1], 120, [ids[:150], 3], [ids[150:180], 1]]
+    [answer] = ask({"job": "feed", "folder": str(devices["long"]), "plan": steps}, engine=engine)
+    for got, (log_probs, routes) in zip(answer["result"], followed(devices["long"], steps), strict=True):
+        assert got["routes"] == routes
+        np.testing.assert_allclose(got["logProbs"], log_probs.ravel(), rtol=0, atol=EXACT)
+
+
+STORED = [
+    ("int8", None, "float"),
+    ("int4", None, "float"),
+    ("int8", None, "int8"),
+    ("int8-dynamic", "int8-dynamic", "float"),
+    ("int8-dynamic", "fp16", "int8"),
+]
+
+
 @pytest.mark.parametrize("tree", ["dual, fast-k", "projected, one anchor"])
 @pytest.mark.parametrize(
-    ("scheme", "vocabulary", "cache"),
-    [
-        ("int8", None, "float"),
-        ("int4", None, "float"),
-        ("int8", None, "int8"),
-        ("int8-dynamic", "int8-dynamic", "float"),
-        ("int8-dynamic", "fp16", "int8"),
-    ],
+    ("engine", "scheme", "vocabulary", "cache"),
+    [(engine, *stored) for engine in ENGINES for stored in STORED if engine != HEAP or stored[2] == "int8"],
 )
 def test_quantized_models_stay_within_their_tolerance(
     scheme: str, vocabulary: str | None, cache: str, tree: str, engine: str, tmp_path: Path, ask: Ask
@@ -161,6 +176,26 @@ def test_exports_with_scales_of_branches_in_their_data_file_are_refused_in_brows
     assert "export the model again" in answer["error"]
     [answer] = ask(job, engine="onnxruntime-node")
     assert len(answer["result"]) == 2
+
+
+FAULTS = ["a function is missing", "pointers are wider", "outputs are not written in place",
+          "a run has other parameters", "types have other numbers"]  # fmt: skip
+
+
+def test_the_heap_is_used_only_where_its_private_functions_work(devices: dict[str, Path], ask: Ask) -> None:
+    folder = str(devices["long"])
+    [public] = ask({"job": "heap", "folder": folder}, engine="onnxruntime-web")
+    assert public["result"] == {"used": False}
+    for fault in FAULTS:
+        [answer] = ask({"job": "heap", "folder": folder, "fault": fault}, engine=HEAP)
+        assert answer["result"] == {"used": False}, fault
+
+
+def test_nothing_stays_in_the_heap_after_dispose(devices: dict[str, Path], ask: Ask) -> None:
+    [answer] = ask({"job": "heap", "folder": str(devices["long"])}, engine=HEAP)
+    assert answer["result"]["used"]
+    assert answer["result"]["most"] > 20
+    assert answer["result"]["left"] == 0
 
 
 ENDLESS = 0  # the end-of-text id of these models

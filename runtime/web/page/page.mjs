@@ -46,7 +46,6 @@ async function start() {
   const lack = missing()
   if (lack) return say(`This browser has no ${lack}: use a current version of Firefox, Chrome, Edge or Safari.`, true)
   const ort = await import('./vendor/ort.wasm.min.mjs'), { Tokenizer } = await import('./vendor/tokenizers.min.mjs')
-  ort.env.wasm.wasmPaths = new URL('vendor/', location.href).href
   const megabytes = bytes => `${(bytes / 1e6).toFixed(0)} MB`
   const progress = (bytes, total) => {
     at('progress').value = bytes / total
@@ -54,7 +53,7 @@ async function start() {
   }
   const read = await reader()
   try {
-    model = await load({ ort, Tokenizer, folder: 'model', read, progress })
+    model = await load({ ort, Tokenizer, folder: 'model', read, progress, factory: new URL('vendor/ort-wasm-simd-threaded.mjs', location.href).href })
   } catch (error) {
     await globalThis.caches?.delete('dmpt-export') // what is kept may be damaged
     throw error
