@@ -13,6 +13,7 @@
 
 import { checked, compare, DmptError, opened, parsed } from './folder.mjs'
 import { open, reach } from './heap.mjs'
+import { kept } from './kept.mjs'
 import { check, Sequence } from './sequence.mjs'
 import { ByteStreamer, Sampler, StopStrings, WholeStreamer } from './text.mjs'
 
@@ -27,6 +28,7 @@ const HEADS = 'head_log_weights.' // outputs of this name and the leaf's
  * @property {string} folder the exported folder: a path in Node, or its address
  * @property {any} [Tokenizer] the class of @huggingface/tokenizers; without it prompts are token ids
  * @property {(name: string) => Promise<Uint8Array>} [read] reads one of its files, instead of the address
+ * @property {boolean} [keep] keep its files in the browser, and continue a download that was cut off; for an address
  * @property {(bytes: number, total: number) => void} [progress] called while files are read from an address
  * @property {boolean} [verify] compare each file's sha256 with the manifest; default true
  * @property {string} [factory] address of onnxruntime-web's ort-wasm-simd-threaded.mjs: lets caches stay in the wasm heap
@@ -39,8 +41,8 @@ const HEADS = 'head_log_weights.' // outputs of this name and the leaf's
  * @returns {Promise<Model>}
  * @throws {DmptError} for a folder that is no export of the native layout, was damaged, or needs another target
  */
-export async function load({ ort, folder, Tokenizer, read, progress = () => {}, verify = true, factory, session = {} }) {
-  const source = read ? { read } : await opened(folder)
+export async function load({ ort, folder, Tokenizer, read, keep = false, progress = () => {}, verify = true, factory, session = {} }) {
+  const source = read ? { read } : await (keep ? kept : opened)(folder)
   const manifest = checked(parsed(await source.read('dmpt_manifest.json'), 'dmpt_manifest.json'), !source.path)
   const names = Object.keys(manifest.files).filter(name => name.startsWith(manifest.model) || name.startsWith('tokenizer'))
   const sizes = names.map(name => manifest.files[name].size), total = sizes.reduce((a, b) => a + b, 0), files = {}
@@ -48,7 +50,10 @@ export async function load({ ort, folder, Tokenizer, read, progress = () => {}, 
   for (const name of names) {
     const before = done
     if (!source.path || name.endsWith('.json')) files[name] = await source.read(name, bytes => progress(before + bytes, total))
-    await compare(name, files[name], source.path, manifest.files[name], verify)
+    await compare(name, files[name], source.path, manifest.files[name], verify).catch(async error => {
+      await source.forget?.(name) // what is kept is damaged
+      throw error
+    })
     progress(done += manifest.files[name].size, total)
   }
   const options = {

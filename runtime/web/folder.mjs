@@ -14,12 +14,20 @@ export async function opened(folder) {
   return { read: (name, report) => fetched(`${String(folder).replace(/\/$/, '')}/${name}`, report) }
 }
 
-export async function fetched(address, report = () => {}) {
-  const response = await fetch(address)
+/** A download that begins at byte `from`, or at 0 where the server gives whole files only. */
+export async function begun(address, from = 0) {
+  const response = await fetch(address, from ? { headers: { Range: `bytes=${from}-` } } : {})
+  if (from && response.status === 416) return begun(address)
   if (!response.ok) throw new DmptError(`${address}: ${response.status} ${response.statusText}`)
-  const parts = []
+  if (!from || response.status !== 206) return { body: response.body, start: 0 }
+  const first = /^bytes (\d+)-/.exec(response.headers.get('Content-Range'))?.[1]
+  return Number(first) === from ? { body: response.body, start: from } : begun(address)
+}
+
+export async function fetched(address, report = () => {}) {
+  const { body } = await begun(address), parts = []
   let size = 0
-  for (const reader = response.body.getReader(); ;) {
+  for (const reader = body.getReader(); ;) {
     const { done, value } = await reader.read()
     if (done) break
     parts.push(value)

@@ -1,7 +1,6 @@
 /** The page that `dmpt-export page` writes: loads the model beside it, keeps it in the browser, and writes text. */
 
 import { DmptError, load } from './dmpt.mjs'
-import { fetched } from './folder.mjs'
 
 const at = id => document.getElementById(id)
 const SIMD = Uint8Array.of(0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11)
@@ -18,46 +17,21 @@ function missing() {
   if (typeof WebAssembly !== 'object') return 'WebAssembly'
   if (!WebAssembly.validate(SIMD)) return 'WebAssembly SIMD'
   if (typeof BigInt64Array !== 'function') return 'BigInt64Array'
+  if (!('body' in Response.prototype)) return 'downloads that can be read while they run (Response.body)'
   return ''
 }
 
-/** Files of the model, each kept in the browser once it is complete and right; a broken download starts that file again. */
-async function reader() {
-  const manifest = await fetched('model/dmpt_manifest.json')
-  const { files } = JSON.parse(new TextDecoder().decode(manifest))
-  const store = globalThis.caches ? await caches.open('dmpt-export').catch(() => null) : null // absent without https
-  const wanted = new Set(Object.values(files).map(file => address(file.sha256)))
-  for (const request of store ? await store.keys() : []) { // of models that this page had before
-    if (request.url.startsWith(address('')) && !wanted.has(request.url)) await store.delete(request)
-  }
-  return async (name, report) => {
-    if (name === 'dmpt_manifest.json') return manifest
-    const kept = await store?.match(address(files[name].sha256))
-    if (kept) return new Uint8Array(await kept.arrayBuffer())
-    const bytes = await fetched(`model/${name}`, report)
-    if (bytes.length === files[name].size) await store?.put(address(files[name].sha256), new Response(bytes)).catch(() => {}) // no room
-    return bytes
-  }
-}
-
-const address = key => new URL(`kept/${key}`, location.href).href
-
 async function start() {
   const lack = missing()
-  if (lack) return say(`This browser has no ${lack}: use a current version of Firefox, Chrome, Edge or Safari.`, true)
+  if (lack) return say(`This browser lacks ${lack}: use a current version of Firefox, Chrome, Edge or Safari.`, true)
   const ort = await import('./vendor/ort.wasm.min.mjs'), { Tokenizer } = await import('./vendor/tokenizers.min.mjs')
   const megabytes = bytes => `${(bytes / 1e6).toFixed(0)} MB`
   const progress = (bytes, total) => {
     at('progress').value = bytes / total
     say(`Loading the model: ${megabytes(bytes)} of ${megabytes(total)}`)
   }
-  const read = await reader()
-  try {
-    model = await load({ ort, Tokenizer, folder: 'model', read, progress, factory: new URL('vendor/ort-wasm-simd-threaded.mjs', location.href).href })
-  } catch (error) {
-    await globalThis.caches?.delete('dmpt-export') // what is kept may be damaged
-    throw error
-  }
+  const factory = new URL('vendor/ort-wasm-simd-threaded.mjs', location.href).href
+  model = await load({ ort, Tokenizer, folder: 'model', keep: true, progress, factory })
   at('progress').hidden = true
   at('name').textContent = document.title = model.manifest.source?.name ?? 'A language model'
   say(`Ready: ${model.manifest.parameters.total.toLocaleString('en')} parameters, weights ${model.manifest.quantization.scheme}, context ${model.context} tokens.`)
