@@ -50,15 +50,16 @@ export async function kept(folder) {
     const { body, start } = await begun(`${base}/${name}`, have)
     let at = start, stored = start
     for (const reader = body.getReader(); ;) {
-      const { done, value } = await reader.read()
+      const { done, value } = await reader.read().catch(() => ({ done: true })) // a lost connection
       if (done) break
       if (at + value.length > bytes.length) throw new DmptError(`${name} is longer than ${bytes.length} bytes: load or copy the folder again`)
       bytes.set(value, at)
       report(at += value.length)
       for (; at - stored >= PIECE; stored += PIECE) await keep(name, bytes, stored, stored + PIECE)
     }
-    if (at === bytes.length && stored < at) await keep(name, bytes, stored, at)
-    return bytes.subarray(0, at)
+    if (at < bytes.length) throw new DmptError(`the download of ${name} was cut off after ${at} of ${bytes.length} bytes: load it again, and it goes on from there`)
+    if (stored < at) await keep(name, bytes, stored, at)
+    return bytes
   }
 
   return { read, forget: name => clear(url => url.startsWith(entry(name, ''))) }

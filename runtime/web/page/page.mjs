@@ -1,10 +1,8 @@
 /** The page that `dmpt-export page` writes: loads the model beside it, keeps it in the browser, and writes text. */
 
-import { DmptError, load } from './dmpt.mjs'
-
 const at = id => document.getElementById(id)
 const SIMD = Uint8Array.of(0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11)
-let model, abort
+let model, abort, DmptError
 
 function say(text, failed = false) {
   at('status').textContent = text
@@ -24,6 +22,8 @@ function missing() {
 async function start() {
   const lack = missing()
   if (lack) return say(`This browser lacks ${lack}: use a current version of Firefox, Chrome, Edge or Safari.`, true)
+  const runtime = await import('./dmpt.mjs') // not before: it needs what this browser may lack
+  DmptError = runtime.DmptError
   const ort = await import('./vendor/ort.wasm.min.mjs'), { Tokenizer } = await import('./vendor/tokenizers.min.mjs')
   const megabytes = bytes => `${(bytes / 1e6).toFixed(0)} MB`
   const progress = (bytes, total) => {
@@ -31,7 +31,7 @@ async function start() {
     say(`Loading the model: ${megabytes(bytes)} of ${megabytes(total)}`)
   }
   const factory = new URL('vendor/ort-wasm-simd-threaded.mjs', location.href).href
-  model = await load({ ort, Tokenizer, folder: 'model', keep: true, progress, factory })
+  model = await runtime.load({ ort, Tokenizer, folder: 'model', keep: true, progress, factory })
   at('progress').hidden = true
   at('name').textContent = document.title = model.manifest.source?.name ?? 'A language model'
   say(`Ready: ${model.manifest.parameters.total.toLocaleString('en')} parameters, weights ${model.manifest.quantization.scheme}, context ${model.context} tokens.`)
