@@ -21,10 +21,11 @@ const TRIAL = 'CAg6XAoQCgF4CgF4EgF5IgNBZGQ6AAoPCgF4EgF6IgVTaGFwZToAEgFnWhAKAXgSC
 export async function reach(ort, factory) {
   const bridge = `data:text/javascript,export default options => globalThis[Symbol.for('${BRIDGE.description}')].start(options)`
   try {
-    const { default: start } = await import(/* webpackIgnore: true */ /* @vite-ignore */ factory)
+    const address = new URL(factory, globalThis.location?.href).href
+    const { default: start } = await import(/* webpackIgnore: true */ /* @vite-ignore */ address)
     await import(/* webpackIgnore: true */ /* @vite-ignore */ bridge) // a page's security policy may refuse it
     globalThis[BRIDGE] ??= { async start(options) { return this.module = await start(options) } }
-    ort.env.wasm.wasmPaths = { mjs: bridge, wasm: ort.env.wasm.wasmPaths?.wasm ?? factory.replace(/\.mjs$/, '.wasm') }
+    ort.env.wasm.wasmPaths = { mjs: bridge, wasm: ort.env.wasm.wasmPaths?.wasm ?? address.replace(/\.mjs$/, '.wasm') }
   } catch { /* the public way needs nothing of this */ }
 }
 

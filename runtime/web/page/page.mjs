@@ -30,8 +30,7 @@ async function start() {
     at('progress').value = bytes / total
     say(`Loading the model: ${megabytes(bytes)} of ${megabytes(total)}`)
   }
-  const factory = new URL('vendor/ort-wasm-simd-threaded.mjs', location.href).href
-  model = await runtime.load({ ort, Tokenizer, folder: 'model', keep: true, progress, factory })
+  model = await runtime.load({ ort, Tokenizer, folder: 'model', keep: true, progress, factory: 'vendor/ort-wasm-simd-threaded.mjs' })
   at('progress').hidden = true
   at('name').textContent = document.title = model.manifest.source?.name ?? 'A language model'
   say(`Ready: ${model.manifest.parameters.total.toLocaleString('en')} parameters, weights ${model.manifest.quantization.scheme}, context ${model.context} tokens.`)
