@@ -19,15 +19,16 @@ from dmpt_export.requests.page import PageRequest
 def command(**fields: Any) -> None:
     """Write the folder OUT: a page that loads the exported MODEL, keeps it in the browser, and writes text.
 
-    GPT-2s in any scheme, DMPTs in float or int8-dynamic, which is also the fastest scheme in a browser.
+    Exports of --target web are the fastest in a browser; others for the CPU run there, too.
 
     Everything that the page needs lies beside it, so any server of static files can give it out. Tokens are
-    colored by their path; the pointer on a token shows the weights of its heads.
+    colored by their path; the pointer on a token shows the weights of its heads. A download that was cut off
+    continues where the server knows byte ranges.
 
     \b
     Example:
       npm install onnxruntime-web @huggingface/tokenizers
-      dmpt-export onnx tuned device --scheme int8-dynamic
+      dmpt-export onnx tuned device --target web
       dmpt-export page device site
       python -m http.server --directory site
     """

@@ -1,8 +1,8 @@
 """The JavaScript runtime in Node gives what the Python one gives: log-probs, routes, tokens, texts and refusals.
 
 Needs Node and `npm ci --ignore-scripts` in runtime/web; skipped with a reason where one is missing. Engines:
-onnxruntime-node, which writes caches in place, and onnxruntime-web, as in a browser, whose caches are copied or lie in its
-heap.
+onnxruntime-node, which writes caches in place, and onnxruntime-web, as in a browser, whose caches are copied or
+lie in its heap.
 """
 
 from __future__ import annotations

@@ -119,7 +119,10 @@ def test_a_second_visit_loads_no_file_of_the_model_again(server: StaticServer, v
 
 def test_a_closed_tab_continues_its_download(server: StaticServer, visit: Visit) -> None:
     server.cut[DATA] = (4 << 20) + 5000
-    failed = {"address": f"{server.address}/", "steps": [{"until": "document.querySelector('.error')"}, {"take": STATUS}]}
+    failed = {
+        "address": f"{server.address}/",
+        "steps": [{"until": "document.querySelector('.error')"}, {"take": STATUS}],
+    }
     [[message]] = visit(failed)
     assert message.startswith("The model cannot be loaded: the download of")
     assert re.search(r"model\.onnx\.data was cut off after 419\d{4} of", message)
