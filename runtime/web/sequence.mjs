@@ -3,6 +3,7 @@
 import { DmptError } from './folder.mjs'
 
 const FIRST_CAPACITY = 128 // tokens that caches have room for at first
+const PIECE = 128 // tokens of a long prompt that are read together: attention's memory grows with their number times that of all
 const HEADS = 'head_log_weights.' // outputs of this name and the leaf's
 
 /** Refuses token ids that cannot follow `length` tokens. */
@@ -80,6 +81,10 @@ export class Sequence {
     check(ids, model, start)
     if (!(Number.isInteger(last) && last >= 1 && last <= ids.length)) throw new DmptError(`last ${last} must be a whole number from 1 to ${ids.length}`)
     this.reserve(total)
+    if (ids.length - PIECE >= last && model.nodes.length === 1) { // with splits each piece would run the path of its last token
+      await this.feed(ids.slice(0, PIECE))
+      return this.feed(ids.slice(PIECE), last, withHeads)
+    }
     const feeds = {
       input_ids: this.tensor('int64', BigInt64Array.from(ids, BigInt), [1, ids.length]),
       position_ids: this.tensor('int64', BigInt64Array.from(ids, (_, i) => BigInt(start + i)), [1, ids.length]),

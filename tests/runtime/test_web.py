@@ -104,6 +104,21 @@ def followed(folder: Path, steps: list[Any]) -> list[tuple[np.ndarray, list[int]
     return out
 
 
+@pytest.mark.parametrize("splits", [[], [1]])
+@pytest.mark.parametrize("last", [1, 150])
+def test_long_prompts_in_pieces_as_python_reads_them(splits: list[int], last: int, tmp_path: Path, ask: Ask) -> None:
+    """int8-dynamic rounds the rows of a run together, so other pieces would give other numbers."""
+    source = saved_model(tmp_path / "source", splits, 2 ** len(splits), n_positions=300)
+    save_quantized(source, tmp_path / "quantized", "int8-dynamic", vocabulary="int8-dynamic")
+    export_onnx(tmp_path / "quantized", tmp_path / "device", verify=False)
+    ids = np.random.default_rng(6).integers(0, 97, 283).tolist()
+    steps = [[ids, last], [[5], 1]]
+    [answer] = ask({"job": "feed", "folder": str(tmp_path / "device"), "plan": steps})
+    for got, (log_probs, routes) in zip(answer["result"], followed(tmp_path / "device", steps), strict=True):
+        assert got["routes"] == routes
+        np.testing.assert_allclose(got["logProbs"], log_probs.ravel(), rtol=0, atol=EXACT)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", ["gpt2", "dual", "quad", "one matrix"])
 def test_log_probs_and_routes_are_those_of_python(name: str, engine: str, devices: dict[str, Path], ask: Ask) -> None:
