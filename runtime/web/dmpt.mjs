@@ -11,7 +11,7 @@
  * The graph and how it is driven: docs/design.md, "Driving the graph".
  */
 
-import { checked, compare, DmptError, opened, parsed } from './folder.mjs'
+import { checked, compare, DmptError, isLocal, opened, parsed } from './folder.mjs'
 import { open, reach } from './heap.mjs'
 import { kept } from './kept.mjs'
 import { check, Sequence } from './sequence.mjs'
@@ -21,6 +21,14 @@ export { DmptError, Sequence }
 
 const ARRAYS = { float32: Float32Array, int8: Int8Array }
 const HEADS = 'head_log_weights.' // outputs of this name and the leaf's
+let turn = Promise.resolve() // of the last use of onnxruntime
+
+/** Use onnxruntime when all earlier uses have ended: calls of onnxruntime-web that overlap fail or damage its memory. */
+function inTurn(work) {
+  const mine = turn.then(work)
+  turn = mine.catch(() => {})
+  return mine
+}
 
 /**
  * @typedef {object} LoadOptions
@@ -41,8 +49,12 @@ const HEADS = 'head_log_weights.' // outputs of this name and the leaf's
  * @returns {Promise<Model>}
  * @throws {DmptError} for a folder that is no export of the native layout, was damaged, or needs another target
  */
-export async function load({ ort, folder, Tokenizer, read, keep = false, progress = () => {}, verify = true, factory, session = {} }) {
-  const source = read ? { read } : await (keep ? kept : opened)(folder)
+export async function load({ ort, folder, Tokenizer, read, keep = false, progress = () => {}, verify = true, factory, session = {}, ...unknown } = {}) {
+  for (const name of Object.keys(unknown)) throw new DmptError(`unknown option ${name}`)
+  if (!ort?.InferenceSession) throw new DmptError('load() needs ort: onnxruntime-node or onnxruntime-web, as imported')
+  if (!read && typeof folder !== 'string' && !(folder instanceof URL)) throw new DmptError('load() needs folder: a path in Node, or an address')
+  const source = read ? { read } : await (keep && !isLocal(folder) ? kept : opened)(String(folder))
+  if (!ort.env?.versions?.node) delete source.path // onnxruntime-web takes bytes, in Node too
   const manifest = checked(parsed(await source.read('dmpt_manifest.json'), 'dmpt_manifest.json'), !source.path)
   const names = Object.keys(manifest.files).filter(name => name.startsWith(manifest.model) || name.startsWith('tokenizer'))
   const sizes = names.map(name => manifest.files[name].size), total = sizes.reduce((a, b) => a + b, 0), files = {}
@@ -66,11 +78,14 @@ export async function load({ ort, folder, Tokenizer, read, keep = false, progres
   const settings = files['tokenizer_config.json'] ? parsed(files['tokenizer_config.json'], 'tokenizer_config.json') : {}
   const wasm = factory && [options.executionProviders ?? 'wasm'].flat().every(provider => (provider.name ?? provider) === 'wasm')
   if (wasm) await reach(ort, factory)
-  const created = await ort.InferenceSession.create(graph, options)
-  return new Model(ort, created, wasm ? await open(ort, created) : null, manifest, tokenizer && Tokenizer && new Tokenizer(tokenizer, settings), tokenizer)
+  const [created, heap] = await inTurn(async () => {
+    const created = await ort.InferenceSession.create(graph, options)
+    return [created, wasm ? await open(ort, created) : null]
+  })
+  return new Model(ort, created, heap, manifest, tokenizer && Tokenizer && new Tokenizer(tokenizer, settings), tokenizer)
 }
 
-/** A loaded model. Each text has a Sequence of its own; runs of one model must not overlap. */
+/** A loaded model. Each text has a Sequence of its own; texts that are written at the same time take turns. */
 export class Model {
   constructor(ort, session, heap, manifest, tokenizer, tokenizerFile) {
     Object.assign(this, { ort, session, heap, manifest, tokenizer, tokenizerFile, config: manifest.config, leaves: manifest.leaves })
@@ -102,12 +117,21 @@ export class Model {
     return this.heap?.tensor(type, dims) ?? new this.ort.Tensor(type, new ARRAYS[type](dims.reduce((a, b) => a * b, 1)), dims)
   }
 
-  run(feeds, fetches) { return (this.heap ?? this.session).run(feeds, fetches) }
+  run(feeds, fetches) {
+    return inTurn(() => {
+      if (this.disposed) throw new DmptError('this model was disposed: load it again')
+      return (this.heap ?? this.session).run(feeds, fetches)
+    })
+  }
 
   /** Free the model's memory; dispose its sequences first. */
   async dispose() {
-    this.heap?.dispose()
-    await this.session.release()
+    if (this.disposed) return
+    this.disposed = true
+    await inTurn(() => {
+      this.heap?.dispose()
+      return this.session.release()
+    })
   }
 
   /** @param {string} text @returns {number[]} ids, after those that stand in front of every prompt */
@@ -169,8 +193,10 @@ export class Model {
 /** One text while it is written. `ids`, `text` and `stopReason` are complete after the iteration. */
 export class Generation {
   constructor(model, prompt, { maxNewTokens = 128, stop = [], signal, heads = false, ...sampling }) {
-    this.prompt = typeof prompt === 'string' ? model.encode(prompt) : Array.from(prompt)
+    if (prompt === null || !['string', 'object'].includes(typeof prompt)) throw new DmptError(`${prompt} must be text or a list of token ids`)
+    this.prompt = typeof prompt === 'string' ? model.encode(prompt) : prompt
     check(this.prompt, model, 0)
+    this.prompt = Array.from(this.prompt)
     if (!(Number.isInteger(maxNewTokens) && maxNewTokens > 0)) throw new DmptError(`maxNewTokens ${maxNewTokens} must be a whole number above 0`)
     if ([stop].flat().some(text => typeof text !== 'string' || !text)) throw new DmptError('a stop string must be text and not empty')
     Object.assign(this, { model, maxNewTokens, signal, withHeads: heads, ids: [], text: '', stopReason: null })
@@ -180,7 +206,8 @@ export class Generation {
   }
 
   async *[Symbol.asyncIterator]() {
-    if (this.ids.length) throw new DmptError('this text was already generated: start a new one')
+    if (this.begun) throw new DmptError('this text was already generated: start a new one')
+    this.begun = true
     const sequence = this.model.sequence(this.prompt.length)
     try {
       for (let next = this.prompt; this.stopReason === null; next = [this.ids.at(-1)]) {

@@ -5,30 +5,42 @@ const FORMAT = 'dmpt-onnx', FORMAT_VERSION = 2, STANDARD = 'dmpt-onnx-standard'
 /** A folder, setting or request that cannot be used; `message` says what to do. */
 export class DmptError extends Error {}
 
+/** Whether the folder lies on this computer: in Node, unless it is an address. */
+export function isLocal(folder) { return typeof process === 'object' && Boolean(process.versions?.node) && !/^https?:/.test(folder) }
+
 /** How the files of a folder are read: from a path in Node, else from an address. */
 export async function opened(folder) {
-  if (typeof process === 'object' && process.versions?.node && !/^https?:/.test(folder)) {
-    const { readFile } = await import('node:fs/promises')
-    return { path: folder, read: name => readFile(`${folder}/${name}`).catch(error => { throw new DmptError(`${folder}/${name} cannot be read (${error.code}): give the folder that dmpt-export onnx made`) }) }
-  }
-  return { read: (name, report) => fetched(`${String(folder).replace(/\/$/, '')}/${name}`, report) }
+  if (!isLocal(folder)) return { read: (name, report) => fetched(`${folder.replace(/\/$/, '')}/${name}`, report) }
+  const { readFile } = await import('node:fs/promises'), { fileURLToPath } = await import('node:url')
+  const path = folder.startsWith('file:') ? fileURLToPath(folder) : folder
+  return { path, read: name => readFile(`${path}/${name}`).catch(error => { throw unreadable(path, name, error) }) }
 }
 
-/** A download that begins at byte `from`, or at 0 where the server gives whole files only. */
-export async function begun(address, from = 0) {
-  const response = await fetch(address, from ? { headers: { Range: `bytes=${from}-` } } : {})
-  if (from && response.status === 416) return begun(address)
+function unreadable(path, name, error) {
+  return new DmptError(`${path}/${name} cannot be read (${error.code ?? error.message}): give the folder that dmpt-export onnx made`)
+}
+
+/**
+ * A download that begins at byte `from`, or at 0 where the server gives whole files only.
+ * @param {string} address @param {number} [from] @param {RequestCache} [cache] 'no-cache': the browser asks the server whether its
+ *   copy is the latest; without it, a changed model would be mixed with files of the old one
+ */
+export async function begun(address, from = 0, cache = 'no-cache') {
+  const response = await fetch(address, { cache, ...(from ? { headers: { Range: `bytes=${from}-` } } : {}) }).catch(error => {
+    throw new DmptError(`${address} cannot be loaded (${error.cause?.code ?? error.message}): check the address and the connection`)
+  })
+  if (from && response.status === 416) return begun(address, 0, cache)
   if (!response.ok) throw new DmptError(`${address}: ${response.status} ${response.statusText}`)
   if (!from || response.status !== 206) return { body: response.body, start: 0 }
   const first = /^bytes (\d+)-/.exec(response.headers.get('Content-Range'))?.[1]
-  return Number(first) === from ? { body: response.body, start: from } : begun(address)
+  return Number(first) === from ? { body: response.body, start: from } : begun(address, 0, cache)
 }
 
 export async function fetched(address, report = () => {}) {
   const { body } = await begun(address), parts = []
   let size = 0
   for (const reader = body.getReader(); ;) {
-    const { done, value } = await reader.read()
+    const { done, value } = await reader.read().catch(() => { throw new DmptError(`the download of ${address} was cut off after ${size} bytes: load it again`) })
     if (done) break
     parts.push(value)
     report(size += value.length)
@@ -63,8 +75,10 @@ export async function compare(name, bytes, path, want, verify) {
   if (path && !bytes) {
     const { createReadStream } = await import('node:fs'), { createHash } = await import('node:crypto'), hash = createHash('sha256')
     size = 0
-    if (verify) for await (const part of createReadStream(`${path}/${name}`)) { size += part.length; hash.update(part) }
-    else size = (await (await import('node:fs/promises')).stat(`${path}/${name}`)).size
+    try {
+      if (verify) for await (const part of createReadStream(`${path}/${name}`)) { size += part.length; hash.update(part) }
+      else size = (await (await import('node:fs/promises')).stat(`${path}/${name}`)).size
+    } catch (error) { throw unreadable(path, name, error) }
     digest = hash.digest('hex')
   } else if (verify && globalThis.crypto?.subtle) { // absent on pages without https
     digest = [...new Uint8Array(await crypto.subtle.digest('SHA-256', bytes))].map(b => b.toString(16).padStart(2, '0')).join('')

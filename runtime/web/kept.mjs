@@ -11,7 +11,7 @@ const PIECE = 4 << 20 // bytes; what a cut costs at most
  * @param {string} folder an address
  */
 export async function kept(folder) {
-  const base = String(folder).replace(/\/$/, ''), manifest = await fetched(`${base}/dmpt_manifest.json`)
+  const base = folder.replace(/\/$/, ''), manifest = await fetched(`${base}/dmpt_manifest.json`)
   const files = parsed(manifest, 'dmpt_manifest.json').files ?? {}
   const scope = new URL('kept/', new URL(`${base}/`, globalThis.location?.href)).href // nothing lies there: names of entries
   let store = await (async () => globalThis.caches?.open(STORE))().catch(() => null) // even asking for it may be refused
@@ -47,7 +47,7 @@ export async function kept(folder) {
     if (name === 'dmpt_manifest.json') return manifest
     const bytes = new Uint8Array(files[name].size), have = await recall(name, bytes, report)
     if (have === bytes.length) return bytes
-    const { body, start } = await begun(`${base}/${name}`, have)
+    const { body, start } = await begun(`${base}/${name}`, have, store ? 'no-store' : 'no-cache') // not kept twice
     let at = start, stored = start
     for (const reader = body.getReader(); ;) {
       const { done, value } = await reader.read().catch(() => ({ done: true })) // a lost connection

@@ -8,6 +8,7 @@ const HEADS = 'head_log_weights.' // outputs of this name and the leaf's
 
 /** Refuses token ids that cannot follow `length` tokens. */
 export function check(ids, model, length) {
+  if (!Array.isArray(ids) && !ArrayBuffer.isView(ids)) throw new DmptError(`${ids} must be a list of token ids`)
   if (!ids.length) throw new DmptError('the prompt is empty: give some text')
   if (length + ids.length > model.context) throw new DmptError(`${length + ids.length} tokens do not fit the context of ${model.context}: shorten the prompt`)
   const wrong = ids.find(id => !(Number.isInteger(id) && id >= 0 && id < model.vocabSize))
@@ -57,6 +58,8 @@ export class Sequence {
 
   /** Forget all but the first `length` tokens. */
   rewind(length) {
+    if (!(Number.isInteger(length) && length >= 0)) throw new DmptError(`rewind to ${length}: the length must be a whole number from 0`)
+    this.usable()
     for (const node of this.model.nodes) {
       if (this.done[node.name] <= length) continue
       this.done[node.name] = length
@@ -64,7 +67,13 @@ export class Sequence {
     }
   }
 
+  usable() {
+    if (this.disposed) throw new DmptError('this text was disposed: start a new sequence()')
+    if (this.running) throw new DmptError('this text is still reading tokens: await feed() first')
+  }
+
   dispose() {
+    this.disposed = true
     for (const tensor of Object.values(this.past)) tensor.dispose?.()
     this.past = {}
   }
@@ -77,14 +86,21 @@ export class Sequence {
    *   token [last * vocabSize], and leaves
    */
   async feed(ids, last = 1, withHeads = false) {
-    const { model, past } = this, width = model.config.n_embd, start = this.length, total = start + ids.length
-    check(ids, model, start)
+    this.usable()
+    check(ids, this.model, this.length)
     if (!(Number.isInteger(last) && last >= 1 && last <= ids.length)) throw new DmptError(`last ${last} must be a whole number from 1 to ${ids.length}`)
-    this.reserve(total)
-    if (ids.length - PIECE >= last && model.nodes.length === 1) { // with splits each piece would run the path of its last token
-      await this.feed(ids.slice(0, PIECE))
-      return this.feed(ids.slice(PIECE), last, withHeads)
-    }
+    this.running = true
+    try {
+      this.reserve(this.length + ids.length)
+      const single = this.model.nodes.length === 1 // with splits each piece would run the path of its last token
+      for (; single && ids.length - PIECE >= last; ids = ids.slice(PIECE)) await this.run(ids.slice(0, PIECE), 1, false)
+      return await this.run(ids, last, withHeads)
+    } finally { this.running = false }
+  }
+
+  /** feed() without checks, for tokens that there is room for. */
+  async run(ids, last, withHeads) {
+    const { model, past } = this, width = model.config.n_embd, start = this.length, total = start + ids.length
     const feeds = {
       input_ids: this.tensor('int64', BigInt64Array.from(ids, BigInt), [1, ids.length]),
       position_ids: this.tensor('int64', BigInt64Array.from(ids, (_, i) => BigInt(start + i)), [1, ids.length]),

@@ -70,6 +70,7 @@ class Handler(SimpleHTTPRequestHandler):
         body = data[first or 0 :]
         self.send_header("Content-Type", self.guess_type(str(file)))
         self.send_header("Content-Length", str(len(body)))
+        self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")  # browsers take their copy for new for days
         self.end_headers()
         self.wfile.write(body[: self.served.cut.pop(path, len(body))])
 

@@ -65,6 +65,36 @@ const JOBS = {
     Object.assign(wasm, whole)
     return { used, most, left: taken.size }
   },
+  async overlap({ folders, prompt, options }) { // the texts of all folders at once, while another model is loaded and disposed
+    const open = folder => load({ ort, Tokenizer, folder, factory: request.engine === HEAP ? factory : undefined })
+    const all = await Promise.all(folders.map(open)), waiting = []
+    for (const model of all) for (let i = 0; i < 3; i++) waiting.push(model.generate(prompt, options))
+    waiting.push(open(folders[0]).then(model => model.dispose()))
+    return (await Promise.all(waiting)).slice(0, -1)
+  },
+  async misuse({ folder }) { // the message of each mistake
+    const model = await open(folder), sequence = model.sequence(), disposed = model.sequence(), text = model.stream([1], { maxNewTokens: 2 })
+    const fresh = await load({ ort, Tokenizer, folder, factory: request.engine === HEAP ? factory : undefined }), late = fresh.sequence()
+    await sequence.feed([1, 2, 3])
+    for (let i = 0; i < 2; i++) disposed.dispose()
+    for (let i = 0; i < 2; i++) await fresh.dispose()
+    for await (const _ of text);
+    const mistakes = {
+      'no options': () => load(), 'no folder': () => load({ ort }), 'unknown option': () => load({ ort, folder, tokenizer: Tokenizer }),
+      'no server': () => load({ ort, folder: 'http://127.0.0.1:9/model' }),
+      'no prompt': () => model.generate(), 'a number': () => model.generate(5), 'routes of text': () => model.routes('a'),
+      'again': async () => { for await (const _ of text); },
+      'overlapping feeds': () => Promise.all([sequence.feed([4]), sequence.feed([5])]),
+      'rewind': async () => sequence.rewind(-1), 'rewind to half': async () => sequence.rewind(1.5),
+      'disposed text': () => disposed.feed([1]), 'disposed model': () => late.feed([1]), 'text of a disposed model': () => fresh.generate([1]),
+    }
+    const messages = {}
+    for (const [name, mistake] of Object.entries(mistakes)) {
+      messages[name] = await mistake().then(() => 'done', error => `${error.constructor.name}: ${error.message}`)
+    }
+    late.dispose()
+    return { messages, length: sequence.length }
+  },
   async texts({ folder, texts }) {
     const model = await open(folder)
     return texts.map(text => { const ids = model.encode(text); return { ids, text: model.decode(ids) } })

@@ -143,6 +143,22 @@ def test_damaged_files_are_named_and_loaded_again(site: Path, tmp_path: Path, vi
         assert server.asked(DATA) == [None, None]
 
 
+def test_a_new_model_on_the_server_is_seen(
+    site: Path, make_gpt2: Callable[..., Any], tmp_path: Path, visit: Visit
+) -> None:
+    copy = Path(shutil.copytree(site, tmp_path / "copy"))
+    make_gpt2(tmp_path / "other")
+    export_onnx(tmp_path / "other", tmp_path / "next", verify=False)
+    ready = [{"until": READY}, {"take": "document.getElementById('name').textContent"}]
+    with StaticServer(copy) as server:
+        place = {"address": f"{server.address}/", "steps": ready}
+        [[before]] = visit(place)
+        shutil.rmtree(copy / "model")
+        shutil.copytree(tmp_path / "next", copy / "model")
+        [[after]] = visit(place)
+    assert (before, after) == ("checkpoint", "other")
+
+
 def test_a_page_opened_from_a_disk_says_what_to_do(site: Path, visit: Visit) -> None:
     [[message]] = visit({"address": (site / "index.html").as_uri(), "steps": [{"take": STATUS}]})
     assert "python -m http.server" in message
