@@ -97,6 +97,8 @@ class Sequence:
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens. Cache entries of the others are overwritten later."""
+        if length < 0:
+            raise RequestError(f"length {length} must be a whole number, 0 or above")
         if length < self.length:
             self.done = {name: min(done, length) for name, done in self.done.items()}
 

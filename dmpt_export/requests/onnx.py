@@ -91,8 +91,9 @@ class ExportRequest:
         scheme, vocabulary = self.scheme or self.usual_scheme, self.vocab_scheme
         if self.target == WEB and scheme == WEB_SCHEME:
             vocabulary = vocabulary or WEB_SCHEME
+        calib = self.calib if self.asks_to_quantize else None  # else it is for the caches alone
         return QuantizeRequest(
-            checkpoint, out, scheme, vocabulary, self.block, self.asymmetric, self.rules, self.calib,
+            checkpoint, out, scheme, vocabulary, self.block, self.asymmetric, self.rules, calib,
             target_size=self.target_size, plan=self.plan, dry_run=out is None,
         )  # fmt: skip
 

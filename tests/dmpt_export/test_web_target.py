@@ -86,3 +86,16 @@ def test_no_attention_is_tiled(layout: str, tiny_quad: Path, tmp_path: Path) -> 
         assert {attribute.name: attribute.i for attribute in node.attribute}["qk_output"] == 2
         assert len(node.output) == 4
         assert node.output[3]  # without a name the kernel would not make it, and could tile
+
+
+def test_text_for_the_caches_does_not_calibrate_weights(
+    tiny_dmpt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is for the caches alone when nobody asked to quantize."""
+    text = tmp_path / "text.txt"
+    text.write_text("The tide mill stands at the mouth of the river. " * 60)
+    exported(tiny_dmpt, tmp_path / "device", "--kv-cache", "int8", "--calib", str(text))
+    assert "calibration text changes no weight" not in capsys.readouterr().err
+    report = json.loads((tmp_path / "device" / "quantization_report.json").read_text(encoding="utf-8"))
+    exported(tiny_dmpt, tmp_path / "without", "--kv-cache", "int8")
+    assert report == json.loads((tmp_path / "without" / "quantization_report.json").read_text(encoding="utf-8"))

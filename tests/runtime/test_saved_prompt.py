@@ -85,6 +85,15 @@ def test_nodes_still_lag_behind_and_then_catch_up(kind: str, models: dict[str, M
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_negative_length_is_refused(kind: str, models: dict[str, Model]) -> None:
+    sequence = fed(models[kind], *PIECES)
+    before = sequence.length
+    with pytest.raises(RequestError, match="length -1 must be"):
+        sequence.rewind(-1)
+    assert sequence.length == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_rewinding_a_loaded_text(kind: str, models: dict[str, Model], tmp_path: Path) -> None:
     original = fed(models[kind], *PIECES)
     loaded = there_and_back(original, models[kind], tmp_path)
