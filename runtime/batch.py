@@ -159,6 +159,16 @@ class Batch:
         self.lengths = self.lengths[order]
         self.bound = False
 
+    def resize(self, rows: int) -> None:
+        """Keep the first `rows` texts, or add empty ones. Memory stays that of the most rows so far.
+
+        Raises RequestError for more rows than that.
+        """
+        added = check_count("rows", rows, self.caches.rows) - len(self)
+        if added:
+            self.lengths = np.append(self.lengths[:rows], np.zeros(max(0, added), np.int64))
+            self.bound = False
+
     def forget(self, row: int) -> None:
         """Empty one row, for another text. Raises RequestError for a row that does not exist."""
         if not (is_whole(row) and 0 <= row < len(self)):

@@ -5,29 +5,20 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.batch import Batch
-from runtime.errors import RequestError
+from runtime.errors import ModelError, RequestError
 from runtime.lookup import Lookup
 from runtime.manifest import PER_TENSOR
 from runtime.sampling import Sampling
 from runtime.saved_prompt import State
 from runtime.sequence import Sequence
-from runtime.writing import Limits, TextModel, Token, Writing
+from runtime.together import Generator, Together
+from runtime.writing import Limits, Token, Writing
 
 TOGETHER = 16  # texts of a batch in memory at once; the others follow as these end
-
-
-class Generator(TextModel, Protocol):
-    """The part of runtime.model.Model that the loops use."""
-
-    def sequence(self, capacity: int = 0) -> Sequence: ...
-
-    def batch(self, rows: int, capacity: int = 0) -> Batch: ...
 
 
 class Generation(Writing):
@@ -157,27 +148,15 @@ class Generations:
             yield from self.together()
 
     def together(self) -> Iterator[Token]:
-        saved = self.saved()
-        waiting = deque(self.texts)
-        active = [waiting.popleft() for _ in range(min(TOGETHER, len(waiting)))]
-        batch = self.model.batch(len(active), max(len(text.prompt) for text in active))
-        log_probs = np.empty((len(active), self.model.vocab_size), np.float32)
-        new = [enter(batch, row, text.prompt.tolist(), saved) for row, text in enumerate(active)]
-        while active:
-            routes = batch.run(new, log_probs[: len(active)])
-            for row, text in enumerate(active):
-                token = text.take(log_probs[row], routes[row], int(batch.lengths[row]))
+        first, waiting = self.texts[:TOGETHER], deque(self.texts)
+        together = Together(self.model, len(first), max(len(text.prompt) for text in first), self.saved())
+        while waiting or len(together):
+            while waiting and len(together) < together.rows:
+                together.enter(waiting.popleft())
+            for _, token in together.step():
+                if isinstance(token, ModelError):
+                    raise token
                 yield token
-                if text.stop_reason is not None and waiting:
-                    active[row] = waiting.popleft()
-                    new[row] = enter(batch, row, active[row].prompt.tolist(), saved)
-                elif text.stop_reason is None:
-                    full = batch.lengths[row] == self.model.context  # on_full is "slide"
-                    new[row] = enter(batch, row, text.kept()) if full else token.id
-            going = [row for row, text in enumerate(active) if text.stop_reason is None]
-            if 0 < len(going) < len(active):
-                batch.reorder(going)
-            active, new = [active[row] for row in going], [new[row] for row in going]
 
     def saved(self) -> State | None:
         """The text with which all begin, processed by every node, as in a batch."""
@@ -189,18 +168,3 @@ class Generations:
             sequence.rewind(sequence.length - 1)
             sequence.run(last, np.empty((1, self.model.vocab_size), np.float32), every_node=True)
         return sequence.state()
-
-
-def enter(batch: Batch, row: int, ids: list[int], saved: State | None = None) -> int:
-    """Replace a row's text by all but the last of these tokens; the last one is for the next run.
-
-    saved: a text with which they begin.
-    """
-    batch.forget(row)
-    if saved is not None:
-        batch.put(row, saved)
-        batch.lengths[row] = min(len(saved.ids), len(ids) - 1)
-    known = int(batch.lengths[row])
-    if len(ids) - 1 > known:
-        batch.run_row(row, ids[known:-1], np.empty(batch.config.vocab_size, np.float32))
-    return ids[-1]
