@@ -9,6 +9,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "cpu": ("onnxruntime",),
     "cuda": ("onnxruntime",),
     "train": ("torch", "transformers", "accelerate", "safetensors", "onnx", "onnx_ir"),
+    "serve": ("starlette", "uvicorn"),
     "bench": ("psutil",),
     "data": ("zstandard", "pyarrow", "datasets"),
     "optimum": ("optimum.onnxruntime",),  # this project puts a file under `optimum` itself

@@ -26,6 +26,7 @@ VERBS = (
     "quantize",
     "onnx",
     "run",
+    "serve",
     "eval",
     "bench",
     "compare",
