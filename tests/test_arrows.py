@@ -20,6 +20,7 @@ PACKAGES = ("benchmarks", "dmpt_export", "quant", "runtime", "training")
 LEVEL = {"runtime": 0, "training": 0, "quant": 1, "benchmarks": 2, "dmpt_export": 3}
 
 DEVICE_ONLY = {"numpy", "onnxruntime", "tokenizers"}  # all that may be installed where runtime runs
+SERVER_ONLY = {"starlette", "uvicorn", "h11"}  # the extra [serve], for runtime/server alone
 # For evaluating an exported model, and for what every verb refuses in its first second.
 LIGHT = {
     "": "errors progress",
@@ -143,9 +144,15 @@ def test_test_modules_import_no_other_test_module() -> None:
 
 
 def test_runtime_needs_three_packages_only() -> None:
+    """Its server needs an ASGI stack besides, and nothing else of runtime may import the server."""
     known = DEVICE_ONLY | {"runtime"} | sys.stdlib_module_names
     found = [entry for file in files("runtime") for entry in imports(file)]
-    assert not [str(entry) for entry in found if entry.target.split(".")[0] not in known]
+    server = [entry for entry in found if entry.importer.startswith("runtime.server")]
+    assert server
+    assert not [str(entry) for entry in server if entry.target.split(".")[0] not in known | SERVER_ONLY]
+    rest = [entry for entry in found if entry not in server]
+    assert not [str(entry) for entry in rest if entry.target.split(".")[0] not in known]
+    assert not [str(entry) for entry in rest if entry.target.startswith("runtime.server")]
 
 
 def test_command_modules_import_nothing_heavy_at_the_top() -> None:

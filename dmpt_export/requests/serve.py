@@ -52,9 +52,8 @@ class ServeRequest:
         from runtime.errors import RequestError
         from runtime.threads import resolve_threads
 
-        for field in ("parallel", "queue", "max_texts", "max_body", "max_connections"):
-            if getattr(self, field) < 1:
-                raise OptionError("{" + field + "} {} must be 1 or above", getattr(self, field))
+        if min(self.parallel, self.queue, self.max_texts, self.max_body, self.max_connections) < 1:
+            raise OptionError("{parallel}, {queue}, {max_texts}, {max_body} and {max_connections} must be 1 or above")
         if self.max_texts > self.parallel + self.queue:
             raise OptionError("{max_texts} {} is more than {parallel} and {queue} can hold: give less", self.max_texts)
         if not 0 <= self.port < 1 << 16:

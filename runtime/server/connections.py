@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -81,7 +82,7 @@ class Server(uvicorn.Server):
             self.signal, self.deadline = sig, time.monotonic() + self.desk.bounds.grace
             self.desk.drain()
         elif sig == signal.SIGINT:
-            self.deadline = 0.0
+            self.deadline = time.monotonic()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -161,12 +162,14 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Discreet(logging.Formatter):
-    """Tracebacks without the error's message, which may quote what a client sent."""
+    """Tracebacks without the errors' messages, which may quote what a client sent."""
 
     def formatException(self, ei: Any) -> str:
-        lines = super().formatException(ei).splitlines()
-        kept = [line for line in lines if line.startswith((" ", "Traceback", "During", "The above"))]
-        return "\n".join([*kept, getattr(ei[0], "__name__", "")])
+        error, parts = ei[1], []
+        while error is not None:
+            parts.insert(0, "".join(traceback.format_tb(error.__traceback__)) + type(error).__name__)
+            error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        return "Traceback (most recent call last):\n" + ", then\n".join(parts)
 
 
 def set_up_log() -> None:
@@ -177,3 +180,4 @@ def set_up_log() -> None:
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)
+    logging.getLogger("uvicorn.access").disabled = True

@@ -21,8 +21,9 @@ from runtime.server.turns import InTurn
 from runtime.together import Together
 from runtime.writing import Limits, Token, Writing
 
-# Tokens of prompts that are read between two steps. With GPT-2 small's shape on one core a piece takes about as long as
-# four steps: that much later the texts beside a long prompt get their next token.
+# Tokens of prompts that are read between two steps. With GPT-2 small's shape (int8, one thread) a piece takes 80 ms, as
+# long as two steps of 16 texts: so much later the texts beside a long prompt get their next token. A prompt of 1000
+# tokens takes 5 % longer than in pieces of 128, and in pieces of 32, which take 46 ms, 19 %.
 PIECE = 64
 STUCK = 300.0  # seconds in one turn after which the thread counts as stuck
 

@@ -102,6 +102,16 @@ MISTAKES: list[tuple[str, int, str]] = [
     ("run {onnx} hello --logit-bias 7=nan", 2, "logit_bias 7: nan must be"),
     ("run {onnx} hello --temperature -1", 2, "temperature -1.0 must be"),
     ("run {onnx} hello --threads 0", 2, "threads 0 must be"),
+    ("serve {none} --port 0", 3, "is not a folder"),
+    ("serve {gpt2} --port 0", 3, "is a checkpoint: export it with `dmpt-export onnx"),
+    ("serve {onnx} --port 65536", 2, "--port 65536 must be from 0 (a free one) to 65535"),
+    ("serve {onnx} --parallel 0", 2, "--parallel"),
+    ("serve {onnx} --max-texts 81", 2, "--max-texts 81 is more than --parallel and --queue can hold"),
+    ("serve {onnx} --threads 0", 2, "threads 0 must be"),
+    ("serve {onnx} --grace nan", 2, "is not a finite number"),
+    ("serve {onnx} --host no.such.host.invalid", 2, "--host no.such.host.invalid is no address"),
+    ("serve {onnx} --api-key-file {none}", 3, "No such file or directory"),
+    ("serve {onnx} --api-key-file {empty}", 3, "holds no key: give one a line"),
     ("eval {none} --data {text}", 3, "does not exist: check the path"),
     ("eval {gpt2} --data {none}", 3, "does not exist: check the path"),
     ("eval {gpt2} --data {text} --max-length 65", 3, "from 2 to the model's context of 64"),
@@ -166,11 +176,12 @@ def places(
     save_quantized(tiny_dmpt, folder / "int8", "int8")
     export_onnx(tiny_gpt2, folder / "onnx", verify=False)
     (folder / "text.txt").write_text(sample_text, encoding="utf-8")
+    (folder / "empty").touch()
     (folder / "short").write_text("a mill")
     (folder / "recipe").write_text('{"phases": [{"lr": "fast"}]}')
     (folder / "full").mkdir()
     (folder / "full" / "file").write_text("years of work")
-    names = {name: folder / name for name in ("int8", "onnx", "full", "none", "out", "recipe", "short")}
+    names = {name: folder / name for name in ("int8", "onnx", "full", "none", "out", "recipe", "short", "empty")}
     return {key: str(path) for key, path in (names | {"gpt2": tiny_gpt2, "dmpt": tiny_dmpt}).items()} | {
         "text": str(folder / "text.txt")
     }

@@ -148,6 +148,8 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     "args",
     [
         ["run", "{none}", "text"],
+        ["serve", "{none}", "--port", "0"],
+        ["serve", "{empty_folder}", "--port", "0"],
         ["init", "{none}", "{out}"],
         ["quantize", "{none}", "{out}", "--scheme", "int8"],
         ["onnx", "{none}", "{out}"],

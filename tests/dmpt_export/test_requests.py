@@ -27,6 +27,7 @@ from dmpt_export.requests.onnx import ExportRequest
 from dmpt_export.requests.page import PageRequest
 from dmpt_export.requests.quantize import QuantizeRequest
 from dmpt_export.requests.run import RunRequest
+from dmpt_export.requests.serve import ServeRequest
 from tests.helpers.paths import REPOSITORY
 from training.cli.command import request_of
 from training.cli.request import TrainRequest
@@ -40,6 +41,7 @@ LEAST: dict[str, tuple[list[str], Any]] = {
     "quantize": (["m"], QuantizeRequest("m")),
     "onnx": (["m", "o"], ExportRequest("m", "o")),
     "run": (["m"], RunRequest("m")),
+    "serve": (["m"], ServeRequest("m")),
     "eval": (["m", "--data", "t"], EvaluateRequest("m", ("t",))),
     "inspect": (["m"], InspectRequest("m")),
     "bench": (["m", "n"], BenchRequest(("m", "n"))),
