@@ -39,6 +39,8 @@ from dmpt_export.requests.serve import KEY_VARIABLE, ServeRequest
               help="Seconds in which a client must send its request, and take what waits for it.")  # fmt: skip
 @click.option("--grace", type=Finite(min=0), default=ServeRequest.grace, show_default=True,
               help="Seconds that running texts have to end after SIGTERM or Ctrl-C.")  # fmt: skip
+@click.option("--exact", is_flag=True, help="Write texts in turn instead of together: each is then bit by bit what it "
+              "is alone, also where int8 kernels round several texts differently. Slower.")  # fmt: skip
 @click.option("--threads", type=int, help="CPU threads. Default: all available to this process.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--no-check", is_flag=True, help="Do not compare the files' sha256 with the manifest.")

@@ -42,6 +42,7 @@ class ServeRequest:
     max_connections: int = 512  # open at once
     client_timeout: float = 30.0  # seconds to send a request, and to take what waits for the client
     grace: float = 30.0  # seconds for running texts after SIGTERM
+    exact: bool = False  # texts are written in turn instead of together
     threads: int | None = None  # of the CPU; None: what this process may use
     device: str = "cpu"  # cpu or cuda
     no_check: bool = False  # the files' sha256 are not compared with the manifest
@@ -91,7 +92,7 @@ class ServeRequest:
 
         return Bounds(
             self.parallel, self.queue, self.max_tokens, self.max_texts, self.max_body, self.max_connections,
-            self.client_timeout, self.grace,
+            self.client_timeout, self.grace, self.exact,
         )  # fmt: skip
 
     def listen(self) -> socket.socket:

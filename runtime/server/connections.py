@@ -165,7 +165,8 @@ class Discreet(logging.Formatter):
     """Tracebacks without the errors' messages, which may quote what a client sent."""
 
     def formatException(self, ei: Any) -> str:
-        error, parts = ei[1], []
+        error: BaseException | None = ei[1]
+        parts: list[str] = []
         while error is not None:
             parts.insert(0, "".join(traceback.format_tb(error.__traceback__)) + type(error).__name__)
             error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)

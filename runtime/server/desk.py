@@ -94,7 +94,7 @@ class Desk:
         self.bodies = 0  # bytes of requests that are being read
         self.requests = 0  # completions under way
         self.tokenising = ThreadPoolExecutor(1, "tokeniser")  # one: hostile texts may take one CPU, not all
-        self.writer = Writer(model, bounds.parallel, self.bring)
+        self.writer = Writer(model, bounds.parallel, bounds.exact, self.bring)
         self.loop: asyncio.AbstractEventLoop | None = None
 
     def open(self, loop: asyncio.AbstractEventLoop) -> None:

@@ -1,4 +1,4 @@
-"""What one server allows; every number bounds memory or time that a client can use up."""
+"""What one server allows. Every number bounds memory or time that clients can use up."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ class Bounds:
     connections: int = 512  # open at once; more are closed at once
     client_timeout: float = 30.0  # seconds to send a request, and to take what has been written
     grace: float = 30.0  # seconds that running texts have to end after SIGTERM
+    exact: bool = False  # texts are written in turn, not together, so that they do not change each other's rounding
 
     @property
     def bodies(self) -> int:

@@ -10,8 +10,8 @@ from runtime.writing import Token, Writing
 
 
 class InTurn:
-    """Like Together, for models whose kernels round the rows of a batch together: each text has caches of its own, and
-    a step runs the graph once for each. A prompt is read whole, because pieces would be rounded differently."""
+    """Like Together, where texts must not change each other at all: each has caches of its own, and a step runs the
+    graph once for each. A prompt is read whole, because pieces would be rounded differently."""
 
     def __init__(self, rows: int) -> None:
         self.rows = rows

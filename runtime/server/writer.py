@@ -75,10 +75,13 @@ class Job:
 class Writer(threading.Thread):
     """submit() and close() may be called from any thread."""
 
-    def __init__(self, model: Model, rows: int, hand_out: Callable[[list[tuple[Job, Event]]], None]) -> None:
-        """rows: texts written at once. hand_out: called in this thread with what a step made."""
+    def __init__(
+        self, model: Model, rows: int, exact: bool, hand_out: Callable[[list[tuple[Job, Event]]], None]
+    ) -> None:
+        """rows: texts written at once; exact: in turn. hand_out: called in this thread with what a step made."""
         super().__init__(name="writer", daemon=True)
         self.model, self.rows, self.hand_out = model, rows, hand_out
+        self.in_turn = exact or model.manifest.rounds_rows_together
         self.waiting: deque[Job] = deque()
         self.taken: dict[Job, None] = {}  # jobs that wait no more and have not ended, in order
         self.running: dict[Writing, Job] = {}
@@ -90,7 +93,7 @@ class Writer(threading.Thread):
         self.steps, self.step_seconds, self.read_tokens = 0, 0.0, 0
 
     def fresh(self) -> Together | InTurn:
-        if self.model.manifest.rounds_rows_together:
+        if self.in_turn:
             return InTurn(self.rows)
         return Together(self.model, self.rows, piece=PIECE)
 
@@ -156,7 +159,7 @@ class Writer(threading.Thread):
         if job.scoring:
             self.scoring.append((job, scored(self.model, job)))
             return
-        kind = Generation if isinstance(self.together, InTurn) else Writing
+        kind = Generation if self.in_turn else Writing
         text = kind(self.model, job.prompt, job.sampling, job.limits, 0)
         self.running[text] = job
         self.together.enter(text)

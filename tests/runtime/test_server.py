@@ -175,13 +175,14 @@ def test_why_a_text_ends(served: Served, model: Model, monkeypatch: pytest.Monke
     assert answer["usage"]["completion_tokens"] <= 3
 
 
-@pytest.mark.parametrize("scheme", ["int8-dynamic"])
+@pytest.mark.parametrize(("scheme", "exact"), [("int8-dynamic", False), ("int4", True)])
 def test_texts_do_not_change_each_other_where_kernels_round_rows_together(
-    scheme: str, tiny_dmpt: Path, tmp_path: Path
+    scheme: str, exact: bool, tiny_dmpt: Path, tmp_path: Path
 ) -> None:
+    """Or where texts must be exact: both schemes would change some of them in a batch."""
     save_quantized(tiny_dmpt, tmp_path / "quantized", scheme)
     export_onnx(tmp_path / "quantized", tmp_path / "device", verify=False)
-    with runtime.load(tmp_path / "device", threads=1) as model, serving(model) as served:
+    with runtime.load(tmp_path / "device", threads=1) as model, serving(model, exact=exact) as served:
         with ThreadPoolExecutor(6) as pool:
             asked = [pool.submit(served.complete, prompt=text, max_tokens=25, temperature=0) for text in PROMPTS]
             got = [one.result()[1]["choices"][0]["text"] for one in asked]
