@@ -125,8 +125,8 @@ def touched_bytes(file: Path) -> int:
     return int(sum(sizes.values()) - sizes["position_embd.weight"])
 
 
-def write_f32(source: Path, file: Path) -> None:
-    """GPT-2's tensors under GGUF's names; feeding token ids needs no vocabulary."""
+def write_f32(source: Path, file: Path, tokenizer: Path | None = None) -> None:
+    """GPT-2's tensors under GGUF's names; feeding token ids needs no vocabulary, a server does: its tokenizer.json."""
     import gguf
 
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
@@ -138,13 +138,33 @@ def write_f32(source: Path, file: Path) -> None:
     writer.add_head_count(config["n_head"])
     writer.add_layer_norm_eps(config["layer_norm_epsilon"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("none")
+    if tokenizer is None:
+        writer.add_tokenizer_model("none")
+    else:
+        add_vocabulary(writer, json.loads(tokenizer.read_text(encoding="utf-8")), config["vocab_size"])
     for name, tensor in tensors(source):
         writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def add_vocabulary(writer: Any, tokenizer: dict[str, Any], size: int) -> None:
+    """A byte-level BPE tokenizer; ids without a token become unused ones, added tokens control tokens."""
+    import gguf
+
+    tokens, kinds = [f"[unused{n}]" for n in range(size)], [gguf.TokenType.UNUSED] * size
+    for token, number in tokenizer["model"]["vocab"].items():
+        tokens[number], kinds[number] = token, gguf.TokenType.NORMAL
+    for added in tokenizer["added_tokens"]:
+        tokens[added["id"]], kinds[added["id"]] = added["content"], gguf.TokenType.CONTROL
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["model"]["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges(merges)
 
 
 def tensors(source: Path) -> Iterator[tuple[str, NDArray[np.float32]]]:
