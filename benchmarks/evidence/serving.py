@@ -5,6 +5,8 @@
 
 texts: 32 clients at once, each text compared with what runtime.generate gives for its prompt.
 load: --minutes of good clients, whose texts are compared, too, beside bad ones of every kind; memory and open files.
+replicas: two servers behind nginx (docs/examples/nginx.conf), each of which is ended by SIGTERM and started again while
+clients ask.
 speed: tokens per second by the number of clients at once. llama-server (Q8_0, made of the same weights, needs `pip
 install gguf`, and llama-quantize beside it) runs in turn with ours.
 
@@ -35,7 +37,7 @@ from benchmarks.evidence.serving_clients import BAD, PLACE, Answer, Tally, bad, 
 PORT, LLAMA_PORT = 8095, 8096
 CLIENTS = (1, 2, 4, 8, 16)
 PROMPT, NEW = 32, 64  # tokens, where speed is measured
-PHASES = ("texts", "load", "speed")
+PHASES = ("texts", "load", "speed", "replicas")
 
 
 def main() -> None:
@@ -43,7 +45,7 @@ def main() -> None:
     parser.add_argument("device", type=Path)
     parser.add_argument("--text", type=Path, required=True, help="prompts are taken from its lines")
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--phase", nargs="+", choices=PHASES, default=PHASES)
+    parser.add_argument("--phase", nargs="+", choices=PHASES, default=PHASES[:3])
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--good", type=int, default=12, help="good clients at once, under load")
     parser.add_argument("--threads", type=int, default=1)
@@ -52,8 +54,9 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="the GPT-2 folder of DEVICE, for llama.cpp")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
+    phases = {"texts": texts, "load": load, "speed": speed, "replicas": replicas}
     for phase in options.phase:
-        result = {"texts": texts, "load": load, "speed": speed}[phase](options)
+        result = phases[phase](options)
         (options.work / f"{phase}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         sys.stdout.write(json.dumps({phase: result}, indent=1) + "\n")
 
@@ -61,14 +64,21 @@ def main() -> None:
 @contextmanager
 def serving(options: argparse.Namespace, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Our server, in a process of its own; it must end by itself after SIGTERM."""
-    words = ["serve", str(options.device), "--port", str(PORT), "--threads", str(options.threads), "--no-check"]
-    with open(log, "wb") as out, subprocess.Popen([sys.executable, "-m", "dmpt_export", *words], stderr=out) as process:
+    with started(options, log, PORT) as process:
+        asyncio.run(ready(PORT))
+        yield process
+
+
+@contextmanager
+def started(options: argparse.Namespace, log: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    words = ["serve", str(options.device), "--port", str(port), "--threads", str(options.threads), "--no-check"]
+    with open(log, "ab") as out, subprocess.Popen([sys.executable, "-m", "dmpt_export", *words], stderr=out) as process:
         try:
-            asyncio.run(ready(PORT))
             yield process
         finally:
             process.terminate()
-            say(f"the server ended with {process.wait(60)}")
+            if code := process.wait(60):
+                raise SystemExit(f"the server ended with {code}: see {log}")
 
 
 async def ready(port: int) -> None:
@@ -162,6 +172,41 @@ def spread(values: list[float]) -> dict[str, float]:
     if not values:
         return {}
     return {"median": median(values), "p95": float(np.percentile(values, 95)), "most": max(values)}
+
+
+# --- replicas ------------------------------------------------------------------------------------------
+
+
+def replicas(options: argparse.Namespace) -> dict[str, Any]:
+    cases, tally, turns = expected(options, 24), Tally(), []
+    conf = Path("docs/examples/nginx.conf").resolve()
+
+    async def turn_over(port: int) -> None:
+        """A replica that ends and is replaced, as in a rollout."""
+        for number in range(2):
+            with started(options, options.work / f"{port}.log", port):
+                await ready(port)
+                await asyncio.sleep(20 if port == 8081 else 30)
+                say(f"{port}: SIGTERM")
+                began = time.monotonic()
+            turns.append({"port": port, "run": number, "ended_in_s": round(time.monotonic() - began, 1)})
+
+    async def everyone() -> None:
+        await asyncio.gather(*(good(8080, cases, tally, time.monotonic() + 45, seed) for seed in range(options.good)))
+
+    async def all_of_it() -> None:
+        ports = [asyncio.create_task(asyncio.to_thread(asyncio.run, turn_over(port))) for port in (8081, 8082)]
+        await asyncio.gather(ready(8081), ready(8082))
+        await everyone()
+        await asyncio.gather(*ports)
+
+    nginx = subprocess.Popen(["nginx", "-p", str(options.work), "-c", str(conf), "-g", "daemon off;"])
+    try:
+        asyncio.run(all_of_it())
+    finally:
+        nginx.terminate()
+        nginx.wait()
+    return {"right": tally.right, "wrong": tally.wrong, "refused_429": tally.refused, "turns": turns}
 
 
 # --- speed ---------------------------------------------------------------------------------------------
