@@ -7,6 +7,7 @@ texts: 32 clients at once, each text compared with what runtime.generate gives f
 load: --minutes of good clients, whose texts are compared, too, beside bad ones of every kind; memory and open files.
 replicas: two servers behind nginx (docs/examples/nginx.conf), each of which is ended by SIGTERM and started again while
 clients ask.
+stall: how long a text waits for its next token while a prompt of 1000 tokens is read.
 speed: tokens per second by the number of clients at once. llama-server (Q8_0, made of the same weights, needs `pip
 install gguf`, and llama-quantize beside it) runs in turn with ours.
 
@@ -37,7 +38,7 @@ from benchmarks.evidence.serving_clients import BAD, PLACE, Answer, Tally, bad, 
 PORT, LLAMA_PORT = 8095, 8096
 CLIENTS = (1, 2, 4, 8, 16)
 PROMPT, NEW = 32, 64  # tokens, where speed is measured
-PHASES = ("texts", "load", "speed", "replicas")
+PHASES = ("texts", "load", "speed", "replicas", "stall")
 
 
 def main() -> None:
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="the GPT-2 folder of DEVICE, for llama.cpp")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    phases = {"texts": texts, "load": load, "speed": speed, "replicas": replicas}
+    phases = {"texts": texts, "load": load, "speed": speed, "replicas": replicas, "stall": stall}
     for phase in options.phase:
         result = phases[phase](options)
         (options.work / f"{phase}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -224,6 +225,24 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
                         found[name][clients].append(result)
                         say(f"{name} {clients}: {result}")
     return found
+
+
+def stall(options: argparse.Namespace) -> dict[str, Any]:
+    async def ask(prompt: int) -> tuple[float, float, float]:
+        """Longest waits of a text, seconds: alone, beside a prompt of so many tokens; and that one's first token."""
+        chosen = np.random.default_rng(1)
+        ids, long = (chosen.integers(1000, 40000, size).tolist() for size in (PROMPT, prompt))
+        body: dict[str, Any] = {"prompt": ids, "max_tokens": 150, "temperature": 0, "stream": True}
+        alone = await complete(PORT, body)
+        running = asyncio.create_task(complete(PORT, body))
+        await asyncio.sleep(0.3)
+        other = await complete(PORT, {"prompt": long, "max_tokens": 2, "stream": True})
+        return alone.gap_s, (await running).gap_s, other.first_s
+
+    with serving(options, options.work / "stall.log"):
+        found = [asyncio.run(ask(1000)) for _ in range(5)]
+    names = ("alone_s", "beside_s", "first_s")
+    return {name: [round(times[place], 3) for times in found] for place, name in enumerate(names)}
 
 
 async def throughput(port: int, clients: int, seed: int) -> dict[str, float]:

@@ -43,21 +43,23 @@ class Answer:
     tokens: int = 0
     first_s: float = 0.0  # until the first token
     seconds: float = 0.0
+    gap_s: float = 0.0  # longest wait between two pieces
 
 
 async def complete(port: int, body: dict[str, Any]) -> Answer:
     """One completion of one text, as a stream or whole. Raises OSError or ValueError for an answer that breaks off."""
-    began, first = time.perf_counter(), 0.0
+    began, first, gap, last = time.perf_counter(), 0.0, 0.0, 0.0
     async with connection(port) as (reader, writer):
         writer.write(request(body))
         head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
         status, data = int(head.split(" ", 2)[1]), b""
         while piece := await reader.read(65536):
-            first = first or time.perf_counter() - began
-            data += piece
+            now = time.perf_counter()
+            first, gap = first or now - began, max(gap, now - (last or now))
+            last, data = now, data + piece
     if "transfer-encoding: chunked" in head:
         data = unchunked(data)
-    answer = Answer(status, first_s=first, seconds=time.perf_counter() - began)
+    answer = Answer(status, first_s=first, seconds=time.perf_counter() - began, gap_s=gap)
     if status != 200:
         return answer
     if not body.get("stream"):

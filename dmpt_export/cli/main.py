@@ -104,7 +104,7 @@ def cli() -> None:
       dmpt-export run device "Once upon a time"
 
     Exit codes: 0 done, 2 wrong usage, 3 bad input, 4 a result failed its check, 5 out of memory or disk,
-    130 interrupted.
+    or a port in use, 130 interrupted.
     """
 
 

@@ -121,7 +121,7 @@ class Desk:
         assert self.loop is not None
         prompts = await self.loop.run_in_executor(self.tokenising, encode, self.model, asked)
         order = Order(self, asked, prompts)
-        self.check_room(len(order.jobs))
+        self.check_room(len(order.choices))  # others may have come meanwhile
         self.orders |= dict.fromkeys(order.jobs, order)
         self.metrics.prompt_tokens += order.prompt_tokens
         self.writer.submit(order.jobs)

@@ -184,6 +184,7 @@ def test_prompts_become_ids(model: Model) -> None:
     [
         ([1] * 65, "this model's maximum context length is 64 tokens, and the prompt has 65 tokens: shorten it"),
         ("é" * 70, "this model's maximum context length is 64 tokens, and the prompt has "),
+        ("wheel " * 2000, "this model's maximum context length is 64 tokens, and the prompt has more than 128 tokens"),
         ("a" * (64 * 256 + 1), "the prompt has 16385 bytes, which are more than 16384"),
         ([300], "unknown token id 300 at position 0: the vocabulary has ids 0 to 299"),
         ([-1], "unknown token id -1"),
