@@ -87,7 +87,7 @@ def test_the_wheel_holds_every_file_of_the_packages(wheel: Path, tmp_path: Path)
         archive.extractall(tmp_path)
     assert packaged(tmp_path) == packaged(REPOSITORY)
     metadata = (tmp_path / f"dmpt_export-{__version__}.dist-info" / "METADATA").read_text()
-    for extra in ("cpu", "cuda", "train", "bench", "data", "bnb"):
+    for extra in ("cpu", "cuda", "serve", "train", "bench", "data", "bnb"):
         assert f"Provides-Extra: {extra}\n" in metadata
 
 

@@ -90,7 +90,7 @@ class Writer(threading.Thread):
         self.closed = self.cut_off = False
         self.together = self.fresh()
         self.turn_began: float | None = None  # None while there is nothing to do
-        self.steps, self.step_seconds, self.read_tokens = 0, 0.0, 0
+        self.steps, self.step_seconds = 0, 0.0
 
     def fresh(self) -> Together | InTurn:
         if self.in_turn:
@@ -139,7 +139,10 @@ class Writer(threading.Thread):
                     self.changed.wait()
 
     def turn(self) -> list[tuple[Job, Event]]:
-        """Sort out, take in, score a piece of a prompt, and write one token of each text."""
+        """Sort out, take in, score a piece of a prompt, and write one token of each text.
+
+        A job stays in `taken` until its last event is sure to be handed out: none is forgotten where the model fails.
+        """
         events = self.sort_out()
         while self.waiting and len(self.together) < self.rows:
             self.take_in(self.waiting.popleft())
@@ -163,21 +166,20 @@ class Writer(threading.Thread):
         text = kind(self.model, job.prompt, job.sampling, job.limits, 0)
         self.running[text] = job
         self.together.enter(text)
-        self.read_tokens += len(job.prompt)
 
     def sort_out(self) -> list[tuple[Job, Event]]:
         """Drop what nobody waits for any more; at the server's end, everything."""
-        for text, job in self.running.items():
-            if job.cancelled or self.cut_off:
-                self.together.drop(text)
-        events: list[tuple[Job, Event]] = [(job, Ended()) for job in self.taken if job.cancelled or self.cut_off]
         with self.changed:
             late = [job for job in self.waiting if job.cancelled or self.cut_off]
             self.waiting = deque(job for job in self.waiting if job not in late)
-        gone = {job for job, _ in events}
+        for text, job in self.running.items():
+            if job.cancelled or self.cut_off:
+                self.together.drop(text)
+        self.taken |= dict.fromkeys(late)
+        gone = {job for job in self.taken if job.cancelled or self.cut_off}
         self.running = {text: job for text, job in self.running.items() if job not in gone}
         self.scoring = deque(pair for pair in self.scoring if pair[0] not in gone)
-        return events + [(job, Ended() if job.cancelled else ending()) for job in late]
+        return [(job, ending() if job in late and not job.cancelled else Ended()) for job in gone]
 
     def score(self) -> list[tuple[Job, Event]]:
         """Score one piece of the first prompt that is to be scored."""

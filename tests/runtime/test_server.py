@@ -522,3 +522,26 @@ def test_listening_takes_the_port(served: Served) -> None:
         listen("127.0.0.1", served.port)
     with pytest.raises(socket.gaierror):
         listen("no such name", 80)
+
+
+def test_no_request_is_forgotten_when_the_model_fails_in_the_turn_that_drops_it(
+    model: Model, monkeypatch: pytest.MonkeyPatch, slow: None
+) -> None:
+    """One text runs, one waits; the client of the latter goes, and the model fails before that is noted."""
+    with serving(model, parallel=1) as served, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(served.complete, prompt="The tide", max_tokens=60)
+        until(lambda: served.desk.metrics.new_tokens >= 1)
+        with served.connect() as place:
+            place.sendall(post({"prompt": "A"}))
+            until(lambda: len(served.desk.writer.waiting) == 1)
+            step = Together.step
+
+            def fail(self: Together) -> Any:
+                if any(job.cancelled for job in served.desk.orders):
+                    monkeypatch.setattr(Together, "step", step)
+                    raise ModelError("ONNX Runtime failed")
+                return step(self)
+
+            monkeypatch.setattr(Together, "step", fail)
+        assert first.result()[0] == 500
+        until(lambda: idle(served))
