@@ -25,6 +25,7 @@ from runtime.writing import Limits, Token, Writing
 # long as two steps of 16 texts: so much later the texts beside a long prompt get their next token. A prompt of 1000
 # tokens takes 5 % longer than in pieces of 128, and in pieces of 32, which take 46 ms, 19 %.
 PIECE = 64
+KEPT = 60.0  # seconds without work after which the memory of texts is given back
 STUCK = 300.0  # seconds in one turn after which the thread counts as stuck
 
 Ids = NDArray[np.int64]
@@ -132,13 +133,14 @@ class Writer(threading.Thread):
                 self.hand_out(events)
 
     def rest(self) -> None:
-        """Wait until there is something to do; the caches are freed meanwhile."""
+        """Wait until there is something to do. The caches are freed after a while, not at once, because memory that the
+        process did not have before is slow to write."""
         with self.changed:
             if not (self.waiting or self.running or self.scoring or self.closed):
                 self.turn_began = None
-                self.together = self.fresh()
-                while not (self.waiting or self.closed):
-                    self.changed.wait()
+                if not self.changed.wait_for(lambda: self.waiting or self.closed, KEPT):
+                    self.together = self.fresh()
+                    self.changed.wait_for(lambda: self.waiting or self.closed)
 
     def turn(self) -> list[tuple[Job, Event]]:
         """Sort out, take in, score a piece of a prompt, and write one token of each text.

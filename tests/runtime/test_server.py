@@ -545,3 +545,14 @@ def test_no_request_is_forgotten_when_the_model_fails_in_the_turn_that_drops_it(
             monkeypatch.setattr(Together, "step", fail)
         assert first.result()[0] == 500
         until(lambda: idle(served))
+
+
+def test_memory_of_texts_is_given_back_after_a_while(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.server.writer.KEPT", 0.3)
+    with serving(model) as served:
+        first = served.desk.writer.together
+        texts = [served.complete(prompt="The tide", max_tokens=5, temperature=0)[1]["choices"][0]["text"] for _ in "ab"]
+        assert served.desk.writer.together is first
+        until(lambda: served.desk.writer.together is not first)
+        texts.append(served.complete(prompt="The tide", max_tokens=5, temperature=0)[1]["choices"][0]["text"])
+    assert texts == [model.generate("The tide", 5)] * 3
