@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,6 +26,21 @@ def roomier(capacity: int, total: int, context: int) -> int:
     while capacity < total:
         capacity *= 2
     return min(capacity, context)
+
+
+def zeros(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+    """Keys or values of several texts: memory that the system provides page by page, when it is first written.
+
+    numpy asks for pages of 2 MB, with which short texts would take the memory of whole contexts.
+    """
+    kind = np.dtype(dtype)
+    if shape[0] == 1 or 0 in shape:
+        return np.zeros(shape, kind)
+    memory = mmap.mmap(-1, math.prod(shape) * kind.itemsize)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux
+        with contextlib.suppress(OSError):  # a kernel without large pages
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, kind).reshape(shape)
 
 
 class Buffer:
@@ -59,7 +77,7 @@ class Caches:
         self.node_of = {name: node.name for node in manifest.tree for name in node.caches}
         config = manifest.config
         shape = (rows, config.n_head, capacity, config.head_dim)
-        self.buffers = {name: Buffer(np.zeros(shape, manifest.cache_dtype), engine) for name in self.node_of}
+        self.buffers = {name: Buffer(zeros(shape, manifest.cache_dtype), engine) for name in self.node_of}
 
     def bind(self, binding: Any, first: int = 0, rows: int | None = None) -> None:
         """Bind these rows as both the inputs and the outputs of the graph."""
@@ -72,7 +90,7 @@ class Caches:
         """Make room for `capacity` tokens; each node's first `filled` tokens are kept."""
 
         def larger(name: str, old: NDArray[Any]) -> NDArray[Any]:
-            new = np.zeros((*old.shape[:2], capacity, old.shape[3]), old.dtype)
+            new = zeros((*old.shape[:2], capacity, old.shape[3]), old.dtype)
             kept = filled[self.node_of[name]]
             new[:, :, :kept] = old[:, :, :kept]
             return new
