@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from dmpt_export.check.tolerances import TOLERANCES, tolerance
 from dmpt_export.onnx.export import export_onnx
 from dmpt_export.onnx.manifest import write_manifest
 from quant.checkpoint import save_quantized
+from runtime.cache import zeros
 from runtime.errors import RequestError
 from runtime.model import Model
 from tests.helpers.models import saved_model
@@ -192,3 +195,19 @@ def test_bad_requests(call: Any, message: str, models: Any) -> None:
     with pytest.raises(RequestError, match=message) as caught:
         call(models["dual", "float"])
     assert caught.value.exit_code == 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the process's memory from /proc")
+def test_short_texts_do_not_take_the_memory_of_whole_contexts() -> None:
+    """16 rows of 64 MB, of which 4 kB each are written."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    caches = zeros((16, 64, 1024, 256), "float32")
+    assert not caches[:, :, 0].any()
+    caches[:, :, 0] = 1.0
+    assert caches.nbytes == 1 << 30
+    assert resident() - before < 64 << 20
+    assert caches[3, :, :2].sum() == 64 * 256
