@@ -15,8 +15,8 @@ from typing import Any
 
 from runtime.errors import SetupError, install
 
-# Variable -> (value that stops a library from reporting, value by which a person allows it)
 ORT = "ORT_DISABLE_TELEMETRY"
+# variable -> (value that stops a library from reporting, value by which a person allows it)
 SWITCHES = {
     ORT: ("1", "0"),
     "HF_HUB_DISABLE_TELEMETRY": ("1", "0"),  # huggingface_hub, Transformers: what each request says of this machine
