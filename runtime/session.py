@@ -13,6 +13,7 @@ from weakref import WeakSet
 
 from runtime.errors import ModelError, OutOfMemory, RequestError, SetupError, install, is_out_of_memory
 from runtime.manifest import Manifest
+from runtime.ort import import_onnxruntime
 from runtime.pages import forget_files, large_pages
 from runtime.processor import check_batches, check_runtime
 
@@ -123,15 +124,6 @@ class Engine:
         if self._session is None:
             raise RequestError(CLOSED)
         return self._session
-
-
-def import_onnxruntime(device: str) -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        hint = install("cuda" if device == "cuda" else "cpu")
-        raise SetupError(f"onnxruntime cannot be imported ({error}): {hint}") from error
-    return onnxruntime
 
 
 def ort_errors(ort: Any) -> tuple[type[Exception], ...]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from training.model.generation import DMPTForCausalLM
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # nor report
 CACHE = tempfile.mkdtemp(prefix="dmpt-export-tests-")
 os.environ["XDG_CACHE_HOME"] = CACHE  # nor for what other runs have remembered
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -30,6 +31,9 @@ LIGHT = {
     "model/": "gpt2 shape",
     "text/": "sources windows zstd",
 }
+ONNXRUNTIME = "runtime.ort"  # the only module that imports it: without telemetry
+# Tools of ONNX Runtime, imported in a process where benchmarks.speed.worker has switched telemetry off.
+ITS_TOOLS = ("benchmarks.peers.adapters.ort_quantizers", "onnxruntime.quantization")
 WITHOUT_TORCH = tuple(f"training/{room}{name}.py" for room, names in LIGHT.items() for name in names.split())
 
 
@@ -155,6 +159,25 @@ def test_runtime_needs_three_packages_only() -> None:
     assert not [str(entry) for entry in rest if entry.target.startswith("runtime.server")]
 
 
+def imports_onnxruntime(found: Import) -> bool:
+    return (
+        found.target.split(".")[0] == "onnxruntime"
+        and found.importer != ONNXRUNTIME
+        and (found.importer, found.target) != ITS_TOOLS
+    )
+
+
+def test_onnxruntime_is_imported_in_one_place() -> None:
+    """Its telemetry can be prevented only before the import."""
+    found = [entry for package in (*PACKAGES, "tests") for file in files(package) for entry in imports(file)]
+    assert not [str(entry) for entry in found if imports_onnxruntime(entry)]
+    assert ONNXRUNTIME in {entry.importer for entry in found if entry.target == "onnxruntime"}
+    named = re.compile(r"(import_module|__import__)\(.onnxruntime\b")
+    assert not [
+        file for package in (*PACKAGES, "tests") for file in files(package) if named.search(file.read_text("utf-8"))
+    ]
+
+
 def test_command_modules_import_nothing_heavy_at_the_top() -> None:
     for folder, known in (("dmpt_export/cli", {"click"}), ("dmpt_export/requests", {"training"})):
         light = {"dmpt_export"} | known | sys.stdlib_module_names
@@ -213,3 +236,11 @@ def test_the_check_sees_planted_violations(tmp_path: Path) -> None:
         "quant.packing:2 imports benchmarks.timing",
         "benchmarks.timing:2 imports dmpt_export.cli",
     ]
+
+
+def test_the_check_sees_a_planted_import_of_onnxruntime(tmp_path: Path) -> None:
+    planted = tmp_path / "runtime" / "session.py"
+    planted.parent.mkdir()
+    planted.write_text("def f():\n    import onnxruntime as ort\n    from onnxruntime.quantization import QuantType\n")
+    found = [str(entry) for entry in imports(planted, tmp_path) if imports_onnxruntime(entry)]
+    assert found == ["runtime.session:2 imports onnxruntime", "runtime.session:3 imports onnxruntime.quantization"]

@@ -19,7 +19,7 @@ from tests.helpers.paths import REPOSITORY
 CITED = re.compile(r"(docs/\w+\.md), ([A-Z][\w -]*\w)")
 PACKAGES = ("benchmarks", "dmpt_export", "quant", "runtime", "training", "tests")
 GUIDES = sorted(["README.md", *(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").glob("*.md"))])
-DOCUMENTS = [*GUIDES, "RESULTS.md", "CHANGELOG.md"]
+DOCUMENTS = [*GUIDES, "RESULTS.md", "CHANGELOG.md", "SECURITY.md"]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 NAMED = re.compile(r"(?:benchmarks|dmpt_export|docs|quant|runtime|tests|training|\.ci)/[\w./-]*|[\w-]+\.(?:toml|txt)")

@@ -18,8 +18,8 @@ from tests.helpers.paths import REPOSITORY
 
 PACKAGES = ("dmpt_export", "training", "quant", "runtime", "benchmarks")
 BESIDE = (
-    "CHANGELOG.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "RESULTS.md", "constraints-transformers4.txt",
-    "constraints.txt", "pyproject.toml",
+    "CHANGELOG.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "RESULTS.md", "SECURITY.md",
+    "constraints-transformers4.txt", "constraints.txt", "pyproject.toml",
 )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ import numpy as np
 
 import runtime
 from benchmarks.evidence.driver import dmpt_export, say
+from runtime.ort import no_telemetry
 
 HERE = Path(__file__).with_name("packages")
 STORED = {"float32": (), "int8": ("--scheme", "int8"), "int4": ("--scheme", "int4")}
@@ -40,6 +41,7 @@ NEW_TOKENS, BEAM_TOKENS = 100, 20
 
 
 def main() -> None:
+    no_telemetry()  # the packages' programs inherit it
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)

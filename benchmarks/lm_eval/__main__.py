@@ -10,6 +10,8 @@ from __future__ import annotations
 import sys
 from importlib.util import find_spec
 
+from runtime.ort import no_telemetry
+
 MISSING = "lm_eval is not installed: pip install lm_eval"
 BAD_INPUT = 3
 
@@ -18,6 +20,7 @@ def main() -> int:
     """Register the class and run the harness's main program; the exit code."""
     if find_spec("lm_eval") is None:
         return failed(MISSING, BAD_INPUT)
+    no_telemetry()
     from lm_eval.__main__ import cli_evaluate
 
     import benchmarks.lm_eval.model  # noqa: F401 (registers the class)

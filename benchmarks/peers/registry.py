@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import platform
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -135,37 +136,51 @@ def check_plain(source: str | Path) -> dict[str, Any]:
 
 
 def gpt2_folder(source: str | Path, out: Path) -> Path:
-    """`source`; or, if the trainer wrote it as a DMPT without splits, the same weights as a GPT-2 folder in `out`.
+    """`source`, if it is a GPT-2 folder that other libraries may read; else the same weights in `out`, with a plain
+    config.json: of a DMPT without splits, and where the folder names code or other models for them to fetch.
 
     source: folder or hub id. Raises InputError for anything but plain float GPT-2, which is all that peers read.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file, save_file
-
     from training.checkpoints.files import resolve
-    from training.model.fields import DMPT
+    from training.model.fields import PLAIN
 
     fields, folder = check_plain(source), resolve(source)
-    if fields["model_type"] == "gpt2":
+    foreign = fields.keys() - PLAIN or (folder / "adapter_config.json").exists()
+    if fields["model_type"] == "gpt2" and not foreign:
         return folder
     if (out / "config.json").is_file():  # named by its weights, and written in one step
         return out
-    weights = load_file(folder / "model.safetensors")
-    if (head := weights.pop("heads.0.weight", None)) is not None:
-        weights["lm_head.weight"] = head
-    kept = {key: value for key, value in fields.items() if key not in {*DMPT, "head_allocation"}}
+    kept = {name: value for name, value in fields.items() if name in PLAIN}
     plain = {**kept, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as tmp:
         made = Path(tmp) / out.name
         made.mkdir()
-        try:
-            save_file(weights, made / "model.safetensors", {"format": "pt"})
-        except SafetensorError as error:  # its only sign of a full disk
-            raise OSError(f"the GPT-2 for peers cannot be written to {out}: {error}") from error
+        write_weights(folder, made, fields["model_type"])
         (made / "config.json").write_text(json.dumps(plain, indent=2), encoding="utf-8")
         replace(made, out)
     return out
+
+
+def write_weights(folder: Path, made: Path, kind: str) -> None:
+    """A folder's weights as a GPT-2's; kind: its model_type. Raises OSError when the disk is full."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file, save_file
+
+    from training.checkpoints.folder import INDEX, SINGLE, tensor_files
+
+    if kind == "gpt2":
+        index = [folder / INDEX] if not (folder / SINGLE).is_file() else []
+        for file in (*index, *(path for path, _ in tensor_files(folder))):
+            shutil.copyfile(file, made / file.name)
+        return
+    weights = load_file(folder / SINGLE)
+    if (head := weights.pop("heads.0.weight", None)) is not None:
+        weights["lm_head.weight"] = head
+    try:
+        save_file(weights, made / SINGLE, {"format": "pt"})
+    except SafetensorError as error:  # its only sign of a full disk
+        raise OSError(f"the GPT-2 for peers cannot be written to {made.parent.parent}: {error}") from error
 
 
 def replace(made: Path, out: Path) -> None:

@@ -17,8 +17,8 @@ Requests and replies are JSON objects, one per line, over standard input and out
 
 A failure that the user can fix is returned as {"error": message, "exit_code": n}. A separate process makes peak memory
 and load time meaningful. During another worker's turn this one blocks on its input; `idle_cpu_s` proves that it did
-not spin meanwhile. Besides its adapter's imports it only needs the standard library, and numpy for scores, so it also
-runs in another Python that has a peer, or should have.
+not spin meanwhile. Besides its adapter's imports it only needs the standard library, runtime.ort, and numpy for scores,
+so it also runs in another Python that has a peer, or should have.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from typing import Any, TextIO
 
 from benchmarks.peers.adapters import nothing
 from benchmarks.speed import bandwidth
+from runtime.ort import no_telemetry
 
 
 def peak_rss_bytes() -> int:
@@ -158,6 +159,7 @@ def serve(requests: TextIO, replies: TextIO) -> None:
 
 
 def main() -> None:
+    no_telemetry()  # adapters import libraries that report
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # output of libraries must not end up between the replies
     serve(sys.stdin, replies)

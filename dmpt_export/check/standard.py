@@ -14,6 +14,7 @@ from dmpt_export.check.float_kernels import read_graph
 from dmpt_export.check.outcomes import Outcome, Reference, compare
 from dmpt_export.check.tolerances import Tolerance
 from dmpt_export.graph.standard import KEEP_INPUT
+from runtime.ort import import_onnxruntime
 
 Int64s = NDArray[np.int64]
 Float32s = NDArray[np.float32]
@@ -23,8 +24,7 @@ class StandardModel:
     """score() and sequence() of runtime.Model for such a graph, and batches with padding."""
 
     def __init__(self, path: Path) -> None:
-        import onnxruntime
-
+        onnxruntime = import_onnxruntime()
         graph = read_graph(path)
         graph.graph.output.append(helper.make_tensor_value_info("routes", TensorProto.INT64, ["batch_size", None]))
         options = onnxruntime.SessionOptions()

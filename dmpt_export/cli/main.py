@@ -111,6 +111,9 @@ def cli() -> None:
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. A bug (an error not meant for users) keeps its traceback."""
     open_standard_streams()
+    from runtime.ort import no_telemetry
+
+    no_telemetry()
     given = list(sys.argv[1:] if args is None else args)
     try:
         with cli.make_context("dmpt-export", [spooled(arg) for arg in given]) as context:

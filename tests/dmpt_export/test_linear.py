@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
@@ -16,6 +15,7 @@ from dmpt_export.graph.builder import MSFT, Builder
 from quant.forms.blockwise import BlockwiseTensor
 from quant.schemes import SCHEMES
 from quant.schemes.blockwise import quantize
+from runtime.ort import import_onnxruntime
 from tests.helpers.graphs import rounding, run
 
 BLOCKS = [16, 32, 64, 128, 256]
@@ -116,7 +116,7 @@ def test_many_rows_are_the_same_rows(bits: int, block: int) -> None:
                          opset_imports={"": 21, MSFT: 1}, name="rows")  # fmt: skip
         assert any(node.op_type == "DequantizeLinear" for node in b.nodes) == (bits == 8)
         model = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
-        session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+        session = import_onnxruntime().InferenceSession(model, providers=["CPUExecutionProvider"])
         for wanted in (np.zeros(0, np.int64), np.array([n - 1]), np.random.default_rng(0).integers(0, n, 40)):
             (got,) = session.run(None, {"ids": wanted[None]})
             np.testing.assert_array_equal(got[0], tensor.dequantize()[wanted])

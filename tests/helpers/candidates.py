@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 
 from dmpt_export.check.float_kernels import use_float_kernels
 from dmpt_export.graph.builder import MSFT, Builder
 from dmpt_export.graph.rescore import candidate_logits, groups
+from runtime.ort import import_onnxruntime
 from training.model.config import DMPTConfig
 
 
@@ -31,7 +31,7 @@ def scored_candidates(
     proto = ir.to_proto(ir.Model(graph, ir_version=10))
     if exact:
         use_float_kernels(proto)
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = import_onnxruntime().InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
     x = rng.normal(size=(n, width)).astype(np.float32)
     c = np.array([rng.permutation(vocabulary)[:k] for _ in range(n)], np.int64).reshape(n, k)
     (got,) = session.run(None, {"h": x[None], "c": c[None]})

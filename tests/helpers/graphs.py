@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
 from onnx import helper
+
+from runtime.ort import import_onnxruntime
 
 EPS = np.finfo(np.float32).eps
 
@@ -31,6 +32,7 @@ def run(op: str, x: NDArray[Any], constants: list[NDArray[Any] | None], **attrib
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

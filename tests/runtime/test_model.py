@@ -23,6 +23,7 @@ from runtime import session
 from runtime.errors import ModelError, OutOfMemory, RequestError, SetupError
 from runtime.files import sha256
 from runtime.manifest_file import MANIFEST_NAME
+from runtime.ort import import_onnxruntime
 
 
 @pytest.fixture(scope="module")
@@ -161,9 +162,7 @@ def test_cuda_needs_an_export_for_it(exported: Path) -> None:
 
 
 def test_cuda_that_is_not_there_is_one_clear_error(folder: Path) -> None:
-    import onnxruntime
-
-    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+    if "CUDAExecutionProvider" in import_onnxruntime().get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
     edit_manifest(folder, lambda raw: raw.update(target="cuda"))
     with pytest.raises(SetupError, match=r"has no CUDA.*pip install 'dmpt-export\[cuda\]'") as caught:

@@ -19,7 +19,7 @@ from typing import Any
 from training.checkpoints.files import read_json, resolve
 from training.errors import InputError
 from training.model.domains import Served, is_served
-from training.model.fields import check_fields, check_known, without_aliases
+from training.model.fields import check_fields, check_known, own_fields, without_aliases
 from training.model.gpt2 import HEAD, Names, gpt2_fields
 from training.model.shape import EMBEDDING, Shape
 from training.progress import note_once
@@ -75,14 +75,16 @@ def read_fields(source: Source) -> tuple[Path, dict[str, Any]]:
         check_fields(fields, own=kind == "dmpt")
         if fields.get("quantization") is None:
             fields.pop("quantization", None)  # null means the same as leaving it out
-        if kind == "gpt2":
-            if unused := check_known(fields):
-                note_once(f"{path}: not used: {', '.join(unused)}")
-            fields = gpt2_fields(fields)
-            if fields.get("tie_word_embeddings", True) and has_other_head(folder):
-                note_once(f"{folder}: its lm_head.weight differs from the embedding, which config.json ties it to: "
-                          "the file's own head is used, untied")  # fmt: skip
-                fields["tie_word_embeddings"] = False
+        if kind == "dmpt":
+            fields, unused = own_fields(fields)
+        else:
+            unused, fields = check_known(fields), gpt2_fields(fields)
+        if unused:
+            note_once(f"{path}: not used: {', '.join(unused)}")
+        if kind == "gpt2" and fields.get("tie_word_embeddings", True) and has_other_head(folder):
+            note_once(f"{folder}: its lm_head.weight differs from the embedding, which config.json ties it to: "
+                      "the file's own head is used, untied")  # fmt: skip
+            fields["tie_word_embeddings"] = False
         ends = end_ids(folder, fields)
         fields["eos_token_id"] = ends if len(ends) > 1 else ends[0] if ends else None
     return path, fields

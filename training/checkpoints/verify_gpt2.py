@@ -23,7 +23,7 @@ from torch import Tensor
 from training.checkpoints.files import MODEL_FILES, TOKENIZER_FILES, cache_folder, read_json
 from training.checkpoints.folder import VERIFY
 from training.errors import ValidationError
-from training.model.fields import ALIASES, GPT2
+from training.model.fields import COMPARED
 from training.model.gpt2 import Names
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ TOKENS, SEED = 16, 3
 # Largest difference of a log-prob, absolute and relative. With large weights, sums in a different order may differ by
 # more in float32; the same arithmetic then agrees in float64.
 LIMITS = ((torch.float32, 1e-4, 1e-5), (torch.float64, 1e-6, 1e-6))
-READ = {*GPT2, *ALIASES, "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"}
 PASSED: set[str] = set()
 
 
@@ -121,7 +120,7 @@ def transformers_model(folder: Path, model: DMPTForCausalLM, tensors: Mapping[st
     """Transformers' GPT-2 of a folder with the same tensors, in eval mode. The library itself reads config.json."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    fields = {name: value for name, value in read_json(folder / "config.json").items() if name in READ}
+    fields = {name: value for name, value in read_json(folder / "config.json").items() if name in COMPARED}
     fields["tie_word_embeddings"] = (
         model.config.tie_word_embeddings
     )  # decided by the weights: see training.checkpoints.folder

@@ -103,6 +103,11 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "is_decoder": (False, True, None),
     "architectures": (None, [], ["GPT2LMHeadModel"], ["GPT2Model"], ["GPT2DoubleHeadsModel"]),
 }
+# Fields of a GPT-2 that Transformers' own classes get, to compare their results. Others can make them fetch and run
+# code: `_attn_implementation` names a kernel (CVE-2026-4372).
+COMPARED = {*GPT2, *ALIASES, "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"}
+# Fields of a DMPT's config.json that are read and reach Transformers' classes, for the same reason.
+OWN = {*GPT2, *DMPT, "head_allocation", "model_type", "quantization", "training", "pad_token_id"}
 WHY = {
     "quantization_config": "the model was quantized by another tool: give the float model it was made from",
     "auto_map": "the model contains custom code, which is not run: only Transformers' own GPT-2 is supported",
@@ -119,6 +124,8 @@ HARMLESS = {
     "tf_legacy_loss", "chunk_size_feed_forward", "tie_encoder_decoder", "prefix", "pad_token_id", "sep_token_id",
     "decoder_start_token_id", "predict_special_tokens", "line_by_line", "output_past", "attn_implementation", "license",
 }  # fmt: skip
+# Fields that other libraries may read of a GPT-2's config.json.
+PLAIN = {*COMPARED, *FIXED, *HARMLESS} - {"attn_implementation"}
 # Generation settings, in generation_config.json or, written by older Transformers, in config.json. Settings that ban or
 # force tokens are refused unless they have one of these values. The rest are defaults of Transformers' generate(),
 # which `run` takes as options.
@@ -160,6 +167,19 @@ def check_fields(fields: Mapping[str, Any], own: bool) -> None:
             for token in tokens(fields.get(name)):
                 if token >= size:
                     raise InputError(f"{name} must be a token id from 0 to {size - 1} or null, not {token}")
+
+
+def own_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """(the fields of a DMPT's config.json that define it, names of fields that are not used).
+
+    Raises InputError for custom code and for another tool's quantization.
+    """
+    for name in ("auto_map", "quantization_config"):
+        if fields.get(name) is not None:
+            raise InputError(f"{name} is {fields[name]!r}: {WHY[name]}")
+    known = {*OWN, *FIXED, *HARMLESS, *CHOOSING, *SAMPLING}
+    unused = [name for name, value in fields.items() if name not in known and not name.startswith("_") and value]
+    return {name: value for name, value in fields.items() if name in OWN}, unused
 
 
 def tokens(value: Any) -> list[int]:

@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, models
 from training.checkpoints.files import TOKENIZER_FILES, first_line, read_json
 from training.errors import InputError, install
 from training.progress import note_once
+from training.text.settings import SETTINGS_FILES, passed_on, unused
 
 END_OF_TEXT = "<|endoftext|>"
 READY = "tokenizer.json"
@@ -88,7 +89,8 @@ def _read(path: Path) -> Tokenizer:
 def transformers_tokenizer(folder: Path) -> Any:
     """The tokenizer that Transformers builds from a folder's files.
 
-    The files are first copied beside our own config.json: nothing of the folder's config reaches the library.
+    The files are first copied beside our own config.json: nothing of the folder's config reaches the library, and of
+    its settings only those that training.text.settings lists.
     """
     for name in TOKENIZER_FILES:
         if name.endswith(".json") and (folder / name).is_file():
@@ -103,10 +105,7 @@ def transformers_tokenizer(folder: Path) -> Any:
     except ImportError as error:
         raise InputError(f"reading the tokenizer of {folder} needs transformers: {install('train')}") from error
     with tempfile.TemporaryDirectory() as place:
-        for name in TOKENIZER_FILES:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, Path(place) / name)
-        Path(place, "config.json").write_text(json.dumps({"model_type": "gpt2"}), encoding="utf-8")
+        copy_files(folder, Path(place))
         try:
             if not (folder / READY).is_file():  # Transformers 4 ignores merges of unknown tokens
                 models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
@@ -117,6 +116,19 @@ def transformers_tokenizer(folder: Path) -> Any:
     if not getattr(read, "is_fast", False):
         raise InputError(f"the tokenizer in {folder} ({type(read).__name__}) has no fast form: GPT-2's is needed")
     return read
+
+
+def copy_files(folder: Path, place: Path) -> None:
+    """A folder's tokenizer for Transformers to read: its files, and what is passed on of its settings."""
+    for name in TOKENIZER_FILES:
+        if name in SETTINGS_FILES and (folder / name).is_file():
+            settings = read_json(folder / name)
+            if names := unused(settings):
+                note_once(f"{folder / name}: not used: {', '.join(names)}")
+            (place / name).write_text(json.dumps(passed_on(settings)), encoding="utf-8")
+        elif (folder / name).is_file():
+            shutil.copyfile(folder / name, place / name)
+    (place / "config.json").write_text(json.dumps({"model_type": "gpt2"}), encoding="utf-8")
 
 
 def advice(settings: Mapping[str, Any]) -> str:

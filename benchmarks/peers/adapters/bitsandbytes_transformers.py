@@ -27,8 +27,9 @@ def quantized(source: str, scheme: str) -> Any:
         "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
     }
     return GPT2LMHeadModel.from_pretrained(
-        source, quantization_config=BitsAndBytesConfig(**schemes[scheme]), device_map="cpu", torch_dtype=torch.float32
-    )
+        source, quantization_config=BitsAndBytesConfig(**schemes[scheme]), device_map="cpu", torch_dtype=torch.float32,
+        local_files_only=True, use_safetensors=True,
+    )  # fmt: skip
 
 
 def convert(source: str, out: str, scheme: str) -> dict[str, Any]:

@@ -10,17 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.peers.adapters.loop import Stepwise
+from runtime.ort import import_onnxruntime
 
 
 class Optimum(Stepwise):
     """A loaded folder and its growing cache. Steps call forward(), without generate()'s loop."""
 
     def __init__(self, path: str, threads: int | None) -> None:
-        import onnxruntime
         import torch
         from optimum.onnxruntime import ORTModelForCausalLM
 
-        options = onnxruntime.SessionOptions()
+        options = import_onnxruntime().SessionOptions()
         if threads:
             options.intra_op_num_threads = threads
             torch.set_num_threads(threads)

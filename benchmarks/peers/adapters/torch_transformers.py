@@ -52,7 +52,7 @@ def load(path: str, threads: int | None, device: str) -> Transformers:
     from transformers import GPT2LMHeadModel
 
     facts = json.loads((Path(path) / FACTS).read_text(encoding="utf-8"))
-    model = GPT2LMHeadModel.from_pretrained(facts["source"])
+    model = GPT2LMHeadModel.from_pretrained(facts["source"], local_files_only=True, use_safetensors=True)
     return Transformers(model.to(torch.bfloat16) if facts["scheme"] == "bf16" else model.float(), threads)
 
 
