@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import platform
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from benchmarks.quality.scorer import kind_of
 from benchmarks.speed.processes import Worker, WorkerFailed, worker
 from benchmarks.speed.timing import Target
 from benchmarks.speed.worker import installed
+from training.checkpoints.atomic import scratch_folder
 from training.errors import InputError
 
 
@@ -155,9 +155,8 @@ def gpt2_folder(source: str | Path, out: Path) -> Path:
         weights["lm_head.weight"] = head
     kept = {key: value for key, value in fields.items() if key not in {*DMPT, "head_allocation"}}
     plain = {**kept, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as tmp:
-        made = Path(tmp) / out.name
+    with scratch_folder(out) as folder:
+        made = folder / out.name
         made.mkdir()
         try:
             save_file(weights, made / "model.safetensors", {"format": "pt"})
@@ -192,11 +191,8 @@ def prepare(
     if lacking := [package for package in peer.packages if versions[package] is None]:
         raise WorkerFailed(absence(peer, lacking), 3)
     if not is_converted(out, source, versions):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=f".{out.name}-", dir=out.parent
-        ) as folder:  # another run may do the same
-            made = Path(folder) / out.name
+        with scratch_folder(out) as folder:  # another run may do the same
+            made = folder / out.name
             with worker(f"{name} {scheme}", python) as w:
                 request = {"adapter": peer.adapter, "source": str(source.resolve()), "scheme": scheme}
                 facts = w.ask(do="convert", out=str(made), **request)

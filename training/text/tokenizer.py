@@ -92,7 +92,7 @@ def transformers_tokenizer(folder: Path) -> Any:
     """
     for name in TOKENIZER_FILES:
         if name.endswith(".json") and (folder / name).is_file():
-            read_json(folder / name)
+            check_form(folder / name)
     settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     if settings.get("auto_map"):
         raise InputError(
@@ -117,6 +117,19 @@ def transformers_tokenizer(folder: Path) -> Any:
     if not getattr(read, "is_fast", False):
         raise InputError(f"the tokenizer in {folder} ({type(read).__name__}) has no fast form: GPT-2's is needed")
     return read
+
+
+def check_form(path: Path) -> None:
+    """Raise InputError for a JSON file that is not what its name says: words and ids of it are copied."""
+    fields = read_json(path)
+    if path.name in ("vocab.json", "added_tokens.json"):
+        wrong = [key for key, value in fields.items() if type(value) is not int]
+    elif path.name == "special_tokens_map.json":
+        wrong = [key for key in fields if not key.endswith(("_token", "_tokens"))]
+    else:
+        wrong = []
+    if wrong:
+        raise InputError(f"{path} does not hold tokens, first at {wrong[0][:40]!r}: restore or replace it")
 
 
 def advice(settings: Mapping[str, Any]) -> str:
