@@ -48,8 +48,8 @@ def check_data(folder: Path, graphs: Collection[str], listed: Iterable[str], oth
         named |= {f"{above}/{name}" if above else name for name in data_files(folder / graph)}
     if foreign := sorted(named - listed):
         raise ModelError(
-            f"cannot load {folder}: its graph takes data from {', '.join(map(shown, foreign))}, which its manifest does "
-            "not list: do not use this model"
+            f"cannot load {folder}: its graph takes data from {', '.join(map(shown, foreign))}, which its manifest "
+            "does not list: do not use this model"
         )
     if unused := sorted(listed - named):
         raise ModelError(

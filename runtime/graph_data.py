@@ -33,10 +33,11 @@ LOCATION = b"location"
 
 
 def data_files(path: Path) -> set[str]:
-    """All data files that the graph in a file names, in its own words (`../x` too). Raises ModelError for a damaged one."""
+    """All data files that the graph in a file names, in its own words (`../x` too). Raises ModelError for a damaged
+    file."""
     data = memoryview(path.read_bytes())
     names: set[bytes] = set()
-    left: list[tuple[str, memoryview]] = [(MODEL, data)]  # messages to read: branches may be nested as deep as a file likes
+    left: list[tuple[str, memoryview]] = [(MODEL, data)]  # messages to read; branches may be nested deeply
     try:
         while left:
             kind, message = left.pop()
