@@ -61,10 +61,10 @@ def working_in(out: str | os.PathLike[str], verb: str, *, beside: bool = False) 
 
 def check_free(out: str | os.PathLike[str], *, beside: bool = False) -> None:
     """Raise InputError where another run holds the lock of `out`: before the work that the lock is for."""
-    file = lock_file(Path(out), beside)
     try:
+        file = lock_file(Path(out), beside)
         handle = os.open(file, os.O_RDONLY)
-    except OSError:  # no lock
+    except (OSError, RuntimeError):  # no lock, or no place (a loop of links)
         return
     try:
         _lock(handle, file, Path(out))

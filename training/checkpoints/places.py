@@ -55,8 +55,8 @@ KINDS: dict[str, Callable[[Path], bool]] = {
 def check_new(out: Path, kind: str, overwrite: bool) -> None:
     """check_replaceable() for commands: an earlier result is replaced only with `overwrite`, and nothing while another
     run works on it. Raises InputError before any work is done."""
-    check_free(out, beside=True)
     check_replaceable(out, kind)
+    check_free(out, beside=True)
     if not overwrite and out.is_dir() and any(out.iterdir()):
         raise FieldError("{} holds an earlier result: give another folder, or replace it with {overwrite}", out)
 
