@@ -1,4 +1,4 @@
-"""No file that a model folder only links to, or that is not what its name says, gets into what is made of the folder."""
+"""No file that a model folder only links to, or that is not what its name says, gets into what is made of it."""
 
 from __future__ import annotations
 

@@ -96,7 +96,11 @@ with working_in(sys.argv[1], "train"):
 def test_a_killed_run_holds_nothing_and_its_file_goes(tmp_path: Path) -> None:
     out = tmp_path / "run"
     child = subprocess.Popen(
-        [sys.executable, "-c", HOLDS, str(out)], cwd=REPOSITORY, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", HOLDS, str(out)],
+        cwd=REPOSITORY,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     with child:
         assert child.stdout is not None
