@@ -89,7 +89,7 @@ def test_a_tensor_is_found_in_every_place(place: str, tmp_path: Path) -> None:
     folder = saved(tmp_path, outside("w.data"), plant=PLACES[place])
     assert data_files(folder / "model.onnx") == {"w.data"}
     check_data(folder, ["model.onnx"], ["model.onnx", "w.data", "tokenizer.json"])
-    with pytest.raises(ModelError, match="takes data from 'w.data', which its manifest does not list"):
+    with pytest.raises(ModelError, match=r"takes data from 'w\.data', which its manifest does not list"):
         check_data(folder, ["model.onnx"], ["model.onnx", "tokenizer.json"])
 
 
