@@ -1,15 +1,18 @@
-"""Check that a folder holds the files that its manifest lists, bit by bit."""
+"""Check that a folder holds the files that its manifest lists, bit by bit, and that its graph opens no others."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import stat
+from collections.abc import Collection, Iterable, Set
 from pathlib import Path
 
 from runtime.errors import ModelError
+from runtime.graph_data import data_files
 from runtime.manifest import FileSpec, Manifest
-from runtime.manifest_file import CARD_NAME, MANIFEST_NAME
+from runtime.manifest_file import CARD_NAME, MANIFEST_NAME, SIDE_FILES
+from runtime.schema import shown
 
 LINK = "is a symbolic or hard link (`cp -RL` makes a folder without links)"
 
@@ -19,17 +22,40 @@ def check_files(folder: Path, manifest: Manifest, verify: bool = True) -> None:
 
     Links let a folder from elsewhere point at files outside it, so symbolic links are refused. A hard link cannot be
     distinguished from the file itself (`cp -al` makes them). If the manifest lists it, its sha256 must match, so it can
-    only hold what the manifest's author knew. Without `verify`, or if it is not listed, it is refused, because the
-    graph may name any file in the folder as its data. README.md, which people edit, is treated as if it were not
-    listed where it differs. Raises ModelError naming every file that differs, and how.
+    only hold what the manifest's author knew. Without `verify`, or if it is not listed, it is refused. README.md, which
+    people edit, is treated as if it were not listed where it differs. What the graph opens is checked by check_data.
+    Raises ModelError naming every file that differs, and how.
     """
     compared = [entry for entry in manifest.files if entry.name == manifest.model or not is_card(folder / entry.name)]
     problems = [f"{entry.name} {fault}" for entry in compared if (fault := file_fault(folder, entry, verify))]
     listed = {MANIFEST_NAME, *(entry.name for entry in manifest.files)}
-    # The graph names its data files itself, and ONNX Runtime follows hard links.
     problems += [f"{entry.name} {LINK}" for entry in os.scandir(folder) if entry.name not in listed and is_link(entry)]
     if problems:
         raise ModelError(f"{folder} differs from what was exported, copy or export it again: {'; '.join(problems)}")
+
+
+def check_data(folder: Path, graphs: Collection[str], listed: Iterable[str], others: Set[str] = SIDE_FILES) -> None:
+    """Raise ModelError unless the graphs of a folder name exactly the data files that its manifest lists.
+
+    A graph names its data files itself, and one from elsewhere may name any file of this machine: in a subfolder, by
+    `..`, or behind a hard link. The listed ones were compared with their hashes. others: files that no graph names.
+    """
+    listed, named = {*listed} - others - {*graphs}, set()
+    for graph in graphs:
+        if not graph.endswith(".onnx"):  # ONNX Runtime reads a file that ends in .ort as another format
+            raise ModelError(f"cannot load {folder / graph}: it is not an .onnx file: export the model again")
+        above = graph.rpartition("/")[0]
+        named |= {f"{above}/{name}" if above else name for name in data_files(folder / graph)}
+    if foreign := sorted(named - listed):
+        raise ModelError(
+            f"cannot load {folder}: its graph takes data from {', '.join(map(shown, foreign))}, which its manifest "
+            "does not list: do not use this model"
+        )
+    if unused := sorted(listed - named):
+        raise ModelError(
+            f"cannot load {folder}: its manifest lists {', '.join(map(shown, unused))}, which its graph does not name: "
+            "export the model again"
+        )
 
 
 def file_fault(folder: Path, entry: FileSpec, verify: bool) -> str | None:

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from runtime.batch import Batch
 from runtime.errors import RequestError
-from runtime.files import check_files
+from runtime.files import check_data, check_files
 from runtime.generate import Generation, Generations
 from runtime.manifest import Manifest
 from runtime.manifest_file import TOKENIZER_NAME, read_manifest
@@ -59,6 +59,7 @@ class Model:
         self.manifest: Manifest = read_manifest(self.folder)
         check_files(self.folder, self.manifest, verify)
         listed = {entry.name for entry in self.manifest.files}
+        check_data(self.folder, [self.manifest.model], listed)
         self.codec = TextCodec(self.folder / TOKENIZER_NAME, self.manifest.prefix) if TOKENIZER_NAME in listed else None
         self.context: int = self.manifest.config.n_positions
         self.vocab_size: int = self.manifest.config.vocab_size

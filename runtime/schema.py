@@ -24,6 +24,7 @@ COUNT = "a whole number above 0"
 ID = "a whole number, 0 or above"
 NUMBER = "a number"
 NUMBER_OR_NULL = "a number, or null"
+COUNT_OR_NULL = "a whole number above 0, or null"
 ID_OR_NULL = "a whole number, 0 or above, or null"
 NAME = "a non-empty string"
 NAME_OR_NULL = "a non-empty string, or null"
@@ -37,6 +38,7 @@ BOOL = "true or false"
 CHECKS: dict[str, Callable[[Any], bool]] = {
     COUNT: lambda v: whole(v, 1),
     ID: lambda v: whole(v, 0),
+    COUNT_OR_NULL: lambda v: v is None or whole(v, 1),
     ID_OR_NULL: lambda v: v is None or whole(v, 0),
     NUMBER: lambda v: type(v) in (int, float),
     NUMBER_OR_NULL: lambda v: v is None or type(v) in (int, float),

@@ -30,6 +30,7 @@ from benchmarks.report import routes
 from benchmarks.speed import timing
 from benchmarks.speed.cases import Workload, fit
 from runtime.errors import is_out_of_memory
+from training.checkpoints.lock import working_in
 from training.errors import InputError
 from training.progress import tell
 
@@ -114,8 +115,8 @@ def progress(rows: Sequence[Row], total: int) -> str:
 def workplace(settings: Settings) -> Iterator[Path]:
     """The folder for converted peers and scores: permanent or temporary."""
     if settings.resume is not None:
-        Path(settings.resume).mkdir(parents=True, exist_ok=True)
-        yield Path(settings.resume)
+        with working_in(settings.resume, "compare"):
+            yield Path(settings.resume)
         return
     with tempfile.TemporaryDirectory(prefix="dmpt-compare-") as work:
         yield Path(work)

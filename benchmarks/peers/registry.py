@@ -7,7 +7,6 @@ import hashlib
 import json
 import platform
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from benchmarks.quality.scorer import kind_of
 from benchmarks.speed.processes import Worker, WorkerFailed, worker
 from benchmarks.speed.timing import Target
 from benchmarks.speed.worker import installed
+from training.checkpoints.atomic import scratch_folder
 from training.errors import InputError
 
 
@@ -152,9 +152,8 @@ def gpt2_folder(source: str | Path, out: Path) -> Path:
         return out
     kept = {name: value for name, value in fields.items() if name in PLAIN}
     plain = {**kept, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as tmp:
-        made = Path(tmp) / out.name
+    with scratch_folder(out) as place:
+        made = place / out.name
         made.mkdir()
         write_weights(folder, made, fields["model_type"])
         (made / "config.json").write_text(json.dumps(plain, indent=2), encoding="utf-8")
@@ -207,11 +206,8 @@ def prepare(
     if lacking := [package for package in peer.packages if versions[package] is None]:
         raise WorkerFailed(absence(peer, lacking), 3)
     if not is_converted(out, source, versions):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=f".{out.name}-", dir=out.parent
-        ) as folder:  # another run may do the same
-            made = Path(folder) / out.name
+        with scratch_folder(out) as folder:  # another run may do the same
+            made = folder / out.name
             with worker(f"{name} {scheme}", python) as w:
                 request = {"adapter": peer.adapter, "source": str(source.resolve()), "scheme": scheme}
                 facts = w.ask(do="convert", out=str(made), **request)

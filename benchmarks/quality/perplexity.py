@@ -24,6 +24,7 @@ from benchmarks.quality.divergence import Base, kl_divergence, standard_error, s
 from benchmarks.quality.progress import Findings, fingerprint, key_of
 from benchmarks.quality.protocols import PROTOCOLS, STRIDE_CONCAT, Text, choose_windows, plan
 from benchmarks.quality.scorer import Piece, Scorer, pieces
+from training.checkpoints.lock import working_in
 from training.errors import InputError, ValidationError
 from training.progress import Bar
 from training.text.sources import FIELD
@@ -140,21 +141,22 @@ def evaluate(
         key = key_of(model=fingerprint(scorer), batch=batch, base=base_key(base), versions=versions(), **facts)
         file = Path(resume.folder) / f"eval-{key}.npz"
     sizes = [n for _, _, n in windows]
-    findings = Findings(columns(scorer, sum(sizes), base is not None), file, sizes)
-    try:
-        run(scorer, ids, windows, findings, batch, base)
-    except BaseException:  # also when interrupted; a kill loses everything after the last write
-        with contextlib.suppress(OSError):
-            findings.save()
-        raise
-    found = summary(scorer, ids, text if isinstance(text, Text) else None, windows, findings, base)
-    if resume is not None and resume.keep:
+    with contextlib.nullcontext() if file is None else working_in(file, "eval", beside=True):
+        findings = Findings(columns(scorer, sum(sizes), base is not None), file, sizes)
         try:
-            findings.save()
-        except OSError as error:  # the result is still valid
-            tqdm.write(f"the scores of {scorer.name} are not stored: {error.strerror or error}", file=sys.stderr)
-    else:
-        findings.finish()
+            run(scorer, ids, windows, findings, batch, base)
+        except BaseException:  # also when interrupted; a kill loses everything after the last write
+            with contextlib.suppress(OSError):
+                findings.save()
+            raise
+        found = summary(scorer, ids, text if isinstance(text, Text) else None, windows, findings, base)
+        if resume is not None and resume.keep:
+            try:
+                findings.save()
+            except OSError as error:  # the result is still valid
+                tqdm.write(f"the scores of {scorer.name} are not stored: {error.strerror or error}", file=sys.stderr)
+        else:
+            findings.finish()
     return Quality(
         tokens=len(ids), max_length=length, stride=step, mode=scorer.mode, tokens_sha256=facts["tokens"],
         protocol=protocol, **found,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from training.checkpoints.atomic import atomic_file
+from training.checkpoints.atomic import atomic_file, scratch_folder
+from training.checkpoints.lock import LOCK, check_free
 from training.errors import FieldError
 
 MARKER = "demo.json"  # marks a folder as a demo's
@@ -20,12 +20,14 @@ RESULTS = ("comparison.json", "comparison.md", "comparison.csv", "comparison.svg
 
 def check_out(out: Path) -> None:
     """Raise InputError unless `out` is absent, empty, or an earlier demo's folder."""
-    from training.checkpoints.places import check_place
+    from training.checkpoints.places import check_place, is_leftover
 
     check_place(out)
+    check_free(out)
     if out.exists() and not out.is_dir():
         raise FieldError("{} is a file: give a folder with {out}", out)
-    if out.is_dir() and any(out.iterdir()) and not (out / MARKER).is_file():
+    found = [] if not out.is_dir() else [name for name in os.listdir(out) if name != LOCK and not is_leftover(name)]
+    if found and MARKER not in found:
         raise FieldError("{} is not empty and was not made by `dmpt-export demo`: give another folder with {out}", out)
 
 
@@ -54,9 +56,9 @@ def write(file: Path, text: str) -> None:
 
 def publish(write: Callable[[Path], None], out: Path) -> None:
     """Call `write` with a temporary folder inside `out`, then move its files up, each in one step."""
-    with tempfile.TemporaryDirectory(dir=out, prefix=".comparison-") as folder:
-        write(Path(folder))
-        for file in sorted(Path(folder).iterdir()):
+    with scratch_folder(out / "comparison") as folder:
+        write(folder)
+        for file in sorted(folder.iterdir()):
             os.replace(file, out / file.name)
 
 

@@ -23,6 +23,7 @@ from dmpt_export import __version__
 from dmpt_export.demo.corpus import Corpus, documentation_corpus, text_corpus
 from dmpt_export.demo.folder import begin, check_out, finish, publish, write
 from dmpt_export.demo.settings import Settings
+from training.checkpoints.lock import working_in
 from training.errors import FieldError
 from training.text.sources import read_text
 from training.text.tokenizer import load_tokenizer
@@ -61,6 +62,10 @@ class Demo:
     def run(self) -> Comparison:
         """Raises InputError for unusable data or an `out` that is not from a demo, before anything is written."""
         check_out(self.out)
+        with working_in(self.out, "demo"):
+            return self.stages()
+
+    def stages(self) -> Comparison:
         given = self.given_text()
         with self.heading("Corpus: your text" if given else "Corpus: the documentation inside this Python"):
             corpus = given or documentation_corpus()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,12 @@ from dmpt_export.graph.versions import least_onnxruntime
 from dmpt_export.onnx.exportable import LAYOUTS, STANDARD, WEB, ExportOptions, deployed
 from dmpt_export.onnx.kv_cache import INT8, KINDS, calibrate
 from dmpt_export.onnx.manifest import ACTIVATIONS, EXTERNAL_THRESHOLD, MODEL_FILE, describe, text_rules, write_manifest
-from dmpt_export.onnx.standard import standard_fields, standard_readme, write_graphs, write_settings
+from dmpt_export.onnx.report import copy_report
+from dmpt_export.onnx.standard import SETTINGS, standard_fields, standard_readme, write_graphs, write_settings
 from quant.checkpoint import load_weights
 from quant.forms.weights import Weights, quantized
-from runtime.manifest_file import MANIFEST_NAME, REPORT_NAME
+from runtime.files import check_data
+from runtime.manifest_file import MANIFEST_NAME, SIDE_FILES
 from training.checkpoints.atomic import atomic_folder
 from training.checkpoints.card import CARD, LIBRARY, card_text, inherited, model_fields, scheme_tags, tags_of, title
 from training.checkpoints.checkpoint import copy_tokenizer, read_config
@@ -70,6 +71,7 @@ def export_onnx(
     scales = calibrate(folder, config, calibration) if kv_cache == INT8 else None  # before weights are in memory
     say("reading the weights and building the graph")
     config, weights = load_weights(folder)
+    names = [*weights]
     config = deployed(config, options)
     if not config.next_tokens:
         weights = {key: weight for key, weight in weights.items() if not key.startswith("draft_heads.")}
@@ -87,8 +89,7 @@ def export_onnx(
         else:
             model = build(config, weights, ACTIVATIONS[target], scales, opset, vocabulary, untiled=target == WEB)
             save_graph(model, temporary)
-        if (folder / REPORT_NAME).is_file():  # so that a comparison can show each tensor's damage
-            shutil.copyfile(folder / REPORT_NAME, temporary / REPORT_NAME)
+        copy_report(folder, temporary, names)  # so that a comparison can show each tensor's damage
         if name is not None:
             manifest["source"]["name"] = name
         manifest["text"] = text_rules(config, temporary)
@@ -97,6 +98,8 @@ def export_onnx(
         manifest["requires"] = {"onnxruntime": least_onnxruntime(model)}
         (temporary / CARD).write_text(card_of(manifest, inherited(folder), standard), encoding="utf-8")
         write_manifest(manifest, temporary)
+        graphs, others = manifest.get("graphs", [MODEL_FILE]), SIDE_FILES | (SETTINGS if standard else set())
+        check_data(temporary, [*graphs], manifest["files"], others)
         del model, weights  # checking needs the memory
         gc.collect()  # nodes and values of the graph refer to each other
         if verify:

@@ -27,6 +27,7 @@ from training.model.config import DMPTConfig
 from training.model.fields import tokens
 from training.text.tokenizer import load_tokenizer
 
+SETTINGS = {"config.json", "generation_config.json", "genai_config.json"}  # files that other programs read
 GENAI, JAVASCRIPT = "genai.onnx", "onnx"
 # transformers.js names its files by type; (bits up to, its word, suffix)
 TYPES = [(6, "q4", "_q4"), (12, "q8", "_quantized"), (17, "fp16", "_fp16"), (33, "fp32", "")]

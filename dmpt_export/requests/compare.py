@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,10 +91,12 @@ class CompareRequest:
         if self.needs_torch:
             say("loading PyTorch")
         from benchmarks.comparison.comparison import compare
+        from training.checkpoints.lock import working_in
 
         entries, absent = with_peers(found, self.peers)
         settings = self.settings(found.pythons)
-        return compare(entries, self.data, self.out, settings, absent=absent, growth=found.growth, show=show)
+        with working_in(self.out, "compare", beside=True) if self.out is not None else nullcontext():
+            return compare(entries, self.data, self.out, settings, absent=absent, growth=found.growth, show=show)
 
     def settings(self, pythons: dict[str, str]) -> Settings:
         from benchmarks.comparison.contestants import Settings

@@ -101,8 +101,11 @@ class ConvertRequest:
 
     def run(self, found: Found) -> Converted:
         """Write the checkpoint, after check()."""
+        from training.checkpoints.lock import working_in
+
         say("loading PyTorch")
-        return self.convert_file(found) if found.folder is None else self.convert_heads(found)
+        with working_in(self.out, "convert", beside=True):
+            return self.convert_file(found) if found.folder is None else self.convert_heads(found)
 
     def convert_file(self, found: Found) -> Converted:
         from training.checkpoints.checkpoint import model_from_tensors, save_model

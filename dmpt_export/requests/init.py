@@ -78,11 +78,13 @@ class InitRequest:
         """Write the checkpoint, after check()."""
         say("loading PyTorch")
         from training.checkpoints.checkpoint import load_model, save_model
+        from training.checkpoints.lock import working_in
         from training.model.init import init_from_gpt2
 
-        model = init_from_gpt2(
-            load_model(found.folder), found.shape, noise=self.noise, gate_bias=self.gate_bias, seed=self.seed
-        )
-        card = f"Initialised from `{Path(self.source).name}` without training."
-        save_model(model, self.out, tokenizer_from=found.folder, card=card, source=found.folder)
+        with working_in(self.out, "init", beside=True):
+            model = init_from_gpt2(
+                load_model(found.folder), found.shape, noise=self.noise, gate_bias=self.gate_bias, seed=self.seed
+            )
+            card = f"Initialised from `{Path(self.source).name}` without training."
+            save_model(model, self.out, tokenizer_from=found.folder, card=card, source=found.folder)
         return Made(model.num_parameters(), model.config, (self.out / "tokenizer.json").is_file())

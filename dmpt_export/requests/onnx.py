@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -133,7 +132,10 @@ class ExportRequest:
         """Export, quantized and calibrated with what check() found; returns the manifest."""
         if found.quantizing is None:  # else quantizing says so
             say("loading PyTorch and ONNX")
-        with tempfile.TemporaryDirectory(prefix="dmpt-export-") as place:
+        from training.checkpoints.atomic import scratch_folder
+        from training.checkpoints.lock import working_in
+
+        with working_in(self.out, "onnx", beside=True), scratch_folder(self.out) as place:
             checkpoint, quantizing = self.checkpoint, found.quantizing
             if self.only_path is not None:
                 from quant.single_path import save_single_path

@@ -30,9 +30,10 @@ class PageRequest:
 
     def check(self) -> Manifest:
         """Raise InputError for a folder, target or package that the page cannot use."""
-        from runtime.files import check_files
+        from runtime.files import check_data, check_files
         from runtime.manifest import PER_TENSOR
         from runtime.manifest_file import read_manifest
+        from training.checkpoints.links import check_link
         from training.checkpoints.places import check_inputs, check_new
 
         check_new(Path(self.out), "page", self.overwrite)
@@ -55,12 +56,16 @@ class PageRequest:
                 "the model again"
             )
         check_files(Path(self.model), manifest)
+        check_data(Path(self.model), [manifest.model], (entry.name for entry in manifest.files))
         missing = [name for name, file in self.vendor().items() if not file.is_file()]
         if missing:
             raise FieldError(
                 "{} lacks {}: run `npm install onnxruntime-web @huggingface/tokenizers` and give its node_modules "
                 "with {modules}", self.modules, ", ".join(missing),
             )  # fmt: skip
+        for package, files in VENDOR.items():  # npm links whole packages, and makes no link inside one
+            for file in files:
+                check_link(Path(self.modules) / package, file)
         return manifest
 
     def vendor(self) -> dict[str, Path]:
@@ -77,9 +82,10 @@ class PageRequest:
         import runtime
         from runtime.manifest_file import MANIFEST_NAME
         from training.checkpoints.atomic import atomic_folder
+        from training.checkpoints.lock import working_in
 
         scripts = Path(runtime.__file__).parent / "web"
-        with atomic_folder(Path(self.out), "page") as out:
+        with working_in(self.out, "page", beside=True), atomic_folder(Path(self.out), "page") as out:
             for file in (*scripts.glob("*.mjs"), *(scripts / "page").iterdir()):
                 shutil.copyfile(file, out / file.name)
             (out / "vendor").mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -213,8 +214,11 @@ class QuantizeRequest:
     def run(self, found: Found) -> Quantized:
         """Quantize with the inputs that check() found."""
         from quant.rules import DRAFT, DYNAMIC
+        from training.checkpoints.lock import working_in
 
-        result = self.quantize(found)
+        writes = self.out is not None and not self.dry_run
+        with working_in(str(self.out), "quantize", beside=True) if writes else nullcontext():
+            result = self.quantize(found)
         dynamic = any(report.scheme == DYNAMIC for report in result.reports)
         if dynamic and any(DRAFT.fullmatch(report.name) for report in result.reports):
             tell(f"note: with {DYNAMIC} layers the draft heads cannot be used: `run` refuses --speculate")

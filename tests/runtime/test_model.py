@@ -103,6 +103,34 @@ def test_data_outside_the_folder_is_refused(location: str, folder: Path) -> None
     assert "cannot load" in refusal(folder)
 
 
+@pytest.mark.parametrize("location", ["/etc/hostname", "../outside", "inside/data", "*/_ORT_MEM_ADDR_/*", "notes.txt"])
+@pytest.mark.parametrize("where", ["initializer", "branch"])
+def test_data_that_the_manifest_does_not_list_is_refused_before_it_is_opened(
+    where: str, location: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "inside").mkdir()
+    for name in ("inside/data", "notes.txt", "../outside"):
+        shutil.copy(folder / "model.onnx.data", folder / name)
+    if where == "initializer":
+        point_data(folder, location=location)
+    else:
+        model = onnx.load(folder / "model.onnx", load_external_data=False)
+        branch = next(node for node in model.graph.node if node.op_type == "If").attribute[0].g
+        tensor = branch.initializer.add(name="secret", data_type=onnx.TensorProto.UINT8, dims=[1])
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value=location)
+        publish(folder, model)
+    monkeypatch.setattr(session, "import_onnxruntime", lambda device: pytest.fail("it went on to ONNX Runtime"))
+    assert f"takes data from {location!r}, which its manifest does not list" in refusal(folder)
+    assert "which its manifest does not list" in refusal(folder, verify=False)
+
+
+def test_a_listed_file_that_the_graph_does_not_name_is_refused(folder: Path) -> None:
+    shutil.copy(folder / "model.onnx.data", folder / "model.onnx.more")
+    edit_manifest(folder, lambda raw: raw["files"].update({"model.onnx.more": raw["files"]["model.onnx.data"]}))
+    assert "lists 'model.onnx.more', which its graph does not name" in refusal(folder)
+
+
 @pytest.mark.parametrize("link", [os.symlink, os.link])
 def test_data_behind_a_link_is_refused(link: Callable[[str, Path], None], folder: Path) -> None:
     outside = shutil.copy(folder / "model.onnx.data", folder.parent / "outside")

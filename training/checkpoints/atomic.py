@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from training.checkpoints.places import beside, check_replaceable
+from training.checkpoints.places import beside, check_replaceable, is_leftover
 
 # Without POSIX file locks, leftovers of a killed run stay until they are removed by hand.
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
@@ -67,6 +67,28 @@ def atomic_file(out: str | os.PathLike[str]) -> Iterator[Path]:
                 raise
 
 
+@contextlib.contextmanager
+def scratch_folder(out: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a folder beside `out` for work on it, deleted at the end; first those of killed runs are."""
+    target = Path(out).resolve()
+    _remove_leftovers(target, "new")
+    with _made_parents(target.parent):
+        folder = beside(target, "new")
+        folder.mkdir()
+        try:
+            with locked(folder):
+                yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what killed runs were writing in a folder, whatever it was for."""
+    for path in list(folder.iterdir()) if folder.is_dir() else []:
+        if is_leftover(path.name):
+            _remove_unused(path)
+
+
 def _swap(tmp: Path, target: Path) -> None:
     """Replace `target` by `tmp` and delete the old content."""
     old = tmp
@@ -112,14 +134,18 @@ def recover(out: str | os.PathLike[str]) -> None:
             os.rename(old, target)
 
 
-def _remove_leftovers(target: Path) -> bool:
+def _remove_leftovers(target: Path, what: str = "tmp") -> bool:
     """Delete what killed runs were writing for `target`. False when another run is still writing there."""
-    leftovers = list(target.parent.glob(f".{glob.escape(target.name)}.tmp-*"))
+    leftovers = list(target.parent.glob(f".{glob.escape(target.name)}.{what}-*"))
     for path in leftovers:
-        # an OSError means that a running writer holds the lock, or that we may not delete it
-        with contextlib.suppress(OSError), locked(path, insist=True):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _remove_unused(path)
     return not any(path.exists() for path in leftovers)
+
+
+def _remove_unused(path: Path) -> None:
+    # an OSError means that a running writer holds the lock, or that we may not delete it
+    with contextlib.suppress(OSError), locked(path, insist=True):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from training.checkpoints.links import check_links
 from training.errors import InputError, install
 from training.progress import note_once
 
@@ -35,11 +36,13 @@ def resolve(
 ) -> Path:
     """The local folder of a model: `source` itself, or the folder with the `files` of its hub snapshot.
 
-    A folder wins over a hub id of the same name. Raises InputError when there is neither.
+    A folder wins over a hub id of the same name. Raises InputError when there is neither, and for a folder that links
+    to files elsewhere (training.checkpoints.links).
     """
     path = Path(source)
     check_name(path)
     if path.is_dir():
+        check_links(path)
         return path
     if path.is_symlink():
         raise InputError(f"{path} is a broken or circular link: give the model folder itself")

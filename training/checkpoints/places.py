@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import re
 import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from training.checkpoints.files import check_name, read_json
+from training.checkpoints.lock import LOCK, check_free
 from training.errors import FieldError, InputError
 
 # What a folder of ours may hold. Anything else in a folder to be replaced is the user's work.
@@ -24,6 +26,7 @@ OWN_FOLDERS = {  # and what they may hold
     "model": OWN_FILES,
 }
 RUNS = ("last", "phase-1")  # exist in a run that can be continued: with one phase, with several
+LEFTOVER = re.compile(r"\.(.+)\.(?:tmp(-[0-9a-f]{8})?|new-[0-9a-f]{8})", re.DOTALL)  # see beside()
 NAME_MAX = 255  # bytes of a name, on every common file system
 
 
@@ -50,9 +53,10 @@ KINDS: dict[str, Callable[[Path], bool]] = {
 
 
 def check_new(out: Path, kind: str, overwrite: bool) -> None:
-    """check_replaceable() for commands: an earlier result is replaced only with `overwrite`. Raises InputError before
-    any work is done."""
+    """check_replaceable() for commands: an earlier result is replaced only with `overwrite`, and nothing while another
+    run works on it. Raises InputError before any work is done."""
     check_replaceable(out, kind)
+    check_free(out, beside=True)
     if not overwrite and out.is_dir() and any(out.iterdir()):
         raise FieldError("{} holds an earlier result: give another folder, or replace it with {overwrite}", out)
 
@@ -86,7 +90,7 @@ def check_run(out: Path, overwrite: bool) -> None:
         if out.exists():
             raise InputError(f"{out} is a file: give a folder that does not exist yet")
         return
-    names = {path.name for path in out.iterdir()}
+    names = {path.name for path in out.iterdir() if path.name != LOCK and not is_leftover(path.name)}
     if names and not names & {*RUNS, "metrics.jsonl"}:
         raise InputError(f"{out} is not empty and holds no training run: give another folder")
     if names & {*RUNS} and not overwrite:
@@ -147,12 +151,18 @@ def check_place(out: Path) -> None:
 
 def _own(path: Path) -> bool:
     if not path.is_dir():
-        return _matches(path.name, OWN_FILES)
+        return _matches(path.name, OWN_FILES) or is_leftover(path.name)
     return path.name in OWN_FOLDERS and all(_matches(name, OWN_FOLDERS[path.name]) for name in os.listdir(path))
 
 
 def _matches(name: str, patterns: list[str]) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file or folder is one that this program was writing (earlier versions published `.config.json.tmp`)."""
+    found = LEFTOVER.fullmatch(name)
+    return found is not None and (not name.endswith(".tmp") or _matches(found[1], OWN_FILES))
 
 
 def beside(target: Path, what: str) -> Path:

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from training.checkpoints.atomic import sweep
 from training.checkpoints.earlier import RUN, SAVED, recover_earlier, replacing
 from training.checkpoints.files import resolve
 from training.checkpoints.folder import float_folder, read_head_allocation, read_shape
+from training.checkpoints.lock import check_free, working_in
 from training.checkpoints.places import check_inputs, check_run
 from training.cli.recipes import Recipe, read_recipe
 from training.cli.run_folder import last_of, run_of, saved_state
@@ -102,6 +104,7 @@ class TrainRequest:
         """
         out = self.place()
         if is_first():
+            check_free(out)
             recover_earlier(out, RUN, SAVED)
         recipe = read_recipe(self.recipe) if self.recipe else Recipe()
         chosen = self.chosen()
@@ -287,7 +290,8 @@ class TrainRequest:
         source = found.resumed or (None if self.model is None else resolve(self.model))
         extras, main = Extras(found.tokenizer, found.texts.about, source), processes.is_main_process
         if len(found.phases) > 1:
-            result = self.run_phases(found, model, (tokens, eval_tokens, domains), extras, main)
+            with working_in(found.out, "train") if main else nullcontext():
+                result = self.run_phases(found, model, (tokens, eval_tokens, domains), extras, main)
         else:
             result = train(
                 model, tokens, found.phases[0], found.out, eval_tokens, domains=domains,
@@ -309,8 +313,7 @@ class TrainRequest:
         from training.loop.trainer import train
 
         (tokens, eval_tokens, domains), out, resume = texts, found.out, found.resumed is not None
-        if new_run := not resume and main:
-            out.mkdir(parents=True, exist_ok=True)
+        new_run = not resume and main
         for number, options in enumerate(found.phases, start=1):
             folder = out / PHASE.format(number)
             started = resume and (folder / "last").is_dir()
@@ -322,7 +325,9 @@ class TrainRequest:
                     resume=started, overwrite=self.overwrite, extras=titled,
                 )  # fmt: skip
             model = load_model(folder)
-        state.publish(folder, out)
+        if main:
+            sweep(out)
+            state.publish(folder, out)
         return replace(result, folder=out)
 
 

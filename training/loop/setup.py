@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from training.checkpoints.atomic import recover
+from training.checkpoints.atomic import recover, sweep
 from training.checkpoints.checkpoint import load_model
 from training.checkpoints.earlier import RUN, SAVED, recover_earlier, set_aside
 from training.checkpoints.places import check_run
@@ -34,7 +34,10 @@ def prepare_folder(out: Path, resume: bool | str | os.PathLike[str], overwrite: 
     (training.checkpoints.earlier.settle).
     """
     recover_earlier(out, RUN, SAVED)
-    recover((out / "last").resolve())  # a kill in the middle of replacing OUT/last
+    for name in ("last", "best"):  # a kill in the middle of replacing them
+        recover((out / name).resolve())
+    for folder in (out, out / "last", out / "best"):
+        sweep(folder)
     if not resume:
         check_run(out, overwrite)
     try:

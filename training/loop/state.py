@@ -27,6 +27,7 @@ from torch import Tensor
 from training.checkpoints.atomic import atomic_folder
 from training.checkpoints.checkpoint import write_model
 from training.checkpoints.files import read_json
+from training.checkpoints.places import beside
 from training.checkpoints.tensors import write_tensors
 from training.errors import FieldError, InputError
 from training.model.generation import DMPTForCausalLM
@@ -173,12 +174,17 @@ def publish(source: Path, out: Path) -> None:
     Each file replaces an older one in one step, so `out` always holds a whole model once it had one.
     """
     for path in sorted(source.iterdir()):
-        if not path.is_file():
+        target = out / path.name
+        # Of two names of one file, the system keeps both when one replaces the other.
+        if not path.is_file() or (target.is_file() and target.samefile(path)):
             continue
-        tmp = out / f".{path.name}.tmp"
-        tmp.unlink(missing_ok=True)
+        tmp = beside(target, "tmp")
         try:
-            os.link(path, tmp)
-        except OSError:
-            shutil.copyfile(path, tmp)
-        os.replace(tmp, out / path.name)
+            try:
+                os.link(path, tmp)
+            except OSError:
+                shutil.copyfile(path, tmp)
+            os.replace(tmp, target)
+        except BaseException:
+            tmp.unlink(missing_ok=True)
+            raise

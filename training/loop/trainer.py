@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor
 
 from training.checkpoints.checkpoint import save_model
 from training.checkpoints.earlier import RUN, SAVED, settle
+from training.checkpoints.lock import working_in
 from training.checkpoints.record import FIELD, Record, record_of
 from training.errors import FieldError
 from training.loop import setup, state
@@ -80,19 +81,21 @@ def train(
     overwrite: replace an existing run, which is kept until the new one has saved its first checkpoint.
     extras: see Extras.
 
-    Raises InputError for options or data that cannot be used, NonFiniteError (naming step and tensor) when the
-    loss is not finite, and Interrupted after Ctrl-C or SIGTERM, once the run is saved.
+    Raises InputError for options or data that cannot be used and where another run works in `out`, NonFiniteError
+    (naming step and tensor) when the loss is not finite, and Interrupted after Ctrl-C or SIGTERM, once it is saved.
     """
     started, extras = time.monotonic(), extras or Extras()
-    try:
-        trainer = Trainer(model, tokens, options, Path(out), eval_tokens, domains, resume, overwrite, extras)
-        trainer.progress.about = extras.about or trainer.progress.about
-        started -= trainer.progress.seconds  # of earlier calls, which this one continues
-        with contextlib.closing(trainer.watcher(extras.title)) as watcher, stop_on_signals() as stop:
-            return trainer.run(watcher, stop, started)
-    finally:
-        settle(Path(out), RUN, SAVED)  # restores an earlier run if this one has saved nothing
-        model.eval()
+    main = PartialState(cpu=setup.on_cpu(options)).is_main_process
+    with working_in(out, "train") if main else contextlib.nullcontext():
+        try:
+            trainer = Trainer(model, tokens, options, Path(out), eval_tokens, domains, resume, overwrite, extras)
+            trainer.progress.about = extras.about or trainer.progress.about
+            started -= trainer.progress.seconds  # of earlier calls, which this one continues
+            with contextlib.closing(trainer.watcher(extras.title)) as watcher, stop_on_signals() as stop:
+                return trainer.run(watcher, stop, started)
+        finally:
+            settle(Path(out), RUN, SAVED)  # restores an earlier run if this one has saved nothing
+            model.eval()
 
 
 class Trainer:

@@ -94,7 +94,7 @@ def transformers_tokenizer(folder: Path) -> Any:
     """
     for name in TOKENIZER_FILES:
         if name.endswith(".json") and (folder / name).is_file():
-            read_json(folder / name)
+            check_form(folder / name)
     settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     if settings.get("auto_map"):
         raise InputError(
@@ -129,6 +129,19 @@ def copy_files(folder: Path, place: Path) -> None:
         elif (folder / name).is_file():
             shutil.copyfile(folder / name, place / name)
     (place / "config.json").write_text(json.dumps({"model_type": "gpt2"}), encoding="utf-8")
+
+
+def check_form(path: Path) -> None:
+    """Raise InputError for a JSON file that is not what its name says: words and ids of it are copied."""
+    fields = read_json(path)
+    if path.name in ("vocab.json", "added_tokens.json"):
+        wrong = [key for key, value in fields.items() if type(value) is not int]
+    elif path.name == "special_tokens_map.json":
+        wrong = [key for key in fields if not key.endswith(("_token", "_tokens"))]
+    else:
+        wrong = []
+    if wrong:
+        raise InputError(f"{path} does not hold tokens, first at {wrong[0][:40]!r}: restore or replace it")
 
 
 def advice(settings: Mapping[str, Any]) -> str:
