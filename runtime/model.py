@@ -294,7 +294,7 @@ class Model:
 
         Raises ModelError for a folder without a proof.
         """
-        return run_proof(self, read_proof(self.folder, self.manifest))
+        return run_proof(self.engine, read_proof(self.folder, self.manifest), self.threads)
 
     # --- end ----------------------------------------------------------------------------------
 

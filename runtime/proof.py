@@ -79,7 +79,7 @@ def read_proof(folder: Path, manifest: Manifest) -> Proof:
     try:
         if path.stat().st_size > MOST_BYTES:
             raise ModelError(f"{path} is larger than {MOST_BYTES >> 20} MB: it is not a proof, export the model again")
-        raw = json.loads(path.read_bytes())
+        raw = json.loads(path.read_bytes(), parse_constant=not_finite)
     except OSError as error:
         raise ModelError(f"{path} cannot be read ({error.strerror}): copy or export the model again") from error
     except (ValueError, RecursionError) as error:
@@ -94,6 +94,10 @@ def read_proof(folder: Path, manifest: Manifest) -> Proof:
     if problems:
         raise ModelError(f"{path} is damaged, export the model again: {'; '.join(problems[:5])}")
     return build(raw)
+
+
+def not_finite(constant: str) -> float:
+    raise ValueError(f"{constant} is not a finite number")
 
 
 def contradictions(raw: dict[str, Any], manifest: Manifest) -> list[str]:

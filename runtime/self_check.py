@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import platform
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.batch import Batch
 from runtime.errors import CheckError, SetupError
 from runtime.processor import features
 from runtime.proof import Floats, Ints, Proof
-
-if TYPE_CHECKING:
-    from runtime.model import Model
+from runtime.sequence import Sequence
+from runtime.session import Engine
 
 WHOLE, STEPS, TOGETHER = "text at once", "token by token", "texts together"
 TIE = 1e-6  # nats: tokens closer than that, or than a log-prob may differ, both count as the likeliest
@@ -79,32 +79,33 @@ class SelfCheck:
         }
 
 
-def run_proof(model: Model, proof: Proof) -> SelfCheck:
+def run_proof(engine: Engine, proof: Proof, threads: int) -> SelfCheck:
     """Run the proof in every way that this model allows."""
-    parts = [whole(model, proof), steps(model, proof), together(model, proof)]
-    version = model.engine.onnxruntime_version
-    return SelfCheck(parts, proof, version, platform.machine() or "unknown", features(), model.threads)
+    parts = [whole(engine, proof), steps(engine, proof), together(engine, proof)]
+    machine = platform.machine() or "unknown"
+    return SelfCheck(parts, proof, engine.onnxruntime_version, machine, features(), threads)
 
 
-def whole(model: Model, proof: Proof) -> Part:
-    return compared(WHOLE, proof, np.arange(len(proof.ids)), *model.score(proof.ids))
+def whole(engine: Engine, proof: Proof) -> Part:
+    size = len(proof.ids)
+    return compared(WHOLE, proof, np.arange(size), *Sequence(engine, size).feed(proof.ids, last=size))
 
 
-def steps(model: Model, proof: Proof) -> Part:
-    sequence, rest = model.sequence(len(proof.ids)), proof.ids[proof.prompt :]
+def steps(engine: Engine, proof: Proof) -> Part:
+    sequence, rest = Sequence(engine, len(proof.ids)), proof.ids[proof.prompt :]
     rows = [sequence.feed(proof.ids[: proof.prompt]), *(sequence.feed([token]) for token in rest)]
     log_probs, routes = (np.concatenate(part) for part in zip(*rows, strict=True))
     return compared(STEPS, proof, np.arange(proof.prompt - 1, len(proof.ids)), log_probs, routes)
 
 
-def together(model: Model, proof: Proof) -> Part:
+def together(engine: Engine, proof: Proof) -> Part:
     """Two beginnings of the proof's text, of different lengths, as the rows of a batch."""
-    if model.manifest.rounds_rows_together:
+    if engine.manifest.rounds_rows_together:
         return Part(TOGETHER, skipped="the runtime takes texts of this model one by one")
     ids, size = proof.ids, len(proof.ids)
     starts = np.array([(size + 3) // 4, (size + 1) // 2])
     try:
-        batch = model.batch(2, size)
+        batch = Batch(engine, 2, size)
     except SetupError as error:
         return Part(TOGETHER, skipped=str(error))
     rows = [batch.feed([ids[:start] for start in starts])]
