@@ -12,13 +12,13 @@ from __future__ import annotations
 from os import PathLike
 from typing import TYPE_CHECKING
 
-from runtime.errors import ModelError, OutOfMemory, RequestError, SetupError
+from runtime.errors import CheckError, ModelError, OutOfMemory, RequestError, SetupError
 
 if TYPE_CHECKING:
     from runtime.model import Model
     from runtime.sequence import Sequence
 
-__all__ = ["ModelError", "OutOfMemory", "RequestError", "SetupError", "load", "load_prompt"]
+__all__ = ["CheckError", "ModelError", "OutOfMemory", "RequestError", "SetupError", "load", "load_prompt"]
 
 
 def load(
@@ -28,6 +28,7 @@ def load(
     *,
     verify: bool = True,
     deterministic: bool = False,
+    self_check: bool = False,
 ) -> Model:
     """Load an exported model folder (`dmpt-export onnx`) so that it is ready to run.
 
@@ -38,12 +39,21 @@ def load(
     deterministic: use one thread, and only algorithms that ONNX Runtime calls deterministic. Equal requests then give
     equal bits on any number of CPUs, with the same ONNX Runtime and kind of processor. Otherwise the number of threads
     can change the last bits of a sum and so, rarely, a token.
+    self_check: run the proof that the export left in the folder, a few dozen tokens, and raise CheckError where this
+    device computes something different, as `dmpt-export check` does. Model.self_check() returns the figures.
     Raises ModelError (folder), SetupError (missing package or GPU), RequestError (bad device or threads),
     OutOfMemory.
     """
     from runtime.model import Model
 
-    return Model(folder, device=device, threads=threads, verify=verify, deterministic=deterministic)
+    model = Model(folder, device=device, threads=threads, verify=verify, deterministic=deterministic)
+    if self_check:
+        try:
+            model.self_check().require()
+        except BaseException:
+            model.close()
+            raise
+    return model
 
 
 def load_prompt(model: Model, path: str | PathLike[str]) -> Sequence:

@@ -29,6 +29,12 @@ class SetupError(RuntimeError):
     exit_code = 3
 
 
+class CheckError(RuntimeError):
+    """The model runs, but does not compute on this device what its export must give."""
+
+    exit_code = 4
+
+
 class OutOfMemory(MemoryError):
     """ONNX Runtime could not get the memory it needs."""
 

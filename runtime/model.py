@@ -17,8 +17,10 @@ from runtime.files import check_data, check_files
 from runtime.generate import Generation, Generations
 from runtime.manifest import Manifest
 from runtime.manifest_file import TOKENIZER_NAME, read_manifest
+from runtime.proof import read_proof
 from runtime.request import check_count, check_ids, is_empty, is_many
 from runtime.sampling import Sampling, SamplingOptions
+from runtime.self_check import SelfCheck, run_proof
 from runtime.sequence import Sequence
 from runtime.session import Engine
 from runtime.text import TextCodec, utf8
@@ -287,6 +289,13 @@ class Model:
         if isinstance(made, Generations):
             return [result(text, asked) for asked, text in zip(prompt, made.texts, strict=True)]
         return result(made, prompt)
+
+    def self_check(self) -> SelfCheck:
+        """Run the proof in the folder: does this device compute what the export must give? See `SelfCheck.failure`.
+
+        Raises ModelError for a folder without a proof.
+        """
+        return run_proof(self.engine, read_proof(self.folder, self.manifest), self.threads)
 
     # --- end ----------------------------------------------------------------------------------
 

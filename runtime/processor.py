@@ -8,11 +8,20 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from runtime.errors import ModelError, SetupError
 from runtime.manifest import Manifest
 
 ARM = ("aarch64", "arm64")
 AT_HWCAP, HWCAP_ASIMDDP = 16, 1 << 20  # Linux, asm/hwcap.h of arm64
+AT_HWCAP2 = 26
+ARM_FEATURES = {"I8MM": 1 << 13, "BF16": 1 << 14, "SME": 1 << 23}  # of HWCAP2; unknown to numpy
+# Names of numpy for what selects kernels in ONNX Runtime.
+KNOWN = (
+    "SSE41", "AVX", "AVX2", "FMA3", "AVX512F", "AVX512_SKX", "AVX512VNNI", "AVX512BF16",
+    "NEON", "ASIMD", "ASIMDHP", "ASIMDDP", "SVE",
+)  # fmt: skip
 PF_ARM_V82_DP = 43  # Windows, IsProcessorFeaturePresent
 INT8_BATCHES_RIGHT = (1, 28)  # 1.27 attends to the wrong rows of int8 caches when it decodes several texts together
 EMPTY_TOPK_RIGHT = (1, 31)  # 1.30 and earlier divide by the number of rows
@@ -72,11 +81,33 @@ def has_dot_product() -> bool:
     system: str = sys.platform
     try:
         if system == "linux":
-            getauxval = ctypes.CDLL(None).getauxval
-            getauxval.restype, getauxval.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
-            return bool(getauxval(AT_HWCAP) & HWCAP_ASIMDDP)
+            return bool(auxiliary(AT_HWCAP) & HWCAP_ASIMDDP)
         if system == "win32":
             return bool(ctypes.CDLL("kernel32").IsProcessorFeaturePresent(PF_ARM_V82_DP))
     except (AttributeError, OSError):
         return False
     return system == "darwin"  # every Mac with an Arm processor has them
+
+
+def auxiliary(kind: int) -> int:
+    """An entry of the auxiliary vector in which Linux describes the processor. Raises AttributeError or OSError."""
+    getauxval = ctypes.CDLL(None).getauxval
+    getauxval.restype, getauxval.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
+    return int(getauxval(kind))
+
+
+def features() -> list[str]:
+    """Instruction sets of this processor that select kernels, by numpy's names; empty where they are unknown.
+
+    Asked of the processor, so that an emulator reports its own; /proc/cpuinfo would show its host's.
+    """
+    core = getattr(np, "_core", None) or getattr(np, "core", None)
+    found = getattr(getattr(core, "_multiarray_umath", None), "__cpu_features__", {})
+    names = [name for name in KNOWN if found.get(name)]
+    if platform.machine().lower() in ARM and sys.platform == "linux":
+        try:
+            bits = auxiliary(AT_HWCAP2)
+        except (AttributeError, OSError):
+            return names
+        names += [name for name, bit in ARM_FEATURES.items() if bits & bit]
+    return names

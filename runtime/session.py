@@ -85,6 +85,10 @@ class Engine:
             raise SetupError(f"ONNX Runtime fell back to the CPU: its {self.device} libraries do not load here")
         return session
 
+    @property
+    def onnxruntime_version(self) -> str:
+        return str(self._ort.__version__)
+
     def check_batches(self) -> None:
         """Raise SetupError where ONNX Runtime cannot run several texts of this model together."""
         check_batches(self._ort.__version__, self.manifest)

@@ -3,7 +3,7 @@
     python processor_probe.py DEVICE OUT.npz
 
 Needs only what the device needs. Prompts of several lengths, single steps after one, and a batch of three texts
-where the model allows batches.
+where the model allows batches; and what the device's own check (`dmpt-export check`) finds.
 """
 
 from __future__ import annotations
@@ -19,6 +19,13 @@ PROMPTS = (1, 2, 3, 5, 40)  # tokens
 START, STEPS = 3, 12
 TEXTS, TOGETHER = (5, 1, 9), 4  # lengths of the prompts of a batch, steps of all rows
 SEED = 7
+
+
+def self_checked(model: Model) -> dict[str, np.ndarray]:
+    """`proof`: the first thing that the device's own check finds wrong, or ""; `proof.kl`: its largest mean KL."""
+    found = model.self_check()
+    kl = [part.kl_mean for part in found.parts if part.kl_mean is not None]
+    return {"proof": np.array(found.failure or ""), "proof.kl": np.array(max(kl, default=np.nan))}
 
 
 def outcomes(model: Model) -> dict[str, np.ndarray]:
@@ -47,4 +54,4 @@ def outcomes(model: Model) -> dict[str, np.ndarray]:
 if __name__ == "__main__":
     device, file = sys.argv[1:]
     with runtime.load(device, threads=1) as loaded:
-        np.savez(file, **outcomes(loaded))  # type: ignore[arg-type]  # numpy's own overloads
+        np.savez(file, **outcomes(loaded), **self_checked(loaded))  # type: ignore[arg-type]  # numpy's own overloads

@@ -3,7 +3,8 @@
     python -m benchmarks.evidence.processors --work WORK [--qemu FOLDER] [--arm SYSTEM --arm-site SITE ...]
 
 Tiny random models are quantized and exported (with the usual check) in WORK, then run here and on each processor that
-an installed emulator provides; missing emulators are listed. A cell is the worst mean KL to this machine, in nats.
+an installed emulator provides; missing emulators are listed. A cell is the worst mean KL to this machine, in nats, and
+that of the export's own proof, to torch.
 
 --qemu: folder of qemu-user's programs, else those on the PATH. QEMU 7.2 crashes when onnxruntime 1.28 or later is
 imported on Arm, and computes int8-dynamic's product wrongly with SME (the processor `max`); 10.0 does neither.
@@ -200,7 +201,16 @@ def processors(options: argparse.Namespace) -> Iterator[Processor | str]:
 
 
 def verdict(want: Path, got: Path, device: Path) -> str:
-    """The worst mean KL of a run in nats, or the error: a different route, or KL beyond the export's tolerance."""
+    """The worst mean KL of a run in nats, or the error: a different route, or KL beyond the export's tolerance. After a
+    semicolon, what the device's own check found: its worst mean KL to torch, or FAIL."""
+    there = np.load(got)
+    failure, kl = str(there["proof"]), float(there["proof.kl"])
+    found = f"FAIL: {failure}" if failure else f"{kl:.1e}"
+    return f"{difference(want, got, device)}; {found}"
+
+
+def difference(want: Path, got: Path, device: Path) -> str:
+    """How far the processor is from this machine."""
     tolerance = json.loads((device / "dmpt_manifest.json").read_text())["parity"]["tolerance"]
     here, there = np.load(want), np.load(got)
     worst = 0.0
@@ -222,7 +232,7 @@ def table(columns: list[str], rows: dict[str, list[str]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 1 if an export crashed or differed."""
+    """Exit code 1 if an export crashed, differed or failed its proof."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--qemu")
@@ -251,7 +261,7 @@ def main(arguments: list[str] | None = None) -> int:
     text = "\n".join([table([processor.name for processor in there], rows), "", *absent])
     (options.work / "processors.md").write_text(text + "\n", encoding="utf-8")
     sys.stdout.write(text + "\n")
-    return int(any(cell.startswith(("CRASH", "WRONG")) for cells in rows.values() for cell in cells))
+    return int(any(cell.startswith(("CRASH", "WRONG")) or "FAIL" in cell for cells in rows.values() for cell in cells))
 
 
 if __name__ == "__main__":

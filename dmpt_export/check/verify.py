@@ -21,6 +21,7 @@ from dmpt_export.check.float_kernels import (
     use_float_kernels,
 )
 from dmpt_export.check.outcomes import Outcome, Reference, compare
+from dmpt_export.check.proof import prove
 from dmpt_export.check.reference import prompt_length, torch_references
 from dmpt_export.check.standard import StandardModel, compare_others, compare_padded
 from dmpt_export.check.stored_numbers import check_stored
@@ -50,8 +51,8 @@ def check_export(
     first run checks the weights, whose small faults rounding would hide in the second; only the second one checks the
     scales of an int8 cache and the kernels themselves. Both also run with all tokens sent to each node that the gates
     use too rarely (torch_references). Finally every stored number is compared (dmpt_export.check.stored_numbers).
-    `atol` replaces the table's max_abs, if it has one. Raises ValidationError (exit code 4) with what differs, by how
-    much and where.
+    The folder also gets a proof, by which devices check themselves (dmpt_export.check.proof). `atol` replaces the
+    table's max_abs, if it has one. Raises ValidationError (exit code 4) with what differs, by how much and where.
     """
     ids = np.random.default_rng(SEED).integers(0, config.vocab_size, min(CHECKED_TOKENS, config.n_positions))
     shortlist = draft_vocabulary if config.next_tokens else None
@@ -74,6 +75,8 @@ def check_export(
     path.write_bytes(deployed)
     if "graphs" in manifest:
         results["graphs"] = compare_others(folder, manifest, ids.tolist(), wants[ROOT], tolerance)
+    else:
+        prove(folder, manifest, ids, wants[ROOT], tolerance)
     write_manifest(manifest, folder)
     results["numbers_compared"] = check_stored(path, source, shortlist)
     give_back_memory()

@@ -25,6 +25,7 @@ VERBS = (
     "train",
     "quantize",
     "onnx",
+    "check",
     "run",
     "serve",
     "eval",

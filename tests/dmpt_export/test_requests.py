@@ -18,6 +18,7 @@ import pytest
 from dmpt_export.cli.main import cli, main
 from dmpt_export.requests.bench import BenchRequest
 from dmpt_export.requests.card import CardRequest
+from dmpt_export.requests.check import CheckRequest
 from dmpt_export.requests.compare import CompareRequest
 from dmpt_export.requests.convert import ConvertRequest
 from dmpt_export.requests.eval import EvaluateRequest
@@ -40,6 +41,7 @@ LEAST: dict[str, tuple[list[str], Any]] = {
     "train": (["m", "o"], TrainRequest("m", Path("o"))),
     "quantize": (["m"], QuantizeRequest("m")),
     "onnx": (["m", "o"], ExportRequest("m", "o")),
+    "check": (["m"], CheckRequest("m")),
     "run": (["m"], RunRequest("m")),
     "serve": (["m"], ServeRequest("m")),
     "eval": (["m", "--data", "t"], EvaluateRequest("m", ("t",))),

@@ -171,15 +171,16 @@ def test_the_best_model_is_kept_and_published(tmp_path: Path) -> None:
 def test_a_loss_that_is_no_number_stops_and_names_the_tensor(tmp_path: Path) -> None:
     run = tmp_path / "run"
     model = random_model([2], 4)
-    real = model.paths["left"].h["3"].mlp.forward
+    mlp = model.paths["left"].h["3"].mlp
+    real = mlp.forward
     calls = 0
 
     def poisoned(x: torch.Tensor) -> torch.Tensor:
         nonlocal calls
-        calls += 1
+        calls += mlp.training  # not those of the look at the model before it is saved
         return real(x) * (math.inf if calls >= 5 else 1)  # two passes a step: in the third step
 
-    model.paths["left"].h["3"].mlp.forward = poisoned
+    mlp.forward = poisoned
     with pytest.raises(NonFiniteError, match=r"step 3: output of paths\.left\.h\.3\.mlp is not finite") as error:
         train(model, TOKENS, options(save_every=1), run)
     assert error.value.exit_code == 4
@@ -194,6 +195,58 @@ def test_a_gradient_that_is_no_number_stops_too(tmp_path: Path) -> None:
     model.get_parameter("transformer.wpe.weight").register_hook(lambda grad: grad * math.nan)
     with pytest.raises(NonFiniteError, match=r"step 1: gradient of transformer\.wpe\.weight"):
         train(model, TOKENS, options(), tmp_path / "run")
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_weights_too_large_to_use_are_not_published(tmp_path: Path, evaluated: bool) -> None:
+    """One step of this size leaves finite weights, and no finite output."""
+    run, held_out = tmp_path / "run", some_tokens(300, 1) if evaluated else None
+    with pytest.raises(NonFiniteError, match=r"^step 1: after the step .+ is not finite; nothing was saved") as error:
+        train(random_model([2], 4), TOKENS, options(max_steps=1, lr=1e38, warmup_steps=0), run, held_out)
+    assert error.value.exit_code == 4
+    assert sorted(path.name for path in run.iterdir() if path.suffix != ".jsonl") == []
+
+
+def planted(where: str, model: DMPTForCausalLM, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Step `at` leaves an infinite weight, or an infinite moment."""
+    real, calls = torch.optim.AdamW.step, []
+
+    def step(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
+        out = real(self, *args, **kwargs)
+        calls.append(self)
+        if len(calls) == at:
+            weight = model.get_parameter("transformer.wte.weight")
+            tensor = weight.data if where == "weight" else self.state[weight][where]
+            tensor[96, 3] = math.inf  # of a token that the checked sequence need not hold
+        return out
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+
+
+@pytest.mark.parametrize(
+    ("where", "named"),
+    [("weight", "parameter transformer.wte.weight"), ("exp_avg_sq", "the optimizer's exp_avg_sq of transformer.wte")],
+)
+def test_what_is_not_finite_never_replaces_older_files(
+    where: str, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, model = tmp_path / "run", random_model([2], 4)
+    planted(where, model, 4, monkeypatch)
+    with pytest.raises(NonFiniteError, match=f"step 4: after the step {named}.* is not finite; .*last keeps"):
+        train(model, TOKENS, options(max_steps=4, save_every=2, eval_every=2), run, some_tokens(300, 1))
+    assert json.loads((run / "last" / "trainer_state" / "state.json").read_text())["step"] == 2
+    for folder in (run / "last", run / "best"):
+        assert all(p.isfinite().all() for p in load_model(folder).parameters())
+    assert not (run / "config.json").exists()
+
+
+def test_an_earlier_run_survives_one_that_ends_in_infinite_weights(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(random_model([2], 4), TOKENS, options(max_steps=1), run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(NonFiniteError):
+        train(random_model([2], 4), TOKENS, options(max_steps=1, lr=1e38, warmup_steps=0), run, overwrite=True)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_a_path_that_is_hardly_used_is_warned_about(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,9 +34,11 @@ from training.loop.options import TrainOptions, eval_windows, flag, read_freeze_
 from training.loop.phase import note_best_of, phase_of
 from training.loop.watch import Meter, Watcher, perplexity
 from training.model.generation import DMPTForCausalLM
-from training.model.nonfinite import NonFiniteError, first_bad_tensor
+from training.model.nonfinite import NonFiniteError, first_bad_number, first_bad_tensor
 from training.text.batches import TokenBatches
 from training.text.domains import Domains
+
+CHECKED = 64  # positions of a sequence whose log-probs are looked at before saving
 
 
 @dataclass
@@ -82,7 +84,8 @@ def train(
     extras: see Extras.
 
     Raises InputError for options or data that cannot be used and where another run works in `out`, NonFiniteError
-    (naming step and tensor) when the loss is not finite, and Interrupted after Ctrl-C or SIGTERM, once it is saved.
+    (naming step and tensor) when a loss, or a weight that would be saved, is not finite, and Interrupted after Ctrl-C or
+    SIGTERM, once the run is saved.
     """
     started, extras = time.monotonic(), extras or Extras()
     main = PartialState(cpu=setup.on_cpu(options)).is_main_process
@@ -208,10 +211,14 @@ class Trainer:
             done = progress.step == self.total
             if done or progress.step % options.log_every == 0:
                 loss = watcher.log(progress.step, self.meter, lr=self.lr(), seconds=time.monotonic() - started)["nll"]
-            if done or progress.step % options.eval_every == 0:
+            evaluates = done or progress.step % options.eval_every == 0
+            if evaluates:
+                self.check_finite()  # the best model is saved
                 self.evaluate(watcher)
             stopped = self.agreed(stop)
             if done or stopped or progress.step % options.save_every == 0:
+                if not evaluates:
+                    self.check_finite()
                 progress.finished = done
                 self.save()
             if stopped and not done:
@@ -244,14 +251,29 @@ class Trainer:
         newest = self.meter.flush()
         if not math.isfinite(self.meter.sums["loss"]) or not math.isfinite(norm):
             where = first_bad_tensor(self.model, lambda: self.forward(ids, domains).terms)
-            raise NonFiniteError(
-                f"step {self.progress.step + 1}: {where} is not finite; {self.out / 'last'} keeps the last saved "
-                "checkpoint: lower the learning rates or lengthen the warm-up"
-            )
+            raise self.not_finite(self.progress.step + 1, where)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
         return newest["nll"]
+
+    def check_finite(self) -> None:
+        """Raise NonFiniteError unless weights, moments and log-probs of one sequence are finite: finite weights can be
+        so large that no output is. Draws no random numbers, so that it changes nothing in the run's course."""
+        ids = self.batches.take(0, 1)[:, :-1].to(self.accelerator.device)  # the same in every process
+        how = self.options.eval_path_selection, self.model.config.fast_k, min(CHECKED, self.length)
+        self.model.eval()
+        where = first_bad_number(self.model, self.optimizer, lambda: {"log-probs": self.model.log_probs(ids, *how)})
+        self.freezer.training_mode()
+        if where is not None:
+            raise self.not_finite(self.progress.step, f"after the step {where}")
+
+    def not_finite(self, step: int, where: str) -> NonFiniteError:
+        kept = self.out / "last"
+        state = f"{kept} keeps the last saved checkpoint" if kept.is_dir() else "nothing was saved"
+        return NonFiniteError(
+            f"step {step}: {where} is not finite; {state}: lower the learning rates or lengthen the warm-up"
+        )
 
     def forward(self, ids: Tensor, domains: Tensor | None) -> Loss:
         with self.autocast():
