@@ -84,8 +84,8 @@ def train(
     extras: see Extras.
 
     Raises InputError for options or data that cannot be used and where another run works in `out`, NonFiniteError
-    (naming step and tensor) when a loss, or a weight that would be saved, is not finite, and Interrupted after Ctrl-C or
-    SIGTERM, once the run is saved.
+    (naming step and tensor) when a loss, or a weight that would be saved, is not finite, and Interrupted after
+    Ctrl-C or SIGTERM, once the run is saved.
     """
     started, extras = time.monotonic(), extras or Extras()
     main = PartialState(cpu=setup.on_cpu(options)).is_main_process
