@@ -77,6 +77,7 @@ def check_export(
         results["graphs"] = compare_others(folder, manifest, ids.tolist(), wants[ROOT], tolerance)
     else:
         prove(folder, manifest, ids, wants[ROOT], tolerance)
+        give_back_memory()
     write_manifest(manifest, folder)
     results["numbers_compared"] = check_stored(path, source, shortlist)
     give_back_memory()
