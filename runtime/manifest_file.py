@@ -35,7 +35,8 @@ TOKENIZER_NAME = "tokenizer.json"
 CARD_NAME = "README.md"  # the model card, for people
 REPORT_NAME = "quantization_report.json"  # of quantized weights: the error of each tensor; not needed to run
 # Files of an export that no graph names.
-SIDE_FILES = frozenset({CARD_NAME, REPORT_NAME, TOKENIZER_NAME, "tokenizer_config.json"})
+PROOF_NAME = "dmpt_proof.json"  # see runtime.proof
+SIDE_FILES = frozenset({CARD_NAME, REPORT_NAME, PROOF_NAME, TOKENIZER_NAME, "tokenizer_config.json"})
 FORMAT, FORMAT_VERSION = "dmpt-onnx", 2
 STANDARD_FORMAT = "dmpt-onnx-standard"  # of folders for other programs, which this one does not run
 MOST_BYTES = 64 << 20  # of the manifest itself: a real one has a few hundred kB

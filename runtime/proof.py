@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from runtime.errors import ModelError
 from runtime.manifest import Manifest
+from runtime.manifest_file import PROOF_NAME
 from runtime.schema import COUNT, ID, NAME, NUMBER, NUMBER_OR_NULL, OBJECT_OR_NULL, faults
 
-PROOF_NAME = "dmpt_proof.json"
 FORMAT, FORMAT_VERSION = "dmpt-proof", 1
 MOST_BYTES = 1 << 20
 TOLERANCE = {"max_abs": NUMBER_OR_NULL, "kl_mean": NUMBER, "top1": NUMBER, "gate_margin": NUMBER}

@@ -23,7 +23,7 @@ from dmpt_export.onnx.exportable import ExportOptions
 from dmpt_export.onnx.kv_cache import calibrate
 from dmpt_export.onnx.manifest import write_manifest
 from quant.checkpoint import load_weights, save_quantized
-from runtime.proof import PROOF_NAME
+from runtime.manifest_file import PROOF_NAME
 from tests.helpers.exports import all_scales, wrong_scale
 from tests.helpers.models import random_model
 from training.checkpoints.checkpoint import save_model

@@ -26,9 +26,9 @@ from quant.checkpoint import save_quantized
 from runtime.batch import Batch
 from runtime.errors import CheckError, ModelError
 from runtime.files import sha256
-from runtime.manifest_file import MANIFEST_NAME, read_manifest
+from runtime.manifest_file import MANIFEST_NAME, PROOF_NAME, read_manifest
 from runtime.model import Model
-from runtime.proof import PROOF_NAME, Proof, build, read_proof
+from runtime.proof import Proof, build, read_proof
 from runtime.self_check import STEPS, TOGETHER, WHOLE, SelfCheck, compared, distances
 from tests.helpers.exports import TREES
 from tests.helpers.models import saved_model
