@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +24,7 @@ from dmpt_export.check.standard import StandardModel, compare_others, compare_pa
 from dmpt_export.check.stored_numbers import check_stored
 from dmpt_export.check.tolerances import EXACT, KV_INT8, TOLERANCES, Tolerance, loosest
 from dmpt_export.onnx.manifest import write_manifest
+from dmpt_export.onnx.memory import give_back_memory
 from training.model.config import DMPTConfig
 from training.model.shape import ROOT
 
@@ -57,7 +55,7 @@ def check_export(
     ids = np.random.default_rng(SEED).integers(0, config.vocab_size, min(CHECKED_TOKENS, config.n_positions))
     shortlist = draft_vocabulary if config.next_tokens else None
     wants = torch_references(source, config, ids, shortlist)
-    give_back_memory()
+    give_back_memory(folder)
     int8_cache = manifest["cache_dtype"] == "int8"
     activations = manifest["activation_dtype"]
     schemes = {tensor["scheme"] for tensor in manifest["quantization"]["tensors"].values()}
@@ -77,18 +75,11 @@ def check_export(
         results["graphs"] = compare_others(folder, manifest, ids.tolist(), wants[ROOT], tolerance)
     else:
         prove(folder, manifest, ids, wants[ROOT], tolerance)
-        give_back_memory()
+        give_back_memory(folder)
     write_manifest(manifest, folder)
     results["numbers_compared"] = check_stored(path, source, shortlist)
-    give_back_memory()
+    give_back_memory(folder)
     return results
-
-
-def give_back_memory() -> None:
-    """Release the memory of earlier steps, so that its fragments do not add to the peak of the next one."""
-    gc.collect()  # a model's modules refer to each other
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # glibc
-        trim(0)
 
 
 def within(tolerance: Tolerance, atol: float | None) -> Tolerance:
@@ -127,7 +118,7 @@ def compare_graph(
         (folder / manifest["model"]).write_bytes(content)
         write_manifest(manifest, folder)
         results[node] = compare_runs(folder, manifest, ids.tolist(), want, tolerance, sent)
-        give_back_memory()
+        give_back_memory(folder)
     return {**results.pop(ROOT), "forced": results}
 
 

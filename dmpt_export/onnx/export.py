@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from dmpt_export.graph.versions import least_onnxruntime
 from dmpt_export.onnx.exportable import LAYOUTS, STANDARD, WEB, ExportOptions, deployed
 from dmpt_export.onnx.kv_cache import INT8, KINDS, calibrate
 from dmpt_export.onnx.manifest import ACTIVATIONS, EXTERNAL_THRESHOLD, MODEL_FILE, describe, text_rules, write_manifest
+from dmpt_export.onnx.memory import give_back_memory
 from dmpt_export.onnx.report import copy_report
 from dmpt_export.onnx.standard import SETTINGS, standard_fields, standard_readme, write_graphs, write_settings
 from quant.checkpoint import load_weights
@@ -101,7 +101,7 @@ def export_onnx(
         graphs, others = manifest.get("graphs", [MODEL_FILE]), SIDE_FILES | (SETTINGS if standard else set())
         check_data(temporary, [*graphs], manifest["files"], others)
         del model, weights  # checking needs the memory
-        gc.collect()  # nodes and values of the graph refer to each other
+        give_back_memory(temporary)
         if verify:
             from dmpt_export.check.verify import check_export
 
@@ -118,9 +118,10 @@ def save_graph(model: ir.Model, folder: Path) -> None:
     """
     held = [(value, value.const_value) for value in model.graph.initializers.values()]
     large = [(value, tensor) for value, tensor in held if tensor is not None and tensor.nbytes > EXTERNAL_THRESHOLD]
-    stored = ir.external_data.convert_tensors_to_external([tensor for _, tensor in large], folder, DATA_FILE)
-    for (value, _), tensor in zip(large, stored, strict=True):
-        value.const_value = tensor
+    if large:
+        stored = ir.external_data.convert_tensors_to_external([tensor for _, tensor in large], folder, DATA_FILE)
+        for (value, _), tensor in zip(large, stored, strict=True):
+            value.const_value = tensor
     ir.save(model, folder / MODEL_FILE)
 
 

@@ -8,12 +8,12 @@ its own scale because a few channels of GPT-2's keys are far larger than the oth
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dmpt_export.onnx.memory import give_back_memory
 from training.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def calibrate(source: Path, config: DMPTConfig, text: np.ndarray | None = None) 
     text without tokens or with ids beyond the vocabulary.
     """
     largest = _largest(source, windows(config, text))
-    gc.collect()  # frees the model, whose modules refer to each other
+    give_back_memory(source)
     return {name: np.maximum(values, 1e-6) * np.float32(ROOM / 127) for name, values in largest.items()}
 
 

@@ -16,6 +16,7 @@ from tests.helpers.checkpoints import edit_config, one_line
 from training import progress
 from training.checkpoints import record
 from training.checkpoints.checkpoint import load_model
+from training.errors import InputError
 from training.model.fields import OWN
 from training.text.tokenizer import load_tokenizer
 from training.text.windows import train_tokenizer
@@ -130,8 +131,7 @@ def other(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
-def test_settings_name_no_other_file(file: str, gpt2_copy: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_name_no_other_file(gpt2_copy: Path, other: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     want = load_tokenizer(gpt2_copy).to_str()
     seen: list[str] = []
     real = AutoTokenizer.from_pretrained
@@ -155,8 +155,14 @@ def test_settings_name_no_other_file(file: str, gpt2_copy: Path, other: Path, mo
         "local_files_only": False,
     }
     for name, value in planted.items():
-        (gpt2_copy / file).write_text(json.dumps({"eos_token": "<|endoftext|>", name: value}), encoding="utf-8")
+        settings = json.dumps({"eos_token": "<|endoftext|>", name: value})
+        (gpt2_copy / "tokenizer_config.json").write_text(settings, encoding="utf-8")
         assert load_tokenizer(gpt2_copy).to_str() == want, name
+        (gpt2_copy / "tokenizer_config.json").unlink()
+        (gpt2_copy / "special_tokens_map.json").write_text(settings, encoding="utf-8")
+        with pytest.raises(InputError, match="does not hold tokens"):
+            load_tokenizer(gpt2_copy)
+        (gpt2_copy / "special_tokens_map.json").unlink()
     assert len(seen) >= len(planted)
     assert not any(str(other) in text or "trust_remote_code" in text for text in seen)
 

@@ -260,7 +260,7 @@ class Trainer:
     def check_finite(self) -> None:
         """Raise NonFiniteError unless weights, moments and log-probs of one sequence are finite: finite weights can be
         so large that no output is. Draws no random numbers, so that it changes nothing in the run's course."""
-        ids = self.batches.take(0, 1)[:, :-1].to(self.accelerator.device)  # the same in every process
+        ids = self.batches.sample()[:, :-1].to(self.accelerator.device)  # the same in every process
         how = self.options.eval_path_selection, self.model.config.fast_k, min(CHECKED, self.length)
         self.model.eval()
         where = first_bad_number(self.model, self.optimizer, lambda: {"log-probs": self.model.log_probs(ids, *how)})

@@ -49,6 +49,10 @@ class TokenBatches:
         """`count` sequences from `position` on: int64 (count, length + 1)."""
         return torch.from_numpy(np.stack([self.rows[i] for i in self.places(position, count)]).astype(np.int64))
 
+    def sample(self) -> Tensor:
+        """One sequence, always the same: int64 (1, length + 1)."""
+        return torch.from_numpy(self.rows[:1].astype(np.int64))
+
     def domains(self, position: int, count: int) -> Tensor | None:
         """The domains of these sequences: int64 (count,); None for a text without domains."""
         return None if self.labels is None else torch.from_numpy(self.labels[self.places(position, count)]).long()
