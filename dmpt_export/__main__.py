@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from dmpt_export.cli.main import main
+from dmpt_export.cli.start import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())
