@@ -14,6 +14,7 @@ from typing import Any
 import click
 import pytest
 import torch
+from torch import distributed
 
 from dmpt_export.cli.main import main
 from dmpt_export.cli.train import command
@@ -292,6 +293,22 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(tiny_dmpt: Path, text: str
     steps = int(stopped[1])
     assert main(["train", "--out", str(out), "--resume", "--max-steps", str(steps + 1)]) == 0
     assert [record["step"] for record in metrics(out) if "loss" in record] == list(range(1, steps + 2))
+
+
+def gloo_threads() -> list[str]:
+    names = [Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")]
+    return [name for name in names if "gloo" in name]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_no_thread_of_several_processes_is_left_when_python_ends(tiny_dmpt: Path, text: str, tmp_path: Path) -> None:
+    """Such a thread aborts a finished run if it frees a tensor while Python shuts down."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    distributed.all_reduce(torch.ones(8))
+    assert gloo_threads()
+    assert main(["train", str(tiny_dmpt), str(tmp_path / "out"), "--data", text, *SMALL]) == 0
+    assert not distributed.is_initialized()
+    assert not gloo_threads()
 
 
 def test_two_processes_do_what_one_does(tiny_dmpt: Path, text: str, tmp_path: Path) -> None:

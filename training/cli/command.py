@@ -22,6 +22,16 @@ def run(context: click.Context) -> None:
     trained = request.run(request.check())
     if trained.main:
         click.echo(report(trained.result), err=True)
+    leave_group()
+
+
+def leave_group() -> None:
+    """End the threads of a run in several processes. One that still frees a tensor while Python shuts down aborts the
+    process, and with it a run that was complete (https://github.com/pytorch/pytorch/pull/179291)."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def request_of(context: click.Context) -> TrainRequest:
