@@ -21,6 +21,7 @@ from runtime.schema import COUNT, ID, NAME, NUMBER, NUMBER_OR_NULL, OBJECT_OR_NU
 
 FORMAT, FORMAT_VERSION = "dmpt-proof", 1
 MOST_BYTES = 1 << 20
+TIE = 1e-6  # nats: tokens closer than float32 can resolve both count as the likeliest
 TOLERANCE = {"max_abs": NUMBER_OR_NULL, "kl_mean": NUMBER, "top1": NUMBER, "gate_margin": NUMBER}
 SCHEMA: dict[str, Any] = {
     "ids": [ID],
@@ -41,13 +42,13 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Largest accepted difference, from the export's table (docs/design.md, Tolerances)."""
+class Tolerance:
+    """Largest accepted difference over all checked positions (docs/design.md, Tolerances)."""
 
     max_abs: float | None  # of a log-prob, in nats; None: only KL is checked
-    kl_mean: float  # nats per token
-    top1: float  # share of positions whose likeliest token is the same
-    gate_margin: float  # routes may differ where the gate's logits are closer than this share of their mean gap
+    kl_mean: float  # KL(torch || ONNX), nats per token
+    top1: float  # share of positions whose top token is the same or a tie
+    gate_margin: float  # a route may only differ where the gap of the gate's logits is below this share of the mean gap
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Proof:
 
     ids: Ints  # [S], fed from the beginning of a text
     prompt: int  # how many of them are fed at once before decoding continues one by one
-    limits: Limits
+    tolerance: Tolerance
     routes: Ints  # [S], leaf indices
     margins: Floats  # [S]: gap of the closest gate's logits over the mean gap; infinite where no gate chose
     ties: NDArray[np.bool_]  # [S]: rounding decides which token is the last candidate
@@ -127,7 +128,7 @@ def build(raw: dict[str, Any]) -> Proof:
     return Proof(
         ids=np.array(raw["ids"], np.int64),
         prompt=raw["prompt"],
-        limits=Limits(**{name: raw["tolerance"][name] for name in TOLERANCE}),
+        tolerance=Tolerance(**{name: raw["tolerance"][name] for name in TOLERANCE}),
         routes=np.array(raw["routes"], np.int64),
         margins=np.array([np.inf if margin is None else margin for margin in raw["margins"]]),
         ties=np.isin(np.arange(len(raw["ids"])), raw["candidate_ties"]),

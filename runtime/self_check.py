@@ -16,12 +16,11 @@ from numpy.typing import NDArray
 from runtime.batch import Batch
 from runtime.errors import CheckError, SetupError
 from runtime.processor import features
-from runtime.proof import Floats, Ints, Proof
+from runtime.proof import TIE, Floats, Ints, Proof
 from runtime.sequence import Sequence
 from runtime.session import Engine
 
 WHOLE, STEPS, TOGETHER = "text at once", "token by token", "texts together"
-TIE = 1e-6  # nats: tokens closer than that, or than a log-prob may differ, both count as the likeliest
 UNSUMMED = 0.01  # how far a row of probabilities may be from 1 in sum
 NOTHING = 1e-30  # the probability of no ids
 
@@ -70,7 +69,7 @@ class SelfCheck:
             "passed": self.failure is None,
             "failure": self.failure,
             "parts": {part.name: {k: v for k, v in asdict(part).items() if k != "name"} for part in self.parts},
-            "tolerance": asdict(self.proof.limits),
+            "tolerance": asdict(self.proof.tolerance),
             "positions": len(self.proof.ids),
             "onnxruntime": self.onnxruntime,
             "processor": self.processor,
@@ -126,9 +125,9 @@ def compared(name: str, proof: Proof, at: Ints, log_probs: NDArray[np.float32], 
     if (off := np.abs(sums - 1) > UNSUMMED).any():  # KL means nothing then, and may even be negative
         row = int(off.argmax())
         return Part(name, failure=f"the probabilities at position {at[row]} sum to {sums[row]:.4g}")
-    limits = proof.limits
+    tolerance = proof.tolerance
     differs = routes != proof.routes[at]
-    wrong = differs & (proof.margins[at] >= limits.gate_margin)
+    wrong = differs & (proof.margins[at] >= tolerance.gate_margin)
     # A near-tie on the other path, or with another candidate, has a different distribution, which is no error.
     same = ~differs & ~proof.ties[at]
     same = same if same.any() else ~differs
@@ -143,12 +142,12 @@ def compared(name: str, proof: Proof, at: Ints, log_probs: NDArray[np.float32], 
             f"{wrong.sum()} of {len(at)} positions take another path, first position {at[row]} (path {routes[row]} "
             f"instead of {proof.routes[at[row]]}; its gate is decided by {proof.margins[at[row]]:.2g} of the mean gap)"
         )
-    elif limits.max_abs is not None and not largest <= limits.max_abs:
-        failure = f"the largest log-prob difference is {largest:.3g}, allowed {limits.max_abs:.3g}"
-    elif not kl <= limits.kl_mean:
-        failure = f"the mean KL is at least {kl:.3g}, allowed {limits.kl_mean:.3g}"
-    elif not top1 >= limits.top1:
-        failure = f"{1 - top1:.0%} of the positions have another likeliest token, allowed {1 - limits.top1:.0%}"
+    elif tolerance.max_abs is not None and not largest <= tolerance.max_abs:
+        failure = f"the largest log-prob difference is {largest:.3g}, allowed {tolerance.max_abs:.3g}"
+    elif not kl <= tolerance.kl_mean:
+        failure = f"the mean KL is at least {kl:.3g}, allowed {tolerance.kl_mean:.3g}"
+    elif not top1 >= tolerance.top1:
+        failure = f"{1 - top1:.0%} of the positions have another likeliest token, allowed {1 - tolerance.top1:.0%}"
     return Part(name, int(same.sum()), ties, largest, kl, top1, failure)
 
 
@@ -169,7 +168,7 @@ def distances(proof: Proof, at: Ints, log_probs: NDArray[np.float32]) -> tuple[f
     kl = (np.exp(want) * (want - got) * counted).sum(1) + np.exp(proof.rest[at]) * (proof.rest[at] - rest)
     likeliest = log_probs.argmax(1)[:, None]
     gaps = proof.top_log_probs[at][:, :1] - proof.top_log_probs[at]
-    close = (top == likeliest) & (gaps <= max(TIE, proof.limits.max_abs or 0))
+    close = (top == likeliest) & (gaps <= max(TIE, proof.tolerance.max_abs or 0))
     return float(np.abs(want - got).max()), max(float(kl.mean()), 0.0), float(close.any(1).mean())
 
 

@@ -9,10 +9,8 @@ import numpy as np
 
 from benchmarks.quality.divergence import kl_divergence
 from dmpt_export.check.drafts import Drafts
-from dmpt_export.check.tolerances import Tolerance
+from runtime.proof import TIE, Tolerance
 from training.errors import ValidationError
-
-TIE = 1e-6  # nats: tokens closer than float32 can resolve both count as the top token
 
 
 @dataclass(frozen=True)

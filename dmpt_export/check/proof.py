@@ -14,10 +14,9 @@ import numpy as np
 
 from dmpt_export.check.outcomes import Reference
 from dmpt_export.check.reference import prompt_length
-from dmpt_export.check.tolerances import Tolerance
 from dmpt_export.onnx.manifest import write_manifest
 from runtime.manifest_file import PROOF_NAME
-from runtime.proof import FORMAT, FORMAT_VERSION
+from runtime.proof import FORMAT, FORMAT_VERSION, Tolerance
 from runtime.self_check import rest_of
 from training.errors import ValidationError
 

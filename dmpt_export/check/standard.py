@@ -12,9 +12,9 @@ from onnx import TensorProto, helper
 
 from dmpt_export.check.float_kernels import read_graph
 from dmpt_export.check.outcomes import Outcome, Reference, compare
-from dmpt_export.check.tolerances import Tolerance
 from dmpt_export.graph.standard import KEEP_INPUT
 from runtime.ort import import_onnxruntime
+from runtime.proof import Tolerance
 
 Int64s = NDArray[np.int64]
 Float32s = NDArray[np.float32]

@@ -11,21 +11,10 @@ between emulated processors and an AVX-512 machine (benchmarks.evidence.processo
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 
 from quant.schemes import SCHEMES, Rounding
 from quant.schemes.low_rank import DELTAS
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """Largest accepted difference, over all checked positions."""
-
-    max_abs: float | None  # of a log-probability, in nats; None: only KL is checked
-    kl_mean: float  # KL(torch || ONNX), nats per token
-    top1: float  # share of positions whose top token is the same or a tie
-    gate_margin: float  # a route may only differ where the gap of the gate's logits is below this share of the mean gap
-
+from runtime.proof import Tolerance
 
 KV_INT8 = ("float32", "int8 KV cache")  # with any weights
 EXACT = ("float32", "float")  # float kernels, whatever the weights are stored in

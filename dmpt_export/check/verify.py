@@ -22,9 +22,10 @@ from dmpt_export.check.proof import prove
 from dmpt_export.check.reference import prompt_length, torch_references
 from dmpt_export.check.standard import StandardModel, compare_others, compare_padded
 from dmpt_export.check.stored_numbers import check_stored
-from dmpt_export.check.tolerances import EXACT, KV_INT8, TOLERANCES, Tolerance, loosest
+from dmpt_export.check.tolerances import EXACT, KV_INT8, TOLERANCES, loosest
 from dmpt_export.onnx.manifest import write_manifest
 from dmpt_export.onnx.memory import give_back_memory
+from runtime.proof import Tolerance
 from training.model.config import DMPTConfig
 from training.model.shape import ROOT
 

@@ -6,3 +6,5 @@ top a verb's module only imports click, the standard library and its request; ev
 functions, heavy modules only after the check. So `dmpt-export --help` is fast, mistakes are reported in the first
 second, and a verb needs only its own extra.
 """
+
+INTERRUPTED = 130  # exit code after Ctrl-C, anywhere

@@ -45,15 +45,15 @@ def as_object(checked: Checked) -> dict[str, Any]:
 
 def lines(checked: Checked) -> list[str]:
     found = checked.found
-    limits = found.proof.limits
+    allowed = found.proof.tolerance
     paths = ", ".join(f"{leaf} {n}" for leaf, n in checked.routes.items())
-    limit = "" if limits.max_abs is None else f", log-probs {limits.max_abs:g}"
+    limit = "" if allowed.max_abs is None else f", log-probs {allowed.max_abs:g}"
     exported = (found.proof.exported or {}).get("parts", {})
     return [
         f"onnxruntime {found.onnxruntime}, {found.processor}: {' '.join(found.features) or 'features unknown'}; "
         f"threads {found.threads}",
         f"weights {checked.scheme}; positions by path: {paths}",
-        f"allowed: mean KL {limits.kl_mean:g}{limit}, same top token {limits.top1:.0%}",
+        f"allowed: mean KL {allowed.kl_mean:g}{limit}, same top token {allowed.top1:.0%}",
         "",
         f"{'':16}{'mean KL':>9} {'exported':>9} {'largest':>9} {'same top':>9} {'near-ties':>10}",
         *(line(part, exported.get(part.name) or {}) for part in found.parts),

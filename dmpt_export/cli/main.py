@@ -18,6 +18,7 @@ from typing import Any
 import click
 
 from dmpt_export import __version__
+from dmpt_export.cli import INTERRUPTED
 
 # In the order of the work; each is dmpt_export/cli/<verb>.py. The help lists them in this order.
 VERBS = (
@@ -38,7 +39,7 @@ VERBS = (
     "convert",
 )
 
-OK, BUG, USAGE, BAD_INPUT, NO_RESOURCES, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 5, 130, 141
+OK, BUG, USAGE, BAD_INPUT, NO_RESOURCES, BROKEN_PIPE = 0, 1, 2, 3, 5, 141
 
 # System errors when a path given by the user cannot be used, and when a resource runs out.
 PATH_ERRORS = {

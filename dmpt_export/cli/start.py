@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 
-INTERRUPTED = 130  # as dmpt_export.cli.main has it, which may not be imported yet
+from dmpt_export.cli import INTERRUPTED
 
 
 def run() -> int:

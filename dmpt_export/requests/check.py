@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dmpt_export.extras import require
+from dmpt_export.requests.sources import usage_of_runtime
 
 if TYPE_CHECKING:
     from runtime.self_check import SelfCheck
@@ -29,17 +30,12 @@ class CheckRequest:
     def check(self) -> None:
         """Raise OptionError for a number of threads that cannot be, then ModelError for a folder without a proof."""
         require(self.device)
-        from runtime.errors import RequestError
         from runtime.manifest_file import read_manifest
         from runtime.proof import read_proof
         from runtime.threads import resolve_threads
 
-        try:
+        with usage_of_runtime():
             resolve_threads(self.threads, False)
-        except RequestError as error:
-            from training.errors import OptionError
-
-            raise OptionError("{}", error) from error
         read_proof(Path(self.model), read_manifest(Path(self.model)))
 
     def run(self) -> Checked:

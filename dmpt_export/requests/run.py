@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dmpt_export.extras import require
+from dmpt_export.requests.sources import usage_of_runtime
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,19 +67,14 @@ class RunRequest:
 
             raise OptionError("{save_prompt} reads one prompt and writes no text: leave {batch} and {logprobs} out")
         require(self.device)
-        from runtime.errors import RequestError
         from runtime.threads import resolve_threads
         from runtime.truncation import check_side
 
-        try:
+        with usage_of_runtime():
             self.sampling()
             self.limits()
             check_side(self.truncate)
             resolve_threads(self.threads, self.deterministic)
-        except RequestError as error:
-            from training.errors import OptionError
-
-            raise OptionError("{}", error) from error
         self.check_files()
 
     def check_files(self) -> None:

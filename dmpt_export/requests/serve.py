@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dmpt_export.extras import require
+from dmpt_export.requests.sources import usage_of_runtime
 from training.errors import FieldError, OptionError
 
 if TYPE_CHECKING:
@@ -50,7 +51,6 @@ class ServeRequest:
     def check(self) -> None:
         """Raise OptionError for impossible values, InputError for a bad key file, before a model is loaded."""
         require(self.device, "serve")
-        from runtime.errors import RequestError
         from runtime.threads import resolve_threads
 
         if min(self.parallel, self.queue, self.max_texts, self.max_body, self.max_connections) < 1:
@@ -59,10 +59,8 @@ class ServeRequest:
             raise OptionError("{max_texts} {} is more than {parallel} and {queue} can hold: give less", self.max_texts)
         if not 0 <= self.port < 1 << 16:
             raise OptionError("{port} {} must be from 0 (a free one) to 65535", self.port)
-        try:
+        with usage_of_runtime():
             resolve_threads(self.threads)
-        except RequestError as error:
-            raise OptionError("{}", error) from error
         self.keys()
 
     def keys(self) -> list[str]:

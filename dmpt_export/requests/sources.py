@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from training.model.shape import Shape
+
+
+@contextmanager
+def usage_of_runtime() -> Iterator[None]:
+    """What the runtime refuses in here is an option of the command line: OptionError."""
+    from runtime.errors import RequestError
+
+    try:
+        yield
+    except RequestError as error:
+        from training.errors import OptionError  # not at the top: a device has no training packages
+
+        raise OptionError("{}", error) from error
 
 
 def is_exported(source: str) -> bool:

@@ -25,7 +25,9 @@ class Refused(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """With when to try again, where that helps."""
+        """What a client needs to try again."""
+        if self.status == 401:
+            return {"www-authenticate": "Bearer"}
         return {"retry-after": "1"} if self.status in (429, 503) else {}
 
 

@@ -54,8 +54,7 @@ class Guard:
             self.check(scope)
             await self.app(scope, receive, noted)
         except Refused as error:
-            challenge = {"www-authenticate": "Bearer"} if error.status == 401 else {}
-            await JSONResponse(error.body, error.status, challenge)(scope, receive, noted)
+            await JSONResponse(error.body, error.status, error.headers)(scope, receive, noted)
         except Exception:
             status = status or 500
             raise

@@ -95,7 +95,7 @@ def test_the_proof_is_what_torch_gives(checkpoint: Path, exported: Path) -> None
         np.testing.assert_allclose(proof.other_log_probs[row], known[proof.other_ids], atol=1e-6)
         left = set(range(VOCAB)) - {*proof.top_ids[row].tolist(), *proof.other_ids.tolist()}
         assert math.exp(proof.rest[row]) == pytest.approx(sum(math.exp(known[v]) for v in left), rel=1e-5)
-    assert vars(proof.limits) == vars(TOLERANCES[EXACT])
+    assert vars(proof.tolerance) == vars(TOLERANCES[EXACT])
     assert (exported / PROOF_NAME).stat().st_size < 20_000
 
 
@@ -119,7 +119,7 @@ def test_quantized_exports_prove_themselves(scheme: str, checkpoint: Path, tmp_p
     found = checked(tmp_path / "onnx")
     assert found.failure is None
     assert (found.parts[2].skipped is not None) == (scheme == "int8-dynamic")
-    assert found.proof.limits.max_abs is None
+    assert found.proof.tolerance.max_abs is None
 
 
 # --- the reduced distance ---------------------------------------------------------------------------
@@ -185,9 +185,9 @@ def test_each_limit_is_held() -> None:
     assert outcome(proof, ROWS) is None
     first = int(proof.top_ids[2, 0])
     assert "the largest log-prob difference is 0.001, allowed 0.0001" in str(outcome(proof, nudged(2, first, 0.001)))
-    far = replace(proof, limits=replace(proof.limits, max_abs=None))
+    far = replace(proof, tolerance=replace(proof.tolerance, max_abs=None))
     assert "the mean KL is at least" in str(outcome(far, nudged(2, first, -1.0)))
-    loose = replace(far, limits=replace(proof.limits, max_abs=None, kl_mean=9))
+    loose = replace(far, tolerance=replace(proof.tolerance, max_abs=None, kl_mean=9))
     assert outcome(loose, nudged(2, first, 5e-3)) is None
     assert "17% of the positions have another likeliest token" in str(outcome(loose, nudged(2, first, -9.0)))
     assert "position 3 is nan" in str(outcome(proof, nudged(3, 7, np.nan)))

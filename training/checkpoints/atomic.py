@@ -11,17 +11,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import glob
-import importlib
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from training.checkpoints.lock import fcntl  # None without POSIX locks: a killed run's leftovers then stay
 from training.checkpoints.places import beside, check_replaceable, is_leftover
-
-# Without POSIX file locks, leftovers of a killed run stay until they are removed by hand.
-fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
 
 @contextlib.contextmanager
