@@ -5,7 +5,7 @@
 
 texts: 32 clients at once, each text compared with what runtime.generate gives for its prompt.
 load: --minutes of good clients, whose texts are compared, too, beside bad ones of every kind; memory and open files.
-replicas: two servers behind nginx (docs/examples/nginx.conf), each of which is ended by SIGTERM and started again while
+replicas: two servers behind nginx (docs/examples/nginx.conf). One at a time is ended by SIGTERM and replaced, twice, while
 clients ask.
 stall: how long a text waits for its next token while a prompt of 1000 tokens is read.
 speed: tokens per second by the number of clients at once. llama-server (Q8_0, made of the same weights, needs `pip
@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -182,28 +182,31 @@ def replicas(options: argparse.Namespace) -> dict[str, Any]:
     cases, tally, turns = expected(options, 24), Tally(), []
     conf = Path("docs/examples/nginx.conf").resolve()
 
-    async def turn_over(port: int) -> None:
-        """A replica that ends and is replaced, as in a rollout."""
+    async def rollout(servers: dict[int, ExitStack]) -> None:
+        """One replica at a time ends and is replaced; the next turn waits until the new one answers."""
         for number in range(2):
-            with started(options, options.work / f"{port}.log", port):
-                await ready(port)
-                await asyncio.sleep(20 if port == 8081 else 30)
+            for port, server in servers.items():
+                await asyncio.sleep(5)
                 say(f"{port}: SIGTERM")
                 began = time.monotonic()
-            turns.append({"port": port, "run": number, "ended_in_s": round(time.monotonic() - began, 1)})
+                await asyncio.to_thread(server.close)
+                turns.append({"port": port, "run": number, "ended_in_s": round(time.monotonic() - began, 1)})
+                server.enter_context(started(options, options.work / f"{port}.log", port))
+                await ready(port)
 
-    async def everyone() -> None:
-        await asyncio.gather(*(good(8080, cases, tally, time.monotonic() + 45, seed) for seed in range(options.good)))
-
-    async def all_of_it() -> None:
-        ports = [asyncio.create_task(asyncio.to_thread(asyncio.run, turn_over(port))) for port in (8081, 8082)]
-        await asyncio.gather(ready(8081), ready(8082))
-        await everyone()
-        await asyncio.gather(*ports)
+    async def all_of_it(servers: dict[int, ExitStack]) -> None:
+        await asyncio.gather(*map(ready, servers))
+        until = time.monotonic() + 60
+        asking = (good(8080, cases, tally, until, seed) for seed in range(options.good))
+        await asyncio.gather(rollout(servers), *asking)
 
     nginx = subprocess.Popen(["nginx", "-p", str(options.work), "-c", str(conf), "-g", "daemon off;"])
     try:
-        asyncio.run(all_of_it())
+        with ExitStack() as first, ExitStack() as second:
+            servers = {8081: first, 8082: second}
+            for port, server in servers.items():
+                server.enter_context(started(options, options.work / f"{port}.log", port))
+            asyncio.run(all_of_it(servers))
     finally:
         nginx.terminate()
         nginx.wait()
