@@ -5,8 +5,8 @@
 
 texts: 32 clients at once, each text compared with what runtime.generate gives for its prompt.
 load: --minutes of good clients, whose texts are compared, too, beside bad ones of every kind; memory and open files.
-replicas: two servers behind nginx (docs/examples/nginx.conf). One at a time is ended by SIGTERM and replaced, twice, while
-clients ask.
+replicas: two servers behind nginx (docs/examples/nginx.conf). While clients ask, one at a time is ended by SIGTERM and
+replaced, twice.
 stall: how long a text waits for its next token while a prompt of 1000 tokens is read.
 speed: tokens per second by the number of clients at once. llama-server (Q8_0, made of the same weights, needs `pip
 install gguf`, and llama-quantize beside it) runs in turn with ours.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import pytest
 
 from dmpt_export.cli.bench import node_table
 from dmpt_export.cli.main import main
+from tests.helpers.cli import TRAINING, run_without
 from tests.helpers.tolerances import TOLERANCE
 
 
@@ -81,14 +80,7 @@ def test_an_exported_model_scores_as_its_checkpoint(
 
 
 def test_eval_of_an_exported_model_imports_no_torch(exported: dict[str, str], text: str) -> None:
-    code = (
-        "import sys\n"
-        "for name in ('torch', 'transformers', 'onnx', 'onnx_ir', 'safetensors', 'accelerate'):\n"
-        "    sys.modules[name] = None\n"
-        "from dmpt_export.cli.main import main\n"
-        f"sys.exit(main(['eval', {exported['dmpt']!r}, '--data', {text!r}]))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = run_without(TRAINING, "eval", exported["dmpt"], "--data", text)
     assert done.returncode == 0, done.stderr
     assert "perplexity" in done.stdout
     assert "routes" in done.stdout

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,7 @@ import pytest
 from dmpt_export.onnx.export import export_onnx
 from runtime.files import sha256
 from runtime.manifest_file import MANIFEST_NAME
-from tests.helpers.cli import run
+from tests.helpers.cli import TRAINING, run, run_without
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +70,5 @@ def test_json_says_the_same(device: Path, broken: Path, capsys: pytest.CaptureFi
 
 
 def test_it_needs_no_training_packages(device: Path) -> None:
-    code = (
-        "import sys\n"
-        "for name in ('torch', 'transformers', 'onnx', 'onnx_ir', 'safetensors', 'accelerate'):\n"
-        "    sys.modules[name] = None\n"
-        "from dmpt_export.cli.main import main\n"
-        f"sys.exit(main(['check', {str(device)!r}, '--threads', '1']))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = run_without(TRAINING, "check", device, "--threads", 1)
     assert done.returncode == 0, done.stderr

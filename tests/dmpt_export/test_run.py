@@ -15,6 +15,7 @@ import runtime
 from dmpt_export.cli import run
 from dmpt_export.cli.main import main
 from dmpt_export.onnx.export import export_onnx
+from tests.helpers.cli import TRAINING, command_without
 
 PROMPT = "The tide mill"
 
@@ -213,12 +214,7 @@ def test_ctrl_c_is_130(model: str, monkeypatch: pytest.MonkeyPatch, capfd: pytes
 
 def cli(model: str, args: list[str], head: bool = False) -> subprocess.CompletedProcess[str]:
     """The command in a separate process that cannot import the training packages."""
-    blocked = ("torch", "transformers", "safetensors", "onnx", "onnx_ir", "accelerate", "training", "quant")
-    code = (
-        f"import sys\nfor name in {blocked}: sys.modules[name] = None\n"
-        f"from dmpt_export.cli.main import main\nsys.exit(main(['run', {model!r}, *{args!r}]))"
-    )
-    command = [sys.executable, "-c", code]
+    command = command_without((*TRAINING, "training", "quant"), "run", model, *args)
     if not head:
         return subprocess.run(command, capture_output=True, text=True, check=False)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

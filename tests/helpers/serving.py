@@ -112,3 +112,8 @@ def events(stream: bytes) -> list[Any]:
     """What a stream's events hold; its end mark stays a string."""
     lines = [line.removeprefix("data: ") for line in stream.decode().split("\n\n") if line.startswith("data: ")]
     return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+def idle(served: Served) -> bool:
+    """Whether no text is running or waiting."""
+    return not (served.desk.orders or served.desk.writer.taken or served.desk.requests)
